@@ -1,0 +1,75 @@
+# Everything happens in $(VENV), which `make install` creates and every other target brings up to date.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+MARGINAL ?= sequence
+# more options for pytest, for example: make test PYTEST_ARGS="tests/ops -x"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+# pip shows its progress to a person and keeps quiet in continuous integration
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CI),--quiet)
+PYTEST := $(BIN)/python -m pytest --durations=10
+INSTALLED := $(VENV)/.installed
+UNPINNED_TRITON := $(VENV)/constraints-without-triton.txt
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' \
+		| while IFS=$$'\t' read -r target text; do printf '  make %-15s %s\n' "$$target" "$$text"; done
+
+.PHONY: install
+install: $(INSTALLED) ## create .venv with everything that the targets below need (PYTHON=python3)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fastrag needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+			"Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first and without the triton pin: a CUDA build of torch brings the one triton that it
+# works with, a CPU build brings none.
+$(INSTALLED): $(BIN)/python setup.py pyproject.toml constraints.txt
+	@grep -v '^triton==' constraints.txt > $(UNPINNED_TRITON)
+	@echo "installing torch and the build tools"
+	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) torch numpy setuptools wheel
+	@$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP_INSTALL) -c constraints.txt triton
+	@echo "installing fastrag with what its tests and its demo need"
+	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) --no-build-isolation -e '.[test,demo]'
+	@touch $@
+	@echo "installed into $(VENV)"
+
+.PHONY: test
+test: $(INSTALLED) ## the quick half of the tests, with the examples in the docstrings
+	@$(PYTEST) --timeout 300 -m "not slow and not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(INSTALLED) ## the heavy half: all architectures, builds and installs, kills and resumes
+	@$(PYTEST) --timeout 1500 -m "slow and not gpu" $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff, mypy on the public package, clang-format on csrc/
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+
+.PHONY: demo
+demo: $(INSTALLED) ## train retriever and generator from scratch, 5 minutes on two cores (SEED=0 MARGINAL=sequence)
+	@$(BIN)/python -m examples.demo.run --seed $(SEED) --marginal $(MARGINAL) --out runs/demo
+
+.PHONY: demo-ablation
+demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
+	@$(BIN)/python -m examples.demo.ablation
+
+.PHONY: clean
+clean: ## remove build outputs and caches; .venv and runs stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
