@@ -1,0 +1,143 @@
+"""How text becomes token ids: text is never parsed for special tokens, special tokens are never read off a pad id.
+
+Two facts decide everything here. Text that comes from a corpus or a user may spell a special token
+(`</s>`, `<|im_start|>`); it must stay text, so it is encoded with `split_special_tokens=True`.
+And what a tokenizer puts *around* a sequence (`<s> … </s>`, `[CLS] … [SEP]`, `… </s>`) is measured
+once per tokenizer instead of being assumed, so that any Hugging Face tokenizer works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBE = "a"
+# What a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces, newlines,
+# punctuation, a script without spaces. Two tokenizers that agree on vocabulary and on this agree.
+_FINGERPRINT_TEXTS = (
+    "The Quick brown fox, 1234.5!",
+    "  two  spaces\n\nand lines\t",
+    "naïve café Straße ﬁn",
+    "東京は日本の首都",
+    "don't (x-y) a/b_c <s> </s>",
+)
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, target: bool = False
+) -> list[list[int]]:
+    """Encodes texts without adding special tokens and without reading any out of the text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts; `"</s>"` inside one is four ordinary characters.
+        target: encode as the decoder's side (`text_target`; it matters to Marian and mBART).
+
+    Returns:
+        One list of ids per text.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        **{"text_target" if target else "text": list(texts)},
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encodes a piece of a template, in which special tokens are meant as such.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: trusted text, for example `"<|im_end|>\\n<|im_start|>assistant\\n"`.
+
+    Returns:
+        The ids, with no special token added around them.
+    """
+    if not text:
+        return []
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def special_frame(
+    tokenizer: PreTrainedTokenizerBase, *, target: bool = False
+) -> tuple[list[int], list[int]]:
+    """Measures what the tokenizer puts before and after one sequence.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        target: the decoder's side (`text_target`).
+
+    Returns:
+        prefix, suffix: ids, for example `([0], [2])` for BART and `([], [1])` for T5.
+
+    Raises:
+        ValueError: the bare ids of a probe are not found inside its framed ids.
+    """
+    key = "text_target" if target else "text"
+    framed = list(tokenizer(**{key: _PROBE}, add_special_tokens=True, verbose=False)["input_ids"])
+    bare = encode_texts(tokenizer, [_PROBE], target=target)[0]
+    for start in range(len(framed) - len(bare) + 1):
+        if bare and framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    raise ValueError(
+        f"tokenizer {type(tokenizer).__name__}: expected the ids of {_PROBE!r} without special "
+        f"tokens, {bare}, inside those with special tokens, got {framed}"
+    )
+
+
+def encode_framed(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
+) -> list[list[int]]:
+    """Encodes texts with the tokenizer's special tokens around them, as an encoder wants them.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the texts.
+        max_length: cut the *text* so that the whole has at most this many ids; the special tokens stay.
+
+    Returns:
+        One list of ids per text.
+
+    Raises:
+        ValueError: `max_length` leaves no room for one token of text.
+    """
+    prefix, suffix = special_frame(tokenizer)
+    room = None
+    if max_length is not None:
+        room = max_length - len(prefix) - len(suffix)
+        if room < 1:
+            raise ValueError(
+                f"max_length: expected more than the {len(prefix) + len(suffix)} special tokens of "
+                f"{type(tokenizer).__name__}, got {max_length}"
+            )
+    return [prefix + ids[:room] + suffix for ids in encode_texts(tokenizer, texts)]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names a tokenizer by what it does: a hash over its vocabulary and its encoding of fixed probe texts.
+
+    The serialised form of a tokenizer changes when it is saved and loaded; this does not.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    frame = special_frame(tokenizer)
+    probes = encode_texts(tokenizer, _FINGERPRINT_TEXTS)
+    digest = hashlib.sha256(json.dumps([vocab, frame, probes], ensure_ascii=False).encode("utf-8"))
+    return digest.hexdigest()[:32]
