@@ -1,0 +1,60 @@
+"""Modules: RagLoss, TextEncoder, generator adapters, ContextBuilder, RagModel.
+
+Names load on first use, so that `fastrag.nn.loss` needs torch alone; the rest needs transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastrag.nn.builder import BuiltContext, ContextBuilder
+    from fastrag.nn.encoders import TextEncoder
+    from fastrag.nn.generators import CausalAdapter, Seq2SeqAdapter, adapt_generator
+    from fastrag.nn.heads import LMHead
+    from fastrag.nn.loss import RagLoss, RagLossOutput
+    from fastrag.nn.model import RagModel
+    from fastrag.nn.outputs import RagGeneration, RagOutput
+
+_HOMES = {
+    "BuiltContext": "builder",
+    "ContextBuilder": "builder",
+    "TextEncoder": "encoders",
+    "CausalAdapter": "generators",
+    "Seq2SeqAdapter": "generators",
+    "adapt_generator": "generators",
+    "LMHead": "heads",
+    "RagLoss": "loss",
+    "RagLossOutput": "loss",
+    "RagModel": "model",
+    "RagGeneration": "outputs",
+    "RagOutput": "outputs",
+}
+
+__all__ = [
+    "BuiltContext",
+    "CausalAdapter",
+    "ContextBuilder",
+    "LMHead",
+    "RagGeneration",
+    "RagLoss",
+    "RagLossOutput",
+    "RagModel",
+    "RagOutput",
+    "Seq2SeqAdapter",
+    "TextEncoder",
+    "adapt_generator",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,247 @@
+"""Adapters: the hidden states of a generator at the answer positions, for any Hugging Face model.
+
+    hidden = adapter.hidden(context_ids, context_mask, labels)     # [B, K, T, H], before the head
+    head = adapter.head()                                          # LMHead, with gradients
+
+Seq2seq: the encoder reads the context `[B*K, L]` once, the decoder reads the labels shifted right.
+Causal: context (left-padded) and answer (right-padded) are one sequence with explicit positions;
+the state that predicts label t stands one column before it.
+
+An adapter checks itself when it is made: hidden states and head must reproduce the model's own
+logits on two tokens, plain and with the head's input scaled up until a softcap would show.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
+
+_PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run the ``with`` block in eval mode without gradients; give every module its own mode back.
+
+    The mode is kept per submodule, because a user may hold parts of a training model in eval.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+class GeneratorAdapter:
+    """Shared part of the two adapters; `adapt_generator` makes the right one.
+
+    Args:
+        model: a transformers model with a language-model head, or a PEFT model around one.
+
+    Raises:
+        ValueError: the model's own logits are not reproduced (the architecture is named).
+    """
+
+    kind: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._live_head = self._checked_head(declared_heads(model))
+
+    def head(self) -> LMHead:
+        """Return the head as it is now, with gradients to its parameters."""
+        return self._live_head()
+
+    def hidden(
+        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int = -100
+    ) -> Tensor:
+        """Return the hidden states that predict each label, before the head.
+
+        Args:
+            context_ids: `[B*K, L]` int64, the K contexts of a question next to each other;
+                left-padded for a causal model, right-padded for seq2seq.
+            context_mask: `[B*K, L]`, 1 at tokens.
+            labels: `[B, T]` int64, padded on the right with `ignore_index`.
+            ignore_index: label that does not count.
+
+        Returns:
+            hidden `[B, K, T, H]`, differentiable; may be a view.
+
+        Raises:
+            ValueError: the number of contexts is not a multiple of the number of questions.
+        """
+        n_questions = labels.shape[0]
+        if n_questions == 0 or context_ids.shape[0] % n_questions:
+            raise ValueError(
+                f"context_ids: expected [B*K, L] with B = {n_questions} as in labels, got "
+                f"{list(context_ids.shape)}"
+            )
+        inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
+        states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]
+        return states.unflatten(0, (n_questions, -1))
+
+    def _inputs(
+        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the model whose last T states predict the labels."""
+        raise NotImplementedError
+
+    def _captured(self, live_head: LiveHead, inputs: dict[str, Any]) -> Tensor:
+        """Run the model and return what entered its output projection."""
+        with live_head.capture() as seen:
+            self.model(**inputs)
+        if len(seen) != 1 or seen[0].dim() != 3:
+            raise ValueError(
+                f"generator: expected {architecture(self.model)} to apply its output projection "
+                f"once to [rows, tokens, H], got {[list(s.shape) for s in seen]}"
+            )
+        return seen[0]
+
+    def _checked_head(self, heads: list[LiveHead]) -> LiveHead:
+        """Return the first head that reproduces the model's logits; raise if none does."""
+        device = heads[0]().weight.device
+        vocab = base_model(self.model).get_input_embeddings().weight.shape[0]
+        context = torch.tensor([[vocab // 2, vocab // 3]], device=device)
+        labels = torch.tensor([[vocab // 4, vocab // 5]], device=device)
+        other = torch.tensor([[vocab // 6, vocab // 5]], device=device)
+        with evaluating(self.model):
+            inputs = self._inputs(context, torch.ones_like(context), labels, -100)
+            hidden = self._captured(heads[0], inputs)
+            changed = self._inputs(context, torch.ones_like(context), other, -100)
+            if not _close(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
+                raise ValueError(
+                    f"generator: expected a causal decoder, got {architecture(self.model)}, whose "
+                    f"state at a position depends on later tokens"
+                )
+            own = self.model(**inputs).logits
+            largest = heads[0]().logits(hidden).float().abs().max().clamp(min=1e-6)
+            loud = hidden * (_PROBE_LOGIT / (heads[0].logit_scale * largest)).to(hidden.dtype)
+            with heads[0].capture(replace=loud):
+                own_loud = self.model(**inputs).logits
+            for live in heads:
+                head = live()
+                if _close(head.logits(hidden), own) and _close(head.logits(loud), own_loud):
+                    return live
+        tried = [f"logit_scale={h.logit_scale:g}, softcap={h.softcap}" for h in heads]
+        raise ValueError(
+            f"generator: expected logits = softcap*tanh(logit_scale*(hidden W^T + bias)/softcap), "
+            f"but {architecture(self.model)} gives other logits on two tokens (tried {tried})"
+        )
+
+
+class Seq2SeqAdapter(GeneratorAdapter):
+    """Encoder-decoder models: BART, mBART, Pegasus, Marian, T5, EncoderDecoderModel, and so on."""
+
+    kind = "seq2seq"
+
+    def _inputs(
+        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
+    ) -> dict[str, Any]:
+        decoder_ids = self._shift_right(labels, ignore_index)
+        n_docs = context_ids.shape[0] // labels.shape[0]
+        return {
+            "input_ids": context_ids,
+            "attention_mask": context_mask,
+            "decoder_input_ids": decoder_ids.repeat_interleave(n_docs, dim=0),
+            "use_cache": False,
+            "return_dict": True,
+        }
+
+    def _shift_right(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Return the decoder's input: its start token, then the labels but the last."""
+        base = base_model(self.model)
+        pad = getattr(base.config, "pad_token_id", None) or 0
+        known = labels.masked_fill(labels == ignore_index, pad)
+        start = getattr(base.config, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(base.generation_config, "decoder_start_token_id", None)
+        if start is None:
+            raise ValueError(
+                f"generator: expected config.decoder_start_token_id on {architecture(self.model)}, "
+                f"got None"
+            )
+        return torch.cat([known.new_full((known.shape[0], 1), start), known[:, :-1]], dim=1)
+
+
+class CausalAdapter(GeneratorAdapter):
+    """Decoder-only models: GPT-2, Llama, Qwen, Gemma, Granite, Cohere, Phi, and so on."""
+
+    kind = "causal"
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = inspect.signature(base_model(model).forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        super().__init__(model)
+
+    def _inputs(
+        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
+    ) -> dict[str, Any]:
+        counted = labels != ignore_index
+        n_docs = context_ids.shape[0] // labels.shape[0]
+        # The last label is predicted but never read. Padding stands behind what it could disturb.
+        answer = labels.masked_fill(~counted, 0)[:, :-1].repeat_interleave(n_docs, dim=0)
+        answer_mask = counted[:, :-1].repeat_interleave(n_docs, dim=0).to(context_mask.dtype)
+        mask = torch.cat([context_mask, answer_mask], dim=1)
+        inputs = {
+            "input_ids": torch.cat([context_ids, answer], dim=1),
+            "attention_mask": mask,
+            "use_cache": False,
+            "return_dict": True,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
+
+
+def adapt_generator(model: nn.Module) -> GeneratorAdapter:
+    """Return the adapter of a Hugging Face generator, checked against the model's own logits.
+
+    Args:
+        model: any seq2seq or causal language model of transformers, plain or with PEFT adapters on
+            its weights. LoRA on the head is used as W + scaling * B A, with gradients to A and B.
+
+    Returns:
+        `Seq2SeqAdapter` or `CausalAdapter`; its `kind` is "seq2seq" or "causal".
+
+    Raises:
+        ValueError: no language-model head, a head or adapter that is not of the form in
+            `fastrag.nn.heads`, prompt-learning adapters (the message names what it is).
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from fastrag.nn import adapt_generator
+        >>> config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+        >>> adapter = adapt_generator(GPT2LMHeadModel(config))
+        >>> context = torch.randint(20, (4, 5))                    # B = 2 questions, K = 2
+        >>> labels = torch.tensor([[3, 4, 5], [6, 7, -100]])
+        >>> adapter.kind, adapter.hidden(context, torch.ones_like(context), labels).shape
+        ('causal', torch.Size([2, 2, 3, 8]))
+    """
+    config = getattr(base_model(model), "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"generator: expected a transformers model with a language-model head, got "
+            f"{type(model).__name__}"
+        )
+    return Seq2SeqAdapter(model) if config.is_encoder_decoder else CausalAdapter(model)
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree to a few roundings of the coarser dtype of the two."""
+    if got.shape != expected.shape:
+        return False
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(expected.dtype).eps)
+    got, expected = got.double(), expected.double()
+    scale = expected.abs().max().clamp(min=1e-6)
+    return bool((got - expected).abs().max() <= max(8 * eps, 1e-5) * scale)
