@@ -1,0 +1,205 @@
+"""Exact match, F1 and recall@k as the open-domain question answering literature counts them.
+
+    EM = max_a [normalize(prediction) = normalize(a)]         (Rajpurkar et al. 2016, sec. 6.1)
+    F1 = max_a 2 P R / (P + R) over bags of normalised words              (ibid.)
+    recall@k = share of questions with a right passage in the k best
+                                                              (Karpukhin et al. 2020, sec. 5.1)
+
+Nothing here needs a model or a tensor: every function takes plain strings and sequences.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORDS = re.compile(r"\w+|[^\w\s]")
+
+
+def normalize_answer(text: str) -> str:
+    """Bring an answer to the form in which SQuAD compares answers.
+
+    Lower case, without ASCII punctuation, without the articles a, an, the, and with single
+    spaces (Rajpurkar et al. 2016, the official evaluation script).
+
+    Args:
+        text: the answer as written.
+
+    Returns:
+        The normalised text; may be empty.
+
+    Example:
+        >>> normalize_answer("The  Eiffel-Tower!")
+        'eiffeltower'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Say whether a prediction equals any of the answers after `normalize_answer`.
+
+    Args:
+        prediction: the predicted text.
+        answers: one or more accepted answers.
+
+    Returns:
+        1.0 or 0.0.
+
+    Raises:
+        ValueError: answers is empty or is one string instead of a sequence of strings.
+
+    Example:
+        >>> exact_match("the Nile", ["Nile", "Nile River"])
+        1.0
+    """
+    predicted = normalize_answer(prediction)
+    return float(any(predicted == normalize_answer(answer) for answer in _checked(answers)))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Give the word overlap of a prediction with the best of the answers.
+
+    F1 = 2 P R / (P + R) over bags of normalised words; two empty texts agree fully.
+
+    Args:
+        prediction: the predicted text.
+        answers: one or more accepted answers.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: answers is empty or is one string instead of a sequence of strings.
+
+    Example:
+        >>> round(f1("Nile River Delta", ["River Nile"]), 3)
+        0.8
+    """
+    predicted = normalize_answer(prediction).split()
+    return max(_bag_f1(predicted, normalize_answer(answer).split()) for answer in _checked(answers))
+
+
+def recall_at(
+    retrieved: Sequence[Sequence[str]], positives: Sequence[Sequence[str]], k: int
+) -> float:
+    """Give the share of questions that have at least one positive passage among the first k.
+
+    Args:
+        retrieved: for each question, passage ids from best to worst.
+        positives: for each question, the ids of the passages that count as right.
+        k: how many of the retrieved ids to look at, at least 1.
+
+    Returns:
+        A number in [0, 1]; 0.0 when there is no question.
+
+    Raises:
+        ValueError: k < 1, or the two sequences differ in length.
+
+    Example:
+        >>> recall_at([["p3", "p1"], ["p2", "p9"]], [["p1"], ["p7"]], k=2)
+        0.5
+    """
+    if k < 1:
+        raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+    if len(retrieved) != len(positives):
+        raise ValueError(
+            "retrieved and positives: expected one entry per question in both, got "
+            f"{len(retrieved)} and {len(positives)}"
+        )
+    if not retrieved:
+        return 0.0
+    hits = [
+        not set(right).isdisjoint(found[:k])
+        for found, right in zip(retrieved, positives, strict=True)
+    ]
+    return sum(hits) / len(hits)
+
+
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
+    """Say whether a passage contains one of the answers as a run of whole words.
+
+    Compared without case and after Unicode decomposition, as the DPR evaluation does for
+    questions that name no positive passage (Karpukhin et al. 2020).
+
+    Args:
+        text: title and text of the passage.
+        answers: accepted answers; an answer without any word never matches.
+
+    Returns:
+        True when one of the answers occurs.
+
+    Example:
+        >>> contains_answer("Paris is the capital.", ["paris"])
+        True
+        >>> contains_answer("Parisian cafes", ["Paris"])
+        False
+    """
+    haystack = _words(text)
+    for answer in answers:
+        needle = _words(answer)
+        if needle and f"\0{needle}\0" in f"\0{haystack}\0":
+            return True
+    return False
+
+
+def bootstrap_interval(
+    values: Sequence[float], n: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Give the percentile bootstrap interval of a mean (Efron & Tibshirani 1993, ch. 13).
+
+    Args:
+        values: one value per question, for example the exact matches.
+        n: number of resamples, at least 1.
+        seed: seed of the resampling, so that a report can be repeated.
+        level: share of the resampled means inside the interval, in (0, 1).
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: values is empty, n < 1, or level outside (0, 1).
+
+    Example:
+        >>> bootstrap_interval([1.0, 1.0, 1.0])
+        (1.0, 1.0)
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or data.size == 0:
+        raise ValueError(f"values: expected a non-empty list of numbers, got shape {data.shape}")
+    if n < 1:
+        raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level: expected a number in (0, 1), got {level!r}")
+    rng = np.random.default_rng(seed)
+    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(n)])
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)
+
+
+def _bag_f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    common = sum((Counter(predicted) & Counter(gold)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(gold)
+    return 2.0 * precision * recall / (precision + recall)
+
+
+def _words(text: str) -> str:
+    return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
+
+
+def _checked(answers: Sequence[str]) -> Sequence[str]:
+    if isinstance(answers, str):
+        raise ValueError(f"answers: expected a sequence of strings, got one string {answers!r}")
+    if not answers:
+        raise ValueError("answers: expected at least one accepted answer, got none")
+    return answers
