@@ -1,0 +1,334 @@
+"""TextEncoder: a Hugging Face model, a pooling and an optional normalisation, to one vector.
+
+    token states [B, S, H]  --pooling (cls | mean | last | pooler)-->  [B, D]  --normalise-->  [B, D]
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["cls", "mean", "last", "pooler"]
+Role = Literal["query", "passage"]
+
+POOLINGS = ("cls", "mean", "last", "pooler")
+CONFIG_NAME = "fastrag_encoder.json"
+_FORMAT = "fastrag-text-encoder"
+_VERSION = 1
+# How sentence-transformers names the poolings that exist here.
+_ST_POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
+_ST_POOLING_WORDS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_ST_PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}
+
+
+class TextEncoder(nn.Module):
+    """Encode tokenised text to one vector, in fp32 (fp64 for fp64 models).
+
+        cls:  state of the first token       mean: average of the states under the mask
+        last: state of the last token        pooler: the model's own `pooler_output` (DPR, BERT)
+
+    First and last mean the first and last token under the mask, on whichever side the padding is.
+
+    Args:
+        model: a transformers model that returns `last_hidden_state` or `pooler_output`.
+        pooling: one of the four above.
+        normalize: divide each vector by its Euclidean length.
+        prefix: text put before each question or passage ("query: "). Kept here for whoever
+            tokenises; the encoder itself sees token ids.
+        max_length: longest input in tokens, for whoever tokenises; None: no limit is known.
+
+    Raises:
+        ValueError: an unknown pooling.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> from fastrag import TextEncoder
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
+        ...                     num_attention_heads=2, intermediate_size=8)
+        >>> encoder = TextEncoder(BertModel(config), normalize=True)
+        >>> vectors = encoder(torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> vectors.shape, bool((vectors.norm(dim=1) - 1).abs().max() < 1e-6)
+        (torch.Size([2, 8]), True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pooling: Pooling = "mean",
+        *,
+        normalize: bool = False,
+        prefix: str = "",
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {POOLINGS}, got {pooling!r}")
+        self.model = model
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prefix = prefix
+        self.max_length = max_length
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        # Decoder-type encoders may be padded on the left; encoders count positions themselves.
+        self._gives_positions = pooling == "last" and takes_positions
+
+    @property
+    def dim(self) -> int:
+        """Width D of the vectors."""
+        config = self.model.config
+        return getattr(config, "projection_dim", 0) or config.hidden_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the vectors of a batch.
+
+        Args:
+            input_ids: `[B, S]` int64, in the encoder's vocabulary, special tokens included.
+            attention_mask: `[B, S]`, 1 at tokens; None: no padding.
+
+        Returns:
+            embeddings `[B, D]`, fp32 or fp64, differentiable.
+
+        Raises:
+            ValueError: shapes disagree, or the model has no `pooler_output` for pooling="pooler".
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the [B, S] shape of input_ids {list(input_ids.shape)}, "
+                f"got {list(attention_mask.shape)}"
+            )
+        outputs = self.model(**self._inputs(input_ids, attention_mask))
+        vectors = self._pool(outputs, attention_mask)
+        if vectors.dtype in (torch.float16, torch.bfloat16):
+            vectors = vectors.float()
+        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "return_dict": True,
+        }
+        if self._gives_positions:
+            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return inputs
+
+    def _pool(self, outputs: Any, attention_mask: Tensor) -> Tensor:
+        if self.pooling == "pooler":
+            pooled = getattr(outputs, "pooler_output", None)
+            if pooled is None:
+                raise ValueError(
+                    f"pooling: expected a model with a pooler_output for 'pooler', got "
+                    f"{type(self.model).__name__} without one"
+                )
+            return pooled
+        states = outputs.last_hidden_state  # [B, S, H]
+        if self.pooling == "mean":
+            # bf16 sums of many tokens lose digits: fp32 (fp64 stays).
+            states = states.float() if states.dtype != torch.float64 else states
+            weights = attention_mask.to(states.dtype).unsqueeze(-1)
+            return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+        order = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        if self.pooling == "cls":
+            order = order.flip(0)
+        at = (attention_mask * order).argmax(dim=1)  # first or last token under the mask
+        return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[-1])).squeeze(1)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder with `fastrag_encoder.json` beside the weights.
+
+        Args:
+            path: folder; made if it does not exist.
+        """
+        self.model.save_pretrained(path)
+        settings = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "prefix": self.prefix,
+            "max_length": self.max_length,
+        }
+        Path(path, CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        role: Role | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        prefix: str | None = None,
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoder:
+        """Read an encoder from a local folder; nothing is downloaded.
+
+        A folder that `save_pretrained` wrote and a sentence-transformers folder (modules.json,
+        pooling, normalise, maximum length, prompts) are read as they stand. A plain Hugging Face
+        folder gets mean pooling, or its own pooler for DPR models. Arguments override the folder.
+
+        Args:
+            path: the folder.
+            role: "query" or "passage": which prompt of a sentence-transformers folder is `prefix`.
+            pooling: see the class.
+            normalize: see the class.
+            prefix: see the class.
+            max_length: see the class.
+            dtype: of the weights.
+
+        Returns:
+            A TextEncoder in eval mode, as transformers loads models.
+
+        Raises:
+            ValueError: the folder cannot be read, holds weights of another configuration, or needs
+                a sentence-transformers module that does not exist here (it is named).
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
+            raise ValueError(
+                f"path: expected a local model folder with config.json or modules.json, got "
+                f"{str(path)!r} (hub models have to be downloaded first)"
+            )
+        settings = _read_settings(folder, role)
+        given = {
+            "pooling": pooling,
+            "normalize": normalize,
+            "prefix": prefix,
+            "max_length": max_length,
+        }
+        settings |= {name: value for name, value in given.items() if value is not None}
+        model = _load_model(folder / settings.pop("folder", ""), dtype, settings.get("pooling"))
+        if "pooling" not in settings:
+            settings["pooling"] = "pooler" if model.config.model_type == "dpr" else "mean"
+        if settings["pooling"] != "pooler" and getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)  # never read: DDP would wait for its gradient
+        return cls(model, **settings)
+
+    def extra_repr(self) -> str:
+        return (
+            f"pooling={self.pooling!r}, normalize={self.normalize}, prefix={self.prefix!r}, "
+            f"max_length={self.max_length}"
+        )
+
+
+def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
+    """Return what a folder says about pooling, normalisation, prefix and length."""
+    if role not in (None, "query", "passage"):
+        raise ValueError(f"role: expected 'query', 'passage' or None, got {role!r}")
+    if (folder / CONFIG_NAME).is_file():
+        settings = _read_json(folder / CONFIG_NAME)
+        if settings.pop("format", None) != _FORMAT or settings.pop("version", None) != _VERSION:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: expected format {_FORMAT!r}, version {_VERSION}"
+            )
+        expected = {"pooling", "normalize", "prefix", "max_length"}
+        if set(settings) != expected:
+            raise ValueError(
+                f"{folder / CONFIG_NAME}: expected the keys {sorted(expected)}, got "
+                f"{sorted(settings)}"
+            )
+        return settings
+    if (folder / "modules.json").is_file():
+        return _read_sentence_transformers(folder, role)
+    return {}
+
+
+def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, Any]:
+    """Return the settings of a sentence-transformers folder; refuse modules unknown here."""
+    settings: dict[str, Any] = {"normalize": False}
+    for module in _read_json(folder / "modules.json"):
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        place = folder / module.get("path", "")
+        if kind == "Transformer":
+            settings["folder"] = module.get("path", "")
+            settings["max_length"] = _st_max_length(place)
+        elif kind == "Pooling":
+            settings["pooling"] = _st_pooling(place / "config.json")
+        elif kind == "Normalize":
+            settings["normalize"] = True
+        else:
+            raise ValueError(
+                f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and "
+                f"Normalize, got {module.get('type')!r}"
+            )
+    config = folder / "config_sentence_transformers.json"
+    if config.is_file():
+        settings["prefix"] = _st_prompt(_read_json(config), role)
+    return settings
+
+
+def _st_max_length(folder: Path) -> int | None:
+    path = folder / "sentence_bert_config.json"
+    if not path.is_file():
+        return None
+    config = _read_json(path)
+    if config.get("do_lower_case"):
+        warnings.warn(
+            f"{path}: do_lower_case is left to the tokenizer; lower-case the text if it keeps case",
+            stacklevel=2,
+        )
+    return config.get("max_seq_length")
+
+
+def _st_pooling(path: Path) -> str:
+    config = _read_json(path)
+    if config.get("include_prompt", True) is False:
+        raise ValueError(f"{path}: expected include_prompt = true, got false")
+    if "pooling_mode" in config:
+        modes = {config["pooling_mode"]}
+        known = {_ST_POOLING_WORDS.get(str(mode)) for mode in modes}
+    else:
+        marks = {name for name, value in config.items() if name.startswith("pooling_mode_") and value}
+        modes = {name.removeprefix("pooling_mode_") for name in marks}
+        known = {_ST_POOLINGS.get(mode) for mode in modes}
+    if len(known) != 1 or None in known:
+        raise ValueError(f"{path}: expected one of the poolings cls, mean, last, got {sorted(modes)}")
+    return str(known.pop())
+
+
+def _st_prompt(config: dict[str, Any], role: Role | None) -> str:
+    prompts = config.get("prompts") or {}
+    names = _ST_PROMPTS[role] if role else ()
+    for name in (*names, config.get("default_prompt_name")):
+        if name in prompts:
+            return prompts[name]
+    return ""
+
+
+def _load_model(folder: Path, dtype: torch.dtype, pooling: str | None) -> Any:
+    """Load the transformers model of a folder; every weight that is used must be there."""
+    from transformers import AutoModel
+
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"path: expected a readable model folder {folder}: {error}") from error
+    missing = [
+        name for name in report["missing_keys"] if pooling == "pooler" or "pooler" not in name
+    ]
+    if missing or report["mismatched_keys"]:
+        raise ValueError(
+            f"{folder}: expected the weights of its config.json, missing {sorted(missing)[:4]}, "
+            f"of another shape {sorted(report['mismatched_keys'])[:4]}"
+        )
+    return model
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a readable JSON file, got {error}") from error
