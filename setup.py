@@ -76,7 +76,7 @@ setup(
     description="End-to-end training of a retriever and a generator in PyTorch",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
