@@ -1,0 +1,551 @@
+"""Stateless operations of retrieval-augmented training: the whole mathematics of fastrag.
+
+    doc_scores        inner products of queries with their K passages
+    token_logp        log p(y_t | x, z_k, y_<t) from hidden states, without logits
+    rag_token_nll     RAG-Token negative log-likelihood, from hidden states and scores
+    rag_sequence_nll  RAG-Sequence negative log-likelihood, from hidden states and scores
+    mips_topk         exact maximum inner product search
+
+Sizes: B questions, K passages per question, T target tokens, H generator hidden, V vocabulary,
+D embedding width, N passages in the index. Bad input raises ValueError naming the argument, what
+was expected and what came; what only the values of a CUDA tensor can tell is not looked at there.
+No function waits for a GPU. None supports double backward: it raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastrag.ops import checks
+from fastrag.ops.doc_scores import doc_scores as _doc_scores
+from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
+from fastrag.ops.mips_topk import mips_topk as _mips_topk
+from fastrag.ops.token_logp import token_logp as _token_logp
+
+__all__ = ["doc_scores", "mips_topk", "rag_sequence_nll", "rag_token_nll", "token_logp"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@overload
+def doc_scores(
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    *,
+    rows: Tensor | None = ...,
+    tau: float | Tensor = ...,
+    return_log_prior: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def doc_scores(
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    *,
+    rows: Tensor | None = ...,
+    tau: float | Tensor = ...,
+    return_log_prior: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def doc_scores(
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    *,
+    rows: Tensor | None = None,
+    tau: float | Tensor = 1.0,
+    return_log_prior: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scores each question's K passages by inner product, differentiably.
+
+        doc_scores[b,k] = query_emb[b] . passage_emb[b,k] / tau    (Lewis et al. 2020, sec. 2.2)
+        log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
+
+    Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and likewise for
+    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored.
+
+    Args:
+        query_emb: question embeddings. `[B, D]`, floating point, differentiable.
+        passage_emb: passage embeddings. Either fresh `[B, K, D]`, or the whole index matrix
+            `[N, D]` together with `rows`. Floating point, differentiable.
+        rows: positions in the index. `[B, K]`, int64. A missing hit is -1: it scores -inf, takes
+            no mass and no gradient, and its vector is never read. Required with `[N, D]`; with
+            `[B, K, D]` only its signs matter.
+        tau: temperature, a positive number or a 0-d tensor, which then receives a gradient.
+        return_log_prior: whether to return log p(z|x) as well.
+
+    Returns:
+        doc_scores `[B, K]`, float32 (float64 if an embedding is); with `return_log_prior` the pair
+        (doc_scores, log_prior). A question without any passage has log_prior -inf throughout.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, K = 0, tau is not positive, or (on a CPU)
+            a row is outside [-1, N).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+
+    Note:
+        Maths in float32, also under autocast. Deterministic. Backends: triton (CUDA), torch.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> query = torch.tensor([[1.0, 2.0]])
+        >>> index = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> F.doc_scores(query, index, rows=torch.tensor([[2, 0, -1]]))
+        tensor([[3., 1., -inf]])
+    """
+    checks.check_floating("query_emb", query_emb)
+    checks.check_floating("passage_emb", passage_emb)
+    checks.check_ndim("query_emb", query_emb, "[B, D]")
+    n_examples, width = query_emb.shape
+    if passage_emb.dim() == 3:
+        checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
+        n_passages = passage_emb.shape[1]
+    else:
+        checks.check_shape("passage_emb", passage_emb, (None, width), "[N, D], or [B, K, D]")
+        if rows is None:
+            raise ValueError(
+                f"rows: expected [B, K] because passage_emb is the index matrix "
+                f"{checks.show(passage_emb)}, got None"
+            )
+        n_passages = -1
+    if rows is not None:
+        checks.check_integer("rows", rows)
+        expected = (n_examples, None if n_passages < 0 else n_passages)
+        checks.check_shape("rows", rows, expected, "[B, K]")
+        n_passages = rows.shape[1]
+        rows = rows.long()
+    if n_passages == 0:
+        raise ValueError(
+            f"passage_emb: expected at least one passage per question, got K = 0 "
+            f"({checks.show(passage_emb)})"
+        )
+    checks.check_device(query_emb=query_emb, passage_emb=passage_emb, rows=rows)
+    if isinstance(tau, Tensor):
+        if tau.dim() or not tau.is_floating_point():
+            raise ValueError(
+                f"tau: expected a positive number or a 0-d tensor, got {checks.show(tau)}"
+            )
+        dtype = torch.promote_types(torch.float32, query_emb.dtype)
+        query_emb, tau = query_emb.to(dtype) / tau.to(dtype), 1.0
+    elif not (tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"tau: expected a positive number, got {tau}")
+    if passage_emb.dim() == 2 and rows is not None:
+        if passage_emb.shape[0] == 0:
+            raise ValueError(
+                f"passage_emb: expected at least one row, got {checks.show(passage_emb)}"
+            )
+        checks.check_rows(rows, passage_emb.shape[0])
+        if torch.is_grad_enabled() and passage_emb.requires_grad:
+            # Two questions may share a row; torch's own indexing adds their gradients up in a
+            # fixed order, which a scatter inside the op could not.
+            passage_emb = passage_emb[rows.clamp(min=0)]
+    scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau))
+    return (scores, log_prior) if return_log_prior else scores
+
+
+def token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probability of every label under every passage, from hidden states and head.
+
+        logits = softcap * tanh(logit_scale * (hidden weight^T + bias) / softcap)
+        token_logp[b,k,t] = log_softmax_v(logits[b,k,t])[labels[b,t]] = log p(y_t | x, z_k, y_<t)
+
+    Gradient: d logits[b,k,t,v] = d token_logp[b,k,t] (1[v = labels[b,t]] - softmax_v). Memory: one
+    workspace of logits; `[B, K, T, V]` is never stored, backward recomputes it chunk by chunk.
+
+    Args:
+        hidden: decoder hidden states before the head. `[B, K, T, H]`, floating point, any
+            strides, differentiable.
+        weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
+            that of hidden (autocast) and its gradient has its own dtype.
+        labels: target tokens, shared by the K passages. `[B, T]`, int64.
+        bias: head bias. `[V]`, floating point, differentiable.
+        softcap: positive bound of the logits (Gemma 2), None for none.
+        logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
+        ignore_index: label that does not count; its token_logp is 0 and has no gradient.
+
+    Returns:
+        token_logp `[B, K, T]`, float32 (float64 if hidden is).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or (on a CPU) a label is outside [0, V).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+
+    Note:
+        Maths in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the workspace.
+        On a GPU a label outside [0, V) gives NaN. Deterministic on a CPU. Backends: torch.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> hidden, weight = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4)
+        >>> F.token_logp(hidden, weight, torch.tensor([[1, 0, -100]]))
+        tensor([[[-1.6094, -1.6094,  0.0000],
+                 [-1.6094, -1.6094,  0.0000]]])
+    """
+    checks.check_ndim("hidden", hidden, "[B, K, T, H]")
+    softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
+    checks.check_labels(labels, hidden.shape[0], hidden.shape[2])
+    if hidden.shape[1] == 0:
+        raise ValueError(
+            f"hidden: expected at least one passage, got K = 0 ({checks.show(hidden)})"
+        )
+    checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
+    return _token_logp(hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index)
+
+
+def rag_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    doc_scores: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    example_weight: Tensor | None = None,
+    valid_rows: Tensor | None = None,
+    return_posterior: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RAG-Token negative log-likelihood: every target token marginalises over the passages.
+
+        nll[b] = -sum_t log sum_k exp(log_prior[b,k] + token_logp[b,k,t])
+        log_prior = log_softmax_k(doc_scores)          (Lewis et al. 2020, sec. 2.1, RAG-Token)
+
+    The sum runs over positions whose label counts. With label smoothing e the *marginal*
+    distribution is smoothed: log M[y] becomes (1 - e) log M[y] + e mean_v log M[v], where
+    M[v] = sum_k exp(log_prior[k] + log p_k(v)).
+
+    Gradient: with the posterior w[b,k,t] = softmax_k(log_prior + token_logp),
+    d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = sum_t (prior - w).
+    Memory: gradients are made in the forward, chunk by chunk; besides them only O(B K T) numbers
+    and one workspace of logits exist. `[B, K, T, V]` is never stored.
+
+    Args:
+        hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's
+            `[B*K, T, H]`, floating point, any strides, differentiable.
+        weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
+            that of hidden (autocast) and its gradient has its own dtype.
+        labels: target tokens. `[B, T]`, int64.
+        doc_scores: raw retrieval scores. `[B, K]`, floating point, differentiable; -inf marks a
+            missing passage. An example without any passage has loss 0 and gradient 0.
+        bias: head bias. `[V]`, floating point, differentiable.
+        softcap: positive bound of the logits (Gemma 2), None for none.
+        logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
+        label_smoothing: e in [0, 1).
+        ignore_index: label that does not count.
+        reduction: "mean" (sum of example_weight * nll over the normalizer), "sum" or "none".
+        normalizer: what "mean" divides by: a number or a 0-d tensor, which is never read on the
+            host. Default: the number of labels in this call that count. Pass the count of the
+            whole accumulated, global batch to make one large batch of many small ones. Where it
+            is 0 the loss is 0.
+        example_weight: weight of each example, in the numerator only. `[B]`, floating point,
+            differentiable. With "none" it multiplies the result.
+        valid_rows: positions b * T + t whose label counts, ascending, padded with -1. `[R]`,
+            int32. Lets a GPU skip the others without asking for their number; a CPU finds them
+            itself, and only checks.
+        return_posterior: whether to return log p(z | x, y_t) as well.
+
+    Returns:
+        loss, float32 (float64 if hidden is): `[]`, or `[B]` with reduction "none". With
+        `return_posterior` the pair (loss, log_posterior `[B, K, T]`), which has no gradient; at a
+        position that does not count it is the prior.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
+            [0, V) or a score is NaN or +inf (message names the place).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+
+    Note:
+        Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
+        "none" recomputes the logits there. `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a
+        GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
+        Backends: torch.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> _ = torch.manual_seed(0)
+        >>> hidden = torch.randn(2, 3, 4, 8, requires_grad=True)  # B, K, T, H
+        >>> weight, labels = torch.randn(10, 8), torch.tensor([[1, 2, 3, -100], [4, 5, 6, 7]])
+        >>> loss = F.rag_token_nll(hidden, weight, labels, torch.randn(2, 3))
+        >>> loss.backward()
+        >>> hidden.grad.shape, hidden.grad[0, :, 3].abs().max().item()
+        (torch.Size([2, 3, 4, 8]), 0.0)
+    """
+    return _rag_nll(
+        "token",
+        hidden,
+        weight,
+        labels,
+        doc_scores,
+        bias,
+        softcap,
+        logit_scale,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        normalizer,
+        example_weight,
+        valid_rows,
+        return_posterior,
+    )
+
+
+def rag_sequence_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    doc_scores: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    example_weight: Tensor | None = None,
+    valid_rows: Tensor | None = None,
+    return_posterior: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RAG-Sequence negative log-likelihood: one passage explains the whole target.
+
+        nll[b] = -log sum_k exp(log_prior[b,k] + sum_t token_logp[b,k,t])
+        log_prior = log_softmax_k(doc_scores)       (Lewis et al. 2020, sec. 2.1, RAG-Sequence)
+
+    The sum runs over positions whose label counts. With label smoothing e, token_logp becomes
+    (1 - e) log p_k(y_t) + e mean_v log p_k(v) before the marginal; the prior is left alone.
+
+    Gradient: with the posterior w[b,k] = softmax_k(log_prior + sum_t token_logp),
+    d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = prior - w.
+    Memory: as `rag_token_nll`; an example whose K*T rows of logits do not fit the workspace is cut
+    and its logits are computed twice.
+
+    Args:
+        hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's
+            `[B*K, T, H]`, floating point, any strides, differentiable.
+        weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
+            that of hidden (autocast) and its gradient has its own dtype.
+        labels: target tokens. `[B, T]`, int64.
+        doc_scores: raw retrieval scores. `[B, K]`, floating point, differentiable; -inf marks a
+            missing passage. An example without any passage has loss 0 and gradient 0.
+        bias: head bias. `[V]`, floating point, differentiable.
+        softcap: positive bound of the logits (Gemma 2), None for none.
+        logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
+        label_smoothing: e in [0, 1).
+        ignore_index: label that does not count.
+        reduction: "mean" (sum of example_weight * nll over the normalizer), "sum" or "none".
+        normalizer: as in `rag_token_nll`. Default: the number of labels that count.
+        example_weight: weight of each example, in the numerator only. `[B]`, floating point,
+            differentiable. With "none" it multiplies the result.
+        valid_rows: as in `rag_token_nll`. `[R]`, int32.
+        return_posterior: whether to return log p(z | x, y) as well.
+
+    Returns:
+        loss, float32 (float64 if hidden is): `[]`, or `[B]` with reduction "none". With
+        `return_posterior` the pair (loss, log_posterior `[B, K]`), which has no gradient; for an
+        example without counted labels it is the prior.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
+            [0, V) or a score is NaN or +inf (message names the place).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+
+    Note:
+        As `rag_token_nll`. Hugging Face's RagSequenceForGeneration adds the prior at the second
+        target position and multiplies it by V under smoothing; docs/math.md lists what differs.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> hidden, weight = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4)
+        >>> labels, scores = torch.tensor([[1, 2, -100]]), torch.zeros(1, 2)
+        >>> F.rag_sequence_nll(hidden, weight, labels, scores, reduction="none")  # 2 log 5
+        tensor([3.2189])
+    """
+    return _rag_nll(
+        "sequence",
+        hidden,
+        weight,
+        labels,
+        doc_scores,
+        bias,
+        softcap,
+        logit_scale,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        normalizer,
+        example_weight,
+        valid_rows,
+        return_posterior,
+    )
+
+
+def mips_topk(
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Finds the k rows of the index with the largest inner product, exactly.
+
+        scores[b], rows[b] = top-k over n of query_emb[b] . index_emb[n], ties by lowest row
+
+    No gradient: score the rows again with `doc_scores` to train. Memory: scores of one block of
+    passages at a time; `[B, N]` is never stored.
+
+    Args:
+        query_emb: questions. `[B, D]`, floating point.
+        index_emb: all passages. `[N, D]`, floating point.
+        k: how many to return, at least 1; more than N is allowed.
+        exclude: rows never to return: `[B, E]` int64 for each question (-1: none), or `[N]` bool
+            for all.
+
+    Returns:
+        scores `[B, k]` float32, descending, and rows `[B, k]` int64. Where fewer than k rows are
+        left, the rest is -inf and -1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, k < 1, the index is empty, or (on a CPU) a
+            query or a row of the index is not finite (message names the row).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
+
+    Note:
+        Inner products in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the block.
+        Backends: torch.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> index = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> F.mips_topk(torch.tensor([[1.0, 2.0]]), index, 2, exclude=torch.tensor([[2]]))
+        (tensor([[2., 1.]]), tensor([[1, 0]]))
+    """
+    checks.check_floating("query_emb", query_emb)
+    checks.check_floating("index_emb", index_emb)
+    checks.check_ndim("query_emb", query_emb, "[B, D]")
+    checks.check_shape("index_emb", index_emb, (None, query_emb.shape[1]), "[N, D]")
+    if index_emb.shape[0] == 0:
+        raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+    if exclude is not None:
+        if exclude.dtype == torch.bool:
+            checks.check_shape("exclude", exclude, (index_emb.shape[0],), "[N]")
+        else:
+            checks.check_integer("exclude", exclude)
+            checks.check_shape("exclude", exclude, (query_emb.shape[0], None), "[B, E]")
+            exclude = exclude.long()
+    checks.check_device(query_emb=query_emb, index_emb=index_emb, exclude=exclude)
+    return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude)
+
+
+def _rag_nll(
+    marginal: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    doc_scores: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    example_weight: Tensor | None,
+    valid_rows: Tensor | None,
+    return_posterior: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    checks.check_floating("doc_scores", doc_scores)
+    checks.check_ndim("doc_scores", doc_scores, "[B, K]")
+    n_examples, n_passages = doc_scores.shape
+    if n_passages == 0:
+        raise ValueError(
+            f"doc_scores: expected at least one passage per question, got K = 0 "
+            f"({checks.show(doc_scores)})"
+        )
+    if hidden.dim() == 3:
+        checks.check_shape("hidden", hidden, (n_examples * n_passages, None, None), "[B*K, T, H]")
+        hidden = hidden.unflatten(0, (n_examples, n_passages))
+    else:
+        expected = (n_examples, n_passages, None, None)
+        checks.check_shape("hidden", hidden, expected, "[B, K, T, H], or [B*K, T, H]")
+    softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
+    checks.check_labels(labels, n_examples, hidden.shape[2])
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if normalizer is not None:
+        checks.check_normalizer(normalizer, reduction)
+    if example_weight is not None:
+        checks.check_floating("example_weight", example_weight)
+        checks.check_shape("example_weight", example_weight, (n_examples,), "[B]")
+    if valid_rows is not None:
+        checks.check_integer("valid_rows", valid_rows)
+        checks.check_ndim("valid_rows", valid_rows, "[R]")
+    checks.check_device(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        labels=labels,
+        doc_scores=doc_scores,
+        example_weight=example_weight,
+        valid_rows=valid_rows,
+    )
+    deferred = reduction == "none"
+    total, nll, log_posterior, *_ = _marginal_nll(
+        hidden,
+        weight,
+        bias,
+        labels,
+        doc_scores,
+        None if deferred else example_weight,
+        valid_rows,
+        marginal,
+        softcap,
+        float(logit_scale),
+        float(label_smoothing),
+        ignore_index,
+        deferred,
+        *(_needs_grad(x) for x in (hidden, weight, bias, doc_scores)),
+    )
+    if deferred:
+        loss = nll if example_weight is None else nll * example_weight.to(nll.dtype)
+    elif reduction == "sum":
+        loss = total
+    else:
+        if normalizer is None:
+            normalizer = (labels != ignore_index).sum()
+        loss = _divide(total, normalizer)
+    return (loss, log_posterior) if return_posterior else loss
+
+
+def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
+    """total / normalizer, and 0 with gradient 0 where the normalizer is 0."""
+    if not isinstance(normalizer, Tensor):
+        return total / normalizer if normalizer > 0 else total * 0.0
+    normalizer = normalizer.to(device=total.device, dtype=total.dtype)
+    empty = normalizer == 0
+    return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)
+
+
+def _needs_grad(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,104 @@
+"""Which implementations exist, which of them can run here, and why the others cannot.
+
+Every op lists the backends that implement it with `register`; `choose` picks the first one in the
+device's order of preference that can run. The environment variable `FASTRAG_BACKEND` forces one
+name for every op; where that backend cannot run, `choose` raises and says why. Nothing is probed
+before the first question, so importing fastrag touches neither CUDA nor triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterable
+
+import torch
+
+BACKEND_VARIABLE = "FASTRAG_BACKEND"
+NAMES = ("torch", "triton")
+# Fastest first. "torch" stands last everywhere: it runs wherever torch runs.
+_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
+_MIN_CAPABILITY = (8, 0)
+
+_implemented: dict[str, tuple[str, ...]] = {}
+
+
+def register(op: str, names: Iterable[str]) -> None:
+    """States that `op` has an implementation in each of the backends `names`."""
+    _implemented[op] = tuple(names)
+
+
+def implemented() -> dict[str, tuple[str, ...]]:
+    """Returns op name -> names of the backends that implement it, for every op imported so far."""
+    return dict(_implemented)
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def why_not(name: str) -> str:
+    """Returns the empty string if backend `name` can run here, else the reason it cannot.
+
+    Raises:
+        RuntimeError: there is no backend of that name.
+    """
+    if name not in NAMES:
+        raise RuntimeError(f"no backend is called {name!r}; backends: {', '.join(NAMES)}")
+    return _probe(name, interpreting())
+
+
+def availability() -> dict[str, str]:
+    """Returns backend name -> reason it cannot run here (empty: it can)."""
+    return {name: why_not(name) for name in NAMES}
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Returns the name of the backend that runs `op` on tensors of this device and dtype.
+
+    Raises:
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
+    """
+    forced = os.environ.get(BACKEND_VARIABLE, "")
+    if forced:
+        reason = _refusal(forced, op, device, dtype)
+        if reason:
+            raise RuntimeError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
+        return forced
+    for name in _PREFERENCE.get(device.type, ("torch",)):
+        if not _refusal(name, op, device, dtype):
+            return name
+    raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    reason = why_not(name)
+    if reason:
+        return reason
+    if name not in _implemented[op]:
+        return f"{op} has no {name} implementation (it has: {', '.join(_implemented[op])})"
+    if name == "triton":
+        if device.type != "cuda" and not interpreting():
+            return f"triton needs CUDA tensors, got {device} (TRITON_INTERPRET=1 lifts this)"
+        if dtype == torch.float64:
+            return "the triton kernels compute in float32, got float64"
+    return ""
+
+
+@functools.cache
+def _probe(name: str, interpreted: bool) -> str:
+    if name == "torch":
+        return ""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreted:
+        return ""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        have, need = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
+        return f"compute capability {have} is below {need}"
+    return ""

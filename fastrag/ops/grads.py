@@ -1,0 +1,56 @@
+"""Refusal of double backward: an opaque op with a hand-written backward would return zeros."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes gradients through; stands between them and the op's inputs, and raises backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, n_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(grad.view_as(grad) for grad in tensors[n_inputs:])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"fastrag::{ctx.op} does not support double backward")
+
+
+def once_differentiable(op: str) -> Callable[[Backward], Backward]:
+    """Decorates a backward so that differentiating its gradients raises RuntimeError.
+
+    `torch.autograd.function.once_differentiable` raises only where the upstream gradient requires
+    grad, and is silent for a loss whose upstream gradient is the constant 1. Here the gradients
+    are tied to every input that requires grad; the op must therefore save those inputs.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def guarded(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            if not torch.is_grad_enabled():
+                return grads
+            sources = (*ctx.saved_tensors, *grad_outputs)
+            inputs = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
+            places = [i for i, grad in enumerate(grads) if grad is not None]
+            if not inputs or not places:
+                return grads
+            tied = _Refusal.apply(op, len(inputs), *inputs, *(grads[i] for i in places))
+            result = list(grads)
+            for place, grad in zip(places, tied, strict=True):
+                result[place] = grad
+            return tuple(result)
+
+        return guarded
+
+    return decorate

@@ -1,0 +1,423 @@
+"""RAG-Token and RAG-Sequence negative log-likelihood, with its gradients made in the forward.
+
+    token     nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt)
+    sequence  nll_b = -log sum_k exp(a_bk + sum_t m_bt l_bkt)
+    (a = log_softmax_k(doc_scores), l = token_logp, m = label counts; Lewis et al. 2020, sec. 2.1)
+
+With the posterior w (softmax_k of the same exponents):
+
+    d logits = e_b w m (softmax_v - 1[v = y])        a cross-entropy with one weight per row
+    d doc_scores_bk = e_b (p_bk sum_t m_bt - sum_t m_bt w_bkt)     token      (p = exp a)
+                      e_b (p_bk - w_bk)                            sequence
+
+**Group-resident chunks.** All rows of one group lie in one chunk: the K rows of a position (token)
+or the K*T rows of an example (sequence). So w is known while the chunk's logits are alive, and
+the gradients of sum_b e_b nll_b (e = example_weight) cost three GEMMs; nothing of size
+[B, K, T, V] ever exists. A Sequence example larger than the workspace is cut: a statistics pass
+over its pieces, then a gradient pass that recomputes their logits.
+
+**Late scale.** Gradients are saved without upstream gradient and normalizer, and multiplied by them
+in backward, out of place. A vector upstream gradient (reduction "none", `deferred=True`) is an
+example weight: backward runs the op once more with example_weight = upstream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrag.ops import backends, workspace
+from fastrag.ops.grads import once_differentiable
+from fastrag.ops.linear_head import (
+    HeadGradients,
+    LinearHead,
+    RowStats,
+    center_rows_,
+    dlogits_,
+    exp_rows_,
+)
+from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
+from fastrag.ops.token_logp import fake_head_gradients
+
+backends.register("marginal_nll", ("torch",))
+
+_N_INPUTS = 17
+_NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: inputs that backward can reach
+
+
+@torch.library.custom_op(
+    "fastrag::marginal_nll",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor doc_scores, "
+    "Tensor? example_weight, Tensor? valid_rows, str marginal, float? softcap, "
+    "float logit_scale, float label_smoothing, int ignore_index, bool deferred, bool need_dx, "
+    "bool need_dw, bool need_db, bool need_ds) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def marginal_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    doc_scores: Tensor,
+    example_weight: Tensor | None,
+    valid_rows: Tensor | None,
+    marginal: str,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    deferred: bool,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+    need_ds: bool,
+) -> tuple[Tensor, ...]:
+    """Returns (total, nll, log_posterior, dhidden, dweight, dbias, ddoc_scores).
+
+    total [] = sum_b example_weight_b nll_b and nll [B] are the loss; the first is differentiable
+    unless `deferred`, the second if `deferred`. The gradients are those of total; what is not
+    needed comes back empty, and all of them if `deferred`.
+    """
+    backends.choose("marginal_nll", hidden.device, hidden.dtype)
+    if deferred:
+        need_dx = need_dw = need_db = need_ds = False
+    with workspace.without_autocast(hidden.device):
+        dtype = workspace.accumulate_dtype(hidden.dtype)
+        head = LinearHead(weight, bias, softcap, logit_scale, dtype)
+        sums = HeadGradients(head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
+        kind = _Token if marginal == "token" else _Sequence
+        run = kind(
+            head,
+            sums,
+            hidden,
+            labels,
+            doc_scores,
+            example_weight,
+            valid_rows,
+            label_smoothing,
+            ignore_index,
+        )
+        run.run()
+        nll, log_posterior, ddoc_scores = run.results()
+        weighted = nll if example_weight is None else nll * run.example_weight
+        dscores = ddoc_scores if need_ds else ddoc_scores.new_empty(0)
+        return (weighted.sum(), nll, log_posterior, *sums.results(), dscores)
+
+
+@marginal_nll.register_fake
+def _(hidden, weight, bias, labels, doc_scores, example_weight, valid_rows, marginal, *settings):
+    deferred, *need = settings[4:]
+    if deferred:
+        need = [False] * 4
+    n_examples, n_passages, n_tokens, _ = hidden.shape
+    dtype = workspace.accumulate_dtype(hidden.dtype)
+    post = (n_examples, n_passages, n_tokens) if marginal == "token" else (n_examples, n_passages)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(n_examples, dtype=dtype),
+        hidden.new_empty(post, dtype=dtype),
+        *fake_head_gradients(hidden, weight, *need[:3]),
+        hidden.new_empty((n_examples, n_passages) if need[3] else (0,), dtype=dtype),
+    )
+
+
+class _Marginal:
+    """One call: the prior, the masks and the walk over groups of chunks."""
+
+    def __init__(
+        self,
+        head: LinearHead,
+        sums: HeadGradients,
+        hidden: Tensor,
+        labels: Tensor,
+        doc_scores: Tensor,
+        example_weight: Tensor | None,
+        valid_rows: Tensor | None,
+        smoothing: float,
+        ignore_index: int,
+    ) -> None:
+        self.head, self.sums, self.smoothing = head, sums, smoothing
+        self.n_examples, self.n_passages, self.n_tokens, _ = hidden.shape
+        scores = doc_scores.to(head.dtype)
+        check_scores(scores)
+        present = scores != -torch.inf
+        self.live = present.any(1)  # [B]: an example without passages has no likelihood
+        self.log_prior = torch.where(present, scores.log_softmax(1), -torch.inf)
+        counted = labels != ignore_index
+        check_valid_rows(valid_rows, counted)
+        bad = check_labels(labels, counted, head.vocab_size)
+        labels = torch.where(bad, 0, labels)
+        counted = counted & self.live.unsqueeze(1)
+        self.counted = counted
+        self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
+        self.example_weight = (
+            torch.ones_like(scores[:, 0])
+            if example_weight is None
+            else example_weight.to(head.dtype)
+        )
+        self.positions = Positions(hidden, labels, counted, present, valid_rows, head.dtype)
+        rows = self.n_passages * head.buffers() + self.smoothing_rows()
+        position_bytes = rows * head.vocab_size * head.dtype.itemsize
+        self.limit = workspace.rows_per_chunk(position_bytes, hidden.device)
+
+    def smoothing_rows(self) -> int:
+        """How many rows of V numbers label smoothing adds to the workspace of one position."""
+        return 0
+
+    def dense(self, *shape: int) -> Tensor:
+        """Zeros with one entry for each position and one that the padding of valid_rows hits."""
+        n = self.n_examples * self.n_tokens + 1
+        return self.log_prior.new_zeros(n, *shape)
+
+    def undense(self, values: Tensor) -> Tensor:
+        """[B*T + 1, ...] -> [B, T, ...]."""
+        return values[:-1].view(self.n_examples, self.n_tokens, *values.shape[1:])
+
+    def logp(self, chunk: Chunk, stats: RowStats) -> Tensor:
+        """[G, K] log-probability of the label; NaN where the label is none of the vocabulary."""
+        logp = stats.logp
+        if stats.mean_logp is not None:
+            logp = torch.lerp(logp, stats.mean_logp, self.smoothing)
+        logp = logp.view(-1, self.n_passages)
+        return logp.masked_fill(self.bad[chunk.position].unsqueeze(1), torch.nan)
+
+
+class _Token(_Marginal):
+    """nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt); a group is one position."""
+
+    def smoothing_rows(self) -> int:
+        """One for the marginal at every v, one for the share of one passage in it at a time."""
+        return 2 if self.smoothing else 0
+
+    def run(self) -> None:
+        self.log_marginal = self.dense()
+        self.occupancy = self.dense(self.n_passages)  # sum_v of the gradient's target, m * w
+        self.log_post = self.dense(self.n_passages)
+        for part in workspace.even_slices(len(self.positions), self.limit):
+            self._chunk(self.positions.gather(part))
+
+    def _chunk(self, chunk: Chunk) -> None:
+        z, tanh = self.head.logits(chunk.x)
+        stats = (
+            self._log_rows_(z, chunk)
+            if self.smoothing
+            else exp_rows_(z, chunk.gold, with_mean=False)
+        )
+        counts = chunk.counts.unsqueeze(1)
+        prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
+        joint = torch.where(counts, prior + self.logp(chunk, stats), 0.0)
+        log_marginal = joint.logsumexp(1)
+        log_post = joint - log_marginal.unsqueeze(1)
+        target = posterior = log_post.exp()
+        upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
+        if self.smoothing:
+            smooth, target = self._smooth_(z, chunk, prior, posterior, upstream)
+            log_marginal = torch.lerp(log_marginal, smooth, self.smoothing)
+        elif self.sums:
+            row_weight = (upstream.unsqueeze(1) * posterior).view(-1)
+            dlogits_(z, chunk.gold, stats, row_weight, 0.0)
+        if self.sums:
+            self.sums.add(self.head.chain_(z, tanh), chunk.x, chunk.row)
+        self.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
+        self.occupancy[chunk.position] = torch.where(counts, target, 0.0)
+        self.log_post[chunk.position] = log_post
+
+    def _log_rows_(self, z: Tensor, chunk: Chunk) -> RowStats:
+        """Overwrites z with log softmax(z), which, unlike exp(z - max z), never underflows."""
+        picked = center_rows_(z, chunk.gold)
+        log_sum = torch.empty_like(picked)
+        for k in range(self.n_passages):
+            log_sum[k :: self.n_passages] = z[k :: self.n_passages].exp().sum(1).log_()
+        z.sub_(log_sum.unsqueeze(1))
+        return RowStats(picked - log_sum, log_sum, None)
+
+    def _smooth_(
+        self, z: Tensor, chunk: Chunk, prior: Tensor, posterior: Tensor, upstream: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Smooths the marginal distribution; z, holding log p, becomes the gradient of the logits.
+
+        With M_v = log sum_k exp(a_k + l_kv), r_kv = exp(a_k + l_kv - M_v) and
+        G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, Q_k = sum_v G_kv: dlogits_kv = p_kv Q_k - G_kv.
+        Returns mean_v M_v [G] and Q [G, K].
+        """
+        smoothing, vocab = self.smoothing, self.head.vocab_size
+        logp = z.view(-1, self.n_passages, vocab)
+        mixture = logp[:, 0] + prior[:, :1]
+        for k in range(1, self.n_passages):
+            # logaddexp has no fused multiply: the sum with the prior is its only temporary.
+            torch.logaddexp(mixture, logp[:, k] + prior[:, k : k + 1], out=mixture)
+        target = torch.empty_like(posterior)
+        for k in range(self.n_passages):
+            share = (logp[:, k] + prior[:, k : k + 1]).sub_(mixture).exp_()  # r_k [G, V]
+            target[:, k] = torch.lerp(posterior[:, k], share.mean(1), smoothing)
+            if self.sums:
+                scale = (upstream * target[:, k]).unsqueeze(1)
+                share.mul_((upstream * (smoothing / vocab)).unsqueeze(1))
+                logp[:, k].exp_().mul_(scale).sub_(share)
+        if self.sums:
+            hit = (upstream.unsqueeze(1) * posterior).view(-1, 1) * (smoothing - 1.0)
+            z.scatter_add_(1, chunk.gold.unsqueeze(1), hit)
+        return mixture.mean(1), target
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        nll = -self.undense(self.log_marginal).sum(1)
+        prior = self.log_prior.unsqueeze(2)
+        log_post = torch.where(
+            self.counted.unsqueeze(1), self.undense(self.log_post).transpose(1, 2), prior
+        )
+        tokens = self.counted.sum(1, keepdim=True)
+        dscores = tokens * self.log_prior.exp() - self.undense(self.occupancy).sum(1)
+        return nll, log_post.contiguous(), dscores * self.example_weight.unsqueeze(1)
+
+
+class _Sequence(_Marginal):
+    """nll_b = -log sum_k exp(a_bk + sum_t m_bt l_bkt); a group is one example."""
+
+    def run(self) -> None:
+        self.token_logp = self.dense(self.n_passages)
+        self.active = self.counted.any(1)  # [B]
+        for group in self._groups():
+            if len(group) == 1 or not self.sums:
+                self._resident(group)
+            else:
+                self._recomputed(group)
+
+    def _groups(self) -> list[list[slice]]:
+        """Whole examples packed into chunks; an example that does not fit is a list of pieces."""
+        if self.positions.per_example is None:  # only the device knows where an example ends
+            pieces = workspace.even_slices(len(self.positions), self.limit)
+            return [pieces] if pieces else []
+        groups: list[list[slice]] = []
+        start = stop = 0
+        for count in self.positions.per_example:
+            if stop > start and stop + count - start > self.limit:
+                groups.append([slice(start, stop)])
+                start = stop
+            stop += count
+            if stop - start > self.limit:
+                pieces = workspace.even_slices(stop - start, self.limit)
+                groups.append([slice(start + p.start, start + p.stop) for p in pieces])
+                start = stop
+        return [*groups, [slice(start, stop)]] if stop > start else groups
+
+    def _statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, RowStats]:
+        z, tanh = self.head.logits(chunk.x)
+        stats = exp_rows_(z, chunk.gold, with_mean=bool(self.smoothing))
+        logp = self.logp(chunk, stats)
+        self.token_logp[chunk.position] = torch.where(chunk.counts.unsqueeze(1), logp, 0.0)
+        return z, tanh, stats
+
+    def _gradients(self, chunk: Chunk, z: Tensor, tanh: Tensor | None, stats: RowStats) -> None:
+        posterior = self._posterior()[1].exp()[chunk.example]
+        upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
+        row_weight = (upstream.unsqueeze(1) * posterior).view(-1)
+        dlogits_(z, chunk.gold, stats, row_weight, self.smoothing)
+        self.sums.add(self.head.chain_(z, tanh), chunk.x, chunk.row)
+
+    def _resident(self, group: list[slice]) -> None:
+        for part in group:
+            chunk = self.positions.gather(part)
+            z, tanh, stats = self._statistics(chunk)
+            if self.sums:
+                self._gradients(chunk, z, tanh, stats)
+
+    def _recomputed(self, group: list[slice]) -> None:
+        for part in group:
+            self._statistics(self.positions.gather(part))
+        for part in group:
+            chunk = self.positions.gather(part)
+            z, tanh = self.head.logits(chunk.x)
+            stats = exp_rows_(z, chunk.gold, with_mean=False)
+            self._gradients(chunk, z, tanh, stats)
+
+    def _posterior(self) -> tuple[Tensor, Tensor]:
+        """Returns log p(y|x) [B] and log p(z|x,y) [B, K] from the statistics gathered so far."""
+        joint = self.log_prior + self.undense(self.token_logp).sum(1)
+        joint = torch.where(self.active.unsqueeze(1), joint, 0.0)
+        log_marginal = joint.logsumexp(1)
+        return log_marginal, joint - log_marginal.unsqueeze(1)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        log_marginal, log_post = self._posterior()
+        active = self.active.unsqueeze(1)
+        nll = torch.where(self.active, -log_marginal, 0.0)
+        dscores = torch.where(active, self.log_prior.exp() - log_post.exp(), 0.0)
+        log_post = torch.where(active, log_post, self.log_prior)
+        return nll, log_post, dscores * self.example_weight.unsqueeze(1)
+
+
+def check_scores(scores: Tensor) -> None:
+    """Checks on a CPU, where looking costs nothing, that scores [B, K] are finite or -inf.
+
+    Raises:
+        ValueError: if one is NaN or +inf.
+    """
+    if scores.device.type != "cpu":
+        return
+    bad = scores.isnan() | (scores == torch.inf)
+    if bool(bad.any()):
+        b, k = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"doc_scores: expected finite values, or -inf for a missing passage, "
+            f"got {float(scores[b, k])} at [{b}, {k}]"
+        )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, scores, example_weight, valid_rows, *settings = inputs
+    total, nll, log_posterior, *grads = output
+    ctx.settings = settings
+    ctx.deferred = settings[5]
+    ctx.needed = dict(zip(_NEEDS, settings[6:], strict=True))
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, *grads)
+    # The inputs are kept so that double backward can be refused, and for the deferred pass.
+    ctx.save_for_backward(
+        hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, *grads
+    )
+
+
+@once_differentiable("marginal_nll")
+def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> Any:
+    result: list[Tensor | None] = [None] * _N_INPUTS
+    hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, *grads = (
+        ctx.saved_tensors
+    )
+    upstream = dnll if ctx.deferred else dtotal
+    if upstream is None:
+        return tuple(result)
+    for place, needed in ctx.needed.items():
+        if ctx.needs_input_grad[place] and not needed:
+            raise RuntimeError(f"fastrag::marginal_nll was told not to differentiate input {place}")
+    if ctx.deferred:
+        *_, dhidden, dweight, dbias, dscores = marginal_nll(
+            hidden,
+            weight,
+            bias,
+            labels,
+            scores,
+            upstream,
+            valid_rows,
+            *ctx.settings[:5],
+            False,
+            *ctx.needed.values(),
+        )
+        scale = None
+    else:
+        (dhidden, dweight, dbias, dscores), scale = grads, upstream
+        if example_weight is not None and ctx.needs_input_grad[5]:
+            result[5] = (nll * scale).to(example_weight.dtype)
+    inputs = {0: hidden, 1: weight, 2: bias, 4: scores}
+    found = {0: dhidden, 1: dweight, 2: dbias, 4: dscores}
+    for place, grad in found.items():
+        if ctx.needs_input_grad[place]:
+            # Never in place: a retained graph, or a second upstream gradient, needs it again.
+            scaled = grad if scale is None else grad * scale
+            result[place] = scaled.to(inputs[place].dtype)
+    return tuple(result)
+
+
+marginal_nll.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,105 @@
+"""Exact maximum inner product search by blocks of passages, with a running top-k.
+
+    scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
+
+Score and row are packed into one int64, the score's bits in an order-preserving form above the
+complement of the row. All keys differ, so the selection is exact, ties go to the lowest row, and
+the order in which blocks are merged cannot change the answer. Only [B, block] scores ever exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrag.ops import backends, workspace
+
+backends.register("mips_topk", ("torch",))
+
+_ROW_MASK = 0xFFFFFFFF
+_NOTHING = torch.iinfo(torch.int64).min
+# A block holds its scores once as float32 and up to three times as int64 keys.
+_BYTES_PER_SCORE = 4 + 3 * 8
+
+
+@torch.library.custom_op(
+    "fastrag::mips_topk",
+    mutates_args=(),
+    schema="(Tensor query_emb, Tensor index_emb, int k, Tensor? exclude) -> (Tensor, Tensor)",
+)
+def mips_topk(
+    query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k] int64."""
+    backends.choose("mips_topk", query_emb.device, query_emb.dtype)
+    dtype = workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, index_emb.dtype))
+    query = query_emb.to(dtype)
+    check_finite("query_emb", query)
+    best = torch.full((query.shape[0], k), _NOTHING, dtype=torch.int64, device=query.device)
+    row_bytes = max(1, query.shape[0]) * _BYTES_PER_SCORE + index_emb.shape[1] * dtype.itemsize
+    limit = workspace.rows_per_chunk(row_bytes, query.device)
+    with workspace.without_autocast(query.device):
+        for part in workspace.even_slices(index_emb.shape[0], limit):
+            keys = _keys(query, index_emb, part, exclude)
+            keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
+            best = torch.cat([best, keys], 1).topk(k, dim=1).values
+    return _unpack(best)
+
+
+@mips_topk.register_fake
+def _(query_emb, index_emb, k, exclude):
+    shape = (query_emb.shape[0], k)
+    return (
+        query_emb.new_empty(shape, dtype=torch.float32),
+        query_emb.new_empty(shape, dtype=torch.int64),
+    )
+
+
+def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
+    """Checks on a CPU, where looking costs nothing, that every row of values [n, D] is finite.
+
+    Raises:
+        ValueError: naming the first row that is not.
+    """
+    if values.device.type != "cpu":
+        return
+    bad = ~values.isfinite().all(1)
+    if bool(bad.any()):
+        row = first_row + int(bad.nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}")
+
+
+def _keys(query: Tensor, index_emb: Tensor, part: slice, exclude: Tensor | None) -> Tensor:
+    """The keys [B, n] of the rows `part`; `_NOTHING` where the row is excluded."""
+    n = part.stop - part.start
+    block = index_emb[part].to(query.dtype)
+    scores = query @ block.t()
+    if scores.device.type == "cpu" and not bool(scores.isfinite().all()):
+        check_finite("index_emb", block, part.start)
+        raise ValueError(
+            f"index_emb: expected inner products within float range, got an overflow in rows "
+            f"{part.start} to {part.stop - 1}"
+        )
+    # Adding zero turns -0.0 into +0.0, which compares equal and must tie.
+    bits = (scores.float() + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of int32 = order of float32
+    rows = torch.arange(part.start, part.stop, device=query.device)
+    keys = (bits.long() << 32) | (_ROW_MASK - rows)
+    if exclude is None:
+        return keys
+    if exclude.dtype == torch.bool:
+        return keys.masked_fill_(exclude[part], _NOTHING)
+    # Rows of other blocks, and -1, are sent to one column more than there are.
+    inside = (exclude >= part.start) & (exclude < part.stop)
+    column = torch.where(inside, exclude - part.start, n)
+    padded = torch.nn.functional.pad(keys, (0, 1))
+    return padded.scatter_(1, column, _NOTHING)[:, :n]
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = keys == _NOTHING
+    bits = (keys >> 32).to(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    scores = bits.view(torch.float32).masked_fill(nothing, -torch.inf)
+    rows = (_ROW_MASK - (keys & _ROW_MASK)).masked_fill(nothing, -1)
+    return scores, rows

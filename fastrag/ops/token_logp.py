@@ -1,0 +1,174 @@
+"""log p(y_t | x, z_k, y_<t) from hidden states, never holding [B, K, T, V].
+
+    token_logp[b,k,t] = logits[b,k,t,y_bt] - logsumexp_v logits[b,k,t,v]
+    d logits[b,k,t,v] = g[b,k,t] * (1[v = y_bt] - softmax_v)
+
+Forward and backward run over the same chunks of positions. The backward recomputes the logits of a
+chunk, because the weight g of a row is not known while the forward holds them: four GEMMs where
+`marginal_nll`, which knows its weights, needs three.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrag.ops import backends, workspace
+from fastrag.ops.grads import once_differentiable
+from fastrag.ops.linear_head import (
+    HeadGradients,
+    LinearHead,
+    dhidden_dtype,
+    dlogits_,
+    exp_rows_,
+)
+from fastrag.ops.positions import Positions, check_labels
+
+backends.register("token_logp", ("torch",))
+
+
+@torch.library.custom_op(
+    "fastrag::token_logp",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float? softcap, "
+    "float logit_scale, int ignore_index) -> Tensor",
+)
+def token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+) -> Tensor:
+    """hidden [B, K, T, H], labels [B, T] -> [B, K, T], zero where the label is ignored."""
+    backends.choose("token_logp", hidden.device, hidden.dtype)
+    with workspace.without_autocast(hidden.device):
+        walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
+        out = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
+        for part in walk.parts:
+            chunk = walk.positions.gather(part)
+            z, _ = walk.head.logits(chunk.x)
+            logp = exp_rows_(z, chunk.gold, with_mean=False).logp
+            logp = logp.masked_fill(walk.per_row(walk.bad[chunk.position]), torch.nan)
+            out[chunk.row] = torch.where(walk.per_row(chunk.counts), logp, 0.0)
+    return out[:-1].view(hidden.shape[:-1])
+
+
+@token_logp.register_fake
+def _(hidden, weight, bias, labels, softcap, logit_scale, ignore_index):
+    return hidden.new_empty(hidden.shape[:-1], dtype=workspace.accumulate_dtype(hidden.dtype))
+
+
+@torch.library.custom_op(
+    "fastrag::token_logp_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "float? softcap, float logit_scale, int ignore_index, bool need_dx, bool need_dw, "
+    "bool need_db) -> (Tensor, Tensor, Tensor)",
+)
+def token_logp_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias given grad [B, K, T]; empty where not needed."""
+    backends.choose("token_logp", hidden.device, hidden.dtype)
+    with workspace.without_autocast(hidden.device):
+        walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
+        sums = HeadGradients(walk.head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
+        padded = torch.nn.functional.pad(grad.reshape(-1).to(walk.head.dtype), (0, 1))
+        for part in walk.parts:
+            chunk = walk.positions.gather(part)
+            z, tanh = walk.head.logits(chunk.x)
+            stats = exp_rows_(z, chunk.gold, with_mean=False)
+            row_weight = torch.where(walk.per_row(chunk.counts), -padded[chunk.row], 0.0)
+            draw = walk.head.chain_(dlogits_(z, chunk.gold, stats, row_weight, 0.0), tanh)
+            sums.add(draw, chunk.x, chunk.row)
+        return sums.results()
+
+
+@token_logp_backward.register_fake
+def _(grad, hidden, weight, bias, labels, softcap, logit_scale, ignore_index, *need):
+    return fake_head_gradients(hidden, weight, *need)
+
+
+def fake_head_gradients(
+    hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns empty tensors shaped as HeadGradients.results() returns them."""
+    dtype = workspace.accumulate_dtype(hidden.dtype)
+    empty = [weight.new_empty(0, dtype=dtype) for _ in range(3)]
+    if need_dx:
+        empty[0] = hidden.new_empty(hidden.shape, dtype=dhidden_dtype(hidden.dtype))
+    if need_dw:
+        empty[1] = weight.new_empty(weight.shape, dtype=dtype)
+    if need_db:
+        empty[2] = weight.new_empty(weight.shape[0], dtype=dtype)
+    return empty[0], empty[1], empty[2]
+
+
+class _Walk:
+    """The chunks of one call: what forward and backward share."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        ignore_index: int,
+    ) -> None:
+        dtype = workspace.accumulate_dtype(hidden.dtype)
+        self.head = LinearHead(weight, bias, softcap, logit_scale, dtype)
+        self.n_rows, self.n_passages = hidden.shape[:-1].numel(), hidden.shape[1]
+        counted = labels != ignore_index
+        bad = check_labels(labels, counted, weight.shape[0])
+        labels = torch.where(bad, 0, labels)
+        self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
+        self.positions = Positions(hidden, labels, counted, None, None, dtype)
+        row_bytes = self.head.vocab_size * dtype.itemsize * self.head.buffers()
+        limit = workspace.rows_per_chunk(hidden.shape[1] * row_bytes, hidden.device)
+        self.parts = workspace.even_slices(len(self.positions), limit)
+
+    def per_row(self, per_position: Tensor) -> Tensor:
+        """[G] -> [G * K]."""
+        return per_position.repeat_interleave(self.n_passages)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, bias, labels, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels)
+
+
+@once_differentiable("token_logp")
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 7
+    if grad is None:
+        return nothing
+    hidden, weight, bias, labels = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    found = token_logp_backward(grad, hidden, weight, bias, labels, *ctx.settings, *need)
+    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+    grads = [
+        dx.to(dtype) if wanted else None
+        for dx, dtype, wanted in zip(found, dtypes, need, strict=True)
+    ]
+    return (*grads, *nothing[3:])
+
+
+token_logp.register_autograd(_backward, setup_context=_setup_context)
