@@ -136,7 +136,9 @@ class RagCollator:
                 )
             answers = [self._answer_ids(question) for question in questions]
             batch["labels"], _ = pad_ids(answers, IGNORE_INDEX)
-            batch["valid_rows"] = valid_rows([len(ids) for ids in answers], batch["labels"].shape[1])
+            batch["valid_rows"] = valid_rows(
+                [len(ids) for ids in answers], batch["labels"].shape[1]
+            )
         return batch
 
     def _encoder_ids(self, questions: Sequence[Question]) -> list[list[int]]:
@@ -173,9 +175,7 @@ class RagCollator:
         return self.bound.answer_ids(answer)[: self.max_answer]
 
 
-def pad_ids(
-    sequences: Sequence[Sequence[int]], pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-pads id lists.
 
     Args:

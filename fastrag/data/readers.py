@@ -164,7 +164,9 @@ def _passage(record: Any, where: str) -> Passage:
 
 def _unique(item: Any, where: str, seen: dict[str, str]) -> Any:
     if item.id in seen:
-        raise ValueError(f"{where}: expected unique ids, got {item.id!r} again (first {seen[item.id]})")
+        raise ValueError(
+            f"{where}: expected unique ids, got {item.id!r} again (first {seen[item.id]})"
+        )
     seen[item.id] = where.rpartition(":")[2] if ":" in where else where
     return item
 
@@ -178,6 +180,8 @@ def _text(value: Any, key: str, where: str) -> str:
         raise ValueError(f"{where}: {key}: expected text, got {got}")
     if not value.strip():
         raise ValueError(f"{where}: {key}: expected text, got an empty one")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError(f"{where}: {key}: expected text, got half of a surrogate pair")
     return value
 
 
@@ -219,9 +223,7 @@ def _list_literal(value: str, key: str, where: str) -> list[Any]:
     raise ValueError(f"{where}: {key}: expected a list such as ['a', 'b'], got {value[:80]!r}")
 
 
-def _records(
-    source: Any, format: str | None, required: Sequence[str]
-) -> Iterator[tuple[str, Any]]:
+def _records(source: Any, format: str | None, required: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yields (where, record) from any source."""
     if hasattr(source, "column_names"):
         yield from _dataset_records(source, required)
@@ -277,9 +279,7 @@ def _lines(path: Path) -> Iterator[str]:
             # The decoder reads ahead of the line, so the place is found by reading again.
             raise ValueError(_foreign_bytes(path, error)) from error
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(
-                f"{path}:{number + 1}: expected readable data, got {error}"
-            ) from error
+            raise ValueError(f"{path}:{number + 1}: expected readable data, got {error}") from error
 
 
 def _foreign_bytes(path: Path, error: UnicodeDecodeError) -> str:

@@ -85,9 +85,7 @@ class Template:
         _check_kind(kind)
         if kind == "seq2seq":
             return cls(context="question: {question} context: {passage}")
-        return cls(
-            context="Context: {passage}\nQuestion: {question}\nAnswer:", answer=" {answer}"
-        )
+        return cls(context="Context: {passage}\nQuestion: {question}\nAnswer:", answer=" {answer}")
 
     @classmethod
     def from_chat(
@@ -220,7 +218,7 @@ class Piece:
         tail: str = "",
     ) -> None:
         self._tokenizer = tokenizer
-        self._lead, self._tail = lead, tail
+        self.lead, self.tail = lead, tail
         self.anchor = ""
         if before or not first:
             anchors = dict.fromkeys(["", before[-1:], _ANCHOR])
@@ -238,7 +236,7 @@ class Piece:
         return self._encode(texts, self.anchor)
 
     def _encode(self, texts: Sequence[str], anchor: str) -> list[list[int]]:
-        values = [self._lead + text + self._tail for text in texts]
+        values = [self.lead + text + self.tail for text in texts]
         if not anchor:
             return encode_texts(self._tokenizer, values)
         anchor_ids = encode_texts(self._tokenizer, [anchor])[0]
@@ -257,7 +255,7 @@ class Piece:
         opening_ids = encode_markup(self._tokenizer, opening)
         pieces = self._encode(_JOIN_PROBES, anchor)
         return sum(
-            encode_markup(self._tokenizer, opening + self._lead + probe + self._tail)
+            encode_markup(self._tokenizer, opening + self.lead + probe + self.tail)
             == opening_ids + ids
             for probe, ids in zip(_JOIN_PROBES, pieces, strict=True)
         )
@@ -277,9 +275,7 @@ class BoundTemplate:
         pad_id: the tokenizer's pad id, or `eos_id` where it has none. Masks come from lengths.
     """
 
-    def __init__(
-        self, template: Template, tokenizer: PreTrainedTokenizerBase, kind: Kind
-    ) -> None:
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> None:
         _check_kind(kind)
         self.template = template
         self.kind = kind

@@ -1,0 +1,7 @@
+"""The index: passage vectors, passage tokens, their files, and when they are refreshed."""
+
+from fastrag.index.flat import FlatIndex
+from fastrag.index.passages import PassageStore
+from fastrag.index.refresh import RefreshPolicy, encode_passages
+
+__all__ = ["FlatIndex", "PassageStore", "RefreshPolicy", "encode_passages"]

@@ -1,0 +1,452 @@
+"""PassageStore: the corpus as token ids, in both vocabularies, memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+
+from fastrag.data.readers import Passage
+from fastrag.data.templates import Template
+from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
+from fastrag.index.storage import ArrayStream, FolderWriter, as_tensor, read_folder, write_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = "fastrag.PassageStore"
+VERSION = 1
+Stream = Literal["encoder", "generator"]
+STREAMS: tuple[Stream, ...] = ("encoder", "generator")
+_TEXTS = ("ids", "titles", "texts")
+_BATCH = 1024
+
+
+class PassageStore:
+    """Passages tokenised once per vocabulary, and their texts; row i belongs to index row i.
+
+    Made by `build` and `load`. Stream `"encoder"` holds what the passage encoder reads (special
+    tokens included); stream `"generator"` holds the template's passage piece (no special tokens).
+    On disk both are flat int32 tokens with int64 offsets, and a loaded store maps them.
+    """
+
+    def __init__(
+        self, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
+    ) -> None:
+        self._manifest = {key: manifest[key] for key in ("n", "streams", "template")}
+        self._arrays = dict(arrays)
+        self._tokens = {name: as_tensor(arrays[f"{name}_tokens"]) for name in STREAMS}
+        self._offsets = {name: as_tensor(arrays[f"{name}_offsets"]) for name in STREAMS}
+        self.ids: Sequence[str] = _Texts(arrays, "ids")
+        self._titles, self._bodies = _Texts(arrays, "titles"), _Texts(arrays, "texts")
+
+    def __len__(self) -> int:
+        return int(self._manifest["n"])
+
+    def __repr__(self) -> str:
+        n = {name: self._tokens[name].numel() for name in STREAMS}
+        return f"PassageStore(n={len(self)}, tokens={n}, device='{self.device}')"
+
+    @classmethod
+    def build(
+        cls,
+        passages: Iterable[Passage],
+        *,
+        template: Template,
+        question_tokenizer: PreTrainedTokenizerBase,
+        generator_tokenizer: PreTrainedTokenizerBase,
+        dir: str | os.PathLike[str] | None = None,
+        max_encoder_tokens: int = 256,
+        max_passage: int | None = None,
+        encoder_prefix: str = "",
+        progress: bool = False,
+    ) -> Self:
+        """Tokenises a corpus, in bounded memory when a folder is given.
+
+        Args:
+            passages: any iterable, read once; a list gives the progress bar a total.
+            template: joins title and text for both streams; its passage slot makes the generator's.
+            question_tokenizer: the encoders' tokenizer (one vocabulary for both encoders).
+            generator_tokenizer: the generator's.
+            dir: write the store there, block by block, and map it; `None`: keep it in memory.
+            max_encoder_tokens: the encoder's stream is cut at this many tokens, special ones included.
+            max_passage: the generator's stream is cut at this many tokens; `None`: uncut.
+            encoder_prefix: put before the joined text for the encoder (`"passage: "`).
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: no passages, an empty text, an id twice (both rows named), a bad limit, or a
+                folder that cannot be written; nothing is left behind then.
+        """
+        if max_passage is not None and max_passage < 1:
+            raise ValueError(f"max_passage: expected at least 1 token or None, got {max_passage}")
+        piece = template.passage_piece(generator_tokenizer)
+
+        def encode(batch: Sequence[Passage]) -> dict[str, list[list[int]]]:
+            rendered = [template.render_passage(passage) for passage in batch]
+            prefixed = [encoder_prefix + text for text in rendered]
+            return {
+                "encoder": encode_framed(question_tokenizer, prefixed, max_encoder_tokens),
+                "generator": [ids[:max_passage] for ids in piece(rendered)],
+            }
+
+        manifest: dict[str, Any] = {
+            "template": template.to_dict(),
+            "streams": {
+                "encoder": {
+                    "fingerprint": stream_fingerprint(question_tokenizer),
+                    "max_tokens": max_encoder_tokens,
+                    "prefix": encoder_prefix,
+                },
+                "generator": {
+                    "fingerprint": stream_fingerprint(generator_tokenizer, template),
+                    "max_tokens": max_passage,
+                },
+            },
+        }
+        if dir is None:
+            sink = _MemorySink()
+            _record(manifest, _write(passages, encode, sink, progress))
+            return cls(manifest, sink.arrays())
+        with FolderWriter(dir, format=FORMAT, version=VERSION) as writer:
+            _record(manifest, _write(passages, encode, writer, progress))
+            writer.commit(manifest)
+        return cls.load(dir)
+
+    def save(self, dir: str | os.PathLike[str]) -> None:
+        """Writes the store as a folder, whole or not at all.
+
+        Args:
+            dir: the folder; an older PassageStore in it stays whole until the new one is.
+
+        Raises:
+            ValueError: the path is taken by something else, or cannot be written.
+        """
+        write_folder(dir, self._arrays, {**self._manifest, "format": FORMAT, "version": VERSION})
+
+    @classmethod
+    def load(cls, dir: str | os.PathLike[str], mmap: bool = True, verify: bool = False) -> Self:
+        """Opens a saved store.
+
+        Args:
+            dir: the folder.
+            mmap: map the files instead of reading them.
+            verify: check every byte against the manifest's SHA-256.
+
+        Raises:
+            ValueError: naming the file, what was expected and what was found.
+        """
+        manifest, arrays = read_folder(
+            dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
+        )
+        _check_arrays(Path(dir), manifest, arrays)
+        return cls(manifest, arrays)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token streams are."""
+        return self._tokens["encoder"].device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the token streams (texts stay on the host); returns the store itself."""
+        for name in STREAMS:
+            self._tokens[name] = self._tokens[name].to(device)
+            self._offsets[name] = self._offsets[name].to(device)
+        return self
+
+    @property
+    def template(self) -> Template:
+        """The template that the generator's stream was built with."""
+        return Template.from_dict(self._manifest["template"])
+
+    def title(self, row: int) -> str:
+        """The title of a row; may be empty."""
+        return self._titles[row]
+
+    def text(self, row: int) -> str:
+        """The text of a row."""
+        return self._bodies[row]
+
+    def passage(self, row: int) -> Passage:
+        """Id, title and text of a row."""
+        return Passage(self.ids[row], self.title(row), self.text(row))
+
+    def row_of(self, id: str) -> int:
+        """The row of a passage id, found by binary search over the ids' hashes.
+
+        Raises:
+            ValueError: no such id.
+        """
+        hashes, rows = self._arrays["id_hashes"], self._arrays["id_rows"]
+        wanted = np.uint64(_id_hash(id)[0])
+        for at in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
+            if hashes[at] != wanted:
+                break
+            if self.ids[int(rows[at])] == id:
+                return int(rows[at])
+        raise ValueError(f"id: expected the id of one of {len(self)} passages, got {id!r}")
+
+    def fingerprint(self, stream: Stream) -> str:
+        """Names the tokenizer (and passage template) that a stream was built with."""
+        _check_stream(stream)
+        return str(self._manifest["streams"][stream]["fingerprint"])
+
+    def check_tokenizer(
+        self, stream: Stream, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+    ) -> None:
+        """Refuses a tokenizer or template that would read a stream wrongly.
+
+        Args:
+            stream: `"encoder"` or `"generator"`.
+            tokenizer: the one in use now.
+            template: the one in use now, for `"generator"`; `None`: the store's own.
+
+        Raises:
+            ValueError: the stream was built with another tokenizer or passage template.
+        """
+        if stream == "generator":
+            template = template or self.template
+        found = stream_fingerprint(tokenizer, template if stream == "generator" else None)
+        if found != self.fingerprint(stream):
+            raise ValueError(
+                f"passages: the {stream} stream was built with another tokenizer"
+                f"{' or template' if stream == 'generator' else ''}: expected fingerprint "
+                f"{self.fingerprint(stream)}, got {found}"
+            )
+
+    def max_tokens(self, stream: Stream) -> int:
+        """Tokens of the longest passage of a stream."""
+        _check_stream(stream)
+        return int(self._manifest["streams"][stream]["longest"])
+
+    def lengths(self, stream: Stream) -> torch.Tensor:
+        """Tokens of every passage, `[N]` int64, on the CPU."""
+        _check_stream(stream)
+        return as_tensor(np.diff(self._arrays[f"{stream}_offsets"]))
+
+    def gather(
+        self, rows: torch.Tensor, stream: Stream, max_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids of passages, right-padded.
+
+        Memory: one padded batch; nothing else of the store is touched. No wait for a GPU: there
+        the width is the smaller of `max_length` and the store's longest passage, on the CPU the
+        longest passage of this batch.
+
+        Args:
+            rows: `[...]` int64, any shape; -1 is missing. On a GPU a row outside the store counts as
+                missing, because raising would wait for the device.
+            stream: `"encoder"` or `"generator"`.
+            max_length: cut passages at this many tokens.
+
+        Returns:
+            token_ids `[..., L]` int64, padded with 0, and lengths `[...]` int64 (0 where missing),
+            both on the rows' device.
+
+        Raises:
+            ValueError: unknown stream, rows that are not int64, `max_length` below 1, or (on the
+                CPU) a row outside the store.
+        """
+        _check_stream(stream)
+        if rows.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"rows: expected int64, got {rows.dtype}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
+        tokens, offsets = self._tokens[stream], self._offsets[stream]
+        at = rows.to(tokens.device, torch.int64)
+        on_host = tokens.device.type == "cpu"
+        if on_host and at.numel() and (int(at.min()) < -1 or int(at.max()) >= len(self)):
+            bad = int(at.min()) if int(at.min()) < -1 else int(at.max())
+            raise ValueError(f"rows: expected -1 to {len(self) - 1}, got {bad}")
+        missing = (at < 0) | (at >= len(self))
+        at = at.clamp(0, len(self) - 1)
+        starts = offsets[at]
+        lengths = (offsets[at + 1] - starts).masked_fill(missing, 0)
+        if max_length is not None:
+            lengths = lengths.clamp(max=max_length)
+        longest = self.max_tokens(stream)
+        width = longest if max_length is None else min(longest, max_length)
+        if on_host:
+            width = int(lengths.max()) if lengths.numel() else 0
+        width = max(1, width)
+        columns = torch.arange(width, device=tokens.device)
+        mask = columns < lengths[..., None]
+        positions = (starts[..., None] + columns).masked_fill(~mask, 0)
+        token_ids = tokens[positions].to(torch.int64).masked_fill(~mask, 0)
+        return token_ids.to(rows.device), lengths.to(rows.device)
+
+
+def stream_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> str:
+    """What `PassageStore.fingerprint` is for a stream built with this tokenizer and template.
+
+    Args:
+        tokenizer: the stream's tokenizer.
+        template: the template of a generator stream; only what touches its passage slot counts.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    name = tokenizer_fingerprint(tokenizer)
+    if template is None:
+        return name
+    piece = template.passage_piece(tokenizer)
+    described = json.dumps([name, template.passage, piece.lead, piece.anchor])
+    return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
+
+
+class _Texts(Sequence[str]):
+    """UTF-8 texts in one blob, decoded one at a time."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]], name: str) -> None:
+        self._bytes, self._offsets = arrays[f"{name}_bytes"], arrays[f"{name}_offsets"]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = int(row)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row: expected 0 to {len(self) - 1}, got {row}")
+        return bytes(self._bytes[self._offsets[row] : self._offsets[row + 1]]).decode("utf-8")
+
+
+class _MemoryArray:
+    def __init__(self, dtype: Any) -> None:
+        self._blocks = [np.empty(0, dtype=dtype)]
+
+    def append(self, block: np.ndarray[Any, Any]) -> None:
+        self._blocks.append(block)
+
+    def whole(self) -> np.ndarray[Any, Any]:
+        return np.concatenate(self._blocks)
+
+
+class _MemorySink:
+    """Takes what a FolderWriter takes and keeps it."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, _MemoryArray] = {}
+
+    def stream(self, name: str, dtype: Any) -> _MemoryArray:
+        self._streams[name] = _MemoryArray(dtype)
+        return self._streams[name]
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        return {name: stream.whole() for name, stream in self._streams.items()}
+
+
+class _Ragged:
+    """Rows of different length as one flat array and its offsets."""
+
+    def __init__(self, sink: FolderWriter | _MemorySink, flat: str, offsets: str, dtype: Any):
+        self._dtype = dtype
+        self._flat: ArrayStream | _MemoryArray = sink.stream(flat, dtype)
+        self._offsets: ArrayStream | _MemoryArray = sink.stream(offsets, np.int64)
+        self._offsets.append(np.zeros(1, dtype=np.int64))
+        self._end = 0
+        self.longest = 0
+
+    def extend(self, rows: Sequence[Any]) -> None:
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        if self._dtype == np.uint8:
+            flat = np.frombuffer(b"".join(rows), dtype=np.uint8)
+        else:
+            flat = np.fromiter(itertools.chain.from_iterable(rows), self._dtype, lengths.sum())
+        self._flat.append(flat)
+        self._offsets.append(self._end + np.cumsum(lengths))
+        self._end += int(lengths.sum())
+        self.longest = max(self.longest, int(lengths.max()))
+
+
+def _write(
+    passages: Iterable[Passage],
+    encode: Any,
+    sink: FolderWriter | _MemorySink,
+    progress: bool,
+) -> dict[str, Any]:
+    """Tokenises and writes everything; returns what the manifest learns from it."""
+    from tqdm.auto import tqdm
+
+    tokens = {
+        name: _Ragged(sink, f"{name}_tokens", f"{name}_offsets", np.int32) for name in STREAMS
+    }
+    blobs = {name: _Ragged(sink, f"{name}_bytes", f"{name}_offsets", np.uint8) for name in _TEXTS}
+    hashes: list[np.ndarray[Any, Any]] = []
+    n = 0
+    total = len(passages) if hasattr(passages, "__len__") else None
+    with tqdm(total=total, desc="tokenise", unit="passage", disable=not progress) as bar:
+        for batch in _batches(passages):
+            for row, passage in enumerate(batch, n):
+                if not passage.text.strip():
+                    raise ValueError(
+                        f"passages: expected a text in row {row} (id {passage.id!r}), got an empty one"
+                    )
+            for name, ids in encode(batch).items():
+                tokens[name].extend(ids)
+            blobs["ids"].extend([passage.id.encode("utf-8") for passage in batch])
+            blobs["titles"].extend([passage.title.encode("utf-8") for passage in batch])
+            blobs["texts"].extend([passage.text.encode("utf-8") for passage in batch])
+            hashes.append(np.array([_id_hash(passage.id) for passage in batch], dtype=np.uint64))
+            n += len(batch)
+            bar.update(len(batch))
+    if n == 0:
+        raise ValueError("passages: expected at least one passage, got an empty corpus")
+    both = np.concatenate(hashes)
+    order = np.lexsort((both[:, 1], both[:, 0]))
+    ordered = both[order]
+    same = (ordered[1:] == ordered[:-1]).all(axis=1).nonzero()[0]
+    if same.size:
+        first, again = sorted((int(order[same[0]]), int(order[same[0] + 1])))
+        raise ValueError(f"passages: expected unique ids, got rows {first} and {again} with one id")
+    sink.stream("id_hashes", np.uint64).append(np.ascontiguousarray(ordered[:, 0]))
+    sink.stream("id_rows", np.int64).append(order.astype(np.int64))
+    return {"n": n, "longest": {name: tokens[name].longest for name in STREAMS}}
+
+
+def _record(manifest: dict[str, Any], written: Mapping[str, Any]) -> None:
+    manifest["n"] = written["n"]
+    for name in STREAMS:
+        manifest["streams"][name]["longest"] = written["longest"][name]
+
+
+def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    iterator = iter(passages)
+    while batch := list(itertools.islice(iterator, _BATCH)):
+        yield batch
+
+
+def _id_hash(id: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(id.encode("utf-8"), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _check_stream(stream: str) -> None:
+    if stream not in STREAMS:
+        raise ValueError(f"stream: expected one of {list(STREAMS)}, got {stream!r}")
+
+
+def _check_arrays(
+    path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """The arrays belong together: offsets have N + 1 entries and end where the data end."""
+    n = manifest.get("n")
+    pairs = [(f"{name}_tokens", f"{name}_offsets") for name in STREAMS]
+    pairs += [(f"{name}_bytes", f"{name}_offsets") for name in _TEXTS]
+    for flat, offsets in pairs:
+        if flat not in arrays or offsets not in arrays:
+            raise ValueError(f"{path}: expected {flat}.npy and {offsets}.npy, got {sorted(arrays)}")
+        found = arrays[offsets]
+        if found.shape != (n + 1,) or int(found[-1]) != len(arrays[flat]):
+            raise ValueError(
+                f"{path / offsets}.npy: expected {n + 1} offsets up to {len(arrays[flat])}, got "
+                f"{list(found.shape)} up to {int(found[-1])}"
+            )

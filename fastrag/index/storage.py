@@ -1,0 +1,442 @@
+"""Folders of arrays on disk: written whole or not at all, checked when read, no pickle.
+
+A folder holds one `.npy` file per array and `manifest.json` (format name, format version, and for
+each file its dtype, shape, size and the SHA-256 of its data; the manifest carries its own SHA-256).
+
+Writing goes to a temporary sibling; files and folder are flushed to the disk, an existing folder is
+renamed aside, the new one renamed in, the old one deleted. Whatever moment the process is killed at,
+the old folder or the new one is there whole: `read_folder` takes back a folder that was left aside.
+Each step raises the audit event `fastrag.storage` (`sys.addaudithook`) with its name, so that a test
+can kill the process at any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+MANIFEST = "manifest.json"
+# Headers are padded to one size, so that a streamed array's shape can be written last.
+_HEADER_BYTES = 128
+_BLOCK_BYTES = 1 << 24
+
+
+def _step(name: str, path: Path) -> None:
+    sys.audit("fastrag.storage", name, str(path))
+
+
+def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
+    """The canonical `.npy` (version 1.0) header of a C-ordered array, 128 bytes long."""
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    text = repr({**described, "shape": tuple(int(n) for n in shape)}).encode("ascii")
+    n_text = _HEADER_BYTES - 10
+    if len(text) >= n_text:
+        raise ValueError(f"array: expected a shape that fits a {n_text}-byte header, got {shape}")
+    return b"\x93NUMPY\x01\x00" + n_text.to_bytes(2, "little") + text.ljust(n_text - 1) + b"\n"
+
+
+class ArrayStream:
+    """Appends blocks to one `.npy` file, so that an array need never be whole in memory.
+
+    Args:
+        path: the file.
+        dtype: the array's dtype; blocks must have it.
+        tail: the shape after the first dimension.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], tail: tuple[int, ...] = ()) -> None:
+        self._path, self._dtype, self._tail = path, dtype, tail
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(b"\0" * _HEADER_BYTES)
+        self._sha = hashlib.sha256()
+        self.n_rows = 0
+
+    def append(self, block: np.ndarray[Any, Any]) -> None:
+        """Writes rows `[n, *tail]`.
+
+        Raises:
+            ValueError: another dtype or row shape.
+        """
+        if block.dtype != self._dtype or block.shape[1:] != self._tail:
+            raise ValueError(
+                f"{self._path.name}: expected rows of {self._dtype} {list(self._tail)}, got "
+                f"{block.dtype} {list(block.shape[1:])}"
+            )
+        if not block.size:
+            self.n_rows += block.shape[0]
+            return
+        step = max(1, _BLOCK_BYTES // max(1, block[:1].nbytes))
+        with _as_value_error(self._path, "a writable file"):
+            for start in range(0, block.shape[0], step):
+                data = np.ascontiguousarray(block[start : start + step]).data.cast("B")
+                self._file.write(data)
+                self._sha.update(data)
+        self.n_rows += block.shape[0]
+
+    def close(self) -> dict[str, Any]:
+        """Writes the header, flushes to the disk, and returns the file's manifest entry."""
+        shape = (self.n_rows, *self._tail)
+        n_bytes = self._file.tell()
+        self._file.seek(0)
+        self._file.write(_header(self._dtype, shape))
+        _sync(self._file)
+        self._file.close()
+        return {
+            "dtype": np.lib.format.dtype_to_descr(self._dtype),
+            "shape": list(shape),
+            "bytes": n_bytes,
+            "sha256": self._sha.hexdigest(),
+        }
+
+    def abort(self) -> None:
+        """Closes the file and leaves it to be deleted."""
+        with contextlib.suppress(OSError):  # what was buffered may not fit on the disk
+            self._file.close()
+
+
+class FolderWriter:
+    """Writes one folder; a context manager that leaves nothing behind unless `commit` was reached.
+
+    Args:
+        path: the folder to create or replace. An existing one is replaced only if it is empty or
+            holds the same format.
+        format: format name.
+        version: format version, a whole number.
+
+    Raises:
+        ValueError: the path is taken by something else, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, format: str, version: int) -> None:
+        self.path = Path(path).absolute()
+        self._format, self._version = format, version
+        self._streams: dict[str, ArrayStream] = {}
+        self._done = False
+        with _as_value_error(self.path, "a writable folder"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _recover(self.path)
+            _check_replaceable(self.path, format)
+            _delete_stale(self.path)
+            self.folder = self.path.parent / (
+                f"{_temporary_prefix(self.path)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+            )
+            self.folder.mkdir()
+        _step("open", self.folder)
+
+    def stream(self, name: str, dtype: Any, tail: tuple[int, ...] = ()) -> ArrayStream:
+        """Opens an array to append to.
+
+        Args:
+            name: the file's name without `.npy`.
+            dtype: its dtype.
+            tail: its shape after the first dimension.
+        """
+        with _as_value_error(self.path, "a writable folder"):
+            self._streams[name] = ArrayStream(self.folder / f"{name}.npy", np.dtype(dtype), tail)
+        return self._streams[name]
+
+    def put(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Writes a whole array, in blocks."""
+        array = np.atleast_1d(array)
+        with _as_value_error(self.path, "a writable folder"):
+            self.stream(name, array.dtype, array.shape[1:]).append(array)
+
+    def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Flushes everything and swaps the new folder in.
+
+        Args:
+            manifest: what else the manifest says; JSON-able.
+
+        Returns:
+            The whole manifest.
+
+        Raises:
+            ValueError: the disk is full or refuses; what was there before is whole.
+        """
+        with _as_value_error(self.path, "a writable folder"):
+            files = {}
+            for name, stream in self._streams.items():
+                files[f"{name}.npy"] = stream.close()
+                _step(f"array {name}", self.folder)
+            body = {
+                **manifest,
+                "format": self._format,
+                "version": self._version,
+                "files": files,
+            }
+            body["manifest_sha256"] = _manifest_sha256(body)
+            with (self.folder / MANIFEST).open("wb") as file:
+                file.write(json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8"))
+                _sync(file)
+            _sync_folder(self.folder)
+            _step("synced", self.folder)
+            _swap_in(self.folder, self.path)
+            self._done = True
+        return body
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._done:
+            for stream in self._streams.values():
+                stream.abort()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    manifest: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes arrays and a manifest as one folder, whole or not at all.
+
+    Args:
+        path: the folder to create or replace.
+        arrays: file name without `.npy` to array.
+        manifest: must hold `format` (a name) and `version` (a whole number); JSON-able.
+
+    Returns:
+        The manifest as written, with a `files` entry per array.
+
+    Raises:
+        ValueError: `format` or `version` is missing, the path is taken by something else, or the
+            disk refuses; what was there before is whole.
+    """
+    rest = dict(manifest)
+    name, version = rest.pop("format", None), rest.pop("version", None)
+    if not isinstance(name, str) or not isinstance(version, int):
+        raise ValueError(f"manifest: expected a format name and version, got {name!r}, {version!r}")
+    with FolderWriter(path, format=name, version=version) as writer:
+        for key, array in arrays.items():
+            writer.put(key, array)
+        return writer.commit(rest)
+
+
+def read_folder(
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    version: int,
+    mmap: bool = True,
+    verify: bool = False,
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Reads a folder that `write_folder` wrote.
+
+    Manifest, format version, file sizes and `.npy` headers are always checked, so that a truncated
+    file is found here and not as a bus error later.
+
+    Args:
+        path: the folder.
+        format: the format name that must stand in the manifest.
+        version: the newest format version that the caller can read.
+        mmap: map the files (read-only) instead of reading them.
+        verify: check the SHA-256 of every file's data too; reads everything once.
+
+    Returns:
+        manifest, and arrays by name.
+
+    Raises:
+        ValueError: naming the file, what was expected and what was found.
+    """
+    path = Path(path)
+    with _as_value_error(path, "a readable folder"):
+        _recover(path.absolute())
+        manifest = _read_manifest(path, format, version)
+        arrays = {}
+        for file_name, entry in manifest["files"].items():
+            file = path / file_name
+            _check_file(file, entry)
+            if verify:
+                _check_data(file, entry)
+            arrays[file_name.removesuffix(".npy")] = _open_array(file, entry, mmap)
+    return manifest, arrays
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor on an array's memory, also when that is a read-only map: nobody may write to it then."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{path}: expected a {format} folder, got no such folder")
+    if not file.exists():
+        raise ValueError(f"{path}: expected a {format} folder with {MANIFEST}, got none")
+    try:
+        manifest = json.loads(file.read_bytes().decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"{file}: expected format {format!r}, got {found!r}")
+    found = manifest.get("version")
+    if not isinstance(found, int) or not 1 <= found <= version:
+        raise ValueError(
+            f"{file}: expected format version 1 to {version}, got {found!r} (a newer fastrag reads "
+            "newer versions)"
+        )
+    stated = manifest.pop("manifest_sha256", None)
+    if stated != _manifest_sha256(manifest):
+        raise ValueError(
+            f"{file}: expected SHA-256 {stated} as it states, got {_manifest_sha256(manifest)}: "
+            "the manifest was altered"
+        )
+    return manifest
+
+
+def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
+    if not file.exists():
+        raise ValueError(f"{file}: expected {entry['bytes']} bytes, got no such file")
+    n_bytes = file.stat().st_size
+    if n_bytes != entry["bytes"]:
+        raise ValueError(f"{file}: expected {entry['bytes']} bytes, got {n_bytes}")
+    expected = _header(np.dtype(entry["dtype"]), entry["shape"])
+    with file.open("rb") as opened:
+        found = opened.read(_HEADER_BYTES)
+    if found != expected:
+        raise ValueError(
+            f"{file}: expected the npy header of {entry['dtype']} {entry['shape']}, got {found!r}"
+        )
+    n_data = int(np.prod(entry["shape"], dtype=object)) * np.dtype(entry["dtype"]).itemsize
+    if n_bytes != _HEADER_BYTES + n_data:
+        raise ValueError(
+            f"{file}: expected {_HEADER_BYTES + n_data} bytes for {entry['dtype']} "
+            f"{entry['shape']}, got {n_bytes}"
+        )
+
+
+def _check_data(file: Path, entry: Mapping[str, Any]) -> None:
+    sha = hashlib.sha256()
+    with file.open("rb") as opened:
+        opened.seek(_HEADER_BYTES)
+        while block := opened.read(_BLOCK_BYTES):
+            sha.update(block)
+    if sha.hexdigest() != entry["sha256"]:
+        raise ValueError(f"{file}: expected SHA-256 {entry['sha256']}, got {sha.hexdigest()}")
+
+
+def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[Any, Any]:
+    if 0 in entry["shape"]:  # an empty file cannot be mapped
+        return np.zeros(entry["shape"], dtype=np.dtype(entry["dtype"]))
+    return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+
+
+def _manifest_sha256(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _check_replaceable(path: Path, format: str) -> None:
+    """Refuses to replace anything but an empty folder or one of the same format."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a folder to write to, got a file")
+    if not any(path.iterdir()):
+        return
+    found = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads((path / MANIFEST).read_bytes()).get("format")
+    if found != format:
+        raise ValueError(
+            f"{path}: expected an empty folder or a {format} one to replace, got a folder of "
+            f"format {found!r}"
+        )
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.old"
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}.tmp-{socket.gethostname()}-"
+
+
+def _swap_in(folder: Path, path: Path) -> None:
+    aside = _aside(path)
+    if aside.exists() and path.exists():  # a swap that was killed before its last step
+        shutil.rmtree(aside)
+    if path.exists():
+        path.rename(aside)
+        _step("aside", path)
+    try:
+        folder.rename(path)
+    except OSError:
+        _recover(path)
+        raise
+    _step("in", path)
+    _sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    _step("done", path)
+
+
+def _recover(path: Path) -> None:
+    """Takes back a folder whose replacement was killed between the two renames."""
+    aside = _aside(path)
+    if not path.exists() and aside.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            aside.rename(path)
+
+
+def _delete_stale(path: Path) -> None:
+    """Deletes temporary folders of this path whose process, on this machine, is gone."""
+    prefix = _temporary_prefix(path)
+    for folder in path.parent.glob(f"{prefix}*"):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _as_value_error(path: Path, expected: str) -> Iterator[None]:
+    """Turns the system's refusals (permission, full disk, not a folder) into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: expected {expected}, got {error}") from error
