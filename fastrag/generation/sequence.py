@@ -1,0 +1,139 @@
+"""RAG-Sequence decoding, greedy under each passage ("fast decoding", Lewis et al. 2020, sec. 2.5).
+
+    candidates:  y_k = greedy answer given passage z_k
+    score(y)     = log sum over {k : y_k = y} of p(z_k|x) p(y|x,z_k)
+
+A passage that did not itself propose y counts as giving it no probability: that is what saves the
+K x K forward passes of "thorough decoding".
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrag import functional
+from fastrag.nn.heads import base_model
+from fastrag.nn.outputs import RagGeneration
+
+if TYPE_CHECKING:
+    from fastrag.nn.generators import GeneratorAdapter
+
+IGNORE_INDEX = -100
+
+
+@torch.no_grad()
+def rag_sequence_generate(
+    adapter: GeneratorAdapter,
+    context_ids: Tensor,
+    context_mask: Tensor,
+    doc_scores: Tensor,
+    rows: Tensor,
+    *,
+    max_new_tokens: int = 32,
+    pad_id: int = 0,
+    **generate_kwargs: Any,
+) -> RagGeneration:
+    """Return the most probable greedy answer of each question, all questions at once.
+
+    Args:
+        adapter: the generator's adapter; its model should be in eval mode.
+        context_ids: `[B*K, L]` int64, padded as the adapter's kind wants it.
+        context_mask: `[B*K, L]`, 1 at tokens.
+        doc_scores: `[B, K]`, -inf at missing passages. Where all K are missing, the answer given
+            no passage is returned with its own probability.
+        rows: `[B, K]` int64, -1 at missing passages.
+        max_new_tokens: longest answer; one that does not end by then is scored as it stands.
+        pad_id: fills `sequences` behind the end.
+        generate_kwargs: further settings of the generator's `generate`.
+
+    Returns:
+        `RagGeneration`.
+
+    Raises:
+        ValueError: shapes disagree, or `max_new_tokens` < 1.
+    """
+    n_questions, n_docs = doc_scores.shape
+    if context_ids.shape[0] != n_questions * n_docs:
+        raise ValueError(
+            f"context_ids: expected [B*K, L] with B*K = {n_questions * n_docs} as in doc_scores, "
+            f"got {list(context_ids.shape)}"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens}")
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **generate_kwargs}
+    tokens = _greedy(adapter, context_ids, context_mask, settings)  # [B*K, T]
+    labels = _until_end(tokens, _end_ids(adapter), IGNORE_INDEX)
+    joint = _log_prior(doc_scores) + _seq_logp(adapter, context_ids, context_mask, labels).view(
+        n_questions, n_docs
+    )  # log p(z_k|x) p(y_k|x,z_k), [B, K]
+    candidates = labels.masked_fill(labels == IGNORE_INDEX, pad_id).unflatten(0, (-1, n_docs))
+    keys = labels.unflatten(0, (-1, n_docs))
+    same = (keys.unsqueeze(2) == keys.unsqueeze(1)).all(dim=-1)  # [B, K, K]
+    alike = joint.unsqueeze(1).masked_fill(~same, -torch.inf)
+    candidate_scores = alike.logsumexp(dim=2).masked_fill(joint.isneginf(), -torch.inf)
+    scores, best = candidate_scores.max(dim=1)
+    question = torch.arange(n_questions, device=best.device)
+    support = alike[question, best].argmax(dim=1)
+    return RagGeneration(
+        sequences=candidates[question, best],
+        scores=scores,
+        supporting_rows=rows[question, support],
+        rows=rows,
+        doc_scores=doc_scores,
+        candidates=candidates,
+        candidate_scores=candidate_scores,
+    )
+
+
+def _greedy(
+    adapter: GeneratorAdapter, ids: Tensor, mask: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """Run the generator's own greedy search; return the answer's columns alone."""
+    config = copy.deepcopy(base_model(adapter.model).generation_config)
+    plain = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
+    unused = dict.fromkeys(("temperature", "top_p", "top_k", "early_stopping", "length_penalty"))
+    config.update(**unused, **plain, return_dict_in_generate=False)
+    config.update(**settings)
+    out = adapter.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return out[:, 1:] if adapter.kind == "seq2seq" else out[:, ids.shape[1] :]
+
+
+def _end_ids(adapter: GeneratorAdapter) -> list[int]:
+    end = base_model(adapter.model).generation_config.eos_token_id
+    if end is None:
+        return []
+    return list(end) if isinstance(end, (list, tuple)) else [int(end)]
+
+
+def _until_end(tokens: Tensor, end_ids: list[int], ignore_index: int) -> Tensor:
+    """Keep each row to its first end token, that included; the rest becomes `ignore_index`."""
+    is_end = torch.isin(tokens, tokens.new_tensor(end_ids))
+    behind = (is_end.long().cumsum(dim=1) - is_end.long()) > 0
+    return tokens.masked_fill(behind, ignore_index)
+
+
+def _seq_logp(adapter: GeneratorAdapter, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """log p(y|x,z) of one answer per context, `[B*K]`."""
+    head = adapter.head()
+    token_logp = functional.token_logp(
+        adapter.hidden(ids, mask, labels, IGNORE_INDEX),  # [B*K, 1, T, H]
+        head.weight,
+        labels,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORE_INDEX,
+    )
+    return token_logp.sum(dim=(1, 2))
+
+
+def _log_prior(doc_scores: Tensor) -> Tensor:
+    """log p(z|x); where all K passages are missing, the first context (no passage) takes it all."""
+    none_found = ~doc_scores.isfinite().any(dim=1)
+    fallback = torch.full_like(doc_scores, -torch.inf)
+    fallback[:, 0] = 0.0
+    return torch.where(none_found[:, None], fallback, doc_scores).log_softmax(dim=1)

@@ -1,0 +1,604 @@
+"""RagModel: question encoder, passage index and generator as one module that trains end to end."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrag import functional
+from fastrag.nn.builder import BuiltContext, ContextBuilder
+from fastrag.nn.generators import adapt_generator, evaluating
+from fastrag.nn.heads import base_model
+from fastrag.nn.loss import RagLoss
+from fastrag.nn.outputs import RagGeneration, RagOutput
+from fastrag.nn.state import keep_one_name_per_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastrag.data.templates import BoundTemplate, Template
+    from fastrag.index import FlatIndex, PassageStore
+
+DEFAULT_CONTEXT = 512
+NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
+FLAT_PRIOR = 0.99  # share of log K above which the first batch's prior says nothing
+
+
+class _Retrieved(NamedTuple):
+    rows: Tensor  # [B, K] int64, -1 where missing
+    seconds: float  # wall time on the host
+
+
+class RagModel(nn.Module):
+    """Retrieval-augmented generation, trained on the marginal likelihood (Lewis et al. 2020).
+
+        q = question_encoder(x);  z_1..z_K = the K passages of largest inner product with q
+        p(z_k|x) = softmax_k(q . d_k / tau);  loss = RagLoss of the answers under the generator
+
+    Gradients reach the question encoder, the generator and, if asked for, the passage encoder and
+    tau. It is a plain module: it works in a loop of your own, under `transformers.Trainer`, and
+    with PEFT adapters on the generator.
+
+    Args:
+        question_encoder: module of `(input_ids [B, S], attention_mask) -> [B, D]`, for example a
+            `TextEncoder`.
+        passage_encoder: the same for passages; may be the very same module; None if the index
+            never has to be made anew.
+        generator: any seq2seq or causal language model of transformers, plain or with PEFT.
+        index: vectors of the passages, in the order of `passages`; may still be empty, see
+            `refresh_index`.
+        passages: the passages as token ids.
+        n_docs: K, passages per question.
+        marginal: "token" or "sequence".
+        tau: temperature of the prior; None: 0.05 if both encoders normalise, else 1.
+        learn_tau: train log tau along, from `tau` on.
+        template: a `Template`, or one already bound to the generator's tokenizer; None: the default
+            of the generator's kind.
+        question_tokenizer: kept for `save_pretrained`.
+        generator_tokenizer: needed unless `template` is bound; kept for `save_pretrained`.
+        max_context: longest generator input in tokens; passages are cut to fit; None: 512 or what
+            the generator's positions allow.
+        train_passage_encoder: encode the K passages of a training step anew, with gradient. If
+            not, the passage encoder's parameters are set to `requires_grad=False` (unless shared).
+        explore: in training, m of the K passages are drawn without replacement from the softened
+            prior softmax(s / explore_tau) over the candidates behind the first K - m.
+        explore_pool: number of candidates; None: all passages.
+        explore_tau: softening of that prior; larger is more uniform.
+        label_smoothing: see `RagLoss`.
+
+    Raises:
+        ValueError: index and passages of different length or width, numbers out of range, passages
+            tokenised for another generator, a generator that `adapt_generator` refuses.
+
+    Example:
+        >>> model = RagModel(question_encoder, passage_encoder, generator, index, passages,
+        ...                  question_tokenizer=qt, generator_tokenizer=gt)     # doctest: +SKIP
+        >>> model(**collator(questions)).loss.backward()                        # doctest: +SKIP
+    """
+
+    accepts_loss_kwargs = True  # transformers.Trainer: pass num_items_in_batch to forward
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_save = None  # transformers.Trainer reads it when a checkpoint lacks keys
+
+    def __init__(
+        self,
+        question_encoder: nn.Module,
+        passage_encoder: nn.Module | None,
+        generator: nn.Module,
+        index: FlatIndex,
+        passages: PassageStore,
+        *,
+        n_docs: int = 5,
+        marginal: str = "token",
+        tau: float | None = None,
+        learn_tau: bool = False,
+        template: Template | BoundTemplate | None = None,
+        question_tokenizer: PreTrainedTokenizerBase | None = None,
+        generator_tokenizer: PreTrainedTokenizerBase | None = None,
+        max_context: int | None = None,
+        train_passage_encoder: bool = False,
+        explore: int = 0,
+        explore_pool: int | None = 256,
+        explore_tau: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if tau is None:
+            both = (question_encoder, passage_encoder or question_encoder)
+            normalized = all(getattr(encoder, "normalize", False) for encoder in both)
+            tau = NORMALIZED_TAU if normalized else 1.0
+        _check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
+        if train_passage_encoder and passage_encoder is None:
+            raise ValueError("passage_encoder: expected a module to train, got None")
+        self.question_encoder = question_encoder
+        self.passage_encoder = passage_encoder
+        self.generator = generator
+        self.adapter = adapt_generator(generator)
+        self.index = index
+        self.passages = passages
+        self.n_docs = n_docs
+        self._tau = float(tau)
+        log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
+        self.register_parameter("log_tau", log_tau)
+        self.loss_fn = RagLoss(marginal, label_smoothing=label_smoothing)
+        self.question_tokenizer = question_tokenizer
+        self.generator_tokenizer = generator_tokenizer
+        self.builder = ContextBuilder(
+            _bound(template, generator_tokenizer, self.adapter.kind),
+            _context_limit(generator, self.adapter.kind, max_context),
+        )
+        self.train_passage_encoder = train_passage_encoder
+        self.explore = explore
+        self.explore_pool = explore_pool
+        self.explore_tau = explore_tau
+        self._prior_seen = False
+        if passage_encoder not in (None, question_encoder) and not train_passage_encoder:
+            passage_encoder.requires_grad_(False)
+        if len(index):
+            self._check_index()
+        if len(passages) == 0:
+            raise ValueError("passages: expected at least one passage, got an empty store")
+        if generator_tokenizer is not None:
+            bound = self.builder.template.template
+            passages.check_tokenizer("generator", generator_tokenizer, bound)
+        if question_tokenizer is not None:
+            passages.check_tokenizer("encoder", question_tokenizer)
+        keep_one_name_per_tensor(self)
+
+    @property
+    def tau(self) -> float | Tensor:
+        """Temperature of the prior; a tensor with gradient when it is learned."""
+        return self._tau if self.log_tau is None else self.log_tau.exp()
+
+    @property
+    def marginal(self) -> str:
+        """Which marginal likelihood is trained, "token" or "sequence"."""
+        return self.loss_fn.marginal
+
+    @property
+    def max_context(self) -> int:
+        """Longest generator input, in tokens."""
+        return self.builder.max_context
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        valid_rows: Tensor | None = None,
+        rows: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        example_weight: Tensor | None = None,
+        **kwargs: Any,
+    ) -> RagOutput:
+        """Retrieve K passages per question and return the marginal loss of the labels.
+
+        Args:
+            input_ids: questions in the question encoder's vocabulary, `[B, S]` int64.
+            attention_mask: `[B, S]`, 1 at tokens.
+            prompt_ids: questions in the generator's vocabulary, `[B, S']` int64, right-padded.
+            prompt_mask: `[B, S']`, 1 at tokens.
+            labels: answers, `[B, T]` int64, padded with -100; None: retrieval only.
+            valid_rows: positions of counted labels, `[R]` int32, from the collator.
+            rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
+            num_items_in_batch: what the loss is divided by; default this batch's label tokens.
+            example_weight: `[B]` factors of the examples in the loss.
+            kwargs: other keys of a batch; not read.
+
+        Returns:
+            `RagOutput`.
+
+        Raises:
+            ValueError: shapes disagree, a question or passage without a finite vector (named; on
+                a GPU, where looking would cost a wait, the loss is NaN instead), an empty index.
+        """
+        query_emb = self._encode_questions(input_ids, attention_mask)
+        retrieved = self._retrieve(query_emb, rows)
+        doc_scores = self._score(query_emb, retrieved.rows)
+        output = RagOutput(
+            doc_scores=doc_scores, rows=retrieved.rows, retrieval_seconds=retrieved.seconds
+        )
+        if labels is None:
+            return output
+        context = self._context(retrieved.rows, prompt_ids, prompt_mask)
+        hidden = self.adapter.hidden(context.ids, context.mask, labels)  # [B, K, T, H]
+        loss = self.loss_fn(
+            hidden,
+            self.adapter.head(),
+            labels,
+            doc_scores,
+            normalizer=num_items_in_batch,
+            example_weight=example_weight,
+            valid_rows=valid_rows,
+        )
+        output["loss"], output["log_posterior"] = loss
+        output["n_cut"] = context.n_cut
+        return output
+
+    @torch.no_grad()
+    def retrieve(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the K nearest passages of each question, without exploring.
+
+        Args:
+            input_ids: `[B, S]` int64.
+            attention_mask: `[B, S]`, 1 at tokens.
+            k: passages per question; None: `n_docs`.
+
+        Returns:
+            scores `[B, k]` fp32 (inner products, not divided by tau; -inf where missing), rows
+            `[B, k]` int64 (-1 where missing), best first.
+        """
+        with evaluating(self.question_encoder):
+            query_emb = self._encode_questions(input_ids, attention_mask)
+        return self._search(query_emb, k or self.n_docs)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 32,
+        n_docs: int | None = None,
+        rows: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> RagGeneration:
+        """Answer questions by RAG-Sequence decoding (`fastrag.generation.sequence`), in eval mode.
+
+        Args:
+            input_ids: `[B, S]` int64, question encoder's vocabulary.
+            attention_mask: `[B, S]`.
+            prompt_ids: `[B, S']` int64, generator's vocabulary.
+            prompt_mask: `[B, S']`.
+            max_new_tokens: longest answer.
+            n_docs: passages per question; None: the model's.
+            rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
+            generate_kwargs: passed on to the generator's `generate`.
+
+        Returns:
+            `RagGeneration`.
+        """
+        from fastrag.generation.sequence import rag_sequence_generate
+
+        with evaluating(self):
+            query_emb = self._encode_questions(input_ids, attention_mask)
+            if rows is None:
+                rows = self._search(query_emb, n_docs or self.n_docs)[1]
+            doc_scores = self._score(query_emb, rows)
+            context = self._context(rows, prompt_ids, prompt_mask)
+            return rag_sequence_generate(
+                self.adapter,
+                context.ids,
+                context.mask,
+                doc_scores,
+                rows,
+                max_new_tokens=max_new_tokens,
+                pad_id=self.builder.template.pad_id,
+                **generate_kwargs,
+            )
+
+    def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
+        """Encode all passages with the passage encoder as it is now and swap the vectors in.
+
+        Args:
+            batch_size: passages per forward pass.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: there is no passage encoder, or it gives a vector that is not finite.
+        """
+        from fastrag.index.refresh import encode_passages
+
+        if self.passage_encoder is None:
+            raise ValueError("passage_encoder: expected a module to encode passages, got None")
+        vectors = encode_passages(
+            self.passage_encoder, self.passages, batch_size, progress=progress
+        )
+        if len(self.index):
+            self.index.replace(vectors)
+        else:
+            self.index.add(vectors)
+
+    def _encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        query_emb = self.question_encoder(input_ids, attention_mask)
+        _require_finite(query_emb, "question_encoder: expected finite vectors, got NaN or inf for example")
+        return query_emb
+
+    def _retrieve(self, query_emb: Tensor, rows: Tensor | None) -> _Retrieved:
+        """Choose the K rows of each question: forced, nearest, or nearest and explored."""
+        if rows is not None:
+            if rows.dim() != 2 or rows.shape[0] != query_emb.shape[0]:
+                raise ValueError(
+                    f"rows: expected [B, K] with B = {query_emb.shape[0]}, got {list(rows.shape)}"
+                )
+            return _Retrieved(rows, 0.0)
+        start = time.perf_counter()
+        n_explored = self.explore if self.training else 0
+        if n_explored:
+            rows = self._explore(query_emb.detach(), n_explored)
+        else:
+            rows = self._search(query_emb.detach(), self.n_docs)[1]
+        return _Retrieved(rows, time.perf_counter() - start)
+
+    def _search(self, query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self._check_index()
+        return self.index.search(query_emb, k)
+
+    def _explore(self, query_emb: Tensor, n_explored: int) -> Tensor:
+        """K - m nearest rows, and m of the next candidates by Gumbel top-m: [B, K]."""
+        n_pool = max(self.explore_pool or len(self.index), self.n_docs)
+        scores, rows = self._search(query_emb, n_pool)
+        n_kept = self.n_docs - n_explored
+        logits = scores[:, n_kept:] / (self.tau * self.explore_tau)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        drawn = (logits.detach() + gumbel).topk(n_explored, dim=1).indices
+        return torch.cat([rows[:, :n_kept], rows[:, n_kept:].gather(1, drawn)], dim=1)
+
+    def _score(self, query_emb: Tensor, rows: Tensor) -> Tensor:
+        """Scores q . d / tau `[B, K]`; d from the index, or fresh when the passage encoder trains."""
+        if self.train_passage_encoder and self.training:
+            passage_emb = self._encode_rows(rows)
+        elif self.index.device == query_emb.device:
+            passage_emb = self.index.index_emb  # gathered inside the operation
+        else:
+            passage_emb = self.index.vectors(rows).to(query_emb.device)
+        doc_scores = functional.doc_scores(query_emb, passage_emb, rows=rows, tau=self.tau)
+        if self.training and not self._prior_seen:
+            self._warn_if_flat(doc_scores.detach())
+        return doc_scores
+
+    def _encode_rows(self, rows: Tensor) -> Tensor:
+        """Encode the passages of `rows` with gradient, each once: [B, K, D]."""
+        unique, where = rows.clamp(min=0).unique(return_inverse=True)
+        ids, lengths = self.passages.gather(unique.to(self.passages.device), "encoder")
+        ids, lengths = ids.to(rows.device), lengths.to(rows.device)
+        mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
+        vectors = self.passage_encoder(ids, mask.long())
+        _require_finite(
+            vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
+        )
+        return vectors[where]
+
+    def _context(
+        self, rows: Tensor, prompt_ids: Tensor | None, prompt_mask: Tensor | None
+    ) -> BuiltContext:
+        if prompt_ids is None:
+            raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
+        if prompt_mask is None:
+            prompt_mask = torch.ones_like(prompt_ids)
+        ids, lengths = self.passages.gather(
+            rows.to(self.passages.device), "generator", max_length=self.max_context
+        )
+        return self.builder.build(
+            ids.to(prompt_ids.device), lengths.to(prompt_ids.device), prompt_ids, prompt_mask
+        )
+
+    def _warn_if_flat(self, doc_scores: Tensor) -> None:
+        """Say once when the first training batch's prior is as good as uniform."""
+        self._prior_seen = True
+        found = doc_scores.isfinite().sum(dim=1).clamp(min=1)  # [B]
+        log_prior = doc_scores.float().log_softmax(dim=1)
+        entropy = -torch.where(doc_scores.isfinite(), log_prior.exp() * log_prior, 0.0).sum(dim=1)
+        several = found > 1
+        if bool((several & (entropy > FLAT_PRIOR * found.log())).sum() == several.sum() > 0):
+            warnings.warn(
+                f"the prior over passages is nearly uniform in the first batch (entropy above "
+                f"{FLAT_PRIOR} of its maximum, tau = {float(self.tau):g}): the retriever will learn "
+                f"slowly; use a smaller tau",
+                stacklevel=4,
+            )
+
+    def _check_index(self) -> None:
+        if len(self.index) == 0:
+            raise ValueError("index: expected vectors, got an empty index; call refresh_index()")
+        if len(self.index) != len(self.passages):
+            raise ValueError(
+                f"index: expected one vector per passage, got {len(self.index)} vectors and "
+                f"{len(self.passages)} passages"
+            )
+        dim = getattr(self.question_encoder, "dim", self.index.dim)
+        if dim != self.index.dim:
+            raise ValueError(
+                f"index: expected vectors of width {dim} as the question encoder gives, got "
+                f"{self.index.dim}"
+            )
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Recompute activations of encoders and generator in the backward pass (not of the loss).
+
+        Args:
+            activation_checkpointing_kwargs: for `torch.utils.checkpoint`, as in transformers.
+            options: passed on to each part, as transformers names them.
+        """
+        for part in self._transformers():
+            if hasattr(part, "activation_checkpointing_enable"):
+                part.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+            else:  # transformers before 5.20 knows the older name alone
+                part.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undo `activation_checkpointing_enable`."""
+        for part in self._transformers():
+            if hasattr(part, "activation_checkpointing_disable"):
+                part.activation_checkpointing_disable()
+            else:
+                part.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The name of `activation_checkpointing_enable` in transformers before 5.20."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The name of `activation_checkpointing_disable` in transformers before 5.20."""
+        self.activation_checkpointing_disable()
+
+    def _transformers(self) -> list[Any]:
+        """The transformers models inside that train."""
+        encoders = [self.question_encoder]
+        if self.train_passage_encoder and self.passage_encoder is not self.question_encoder:
+            encoders.append(self.passage_encoder)
+        parts = [getattr(encoder, "model", encoder) for encoder in encoders] + [self.generator]
+        return [part for part in parts if hasattr(part, "gradient_checkpointing_enable")]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load parameters; see `torch.nn.Module.load_state_dict`.
+
+        Raises:
+            ValueError: names or shapes are those of another configuration.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise ValueError(f"state_dict: checkpoint of another configuration: {error}") from error
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        merge_adapter: bool = False,
+        include_index: bool = False,
+    ) -> None:
+        """Write encoders, generator, tokenizers, template and settings as one folder.
+
+        The folder appears whole or not at all; one that stood there before stays until then.
+
+        Args:
+            path: the folder; replaced if it is one of this kind.
+            merge_adapter: merge a PEFT adapter into a copy of the generator instead of writing it
+                as an adapter.
+            include_index: write index and passages into it too; otherwise the index is named by
+                checksum and given to `from_pretrained`.
+        """
+        from fastrag.nn.checkpoint import save_model
+
+        save_model(self, path, merge_adapter=merge_adapter, include_index=include_index)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        index: FlatIndex | None = None,
+        passages: PassageStore | None = None,
+        *,
+        base_generator: nn.Module | None = None,
+        generator_class: type | None = None,
+        **overrides: Any,
+    ) -> RagModel:
+        """Read a folder that `save_pretrained` wrote, in eval mode; nothing is downloaded.
+
+        Args:
+            path: the folder.
+            index: the index; None: the one in the folder.
+            passages: the passages; None: those in the folder.
+            base_generator: the model that a PEFT adapter belongs on, if not found by its name.
+            generator_class: class with `from_pretrained`, where the automatic class is not it.
+            overrides: settings of the constructor that replace the stored ones.
+
+        Returns:
+            A RagModel.
+
+        Raises:
+            ValueError: a file is missing or of another configuration, or no index is to be had.
+        """
+        from fastrag.nn.checkpoint import load_model
+
+        return load_model(
+            cls,
+            path,
+            index,
+            passages,
+            base_generator=base_generator,
+            generator_class=generator_class,
+            overrides=overrides,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_docs={self.n_docs}, marginal={self.marginal!r}, tau={float(self.tau):g}, "
+            f"learn_tau={self.log_tau is not None}, max_context={self.max_context}, "
+            f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
+        )
+
+
+def _check_numbers(
+    n_docs: int, tau: float, explore: int, explore_pool: int | None, explore_tau: float
+) -> None:
+    if n_docs < 1:
+        raise ValueError(f"n_docs: expected an integer >= 1, got {n_docs}")
+    if not (tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"tau: expected a finite number > 0, got {tau}")
+    if not 0 <= explore <= n_docs:
+        raise ValueError(f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {explore}")
+    if explore_pool is not None and explore_pool < n_docs:
+        raise ValueError(f"explore_pool: expected at least n_docs = {n_docs}, got {explore_pool}")
+    if not explore_tau > 0:
+        raise ValueError(f"explore_tau: expected a number > 0, got {explore_tau}")
+
+
+def _bound(
+    template: Template | BoundTemplate | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    kind: Any,
+) -> BoundTemplate:
+    """Return `template`, or the default, bound to the generator's tokenizer."""
+    if hasattr(template, "literals"):
+        if template.kind != kind:
+            raise ValueError(f"template: expected one bound as {kind!r}, got {template.kind!r}")
+        return template
+    if tokenizer is None:
+        raise ValueError("generator_tokenizer: expected a tokenizer to bind the template, got None")
+    from fastrag.data.templates import Template
+
+    return (template or Template.default(kind)).bind(tokenizer, kind)
+
+
+def _context_limit(generator: nn.Module, kind: str, max_context: int | None) -> int:
+    """Return the generator's window, held against the positions that it has."""
+    config = base_model(generator).config
+    config = getattr(config, "encoder", None) or config  # EncoderDecoder: the encoder reads it
+    positions = getattr(config, "max_position_embeddings", None)
+    if max_context is None:
+        if positions is None:
+            return DEFAULT_CONTEXT
+        answer = min(64, positions // 4) if kind == "causal" else 0
+        return min(DEFAULT_CONTEXT, positions - answer)
+    if positions is not None and max_context > positions:
+        raise ValueError(
+            f"max_context: expected at most the generator's {positions} positions, got {max_context}"
+        )
+    return max_context
+
+
+def _require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) -> None:
+    """Raise for NaN or inf, naming the row; on the CPU alone, where looking costs no wait."""
+    if vectors.device.type != "cpu":
+        return
+    finite = vectors.detach().isfinite().all(dim=-1)
+    if not bool(finite.all()):
+        first = int((~finite).nonzero()[0])
+        raise ValueError(f"{message} {first if rows is None else int(rows[first])}")
