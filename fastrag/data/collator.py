@@ -43,6 +43,8 @@ class RagCollator:
             `model_max_length` where it states one.
         answer_choice: train on the `"first"` answer or on a `"random"` one (torch's generator, so
             DataLoader workers and resumed runs draw as the loader is seeded).
+        require_answers: refuse questions without answers (training). Otherwise a batch without any
+            has no labels.
 
     Raises:
         ValueError: an argument out of range, or a tokenizer that the template cannot be bound to.
@@ -61,6 +63,7 @@ class RagCollator:
         question_prefix: str = "",
         question_max_length: int | None = None,
         answer_choice: Literal["first", "random"] = "first",
+        require_answers: bool = False,
     ) -> None:
         if answer_choice not in ("first", "random"):
             raise ValueError(f"answer_choice: expected 'first' or 'random', got {answer_choice!r}")
@@ -83,10 +86,12 @@ class RagCollator:
             question_max_length = question_tokenizer.model_max_length
         self.question_max_length = question_max_length
         self.answer_choice = answer_choice
+        self.require_answers = require_answers
         self.bound: BoundTemplate = self.template.bind(generator_tokenizer, kind)
         if max_context is not None:
             self.bound.window(max_context)
-        self._question_tokenizer = question_tokenizer
+        self.question_tokenizer = question_tokenizer
+        self.generator_tokenizer = generator_tokenizer
         pad = question_tokenizer.pad_token_id
         self._question_pad = 0 if pad is None else pad
         self._frame = special_frame(question_tokenizer)
@@ -127,13 +132,11 @@ class RagCollator:
         batch["input_ids"], batch["attention_mask"] = pad_ids(encoder, self._question_pad)
         batch["prompt_ids"], batch["prompt_mask"] = pad_ids(prompts, self.bound.pad_id)
         answered = [bool(question.answers) for question in questions]
-        if any(answered):
+        if self.require_answers or any(answered):
             if not all(answered):
                 missing = questions[answered.index(False)]
-                raise ValueError(
-                    f"question {missing.id!r}: expected answers, as other questions of the batch "
-                    "have, got none"
-                )
+                why = "training needs them" if self.require_answers else "others of the batch have"
+                raise ValueError(f"question {missing.id!r}: expected answers ({why}), got none")
             answers = [self._answer_ids(question) for question in questions]
             batch["labels"], _ = pad_ids(answers, IGNORE_INDEX)
             batch["valid_rows"] = valid_rows(
@@ -147,7 +150,7 @@ class RagCollator:
         if room is not None:
             room -= len(prefix) + len(suffix)
         texts = [self.question_prefix + question.question.strip() for question in questions]
-        ids = encode_texts(self._question_tokenizer, texts)
+        ids = encode_texts(self.question_tokenizer, texts)
         return [[*prefix, *text_ids[:room], *suffix] for text_ids in ids]
 
     def _prompt_ids(self, question: Question) -> list[int]:

@@ -1,8 +1,8 @@
-"""Readers of passages and questions: JSONL, CSV/TSV, DPR's layouts, Hugging Face `datasets` objects.
+"""Readers of passages and questions: JSONL, CSV/TSV, DPR's layouts, Hugging Face `datasets`.
 
 Every reader is a generator, so that a corpus larger than memory can flow into `PassageStore.build`.
-One quoting rule for all separated files, RFC 4180: a field may stand in double quotes, a double quote
-inside is doubled, and a quoted field may hold separators and line breaks.
+One quoting rule for all separated files, RFC 4180: a field may stand in double quotes, a double
+quote inside is doubled, and a quoted field may hold separators and line breaks.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def read_questions(source: Any, format: str | None = None) -> Iterator[Question]
     """Reads questions.
 
     Records have `question`, and may have `id` (otherwise the row number), `answers` (a list or one
-    text; `answer` is accepted too), `positive` or `positive_ids`, `negative` or `negative_ids` (one id
-    or a list). SQuAD's `{"answers": {"text": [...]}}` is read as well. A separated file has these names
-    in its header; one without a header and with two columns is DPR's `question`, `['answer', ...]`.
+    text; `answer` is accepted too), `positive` or `positive_ids`, `negative` or `negative_ids` (one
+    id or a list). SQuAD's `{"answers": {"text": [...]}}` is read as well. A separated file has
+    these names in its header; one without a header and with two columns is DPR's `question`,
+    `['answer', ...]`.
 
     Args:
         source: as `read_passages`.
@@ -208,7 +209,7 @@ def _ids(record: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 
 def _list_literal(value: str, key: str, where: str) -> list[Any]:
-    """A cell of a separated file: `["a", "b"]` (JSON or Python, as DPR writes it) or one plain text."""
+    """A cell of a table: `["a", "b"]` (JSON or Python, as DPR writes it) or one plain text."""
     if not value.strip():
         return []
     if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
@@ -257,12 +258,15 @@ def _dataset_records(dataset: Any, required: Sequence[str]) -> Iterator[tuple[st
         yield f"dataset row {row}", record
 
 
-def _open(path: Path) -> TextIO:
+def _opener(path: Path) -> Callable[..., Any]:
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    opener = openers.get(path.suffix, open)
+    return openers.get(path.suffix, open)
+
+
+def _open(path: Path) -> TextIO:
     try:
         # utf-8-sig: a byte order mark, as spreadsheets write it, is not part of the first key.
-        return opener(path, "rt", encoding="utf-8-sig", newline="")
+        return _opener(path)(path, "rt", encoding="utf-8-sig", newline="")
     except OSError as error:
         raise ValueError(f"{path}: expected a readable file, got {error}") from error
 
@@ -283,8 +287,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _foreign_bytes(path: Path, error: UnicodeDecodeError) -> str:
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "rb") as file:
+    with _opener(path)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")

@@ -72,7 +72,7 @@ class Template:
                 count = text.count("{" + slot + "}") if isinstance(text, str) else 0
                 if count != 1:
                     raise ValueError(
-                        f"{name}: expected {{{slot}}} exactly once, got it {count} times in {text!r}"
+                        f"{name}: expected {{{slot}}} exactly once, got {count} in {text!r}"
                     )
 
     @classmethod
@@ -115,7 +115,7 @@ class Template:
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"tokenizer: expected one with a chat_template, got {type(tokenizer).__name__} without"
+                f"tokenizer: expected a chat_template, got {type(tokenizer).__name__} without one"
             )
         messages = [{"role": "user", "content": user}]
         if system is not None:
@@ -145,7 +145,7 @@ class Template:
         )
 
     def render_passage(self, passage: Passage) -> str:
-        """The text of a passage's piece: title and text, or the text alone when there is no title."""
+        """The text of a passage's piece: title and text joined, or the text where no title is."""
         text = passage.text.strip()
         title = passage.title.strip()
         if not title:
@@ -155,7 +155,7 @@ class Template:
         return before.replace("{title}", title) + text + after.replace("{title}", title)
 
     def render(self, passage: str, question: str) -> str:
-        """The whole input as one text, for people to read; training lays pieces end to end instead."""
+        """The whole input as one text, for people; training lays pieces end to end instead."""
         values = {"passage": passage, "question": question}
         literals, slots = _split(self.context)
         parts = [literals[0]]
@@ -262,7 +262,9 @@ class Piece:
 
 
 class BoundTemplate:
-    """A template tokenised for one generator: `literals[0] slots[0] literals[1] slots[1] literals[2]`.
+    """A template tokenised for one generator.
+
+    A context is `literals[0] slots[0] literals[1] slots[1] literals[2]`.
 
     Attributes:
         template: the template it was made from.
@@ -348,7 +350,7 @@ class BoundTemplate:
         return self._pieces["question"]([text.strip()])[0]
 
     def answer_ids(self, text: str) -> list[int]:
-        """Ids of one answer, the end included: EOS (causal) or the tokenizer's own target tokens."""
+        """Ids of one answer with its end: EOS (causal) or the tokenizer's own target tokens."""
         if self.kind == "causal":
             content = self._answer_piece([text.strip()])[0]
         else:

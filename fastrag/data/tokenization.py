@@ -1,4 +1,4 @@
-"""How text becomes token ids: text is never parsed for special tokens, special tokens are never read off a pad id.
+"""How text becomes token ids.
 
 Two facts decide everything here. Text that comes from a corpus or a user may spell a special token
 (`</s>`, `<|im_start|>`); it must stay text, so it is encoded with `split_special_tokens=True`.
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
-# What a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces, newlines,
-# punctuation, a script without spaces. Two tokenizers that agree on vocabulary and on this agree.
+# What a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces,
+# newlines, punctuation, a script without spaces. Tokenizers that agree on both agree.
 _FINGERPRINT_TEXTS = (
     "The Quick brown fox, 1234.5!",
     "  two  spaces\n\nand lines\t",
@@ -105,7 +105,8 @@ def encode_framed(
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts.
-        max_length: cut the *text* so that the whole has at most this many ids; the special tokens stay.
+        max_length: cut the *text* so that the whole has at most this many ids; the special tokens
+            stay.
 
     Returns:
         One list of ids per text.
@@ -126,7 +127,7 @@ def encode_framed(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names a tokenizer by what it does: a hash over its vocabulary and its encoding of fixed probe texts.
+    """Names a tokenizer by what it does: a hash of its vocabulary and of how it encodes probes.
 
     The serialised form of a tokenizer changes when it is saved and loaded; this does not.
 

@@ -294,7 +294,9 @@ class FlatIndex:
         return self
 
     def checksum(self) -> str:
-        """Names the content: dim, dtype, vectors and tombstones. Read off the manifest where it can be.
+        """Names the content: dim, dtype, vectors and tombstones.
+
+        Read off the manifest while the index is as it was saved, else computed once.
 
         Returns:
             32 hexadecimal digits; equal content gives equal digits on any device.

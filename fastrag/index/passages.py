@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -63,7 +63,7 @@ class PassageStore:
         question_tokenizer: PreTrainedTokenizerBase,
         generator_tokenizer: PreTrainedTokenizerBase,
         dir: str | os.PathLike[str] | None = None,
-        max_encoder_tokens: int = 256,
+        max_encoder_tokens: int | None = 256,
         max_passage: int | None = None,
         encoder_prefix: str = "",
         progress: bool = False,
@@ -76,7 +76,8 @@ class PassageStore:
             question_tokenizer: the encoders' tokenizer (one vocabulary for both encoders).
             generator_tokenizer: the generator's.
             dir: write the store there, block by block, and map it; `None`: keep it in memory.
-            max_encoder_tokens: the encoder's stream is cut at this many tokens, special ones included.
+            max_encoder_tokens: the encoder's stream is cut at this many tokens, special ones
+                included; `None`: uncut.
             max_passage: the generator's stream is cut at this many tokens; `None`: uncut.
             encoder_prefix: put before the joined text for the encoder (`"passage: "`).
             progress: show a progress bar.
@@ -241,8 +242,8 @@ class PassageStore:
         longest passage of this batch.
 
         Args:
-            rows: `[...]` int64, any shape; -1 is missing. On a GPU a row outside the store counts as
-                missing, because raising would wait for the device.
+            rows: `[...]` int64, any shape; -1 is missing. On a GPU a row outside the store counts
+                as missing, because raising would wait for the device.
             stream: `"encoder"` or `"generator"`.
             max_length: cut passages at this many tokens.
 
@@ -382,13 +383,13 @@ def _write(
     blobs = {name: _Ragged(sink, f"{name}_bytes", f"{name}_offsets", np.uint8) for name in _TEXTS}
     hashes: list[np.ndarray[Any, Any]] = []
     n = 0
-    total = len(passages) if hasattr(passages, "__len__") else None
+    total = len(passages) if isinstance(passages, Sized) else None
     with tqdm(total=total, desc="tokenise", unit="passage", disable=not progress) as bar:
         for batch in _batches(passages):
             for row, passage in enumerate(batch, n):
                 if not passage.text.strip():
                     raise ValueError(
-                        f"passages: expected a text in row {row} (id {passage.id!r}), got an empty one"
+                        f"passages: row {row} (id {passage.id!r}): expected text, got an empty one"
                     )
             for name, ids in encode(batch).items():
                 tokens[name].extend(ids)
@@ -438,7 +439,7 @@ def _check_arrays(
     path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> None:
     """The arrays belong together: offsets have N + 1 entries and end where the data end."""
-    n = manifest.get("n")
+    n = int(manifest["n"])
     pairs = [(f"{name}_tokens", f"{name}_offsets") for name in STREAMS]
     pairs += [(f"{name}_bytes", f"{name}_offsets") for name in _TEXTS]
     for flat, offsets in pairs:

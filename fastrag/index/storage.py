@@ -4,10 +4,10 @@ A folder holds one `.npy` file per array and `manifest.json` (format name, forma
 each file its dtype, shape, size and the SHA-256 of its data; the manifest carries its own SHA-256).
 
 Writing goes to a temporary sibling; files and folder are flushed to the disk, an existing folder is
-renamed aside, the new one renamed in, the old one deleted. Whatever moment the process is killed at,
-the old folder or the new one is there whole: `read_folder` takes back a folder that was left aside.
-Each step raises the audit event `fastrag.storage` (`sys.addaudithook`) with its name, so that a test
-can kill the process at any of them.
+renamed aside, the new one renamed in, the old one deleted. Whenever the process is killed, the old
+folder or the new one is there whole: `read_folder` takes back a folder that was left aside. Each
+step raises the audit event `fastrag.storage` (`sys.addaudithook`) with its name, so that a test can
+kill the process at any of them.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def read_folder(
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor on an array's memory, also when that is a read-only map: nobody may write to it then."""
+    """A tensor on an array's memory; where that is a read-only map, nobody may write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
