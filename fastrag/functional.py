@@ -28,8 +28,6 @@ from fastrag.ops.token_logp import token_logp as _token_logp
 
 __all__ = ["doc_scores", "mips_topk", "rag_sequence_nll", "rag_token_nll", "token_logp"]
 
-Reduction = Literal["mean", "sum", "none"]
-
 
 @overload
 def doc_scores(
@@ -217,7 +215,7 @@ def rag_token_nll(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     example_weight: Tensor | None = None,
     valid_rows: Tensor | None = None,
@@ -318,7 +316,7 @@ def rag_sequence_nll(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     example_weight: Tensor | None = None,
     valid_rows: Tensor | None = None,

@@ -39,7 +39,9 @@ def doc_scores(
 
 
 @doc_scores.register_fake
-def _(query_emb, passage_emb, rows, tau):
+def _(
+    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor]:
     shape = passage_emb.shape[:2] if rows is None else rows.shape
     scores = query_emb.new_empty(shape, dtype=_dtype(query_emb, passage_emb))
     return scores, torch.empty_like(scores)
@@ -72,7 +74,17 @@ def doc_scores_backward(
 
 
 @doc_scores_backward.register_fake
-def _(dscores, dlog_prior, log_prior, query_emb, passage_emb, rows, tau, need_dq, need_dp):
+def _(
+    dscores: Tensor | None,
+    dlog_prior: Tensor | None,
+    log_prior: Tensor,
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    need_dq: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor]:
     return (
         query_emb.new_empty(query_emb.shape if need_dq else 0),
         passage_emb.new_empty(passage_emb.shape if need_dp else 0),

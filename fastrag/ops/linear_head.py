@@ -136,9 +136,9 @@ class HeadGradients:
             if need_dx
             else None
         )
-        zeros = {"dtype": head.dtype, "device": hidden.device}
-        self.dweight = torch.zeros(head.weight.shape, **zeros) if need_dw else None
-        self.dbias = torch.zeros(head.vocab_size, **zeros) if need_db else None
+        weight, dtype = head.weight, head.dtype
+        self.dweight = weight.new_zeros(weight.shape, dtype=dtype) if need_dw else None
+        self.dbias = weight.new_zeros(head.vocab_size, dtype=dtype) if need_db else None
 
     def __bool__(self) -> bool:
         return not (self.dhidden is None and self.dweight is None and self.dbias is None)
@@ -157,10 +157,11 @@ class HeadGradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns dhidden (shaped as hidden), dweight and dbias; empty where not needed."""
-        empty = self.head.weight.new_empty(0, dtype=self.head.dtype)
         dhidden = None if self.dhidden is None else self.dhidden[:-1].view(self.shape)
-        found = (dhidden, self.dweight, self.dbias)
-        return tuple(empty.clone() if x is None else x for x in found)
+        return self._or_empty(dhidden), self._or_empty(self.dweight), self._or_empty(self.dbias)
+
+    def _or_empty(self, grad: Tensor | None) -> Tensor:
+        return self.head.weight.new_empty(0, dtype=self.head.dtype) if grad is None else grad
 
 
 def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -108,8 +108,8 @@ def marginal_nll(
 
 
 @marginal_nll.register_fake
-def _(hidden, weight, bias, labels, doc_scores, example_weight, valid_rows, marginal, *settings):
-    deferred, *need = settings[4:]
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    marginal, (deferred, *need) = rest[5], rest[10:]
     if deferred:
         need = [False] * 4
     n_examples, n_passages, n_tokens, _ = hidden.shape

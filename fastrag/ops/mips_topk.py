@@ -47,7 +47,9 @@ def mips_topk(
 
 
 @mips_topk.register_fake
-def _(query_emb, index_emb, k, exclude):
+def _(
+    query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+) -> tuple[Tensor, Tensor]:
     shape = (query_emb.shape[0], k)
     return (
         query_emb.new_empty(shape, dtype=torch.float32),

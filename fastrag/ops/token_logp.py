@@ -59,7 +59,7 @@ def token_logp(
 
 
 @token_logp.register_fake
-def _(hidden, weight, bias, labels, softcap, logit_scale, ignore_index):
+def _(hidden: Tensor, *_: Any) -> Tensor:
     return hidden.new_empty(hidden.shape[:-1], dtype=workspace.accumulate_dtype(hidden.dtype))
 
 
@@ -100,8 +100,8 @@ def token_logp_backward(
 
 
 @token_logp_backward.register_fake
-def _(grad, hidden, weight, bias, labels, softcap, logit_scale, ignore_index, *need):
-    return fake_head_gradients(hidden, weight, *need)
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_head_gradients(hidden, weight, *rest[-3:])
 
 
 def fake_head_gradients(
