@@ -104,7 +104,8 @@ def evaluate(
         Metrics and predictions.
 
     Raises:
-        ValueError: there is no question, or batch_size, ks or limit is not positive.
+        ValueError: there is no question, batch_size, ks or limit is not positive, or the model has
+            no generator_tokenizer.
 
     Example:
         >>> result = evaluate(model, questions, collator, ks=(1, 5))    # doctest: +SKIP
@@ -117,6 +118,8 @@ def evaluate(
     chosen = choose_fixed(questions, limit)
     if not chosen:
         raise ValueError("questions: expected at least one question, got none")
+    if model.generator_tokenizer is None:
+        raise ValueError("model: expected one with a generator_tokenizer to read answers, got None")
     was_training = model.training
     model.eval()
     predictions: list[Prediction] = []
@@ -125,7 +128,7 @@ def evaluate(
         with torch.no_grad():
             for rows in _batches(chosen, batch_size, progress, description):
                 batch = _to_device(collator(rows), model)
-                predictions += _answer(model, collator, rows, batch, ks, max_new_tokens, n_docs)
+                predictions += _answer(model, rows, batch, ks, max_new_tokens, n_docs)
                 if loss and "labels" in batch:
                     counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
                     nll += float(model(**batch).loss) * counted
@@ -188,13 +191,13 @@ def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
 
 def _answer(
     model: RagModel,
-    collator: RagCollator,
     questions: list[Any],
     batch: dict[str, Any],
     ks: Sequence[int],
     max_new_tokens: int,
     n_docs: int | None,
 ) -> list[Prediction]:
+    tokenizer = model.generator_tokenizer
     retriever_input = (batch["input_ids"], batch["attention_mask"])
     _, rows = model.retrieve(*retriever_input, max(ks))
     generation = model.generate(
@@ -204,9 +207,7 @@ def _answer(
         max_new_tokens=max_new_tokens,
         n_docs=n_docs,
     )
-    texts = collator.generator_tokenizer.batch_decode(
-        generation.sequences, skip_special_tokens=True
-    )
+    texts = tokenizer.batch_decode(generation.sequences, skip_special_tokens=True)
     passages = model.passages
     predictions = []
     for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):

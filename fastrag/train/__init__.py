@@ -1,0 +1,63 @@
+"""Training: RagTrainer on transformers.Trainer, the run's config, callbacks and checkpoints.
+
+Names load on first use, so that reading a config does not import transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastrag.train.build import build_collator, build_model
+    from fastrag.train.callbacks import (
+        CurveCallback,
+        MetricsFileCallback,
+        RefreshCallback,
+        SignalCallback,
+        TerminalCallback,
+    )
+    from fastrag.train.config import RagConfig
+    from fastrag.train.plots import plot_curve
+    from fastrag.train.signals import TrainingInterrupted
+    from fastrag.train.trainer import RagTrainer
+
+_HOMES = {
+    "CurveCallback": "callbacks",
+    "MetricsFileCallback": "callbacks",
+    "RagConfig": "config",
+    "RagTrainer": "trainer",
+    "RefreshCallback": "callbacks",
+    "SignalCallback": "callbacks",
+    "TerminalCallback": "callbacks",
+    "TrainingInterrupted": "signals",
+    "build_collator": "build",
+    "build_model": "build",
+    "plot_curve": "plots",
+}
+
+__all__ = [
+    "CurveCallback",
+    "MetricsFileCallback",
+    "RagConfig",
+    "RagTrainer",
+    "RefreshCallback",
+    "SignalCallback",
+    "TerminalCallback",
+    "TrainingInterrupted",
+    "build_collator",
+    "build_model",
+    "plot_curve",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

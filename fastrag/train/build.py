@@ -1,0 +1,394 @@
+"""From a RagConfig to the objects that train: model parts, index, collator, questions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrag.data import (
+    Passage,
+    Question,
+    RagCollator,
+    Template,
+    default_dataset,
+    read_passages,
+    read_questions,
+)
+from fastrag.index import FlatIndex, PassageStore
+from fastrag.index.refresh import encode_passages
+from fastrag.train.config import RagConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastrag.nn import RagModel, TextEncoder
+
+INDEX_FOLDER = "index"
+PASSAGES_FOLDER = "passages"
+_DEFAULT = "default"
+
+
+def load_passages(source: str) -> list[Passage] | Iterable[Passage]:
+    """Read the corpus that a config names.
+
+    Args:
+        source: a passages file, or `default` for the embedded set.
+
+    Returns:
+        The passages; a file is read while they are taken.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> len(load_passages("default")) > 1000
+        True
+    """
+    return default_dataset().passages if source == _DEFAULT else read_passages(source)
+
+
+def load_questions(source: str) -> list[Question]:
+    """Read the questions that a config names.
+
+    Args:
+        source: a questions file, or `default:<split>` for a split of the embedded set.
+
+    Returns:
+        The questions in file order.
+
+    Raises:
+        ValueError: the file is malformed or empty, or there is no such split.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> load_questions("default:dev")[0].answers != ()
+        True
+    """
+    if source == _DEFAULT or source.startswith(f"{_DEFAULT}:"):
+        splits = default_dataset().questions
+        split = source.partition(":")[2]
+        if split not in splits:
+            raise ValueError(
+                f"questions: expected default:<split> with one of {', '.join(splits)}, "
+                f"got {source!r}"
+            )
+        return list(splits[split])
+    questions = list(read_questions(source))
+    if not questions:
+        raise ValueError(f"{source}: expected at least one question, got none")
+    return questions
+
+
+def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = None) -> Any:
+    """Load a generator from a local folder, with LoRA adapters if asked.
+
+    Args:
+        path: a Hugging Face folder of a seq2seq or causal language model.
+        lora: `rank`, and optionally `alpha`, `dropout`, `targets`.
+
+    Returns:
+        The model, in fp32.
+
+    Raises:
+        ValueError: the folder cannot be read, or LoRA is asked for and peft is not installed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    folder = _local_folder("generator", path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"generator: expected a readable model folder {folder}: {_first_line(error)}"
+        ) from error
+    return model if lora is None else _with_lora(model, lora)
+
+
+def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Args:
+        path: the model's folder.
+        name: which setting it belongs to, for the error message.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _local_folder(name, path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name}: expected a tokenizer in {folder}: {_first_line(error)}"
+        ) from error
+
+
+def make_template(
+    setting: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, kind: str
+) -> Template:
+    """Make the template that a config names.
+
+    Args:
+        setting: `plain`, `chat`, or a mapping of Template's fields.
+        tokenizer: the generator's tokenizer.
+        kind: `seq2seq` or `causal`.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: `chat` and the tokenizer has no chat template, or a wrong mapping.
+    """
+    if isinstance(setting, dict):
+        return Template.from_dict(setting)
+    if setting == "chat":
+        return Template.from_chat(tokenizer)
+    return Template.default("causal" if kind == "causal" else "seq2seq")
+
+
+def build_index(
+    folder: str | os.PathLike[str],
+    passages: Iterable[Passage],
+    encoder: TextEncoder,
+    *,
+    template: Template,
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    generator_tokenizer: PreTrainedTokenizerBase,
+    max_passage: int = 256,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = True,
+) -> tuple[FlatIndex, PassageStore]:
+    """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
+
+    Args:
+        folder: where both go; each is replaced in one step.
+        passages: the corpus.
+        encoder: the passage encoder.
+        template: its passage piece goes to the generator.
+        encoder_tokenizer: the encoder's tokenizer.
+        generator_tokenizer: the generator's tokenizer.
+        max_passage: tokens at which the encoder's input is cut.
+        batch_size: passages per encoder batch.
+        device: where the encoder runs; None leaves it where it is.
+        progress: show a progress bar.
+
+    Returns:
+        The index and the passages.
+
+    Raises:
+        ValueError: the corpus is empty or malformed.
+    """
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    store = PassageStore.build(
+        passages,
+        template=template,
+        question_tokenizer=encoder_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+        max_encoder_tokens=min(max_passage, encoder.max_length or max_passage),
+        encoder_prefix=encoder.prefix,
+        dir=out / PASSAGES_FOLDER,
+        progress=progress,
+    )
+    if device is not None:
+        encoder.to(device)
+    vectors = encode_passages(encoder, store, batch_size, progress=progress)
+    index = FlatIndex(vectors.shape[1])
+    index.add(vectors)
+    index.save(out / INDEX_FOLDER)
+    return index, store
+
+
+def load_index(
+    folder: str | os.PathLike[str], verify: bool = False
+) -> tuple[FlatIndex, PassageStore]:
+    """Load what `build_index` wrote.
+
+    Args:
+        folder: the folder.
+        verify: check every byte against the checksums.
+
+    Returns:
+        The index and the passages.
+
+    Raises:
+        ValueError: a part is missing, damaged, or the two differ in length.
+    """
+    root = Path(folder)
+    for part in (INDEX_FOLDER, PASSAGES_FOLDER):
+        if not (root / part).is_dir():
+            raise ValueError(
+                f"index: expected a folder from `fastrag index build`, {root / part} is missing"
+            )
+    index = FlatIndex.load(root / INDEX_FOLDER, verify=verify)
+    store = PassageStore.load(root / PASSAGES_FOLDER, verify=verify)
+    if len(index) != len(store):
+        raise ValueError(
+            f"{root}: expected index and passages of one length, got {len(index)} and {len(store)}"
+        )
+    return index, store
+
+
+def build_model(config: RagConfig, progress: bool = True) -> RagModel:
+    """Load or build everything that a config names and join it into a RagModel.
+
+    Without `index`, the corpus is encoded into the run folder.
+
+    Args:
+        config: the settings.
+        progress: show progress bars.
+
+    Returns:
+        The model, on the CPU.
+
+    Raises:
+        ValueError: a part is missing or does not fit the others.
+    """
+    from fastrag.nn import RagModel, TextEncoder
+
+    passage_folder = config.passage_encoder or config.question_encoder
+    question_encoder = TextEncoder.from_pretrained(
+        _local_folder("question_encoder", config.question_encoder), role="query"
+    )
+    passage_encoder = TextEncoder.from_pretrained(
+        _local_folder("passage_encoder", passage_folder), role="passage"
+    )
+    generator: PreTrainedModel = load_generator(config.generator, config.lora)
+    question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
+    generator_tokenizer = load_tokenizer(config.generator, "generator")
+    kind = "seq2seq" if generator.config.is_encoder_decoder else "causal"
+    template = make_template(config.template, generator_tokenizer, kind)
+    if config.index is not None:
+        index, passages = load_index(config.index)
+    else:
+        index, passages = build_index(
+            config.output_dir,
+            load_passages(config.corpus),
+            passage_encoder,
+            template=template,
+            encoder_tokenizer=load_tokenizer(passage_folder, "passage_encoder"),
+            generator_tokenizer=generator_tokenizer,
+            max_passage=config.max_passage,
+            batch_size=config.encode_batch_size,
+            progress=progress,
+        )
+    model = RagModel(
+        question_encoder,
+        passage_encoder,
+        generator,
+        index,
+        passages,
+        n_docs=config.n_docs,
+        marginal=config.marginal,
+        tau=config.tau,
+        learn_tau=config.learn_tau,
+        template=template,
+        question_tokenizer=question_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+        max_context=config.max_context,
+        train_passage_encoder=config.train_passage_encoder,
+        explore=config.explore,
+        label_smoothing=config.label_smoothing,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
+    """Make the collator that fits a model.
+
+    Args:
+        model: the model; its tokenizers and template are used.
+        config: lengths and the choice of answers.
+
+    Returns:
+        The collator.
+    """
+    return collator_for(
+        model,
+        max_question=config.max_question,
+        max_answer=config.max_answer,
+        max_context=config.max_context,
+        answer_choice=config.answer_choice,
+    )
+
+
+def collator_for(
+    model: RagModel,
+    *,
+    max_question: int | None = None,
+    max_answer: int | None = 64,
+    max_context: int | None = None,
+    answer_choice: str = "first",
+) -> RagCollator:
+    """Make a collator from a model alone, with the lengths given.
+
+    Args:
+        model: the model.
+        max_question: tokens at which the retriever's question is cut.
+        max_answer: answer tokens.
+        max_context: window of the generator; None takes the model's.
+        answer_choice: `first` or `random`.
+
+    Returns:
+        The collator.
+    """
+    encoder = model.question_encoder
+    return RagCollator(
+        model.question_tokenizer,
+        model.generator_tokenizer,
+        template=model.builder.template.template,
+        kind=model.builder.template.kind,
+        max_answer=max_answer,
+        max_context=max_context or model.max_context,
+        question_prefix=encoder.prefix,
+        question_max_length=_shortest(max_question, encoder.max_length),
+        answer_choice="random" if answer_choice == "random" else "first",
+    )
+
+
+def _shortest(*lengths: int | None) -> int | None:
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _with_lora(model: Any, lora: dict[str, Any]) -> Any:
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError:
+        raise ValueError("lora: expected peft to be installed (pip install peft)") from None
+    seq2seq = model.config.is_encoder_decoder
+    rank = lora["rank"]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=lora.get("alpha", 2 * rank),
+            lora_dropout=lora.get("dropout", 0.0),
+            target_modules=lora.get("targets", "all-linear"),
+            task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
+        ),
+    )
+
+
+def _local_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{name}: expected a local model folder, got {str(path)!r}")
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,356 @@
+"""Callbacks of a training run: index refresh, metrics file, curve, terminal lines, signals.
+
+Each is an ordinary `transformers.TrainerCallback`; RagTrainer adds them, and they can be used
+with a plain `transformers.Trainer` as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from fastrag.index.refresh import RefreshPolicy
+from fastrag.train.collation import ResumableCollator
+from fastrag.train.signals import SignalGuard
+from fastrag.train.statistics import StepStatistics
+
+if TYPE_CHECKING:
+    from fastrag.nn import RagModel
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "curve.png"
+_TRAINING_LINE = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "prior_entropy": "prior entropy",
+    "kl": "kl",
+    "unique_passages": "unique passages",
+    "steps_per_second": "steps/s",
+}
+_NOT_IN_LINES = ("epoch", "total_flos")
+
+
+class RefreshCallback(TrainerCallback):
+    """Encodes all passages anew when the policy says so; the step waits for it.
+
+    It runs at the end of a step, before evaluation and saving, so that both see the new index.
+
+    Args:
+        model: the model whose `refresh_index` is called.
+        policy: a RefreshPolicy, or its word: `frozen`, `every:20`.
+        batch_size: passages per encoder batch.
+
+    Raises:
+        ValueError: the word names no policy.
+
+    Example:
+        >>> RefreshCallback(None, "every:20").policy.due(40)
+        True
+    """
+
+    def __init__(
+        self, model: RagModel, policy: RefreshPolicy | str = "frozen", batch_size: int = 256
+    ) -> None:
+        self.model = model
+        self.policy = RefreshPolicy.parse(policy) if isinstance(policy, str) else policy
+        self.batch_size = batch_size
+        self.refreshed_at = 0
+
+    @property
+    def changing(self) -> bool:
+        """Whether the policy ever changes the index."""
+        return str(self.policy) != "frozen"
+
+    def refresh(self, step: int) -> None:
+        """Encode all passages now.
+
+        Args:
+            step: optimiser steps done, remembered in `refreshed_at`.
+        """
+        self.model.refresh_index(self.batch_size)
+        self.refreshed_at = step
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Refresh when due."""
+        if self.policy.due(state.global_step):
+            self.refresh(state.global_step)
+
+
+class SignalCallback(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once a signal has come.
+
+    Args:
+        guard: the guard that holds the signal.
+    """
+
+    def __init__(self, guard: SignalGuard) -> None:
+        self.guard = guard
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Ask for a log line, a checkpoint and the end of training; no evaluation."""
+        if self.guard.received is not None:
+            control.should_log = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+        return control
+
+
+class StepClockCallback(TrainerCallback):
+    """Times the steps and notes the rates for StepStatistics; tells the collator the epoch.
+
+    Args:
+        statistics: what the times go to.
+        collator: its `epoch` is set at the start of each epoch.
+    """
+
+    def __init__(self, statistics: StepStatistics, collator: ResumableCollator) -> None:
+        self.statistics = statistics
+        self.collator = collator
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the collator."""
+        self.collator.epoch = int(state.epoch or 0)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the clock."""
+        self.statistics.start_step()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note the retriever's rate of this step, before the schedule moves on."""
+        for group in optimizer.param_groups:
+            if group.get("part") == "retriever":
+                self.statistics.retriever_lr = group["lr"]
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stop the clock."""
+        self.statistics.end_step()
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Writes every log as one line of `metrics.jsonl` in the run folder.
+
+    A resumed run first drops the lines after the step that it resumes from, so that the file
+    always tells one story.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._before: list[dict[str, Any]] | None = []
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the lines up to the step at which training starts, or start a new file."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if state.global_step == 0:
+            kept = self._before or []
+        else:
+            kept = [each for each in read_metrics(self.path) if each["step"] <= state.global_step]
+        self._before = None
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line; what is logged before training starts waits for it."""
+        if not state.is_world_process_zero or not logs:
+            return
+        entry = {"step": state.global_step} | {key: _plain(value) for key, value in logs.items()}
+        if self._before is not None:
+            self._before.append(entry)
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class CurveCallback(TrainerCallback):
+    """Draws loss, recall@k and EM over steps into the run folder (nothing without matplotlib).
+
+    Drawn after evaluations, but not so often that drawing takes more than a twentieth of the
+    time, and at the end of training.
+
+    Args:
+        metrics: the `metrics.jsonl` to draw from.
+        path: the PNG to write.
+    """
+
+    def __init__(self, metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+        self.metrics = Path(metrics)
+        self.path = Path(path)
+        self._next = 0.0
+
+    def draw(self) -> None:
+        """Draw now."""
+        from fastrag.train.plots import plot_curve
+
+        start = time.monotonic()
+        plot_curve(read_metrics(self.metrics), self.path)
+        now = time.monotonic()
+        self._next = now + 20.0 * (now - start)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Draw unless the last drawing is too recent."""
+        if state.is_world_process_zero and state.global_step and time.monotonic() >= self._next:
+            self.draw()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Draw the whole run."""
+        if state.is_world_process_zero:
+            self.draw()
+
+
+class TerminalCallback(ProgressCallback):
+    """The progress bar of transformers with one short line per log instead of a dict.
+
+    Example:
+        >>> TerminalCallback.line({"loss": 1.25, "grad_norm": 0.5, "epoch": 2.0}, step=30)
+        'step 30  loss 1.25'
+        >>> TerminalCallback.line({"eval_em": 0.5, "epoch": 2.0}, step=30)
+        'step 30  em 0.5'
+    """
+
+    @staticmethod
+    def line(logs: dict[str, Any], step: int) -> str:
+        """Format one log.
+
+        Args:
+            logs: names and values.
+            step: optimiser steps done.
+
+        Returns:
+            One line of text.
+        """
+        if "loss" in logs:
+            labels = {name: label for name, label in _TRAINING_LINE.items() if name in logs}
+        else:
+            names = [name for name in logs if name not in _NOT_IN_LINES]
+            labels = {name: name.removeprefix("eval_") for name in names}
+        parts = [f"step {step}"]
+        for name, label in labels.items():
+            value = logs[name]
+            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            parts.append(f"{label} {text}")
+        return "  ".join(parts)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the line above the bar."""
+        if state.is_world_process_zero and logs:
+            line = self.line(logs, state.global_step)
+            if self.training_bar is not None:
+                self.training_bar.write(line)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a `metrics.jsonl`; a last line cut off by a killed process is left out.
+
+    Args:
+        path: the file; it need not exist.
+
+    Returns:
+        The entries in file order.
+
+    Example:
+        >>> read_metrics("no/such/metrics.jsonl")
+        []
+    """
+    source = Path(path)
+    if not source.is_file():
+        return []
+    entries = []
+    for line in source.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def _plain(value: Any) -> Any:
+    """Bring numpy and torch scalars to JSON; NaN and infinity become null."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,310 @@
+"""Checkpoint folders that appear whole or not at all.
+
+    checkpoint-120/
+      model.safetensors     trained parameters and buffers of encoders, generator, temperature
+      frozen.json           names, shapes and a fingerprint of the parameters that do not train
+      index.json            version and checksum of the index, and how it is kept
+      index/                the index itself, when training changes it
+      optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
+
+A checkpoint is written into a hidden sibling folder and renamed at the end, so that a process
+killed while it saves leaves the checkpoint before. Parameters that do not train are not copied: a
+resumed run loads them from where the first run did, and the fingerprint tells when they differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastrag.nn import RagModel
+
+WEIGHTS = "model.safetensors"
+FROZEN = "frozen.json"
+INDEX = "index.json"
+INDEX_FOLDER = "index"
+STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+_SAMPLE = 4096
+
+
+def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """List the complete checkpoints of a run, oldest first.
+
+    Args:
+        run_dir: the run folder; it need not exist.
+
+    Returns:
+        Folders `checkpoint-<step>` that hold a trainer state, by step.
+
+    Example:
+        >>> checkpoints("no/such/run")
+        []
+    """
+    root = Path(run_dir)
+    if not root.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), path)
+        for path in root.iterdir()
+        if (match := _NAME.match(path.name)) and (path / STATE).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def begin_folder(target: Path) -> Path:
+    """Make the empty hidden sibling folder that `commit_folder` will rename to the target.
+
+    Args:
+        target: the folder to appear, for example `runs/x/checkpoint-10`.
+
+    Returns:
+        The folder to write into.
+    """
+    staging = staging_folder(target)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def staging_folder(target: Path) -> Path:
+    """Name the hidden sibling folder, the same on every rank.
+
+    Args:
+        target: the folder to appear.
+
+    Returns:
+        Its path; nothing is made.
+
+    Example:
+        >>> staging_folder(Path("runs/x/checkpoint-10")).name
+        '.checkpoint-10.tmp'
+    """
+    return target.with_name(f".{target.name}.tmp")
+
+
+def commit_folder(target: Path) -> None:
+    """Flush the staging folder to disk and give it the target's name.
+
+    Args:
+        target: the folder to appear; an existing one stays whole until the new one is complete.
+    """
+    staging = staging_folder(target)
+    _sync(staging)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(staging, target)
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
+    """Delete what a killed process left half written, and bring back a checkpoint set aside.
+
+    Args:
+        run_dir: the run folder.
+    """
+    root = Path(run_dir)
+    if not root.is_dir():
+        return
+    for path in root.glob(".checkpoint-*.old"):
+        target = root / path.name[1 : -len(".old")]
+        if not target.exists():
+            os.rename(path, target)
+    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(run_dir: str | os.PathLike[str], keep: int | None, protect: str | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never the newest nor the protected one.
+
+    Args:
+        run_dir: the run folder.
+        keep: how many to keep; None or 0 keeps all.
+        protect: a checkpoint that stays, usually the best.
+    """
+    if not keep:
+        return
+    found = checkpoints(run_dir)
+    stays = {found[-1]} if found else set()
+    if protect is not None:
+        stays.add(Path(run_dir) / Path(protect).name)
+    spare = len(found) - max(keep, len(stays))
+    for path in [each for each in found if each not in stays][: max(spare, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_weights(
+    model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the trained parameters and all persistent buffers, and a fingerprint of the rest.
+
+    Args:
+        model: the model.
+        folder: where `model.safetensors` and `frozen.json` go.
+        state_dict: the gathered state, when the model itself holds only a shard.
+    """
+    frozen = _frozen(model)
+    state = model.state_dict() if state_dict is None else state_dict
+    trained = {
+        name: tensor.detach().to("cpu").contiguous()
+        for name, tensor in state.items()
+        if name not in frozen
+    }
+    save_file(trained, str(folder / WEIGHTS), metadata={"format": "pt"})
+    _write_json(folder / FROZEN, frozen)
+
+
+def read_weights(model: nn.Module, folder: Path) -> None:
+    """Load what `write_weights` wrote into a model of the same configuration.
+
+    Args:
+        model: the model; unchanged when the checkpoint does not fit it.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another configuration: a parameter is missing, has
+            another shape, or a parameter that does not train has other values.
+        OSError: a file cannot be read.
+    """
+    path = folder / WEIGHTS
+    stored = load_file(str(path), device="cpu")
+    frozen = _frozen(model)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    for name in sorted(wanted.keys() | stored.keys()):
+        theirs, ours = stored.get(name), wanted.get(name)
+        if theirs is None or ours is None or theirs.shape != ours.shape:
+            raise ValueError(
+                f"{path}: checkpoint of another configuration: {name} expected "
+                f"{_shape(ours)}, got {_shape(theirs)}"
+            )
+    before = _read_json(folder / FROZEN)
+    for name in sorted(before.keys() | frozen.keys()):
+        if before.get(name) != frozen.get(name):
+            raise ValueError(
+                f"{folder / FROZEN}: the parameter {name}, which does not train, has other values "
+                "than in the run that wrote this checkpoint"
+            )
+    model.load_state_dict(stored, strict=False)
+
+
+def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: int) -> None:
+    """Write the index (when training changes it) or its checksum.
+
+    Args:
+        model: the model that owns the index.
+        folder: the checkpoint.
+        changing: whether training changes the index.
+        refreshed_at: step of the last refresh.
+    """
+    index = model.index
+    entry: dict[str, Any] = {
+        "version": int(index.version),
+        "n_passages": len(index),
+        "refreshed_at": refreshed_at,
+    }
+    if changing:
+        # a copy that shares the vectors: the folder is still to be renamed, and the index would
+        # remember the path that it was saved to
+        copy.copy(index).save(folder / INDEX_FOLDER)
+        entry["kept"] = "whole"
+    else:
+        entry |= {"kept": "reference", "checksum": index.checksum()}
+    _write_json(folder / INDEX, entry)
+
+
+def read_index(model: RagModel, folder: Path) -> int:
+    """Bring the model's index to the state in which the checkpoint was written.
+
+    Args:
+        model: the model that owns the index.
+        folder: the checkpoint.
+
+    Returns:
+        The step of the last refresh.
+
+    Raises:
+        ValueError: a frozen index has other contents than when the checkpoint was written.
+    """
+    path = folder / INDEX
+    entry = _read_json(path)
+    index = model.index
+    if entry.get("kept") == "whole":
+        model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, device=index.device)
+        return int(entry["refreshed_at"])
+    checksum = index.checksum()
+    if checksum != entry.get("checksum"):
+        raise ValueError(
+            f"{path}: expected the index that the run started with, checksum "
+            f"{entry.get('checksum')}, got {checksum}"
+        )
+    return int(entry["refreshed_at"])
+
+
+def _frozen(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name, shape and fingerprint of every parameter that does not train.
+
+    The fingerprint hashes the first, middle and last values: whole weights of large models would
+    take minutes, and other weights differ everywhere.
+    """
+    result = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            middle = max(flat.numel() // 2 - _SAMPLE // 2, 0)
+            pieces = (flat[:_SAMPLE], flat[middle : middle + _SAMPLE], flat[-_SAMPLE:])
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            result[name] = {"shape": list(parameter.shape), "sha256": digest.hexdigest()}
+    return result
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

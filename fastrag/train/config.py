@@ -1,0 +1,479 @@
+"""RagConfig: every setting of a training run, as one flat YAML file.
+
+An unknown key or a value out of range is an error that says what was expected, because a
+misspelt setting that is silently ignored costs a whole run. `RagConfig.save` writes the
+resolved settings, so that the run folder alone says how a model came to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+MARGINALS = ("token", "sequence")
+ANSWER_CHOICES = ("first", "random")
+POSITIVE = (
+    "n_docs",
+    "batch_size",
+    "accumulation",
+    "max_question",
+    "max_passage",
+    "max_answer",
+    "max_context",
+    "eval_batch_size",
+    "eval_max_new_tokens",
+    "log_steps",
+    "encode_batch_size",
+)
+POSITIVE_OR_NONE = ("steps", "eval_steps", "eval_limit", "save_steps", "keep_checkpoints")
+
+
+@dataclass
+class RagConfig:
+    """All settings of one training run.
+
+    Paths are taken relative to the working directory. Model parts are local folders: a Hugging
+    Face folder, a sentence-transformers folder (encoders only), or one written by fastrag.
+
+    Args:
+        question_encoder: folder of the question encoder.
+        generator: folder of the seq2seq or causal language model.
+        passage_encoder: folder of the passage encoder; None takes the question encoder's.
+        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set.
+        index: folder written by `fastrag index build`; None builds one in the run folder.
+        train_questions: questions file, or `default:<split>`.
+        eval_questions: questions for the evaluation during training; None evaluates nothing.
+        output_dir: run folder.
+        marginal: `token` or `sequence` (Lewis et al. 2020, sec. 2.1).
+        n_docs: passages per question, K.
+        tau: temperature of the scores; None takes 1, or .05 for normalised encoders.
+        learn_tau: train the temperature.
+        train_passage_encoder: encode the K passages of a step with gradient.
+        explore: how many of the K passages are drawn from the softened prior in training.
+        refresh: `frozen` or `every:<steps>`, when stored vectors are made anew.
+        retriever_lr: learning rate of both encoders and the temperature.
+        generator_lr: learning rate of the generator.
+        weight_decay: AdamW's, on matrices only.
+        adam_betas: AdamW's two decay rates.
+        lr_scheduler: a schedule name of transformers.
+        lr_scheduler_kwargs: further settings of the schedule.
+        warmup: warm-up steps when >= 1, else their share of all steps.
+        max_grad_norm: gradient clipping; 0 switches it off.
+        label_smoothing: epsilon of the marginal loss, in [0, 1).
+        steps: number of optimiser steps; None trains `epochs`.
+        epochs: passes over the questions when `steps` is None.
+        batch_size: questions per device and forward pass.
+        accumulation: forward passes per optimiser step.
+        precision: `fp32`, `bf16` or `fp16`.
+        gradient_checkpointing: recompute activations in the backward pass.
+        max_question: question tokens of the retriever.
+        max_passage: passage tokens of the passage encoder.
+        max_answer: answer tokens.
+        max_context: window of the generator's input.
+        answer_choice: train on the `first` or a `random` answer.
+        template: `plain`, `chat`, or a mapping of a `Template`'s fields.
+        lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets`.
+        eval_steps: evaluate every so many steps; None only at the end.
+        eval_limit: evaluate on so many fixed questions; None on all.
+        eval_ks: the k of recall@k.
+        eval_batch_size: questions per evaluation batch.
+        eval_max_new_tokens: answer length in generation.
+        best_metric: metric that picks the best checkpoint, for example `em`; None keeps the last.
+        early_stopping: stop after so many evaluations without a better `best_metric`.
+        log_steps: log every so many steps.
+        save_steps: write a checkpoint every so many steps; None only at the end.
+        keep_checkpoints: how many checkpoints to keep besides the best; None keeps all.
+        encode_batch_size: passages per batch when the index is built or refreshed.
+        seed: seed of everything random.
+        report_to: where transformers reports to, for example [tensorboard].
+        device: `auto` or `cpu`.
+        training: further fields of transformers' TrainingArguments.
+
+    Raises:
+        ValueError: a value is out of range or of the wrong type.
+
+    Example:
+        >>> config = RagConfig(question_encoder="minilm", generator="smollm2")
+        >>> config.n_docs, config.refresh
+        (5, 'frozen')
+    """
+
+    question_encoder: str
+    generator: str
+    passage_encoder: str | None = None
+    corpus: str = "default"
+    index: str | None = None
+    train_questions: str = "default:train"
+    eval_questions: str | None = None
+    output_dir: str = "runs/rag"
+    marginal: str = "token"
+    n_docs: int = 5
+    tau: float | None = None
+    learn_tau: bool = False
+    train_passage_encoder: bool = False
+    explore: int = 0
+    refresh: str = "frozen"
+    retriever_lr: float = 2e-5
+    generator_lr: float = 5e-5
+    weight_decay: float = 0.0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    lr_scheduler: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup: float = 0.0
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 8
+    accumulation: int = 1
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    max_question: int = 64
+    max_passage: int = 256
+    max_answer: int = 32
+    max_context: int = 512
+    answer_choice: str = "first"
+    template: str | dict[str, Any] = "plain"
+    lora: dict[str, Any] | None = None
+    eval_steps: int | None = None
+    eval_limit: int | None = 200
+    eval_ks: list[int] = field(default_factory=lambda: [1, 5])
+    eval_batch_size: int = 16
+    eval_max_new_tokens: int = 32
+    best_metric: str | None = None
+    early_stopping: int | None = None
+    log_steps: int = 10
+    save_steps: int | None = None
+    keep_checkpoints: int | None = 2
+    encode_batch_size: int = 64
+    seed: int = 0
+    report_to: list[str] = field(default_factory=list)
+    device: str = "auto"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            setattr(self, each.name, _coerce(each.name, getattr(self, each.name), hints[each.name]))
+        for name in POSITIVE:
+            _require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
+        for name in (*POSITIVE_OR_NONE, "early_stopping"):
+            value = getattr(self, name)
+            _require(name, value is None or value >= 1, "an integer >= 1 or null", value)
+        _choice("marginal", self.marginal, MARGINALS)
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
+        _choice("device", self.device, ("auto", "cpu"))
+        if isinstance(self.template, str):
+            _choice("template", self.template, ("plain", "chat"))
+        for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
+            value = getattr(self, name)
+            _require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
+        _require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
+        _require("epochs", self.epochs > 0.0, "a number > 0", self.epochs)
+        _require(
+            "label_smoothing",
+            0.0 <= self.label_smoothing < 1.0,
+            "a number in [0, 1)",
+            self.label_smoothing,
+        )
+        _require(
+            "explore",
+            0 <= self.explore <= self.n_docs,
+            f"an integer from 0 to n_docs = {self.n_docs}",
+            self.explore,
+        )
+        _require(
+            "eval_ks", bool(self.eval_ks) and min(self.eval_ks) >= 1, "integers >= 1", self.eval_ks
+        )
+        _require("adam_betas", len(self.adam_betas) == 2, "two numbers", self.adam_betas)
+        _check_refresh(self.refresh)
+        _check_lora(self.lora)
+        if self.early_stopping is not None and self.best_metric is None:
+            raise ValueError(
+                "early_stopping: expected best_metric to be set as well, for example em; got null"
+            )
+        if self.best_metric is not None and self.eval_questions is None:
+            raise ValueError(
+                f"best_metric: expected eval_questions to be set when best_metric is "
+                f"{self.best_metric!r}, got null"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RagConfig:
+        """Make a config from a mapping, refusing unknown keys.
+
+        Args:
+            values: setting names and values.
+
+        Returns:
+            The validated config.
+
+        Raises:
+            ValueError: an unknown key (the nearest known one is named), a missing key, or a value
+                out of range.
+
+        Example:
+            >>> RagConfig.from_dict({"question_encoder": "a", "generator": "b", "n_doc": 3})
+            Traceback (most recent call last):
+            ValueError: n_doc: unknown setting; did you mean n_docs?
+        """
+        known = {each.name: each for each in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(_unknown(str(key), known))
+        missing = [
+            name
+            for name, each in known.items()
+            if each.default is dataclasses.MISSING
+            and each.default_factory is dataclasses.MISSING
+            and name not in values
+        ]
+        if missing:
+            raise ValueError(f"{missing[0]}: expected a value, the config does not give one")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> RagConfig:
+        """Read a YAML config, with `key=value` overrides.
+
+        Args:
+            path: the YAML file.
+            overrides: strings such as `n_docs=8`; values are read as YAML. A dot reaches into a
+                mapping: `lora.rank=8`.
+
+        Returns:
+            The validated config.
+
+        Raises:
+            ValueError: the file is not a YAML mapping, or a setting is wrong; the message starts
+                with the file's name.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> RagConfig.load("train.yaml", ["steps=20"]).steps        # doctest: +SKIP
+            20
+        """
+        text = read_text(path)
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or "not YAML"
+            raise ValueError(f"{path}{line}: {problem}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+        for override in overrides or []:
+            _apply_override(values, override)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as a mapping of plain values.
+
+        Returns:
+            A new dict in field order.
+
+        Example:
+            >>> RagConfig(question_encoder="a", generator="b").to_dict()["marginal"]
+            'token'
+        """
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the resolved settings as YAML; the file is replaced in one step.
+
+        Args:
+            path: file to write.
+
+        Example:
+            >>> RagConfig(question_encoder="a", generator="b").save("c.yaml")  # doctest: +SKIP
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(
+            yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        os.replace(temporary, target)
+
+    def training_arguments(self) -> Any:
+        """Give the `transformers.TrainingArguments` that these settings stand for.
+
+        Returns:
+            TrainingArguments; fields under `training` win over ours.
+
+        Raises:
+            ValueError: a key under `training` is not a field of TrainingArguments.
+
+        Example:
+            >>> args = RagConfig("a", "b", output_dir="runs/x", steps=5).training_arguments()
+            >>> args.max_steps, args.remove_unused_columns
+            (5, False)
+        """
+        from transformers import TrainingArguments
+
+        evaluate = self.eval_questions is not None and self.eval_steps is not None
+        best = self.best_metric is not None and evaluate
+        save_steps = self.eval_steps if best else self.save_steps
+        values: dict[str, Any] = {
+            "output_dir": self.output_dir,
+            "max_steps": -1 if self.steps is None else self.steps,
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": self.eval_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "learning_rate": self.generator_lr,
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.adam_betas[0],
+            "adam_beta2": self.adam_betas[1],
+            "lr_scheduler_type": self.lr_scheduler,
+            "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs),
+            "warmup_steps": self.warmup,
+            "max_grad_norm": self.max_grad_norm,
+            "label_smoothing_factor": self.label_smoothing,
+            "bf16": self.precision == "bf16",
+            "fp16": self.precision == "fp16",
+            "eval_strategy": "steps" if evaluate else "no",
+            "eval_steps": self.eval_steps,
+            "save_strategy": "no" if save_steps is None else "steps",
+            "save_steps": save_steps or 500,
+            "save_total_limit": self.keep_checkpoints,
+            "load_best_model_at_end": best,
+            "metric_for_best_model": f"eval_{self.best_metric}" if best else None,
+            "greater_is_better": self.best_metric != "loss" if best else None,
+            "logging_strategy": "steps",
+            "logging_steps": self.log_steps,
+            "logging_nan_inf_filter": False,  # it hides NaN losses and waits for the device
+            "report_to": list(self.report_to) or "none",
+            "seed": self.seed,
+            "use_cpu": self.device == "cpu",
+            "remove_unused_columns": False,
+            "restore_callback_states_from_checkpoint": self.early_stopping is not None,
+            "dataloader_pin_memory": self.device != "cpu",
+        }
+        known = {each.name: each for each in dataclasses.fields(TrainingArguments)}
+        for key in self.training:
+            if key not in known:
+                raise ValueError(_unknown(str(key), known, prefix="training."))
+        return TrainingArguments(**{**values, **self.training})
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ValueError: a byte is not UTF-8; the message names the file and the byte's position.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> read_text("train.yaml")        # doctest: +SKIP
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
+
+
+def _unknown(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"{prefix}{key}: unknown setting{hint}"
+
+
+def _require(name: str, holds: bool, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(name, value in allowed, "one of " + ", ".join(allowed), value)
+
+
+def _check_refresh(word: str) -> None:
+    from fastrag.index.refresh import RefreshPolicy
+
+    try:
+        RefreshPolicy.parse(word)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if "refresh" in message else f"refresh: {message}") from None
+
+
+def _check_lora(lora: dict[str, Any] | None) -> None:
+    if lora is None:
+        return
+    for key in lora:
+        if key not in ("rank", "alpha", "dropout", "targets"):
+            raise ValueError(_unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
+    rank = lora.get("rank")
+    _require("lora.rank", isinstance(rank, int) and rank >= 1, "an integer >= 1", rank)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set: expected key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}: expected a YAML value, got {text!r}") from None
+    *outer, last = key.strip().split(".")
+    target = values
+    for name in outer:
+        inner = target.get(name)
+        if inner is None:
+            inner = target[name] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {key}: {name} is not a mapping")
+        target = inner
+    target[last] = value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Bring a YAML value to the annotated type (YAML 1.1 reads 1e-3 as a text)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else (hint,)
+    options = options or (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is bool and isinstance(value, bool):
+            return value
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if origin is str and isinstance(value, str) and value:
+            return value
+        if origin is dict and isinstance(value, dict):
+            return dict(value)
+        if origin is list and isinstance(value, (list, tuple)):
+            (item,) = typing.get_args(option)
+            return [_coerce(name, each, item) for each in value]
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    names |= {list: "a list", dict: "a mapping", type(None): "null"}
+    expected = " or ".join(
+        names.get(typing.get_origin(option) or option, str(option)) for option in options
+    )
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")

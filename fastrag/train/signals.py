@@ -1,0 +1,89 @@
+"""Ctrl-C and kill: finish the step, write a checkpoint, then stop.
+
+The first SIGINT or SIGTERM only sets a flag, which the trainer reads after each optimiser step; a
+second one raises KeyboardInterrupt where the program stands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Raised by `RagTrainer.train` after a signal, once the checkpoint is on disk.
+
+    A KeyboardInterrupt, so that a script which does not handle it stops as after any Ctrl-C.
+
+    Args:
+        signum: the signal that came.
+        step: optimiser steps done.
+        checkpoint: folder that resumes the run; None when nothing could be saved.
+
+    Example:
+        >>> error = TrainingInterrupted(15, 120, "runs/x/checkpoint-120")
+        >>> error.exit_code
+        143
+        >>> print(error)
+        interrupted by SIGTERM after step 120; resume from runs/x/checkpoint-120
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: str | None) -> None:
+        self.signum = signum
+        self.step = step
+        self.checkpoint = checkpoint
+        where = f"; resume from {checkpoint}" if checkpoint else "; nothing was saved"
+        super().__init__(f"interrupted by {signal.Signals(signum).name} after step {step}{where}")
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status that a shell expects, 128 + signal number."""
+        return 128 + self.signum
+
+
+class SignalGuard:
+    """Turns the first SIGINT or SIGTERM inside its `with` block into a flag.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+
+    Example:
+        >>> with SignalGuard() as guard:
+        ...     guard.received is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalGuard:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data loader's worker, forked with this handler: the trainer ends it
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signum
+        name = signal.Signals(signum).name
+        # os.write: a buffered stream may not be entered twice, which a handler could do
+        os.write(2, f"\n{name}: finishing this step and saving; again stops at once\n".encode())

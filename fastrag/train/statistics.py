@@ -1,0 +1,140 @@
+"""What retrieval and generation did in the steps since the last log line.
+
+    prior entropy      H(p(z|x))          log K: the retriever does not choose; 0: it has decided
+    posterior entropy  H(p(z|x,y))
+    KL                 KL(p(z|x,y) || p(z|x)), what the answer taught the retriever
+
+Sums stay on the device; only `summary` reads them, once per log line.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class StepStatistics:
+    """Accumulates the statistics of training steps between two log lines.
+
+    Example:
+        >>> statistics = StepStatistics()
+        >>> scores, posterior = torch.zeros(1, 2), torch.full((1, 2), 0.5).log()
+        >>> statistics.add({"doc_scores": scores, "rows": torch.tensor([[3, 4]]),
+        ...                 "log_posterior": posterior}, torch.tensor([[5, 1]]))
+        >>> summary = statistics.summary()
+        >>> round(summary["prior_entropy"], 4), summary["unique_passages"], summary["kl"]
+        (0.6931, 2, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self._clock = time.perf_counter
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._host = dict.fromkeys(("retrieval", "cut", "passages"), 0.0)
+        self._steps = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+        self.retriever_lr: float | None = None
+
+    def start_step(self) -> None:
+        """Start the clock of a step; time between steps (evaluation, saving) does not count."""
+        self._started = self._clock()
+
+    def end_step(self) -> None:
+        """Stop the clock of a step."""
+        if self._started is not None:
+            self._seconds += self._clock() - self._started
+            self._started = None
+        self._steps += 1
+
+    def add(self, outputs: Any, labels: Tensor | None) -> None:
+        """Take in the outputs of one forward pass.
+
+        Args:
+            outputs: a mapping with `doc_scores` [B, K], `rows` [B, K], `log_posterior` [B, K] or
+                [B, K, T], and optionally `n_cut` and `retrieval_seconds`.
+            labels: label ids, `[B, T]`.
+        """
+        scores, log_posterior = outputs["doc_scores"], outputs["log_posterior"]
+        rows = outputs["rows"]
+        with torch.no_grad():
+            sums = _sums(scores.detach(), log_posterior.detach(), labels)
+            self._sums = sums if self._sums is None else self._sums + sums
+            self._rows.append(rows.detach())
+        self._host["passages"] += rows.numel()
+        self._host["retrieval"] += float(outputs.get("retrieval_seconds") or 0.0)
+        n_cut = outputs.get("n_cut")
+        if n_cut is not None:
+            self._host["cut"] = self._host["cut"] + n_cut
+
+    def summary(self) -> dict[str, float]:
+        """Give the figures since the last call, and start anew.
+
+        Returns:
+            `prior_entropy`, `posterior_entropy`, `kl` (nats, per question or label token),
+            `unique_passages`, `passages_cut` (share), `retrieval_ms` (per step),
+            `tokens_per_second` (label tokens times passages) and `steps_per_second`; empty when
+            nothing was added.
+        """
+        if self._sums is None:
+            self._reset()
+            return {}
+        prior, questions, posterior, kl, weight, tokens = self._sums.tolist()
+        unique = torch.unique(torch.cat([rows.reshape(-1) for rows in self._rows]))
+        result = {
+            "prior_entropy": prior / max(questions, 1.0),
+            "posterior_entropy": posterior / max(weight, 1.0),
+            "kl": kl / max(weight, 1.0),
+            "unique_passages": int((unique >= 0).sum()),
+            "passages_cut": float(self._host["cut"]) / max(self._host["passages"], 1.0),
+        }
+        if self.retriever_lr is not None:
+            result["retriever_lr"] = self.retriever_lr
+        if self._steps:
+            result["retrieval_ms"] = 1e3 * self._host["retrieval"] / self._steps
+        if self._seconds > 0.0:
+            result["tokens_per_second"] = tokens / self._seconds
+            result["steps_per_second"] = self._steps / self._seconds
+        self._reset()
+        return result
+
+
+def _sums(scores: Tensor, log_posterior: Tensor, labels: Tensor | None) -> Tensor:
+    """Sum over the batch: prior entropy, questions, posterior entropy, KL, weights, tokens."""
+    scores = scores.float()
+    found = torch.isfinite(scores)
+    some = found.any(dim=1)  # [B]
+    log_prior = torch.log_softmax(scores.masked_fill(~found, -1e30), dim=1)  # [B, K]
+    prior = log_prior.exp() * found
+    prior_entropy = -(prior * log_prior).sum(dim=1) * some
+    if log_posterior.dim() == 3:
+        log_prior = log_prior.unsqueeze(2)
+        weight = some.unsqueeze(1).expand(-1, log_posterior.shape[2]).float()  # [B, T]
+        if labels is not None:
+            weight = weight * labels.ne(IGNORE_INDEX)
+    else:
+        weight = some.float()  # [B]
+    finite = torch.isfinite(log_posterior)
+    log_w = log_posterior.float().masked_fill(~finite, 0.0)
+    w = log_w.exp() * finite
+    posterior_entropy = -(w * log_w).sum(dim=1) * weight
+    kl = (w * (log_w - log_prior.masked_fill(log_prior < -1e29, 0.0))).sum(dim=1) * weight
+    tokens = scores.new_zeros(()) if labels is None else labels.ne(IGNORE_INDEX).sum().float()
+    return torch.stack(
+        [
+            prior_entropy.sum(),
+            some.sum().float(),
+            posterior_entropy.sum(),
+            kl.sum(),
+            weight.sum(),
+            tokens * scores.shape[1],
+        ]
+    )

@@ -1,0 +1,410 @@
+"""RagTrainer: transformers.Trainer for a retriever and a generator that train together."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+from fastrag.eval import EvalResult
+from fastrag.eval import evaluate as evaluate_model
+from fastrag.index.refresh import RefreshPolicy
+from fastrag.train.callbacks import (
+    CURVE_FILE,
+    METRICS_FILE,
+    CurveCallback,
+    MetricsFileCallback,
+    RefreshCallback,
+    SignalCallback,
+    StepClockCallback,
+    TerminalCallback,
+)
+from fastrag.train.checkpoints import (
+    STATE,
+    begin_folder,
+    checkpoints,
+    commit_folder,
+    read_index,
+    read_weights,
+    remove_leftovers,
+    rotate,
+    staging_folder,
+    write_index,
+    write_weights,
+)
+from fastrag.train.collation import ResumableCollator
+from fastrag.train.config import RagConfig
+from fastrag.train.run_folder import write_versions
+from fastrag.train.signals import SignalGuard, TrainingInterrupted
+from fastrag.train.statistics import StepStatistics
+
+if TYPE_CHECKING:
+    from fastrag.data import Question, RagCollator
+    from fastrag.nn import RagModel
+
+MODEL_FOLDER = "model"
+
+
+class RagTrainer(Trainer):
+    """Trains question encoder, passage encoder and generator through the marginal likelihood.
+
+    A `transformers.Trainer`: accumulation, mixed precision, distribution, schedules, callbacks and
+    reporting are its own. What differs: learning rates for retriever and generator; label smoothing
+    goes to `RagLoss`; evaluation answers questions (recall@k, EM, F1); checkpoints hold the index;
+    SIGINT and SIGTERM end training with a checkpoint.
+
+    Args:
+        model: the model.
+        args: a `RagConfig`, or `transformers.TrainingArguments`.
+        data_collator: makes batches from questions.
+        train_dataset: training questions.
+        eval_dataset: questions for the evaluation, or several such lists by name.
+        retriever_lr: learning rate of encoders and temperature; None takes the config's, or
+            `args.learning_rate`.
+        generator_lr: learning rate of the generator, likewise.
+        refresh: `frozen`, `every:<steps>`, or a RefreshPolicy; None takes the config's.
+        encode_batch_size: passages per batch of a refresh.
+        eval_limit: evaluate on so many fixed questions; None on all.
+        eval_ks: the k of recall@k.
+        eval_max_new_tokens: longest answer in evaluation.
+        callbacks: further callbacks.
+        optimizers: an optimiser and a schedule of your own.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> trainer = RagTrainer(model, config, collator, questions)     # doctest: +SKIP
+        >>> trainer.train()                                              # doctest: +SKIP
+        >>> trainer.save_model()                                         # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: RagModel,
+        args: TrainingArguments | RagConfig,
+        data_collator: RagCollator,
+        train_dataset: Sequence[Question | Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Any] | dict[str, Sequence[Any]] | None = None,
+        *,
+        retriever_lr: float | None = None,
+        generator_lr: float | None = None,
+        refresh: str | RefreshPolicy | None = None,
+        encode_batch_size: int | None = None,
+        eval_limit: int | None = None,
+        eval_ks: Sequence[int] | None = None,
+        eval_max_new_tokens: int | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        config = args if isinstance(args, RagConfig) else None
+        args = config.training_arguments() if config else copy.copy(args)
+
+        def setting(given: Any, name: str, default: Any) -> Any:
+            return given if given is not None else getattr(config, name, default)
+
+        self.config = config
+        self.retriever_lr = float(setting(retriever_lr, "retriever_lr", args.learning_rate))
+        self.generator_lr = float(setting(generator_lr, "generator_lr", args.learning_rate))
+        self.eval_limit = setting(eval_limit, "eval_limit", None)
+        self.eval_ks = tuple(setting(eval_ks, "eval_ks", (1, 5)))
+        self.eval_max_new_tokens = int(setting(eval_max_new_tokens, "eval_max_new_tokens", 32))
+        self.evaluation_seconds = 0.0
+        self.last_evaluation: EvalResult | None = None
+        self.statistics = StepStatistics()
+        self.refresher = RefreshCallback(
+            model,
+            setting(refresh, "refresh", "frozen"),
+            int(setting(encode_batch_size, "encode_batch_size", 256)),
+        )
+        self.include_index = self.refresher.changing or (config is not None and not config.index)
+        args.remove_unused_columns = False
+        if args.label_smoothing_factor:
+            model.loss_fn.label_smoothing = args.label_smoothing_factor
+            args.label_smoothing_factor = 0.0  # Trainer's own smoother would need the logits
+        run = Path(args.output_dir)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ResumableCollator(data_collator, args.seed),
+            train_dataset=None if train_dataset is None else _as_list(train_dataset),
+            eval_dataset=eval_dataset,
+            callbacks=[
+                self.refresher,
+                MetricsFileCallback(run / METRICS_FILE),
+                CurveCallback(run / METRICS_FILE, run / CURVE_FILE),
+                *(callbacks or []),
+            ],
+            optimizers=optimizers,
+        )
+        self.add_callback(StepClockCallback(self.statistics, self.data_collator))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.remove_callback(PrinterCallback)
+            self.add_callback(TerminalCallback)
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest of the run folder.
+            kwargs: passed on to `transformers.Trainer.train`.
+
+        Returns:
+            transformers' TrainOutput.
+
+        Raises:
+            TrainingInterrupted: a signal came; its checkpoint is on disk.
+            ValueError: there is no such checkpoint, or it belongs to another configuration.
+        """
+        run = Path(self.args.output_dir)
+        checkpoint = self._resolve(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            run.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(run)
+            write_versions(run / "versions.json")
+            if self.config is not None:
+                self.config.save(run / "config.yaml")
+        with SignalGuard() as guard:
+            callback = SignalCallback(guard)
+            self.add_callback(callback)
+            try:
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self.remove_callback(callback)
+        step = self.state.global_step
+        if guard.received is not None and step < self.state.max_steps:
+            folder = run / f"checkpoint-{step}"
+            saved = str(folder) if (folder / STATE).is_file() else None
+            raise TrainingInterrupted(guard.received, step, saved)
+        return output
+
+    def finish_index(self) -> None:
+        """Encode all passages once more if the index changes in training and steps came since."""
+        if self.refresher.changing and self.refresher.refreshed_at < self.state.global_step:
+            self.refresher.refresh(self.state.global_step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the trained model as `RagModel.from_pretrained` reads it.
+
+        The index goes with it when training changes it or the run has built it (`include_index`
+        says so and may be set); any other is named by its checksum.
+
+        Args:
+            output_dir: the folder; None takes `model` in the run folder.
+        """
+        self.finish_index()
+        target = output_dir or str(Path(self.args.output_dir) / MODEL_FOLDER)
+        super().save_model(target, _internal_call)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Give the loss of a batch and take its statistics.
+
+        `num_items_in_batch`, the counted label tokens of the whole accumulated batch over all
+        devices, becomes the loss's normalizer: one batch of 8 equals four of 2.
+        """
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self.model.training:
+            self.statistics.add(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimiser: generator and retriever each at their own rate, decay on matrices."""
+        if self.optimizer is None:
+            module = self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
+            settings.pop("lr", None)
+            self.optimizer = kind(self.parameter_groups(module), **settings)
+        return self.optimizer
+
+    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Split the trained parameters by part and by weight decay.
+
+        Weight decay falls on matrices other than norms and biases, never on the temperature.
+
+        Args:
+            module: the model.
+
+        Returns:
+            Groups for a torch optimiser, the generator's first; empty ones are left out.
+        """
+        decays = set(self.get_decay_parameter_names(module))
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                part = "generator" if "generator" in name.split(".")[:2] else "retriever"
+                key = (part, name in decays and parameter.dim() >= 2)
+                members.setdefault(key, []).append(parameter)
+        rates = {"generator": self.generator_lr, "retriever": self.retriever_lr}
+        return [
+            {
+                "params": members[part, decay],
+                "lr": rate,
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+                "part": part,
+            }
+            for part, rate in rates.items()
+            for decay in (True, False)
+            if (part, decay) in members
+        ]
+
+    # ---- logging and evaluation ----------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the statistics of the window to a training log, then report it."""
+        if "loss" in logs:
+            logs.update(self.statistics.summary())
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Answer the evaluation questions and report recall@k, EM, F1 and the loss.
+
+        Args:
+            eval_dataset: questions, or lists of them by name; None takes the trainer's.
+            ignore_keys: not used.
+            metric_key_prefix: put before every metric's name.
+
+        Returns:
+            Metrics by name. The predictions are in `last_evaluation`.
+
+        Raises:
+            ValueError: there are no questions.
+        """
+        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        if questions is None:
+            raise ValueError("eval_dataset: expected questions, got none")
+        if isinstance(questions, dict):
+            metrics: dict[str, float] = {}
+            for name, part in questions.items():
+                metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
+        start = time.perf_counter()
+        result = evaluate_model(
+            self.model,
+            questions,
+            self.data_collator.collator,
+            batch_size=self.args.eval_batch_size,
+            ks=self.eval_ks,
+            limit=self.eval_limit,
+            max_new_tokens=self.eval_max_new_tokens,
+            loss=True,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+        seconds = time.perf_counter() - start
+        self.evaluation_seconds += seconds
+        self.last_evaluation = result
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write one checkpoint; its folder appears whole."""
+        run = Path(self._get_output_dir(trial=trial))
+        target = run / f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
+        self.store_flos()
+        if self.args.should_save:
+            begin_folder(target)
+        self.accelerator.wait_for_everyone()
+        self._write_checkpoint(staging_folder(target))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            commit_folder(target)
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        if self.args.should_save:
+            write_weights(self.model, folder, state)
+            write_index(
+                self.model,
+                folder,
+                changing=self.refresher.changing,
+                refreshed_at=self.refresher.refreshed_at,
+            )
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self._collect_callback_states()
+            self.state.save_to_json(str(folder / STATE))
+
+    def _collect_callback_states(self) -> None:
+        states: dict[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {
+            name: found[0] if len(found) == 1 else found for name, found in states.items()
+        }
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        read_weights(self.model if model is None else model, folder)
+        self.refresher.refreshed_at = read_index(self.model, folder)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint with the index it was evaluated with."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.refresher.refreshed_at = self.state.global_step
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(output_dir, include_index=self.include_index)
+
+    def _resolve(self, resume: str | bool | None) -> str | None:
+        """Give the checkpoint folder to resume from; a run folder stands for its newest."""
+        if resume is None or resume is False:
+            return None
+        folder = Path(self.args.output_dir if resume is True else resume)
+        if (folder / STATE).is_file():
+            return str(folder)
+        remove_leftovers(folder)
+        found = checkpoints(folder)
+        if not found:
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint in {folder}, found none"
+            )
+        return str(found[-1])
+
+
+def _as_list(questions: Any) -> Any:
+    """Make an iterator of questions a list; keep what has a length and items as it is."""
+    return questions if hasattr(questions, "__getitem__") else list(questions)
