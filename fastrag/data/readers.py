@@ -329,8 +329,9 @@ def _table_records(
             if list(required) == list(_QUESTION_KEYS) and len(cells) == 2:
                 header = ["question", "answers"]
             else:
+                hint = "; tab-separated? pass format='tsv'" if "\t" in header[0] else ""
                 raise ValueError(
-                    f"{where}: expected a header with {list(required)}, got {header[:8]}"
+                    f"{where}: expected a header with {list(required)}, got {header[:8]}{hint}"
                 )
         if len(cells) != len(header):
             raise ValueError(f"{where}: expected {len(header)} fields, got {len(cells)}")

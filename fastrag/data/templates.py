@@ -14,6 +14,7 @@ comparing with the joint encoding.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -194,7 +195,7 @@ class Template:
 
     def passage_piece(self, tokenizer: PreTrainedTokenizerBase) -> Piece:
         """The encoder of this template's passage slot alone (what a PassageStore needs)."""
-        return _slot_piece(self, tokenizer, "passage")
+        return _join_slot(self, tokenizer, "passage")[0]
 
 
 class Piece:
@@ -202,8 +203,7 @@ class Piece:
 
     Args:
         tokenizer: the generator's tokenizer.
-        before: the literal text before the slot, without the spaces that the slot owns.
-        first: nothing but `before` precedes the slot.
+        anchor: a character to encode each value behind, its ids dropped again; empty: none.
         lead: what is put before each value (the slot's own spaces).
         tail: what is put after each value.
     """
@@ -211,18 +211,12 @@ class Piece:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        before: str = "",
-        *,
-        first: bool = True,
+        anchor: str = "",
         lead: str = "",
         tail: str = "",
     ) -> None:
         self._tokenizer = tokenizer
-        self.lead, self.tail = lead, tail
-        self.anchor = ""
-        if before or not first:
-            anchors = dict.fromkeys(["", before[-1:], _ANCHOR])
-            self.anchor = max(anchors, key=lambda anchor: self._n_exact(anchor, before, first))
+        self.anchor, self.lead, self.tail = anchor, lead, tail
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes values; special tokens spelled in them stay text.
@@ -233,15 +227,12 @@ class Piece:
         Returns:
             One list of ids per value, no special tokens.
         """
-        return self._encode(texts, self.anchor)
-
-    def _encode(self, texts: Sequence[str], anchor: str) -> list[list[int]]:
         values = [self.lead + text + self.tail for text in texts]
-        if not anchor:
+        if not self.anchor:
             return encode_texts(self._tokenizer, values)
-        anchor_ids = encode_texts(self._tokenizer, [anchor])[0]
+        anchor_ids = encode_texts(self._tokenizer, [self.anchor])[0]
         n = len(anchor_ids)
-        joint = encode_texts(self._tokenizer, [anchor + value for value in values])
+        joint = encode_texts(self._tokenizer, [self.anchor + value for value in values])
         pieces = [ids[n:] if ids[:n] == anchor_ids else None for ids in joint]
         merged = [i for i, ids in enumerate(pieces) if ids is None]  # the anchor joined the value
         plain = dict(
@@ -249,16 +240,32 @@ class Piece:
         )
         return [plain[i] if ids is None else ids for i, ids in enumerate(pieces)]
 
-    def _n_exact(self, anchor: str, before: str, first: bool) -> int:
-        """How many probes the pieces encode as the tokenizer encodes the whole."""
-        opening = before if first else _ANCHOR + before
-        opening_ids = encode_markup(self._tokenizer, opening)
-        pieces = self._encode(_JOIN_PROBES, anchor)
-        return sum(
-            encode_markup(self._tokenizer, opening + self.lead + probe + self.tail)
-            == opening_ids + ids
-            for probe, ids in zip(_JOIN_PROBES, pieces, strict=True)
+
+def _join(
+    tokenizer: PreTrainedTokenizerBase, before: str, *, first: bool, lead: str, tail: str = ""
+) -> tuple[Piece, list[int]]:
+    """The encoder of a slot and the ids of the literal before it, which together equal the whole.
+
+    Each anchor is tried on the probes: the joint encoding must end with the probe's piece, and what
+    is left of it is the literal, the same for every probe.
+    """
+    opening = before if first else _ANCHOR + before
+    joint = [encode_markup(tokenizer, opening + lead + probe + tail) for probe in _JOIN_PROBES]
+    best, best_count, rest = Piece(tokenizer, "", lead, tail), 0, tuple[int, ...]()
+    for anchor in dict.fromkeys(["", before[-1:], _ANCHOR]):
+        piece = Piece(tokenizer, anchor, lead, tail)
+        rests = Counter(
+            tuple(whole[: len(whole) - len(ids)])
+            for whole, ids in zip(joint, piece(_JOIN_PROBES), strict=True)
+            if whole[len(whole) - len(ids) :] == ids
         )
+        for found, count in rests.most_common(1):
+            if count > best_count:
+                best, best_count, rest = piece, count, found
+    ahead = [] if first else encode_markup(tokenizer, _ANCHOR)
+    if best_count and list(rest[: len(ahead)]) == ahead:
+        return best, list(rest[len(ahead) :])
+    return best, encode_markup(tokenizer, before) if first else _literal_after(tokenizer, before)
 
 
 class BoundTemplate:
@@ -282,13 +289,21 @@ class BoundTemplate:
         self.template = template
         self.kind = kind
         texts, self.slots = _split(template.context)
-        texts, leads = _own_spaces(texts)
-        literals = [encode_markup(tokenizer, texts[0])]
-        literals += [_literal_after(tokenizer, text) for text in texts[1:-1]]
-        # A causal answer follows the last literal and owns its trailing spaces.
-        last = texts[-1].rstrip(" ") if kind == "causal" else texts[-1]
-        answer_lead = texts[-1][len(last) :]
-        literals.append(_literal_after(tokenizer, last))
+        joined = {slot: _join_slot(template, tokenizer, slot) for slot in self.slots}
+        self._pieces = {slot: piece for slot, (piece, _) in joined.items()}
+        literals = [literal for _, literal in joined.values()]
+        self._tokenizer = tokenizer
+        self._wrap = template.answer.partition("{answer}")[::2]
+        if kind == "causal":
+            # The answer follows the last literal and owns its trailing spaces.
+            last = texts[-1].rstrip(" ")
+            lead = texts[-1][len(last) :] + self._wrap[0]
+            self._answer_piece, literal = _join(
+                tokenizer, last, first=False, lead=lead, tail=self._wrap[1]
+            )
+            literals.append(literal)
+        else:
+            literals.append(_literal_after(tokenizer, texts[-1]))
         if template.add_special_tokens:
             prefix, suffix = special_frame(tokenizer)
             if literals[0][: len(prefix)] != prefix:
@@ -299,23 +314,14 @@ class BoundTemplate:
         bos = tokenizer.bos_token_id
         self.bos_id: int | None = bos if self.literals[0][:1] == (bos,) else None
 
-        self._pieces = {slot: _slot_piece(template, tokenizer, slot) for slot in _SLOTS}
-        answer_before, _, answer_after = template.answer.partition("{answer}")
-        self._tokenizer = tokenizer
-        self._answer_wrap = (answer_before, answer_after)
         if kind == "causal":
             self._answer_open: list[int] = []
-            self.eos_id = _end_id(template, tokenizer)
-            self._answer_close = [self.eos_id]
-            self._answer_piece = Piece(
-                tokenizer, last, first=False, lead=answer_lead + answer_before, tail=answer_after
-            )
+            self._answer_close = [_end_id(template, tokenizer)]
         else:
             self._answer_open, self._answer_close = special_frame(tokenizer, target=True)
-            eos = tokenizer.eos_token_id
-            if not self._answer_close:
-                self._answer_close = [_end_id(template, tokenizer)]
-            self.eos_id = eos if eos in self._answer_close else self._answer_close[-1]
+            self._answer_close = self._answer_close or [_end_id(template, tokenizer)]
+        eos = tokenizer.eos_token_id
+        self.eos_id: int = eos if eos in self._answer_close else self._answer_close[-1]
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.eos_id if pad is None else pad
 
@@ -354,8 +360,7 @@ class BoundTemplate:
         if self.kind == "causal":
             content = self._answer_piece([text.strip()])[0]
         else:
-            before, after = self._answer_wrap
-            value = before + text.strip() + after
+            value = self._wrap[0] + text.strip() + self._wrap[1]
             content = encode_texts(self._tokenizer, [value], target=True)[0]
         return [*self._answer_open, *content, *self._answer_close]
 
@@ -373,18 +378,13 @@ def _split(context: str) -> tuple[list[str], tuple[str, str]]:
     return [head, middle, end], (first, second)
 
 
-def _own_spaces(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Moves the spaces before each slot from the literal to the slot."""
-    bare = [text.rstrip(" ") for text in texts[:-1]]
-    leads = [text[len(kept) :] for text, kept in zip(texts, bare, strict=False)]
-    return [*bare, texts[-1]], leads
-
-
-def _slot_piece(template: Template, tokenizer: PreTrainedTokenizerBase, slot: str) -> Piece:
+def _join_slot(
+    template: Template, tokenizer: PreTrainedTokenizerBase, slot: str
+) -> tuple[Piece, list[int]]:
     texts, slots = _split(template.context)
-    texts, leads = _own_spaces(texts)
     at = slots.index(slot)
-    return Piece(tokenizer, texts[at], first=at == 0, lead=leads[at])
+    before = texts[at].rstrip(" ")
+    return _join(tokenizer, before, first=at == 0, lead=texts[at][len(before) :])
 
 
 def _literal_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
