@@ -67,9 +67,10 @@ def base_model(model: nn.Module) -> nn.Module:
         return model
     for name, config in model.peft_config.items():
         if getattr(config, "is_prompt_learning", False):
+            kind = config.peft_type
             raise ValueError(
                 f"generator: expected a PEFT adapter on the weights (LoRA and its kin), got the "
-                f"prompt-learning adapter {name!r} of type {config.peft_type}"
+                f"prompt-learning adapter {name!r} of type {getattr(kind, 'value', kind)}"
             )
     return model.get_base_model()
 

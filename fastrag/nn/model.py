@@ -367,8 +367,7 @@ class RagModel(nn.Module):
     def _encode_rows(self, rows: Tensor) -> Tensor:
         """Encode the passages of `rows` with gradient, each once: [B, K, D]."""
         unique, where = rows.clamp(min=0).unique(return_inverse=True)
-        ids, lengths = self.passages.gather(unique.to(self.passages.device), "encoder")
-        ids, lengths = ids.to(rows.device), lengths.to(rows.device)
+        ids, lengths = self.passages.gather(unique, "encoder")
         mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
         vectors = self.passage_encoder(ids, mask.long())
         _require_finite(
@@ -383,12 +382,8 @@ class RagModel(nn.Module):
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
         if prompt_mask is None:
             prompt_mask = torch.ones_like(prompt_ids)
-        ids, lengths = self.passages.gather(
-            rows.to(self.passages.device), "generator", max_length=self.max_context
-        )
-        return self.builder.build(
-            ids.to(prompt_ids.device), lengths.to(prompt_ids.device), prompt_ids, prompt_mask
-        )
+        ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
+        return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
 
     def _warn_if_flat(self, doc_scores: Tensor) -> None:
         """Say once when the first training batch's prior is as good as uniform."""
