@@ -1,0 +1,331 @@
+"""Scores of K passages for each question, and log p(z|x), in one launch; forward and backward.
+
+    s[b,k] = q_b . d_bk / tau                          (-inf where the passage is missing)
+    a[b,k] = s[b,k] - logsumexp_k s[b,k] = log p(z_k | x_b)      (Lewis et al. 2020, sec. 2.2)
+
+    ds[b,k] = g_s[b,k] + g_a[b,k] - exp(a[b,k]) sum_j g_a[b,j]   (upstream g_s of s, g_a of a)
+    dq_b = sum_k ds_bk d_bk / tau,   dd_bk = ds_bk q_b / tau
+
+Passages are fresh, [B, K, D], or rows of the index matrix [N, D] gathered by `rows` [B, K].
+
+Memory traffic, w bytes per stored number: forward w B D (K + 1) + 8 B K read, 8 B K written;
+backward to q the same vectors once more. Not materialised: the gathered [B, K, D], which a
+framework writes and reads again (3 times the traffic), and any [B, K] between product and softmax.
+
+Storage float32, float16 or bfloat16, converted on load; products and sums in float32. Every sum has
+a fixed order and there are no atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from fastrag.kernels.aot import AotConfig
+from torch import Tensor
+
+# K is covered by one block of these: four code paths to compile and test rather than ten.
+_BLOCKS_K = (8, 32, 128, 1024)
+# Components of passage vectors in flight per program. Each may need a 64-bit address of its own
+# (an index with odd strides), so 16 a thread is what fits the registers.
+_TILE = 2048
+
+
+def blocks(n_passages: int) -> dict[str, int]:
+    """Returns BLOCK_K, BLOCK_D and num_warps for K passages.
+
+    Raises:
+        ValueError: K is above the largest block.
+    """
+    fitting = [block for block in _BLOCKS_K if block >= n_passages]
+    if not fitting:
+        raise ValueError(f"doc_scores: expected K of at most {_BLOCKS_K[-1]}, got {n_passages}")
+    block_k = fitting[0]
+    block_d = max(4, _TILE // block_k)  # at least 16 bytes of a float32 row at a time
+    return {"BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": block_k * block_d // 512}
+
+
+@triton.jit
+def _doc_scores_fwd_kernel(
+    query_ptr,
+    passage_ptr,
+    rows_ptr,
+    scores_ptr,
+    prior_ptr,
+    K,
+    D,
+    N,
+    stride_query_b,
+    stride_query_d,
+    stride_passage_b,
+    stride_passage_k,
+    stride_passage_d,
+    stride_rows_b,
+    stride_rows_k,
+    tau,
+    HAS_ROWS: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # One program owns one question: all of its K scores, so the softmax needs no second launch.
+    pid_b = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_k = offs_k < K
+    present = mask_k
+    readable = mask_k
+    offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k  # [BLOCK_K]
+    if HAS_ROWS:
+        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
+        row = tl.load(rows_ptrs, mask=mask_k, other=-1).to(tl.int64)  # [BLOCK_K]
+        present = row >= 0
+        readable = present
+        if GATHER:
+            readable = present & (row < N)
+            offs_passage = row * stride_passage_k
+
+    acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        mask_d = start + offs_d < D
+        offs_query = pid_b * stride_query_b + (start + offs_d).to(tl.int64) * stride_query_d
+        query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0)  # [BLOCK_D]
+        offs_column = (start + offs_d).to(tl.int64) * stride_passage_d
+        offs_tile = offs_passage[:, None] + offs_column[None, :]
+        mask_tile = readable[:, None] & mask_d[None, :]
+        passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
+        acc += passage.to(tl.float32) * query.to(tl.float32)[None, :]
+
+    scores = tl.div_rn(tl.sum(acc, axis=1), tau)  # [BLOCK_K]
+    scores = tl.where(present, scores, float("-inf"))
+    if GATHER:
+        # A row beyond the index would be read out of bounds; its example becomes NaN instead.
+        scores = tl.where(present & (row >= N), float("nan"), scores)
+    peak = tl.max(scores, axis=0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)  # no passage at all
+    total = tl.sum(tl.exp(scores - peak), axis=0)
+    log_sum = tl.log(tl.where(total == 0.0, 1.0, total))
+    prior = tl.where(present, (scores - peak) - log_sum, float("-inf"))
+
+    offs_out = pid_b * K + offs_k
+    tl.store(scores_ptr + offs_out, scores, mask=mask_k)
+    tl.store(prior_ptr + offs_out, prior, mask=mask_k)
+
+
+@triton.jit
+def _doc_scores_bwd_kernel(
+    dscores_ptr,
+    dprior_ptr,
+    prior_ptr,
+    query_ptr,
+    passage_ptr,
+    rows_ptr,
+    dquery_ptr,
+    dpassage_ptr,
+    K,
+    D,
+    N,
+    stride_query_b,
+    stride_query_d,
+    stride_passage_b,
+    stride_passage_k,
+    stride_passage_d,
+    stride_rows_b,
+    stride_rows_k,
+    tau,
+    GATHER: tl.constexpr,
+    HAS_DPRIOR: tl.constexpr,
+    NEED_DQ: tl.constexpr,
+    NEED_DP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # One program owns BLOCK_D components of one question's gradients; each forms ds [K] anew.
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_d = tl.program_id(1)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = (pid_d * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    mask_k = offs_k < K
+    mask_d = offs_d < D
+
+    offs_out = pid_b * K + offs_k
+    prior = tl.load(prior_ptr + offs_out, mask=mask_k, other=float("-inf"))  # [BLOCK_K]
+    present = prior != float("-inf")
+    ds = tl.load(dscores_ptr + offs_out, mask=present, other=0.0).to(tl.float32)  # [BLOCK_K]
+    if HAS_DPRIOR:
+        dprior = tl.load(dprior_ptr + offs_out, mask=present, other=0.0).to(tl.float32)
+        ds += dprior - tl.exp(prior) * tl.sum(dprior, axis=0)
+    ds = tl.where(present, tl.div_rn(ds, tau), 0.0)
+
+    if NEED_DQ:
+        readable = present
+        offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k
+        if GATHER:
+            rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
+            row = tl.load(rows_ptrs, mask=present, other=0).to(tl.int64)  # [BLOCK_K]
+            readable = present & (row < N)
+            offs_passage = row * stride_passage_k
+        offs_tile = offs_passage[:, None] + offs_d[None, :] * stride_passage_d
+        mask_tile = readable[:, None] & mask_d[None, :]
+        passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
+        dquery = tl.sum(ds[:, None] * passage.to(tl.float32), axis=0)  # [BLOCK_D]
+        tl.store(dquery_ptr + pid_b * D + offs_d, dquery, mask=mask_d)
+    if NEED_DP:
+        offs_query = pid_b * stride_query_b + offs_d * stride_query_d
+        query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0)  # [BLOCK_D]
+        dpassage = ds[:, None] * query.to(tl.float32)[None, :]  # [BLOCK_K, BLOCK_D]
+        offs_tile = offs_out[:, None] * D + offs_d[None, :]
+        tl.store(dpassage_ptr + offs_tile, dpassage, mask=mask_k[:, None] & mask_d[None, :])
+
+
+def doc_scores_fwd(
+    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor]:
+    """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows [B, K] -> s, log_prior."""
+    n_examples, n_passages = passage_emb.shape[:2] if rows is None else rows.shape
+    scores = query_emb.new_empty((n_examples, n_passages), dtype=torch.float32)
+    log_prior = torch.empty_like(scores)
+    with _on(query_emb):
+        _doc_scores_fwd_kernel[(n_examples,)](
+            query_emb,
+            passage_emb,
+            rows if rows is not None else query_emb,  # never read without HAS_ROWS
+            scores,
+            log_prior,
+            n_passages,
+            query_emb.shape[1],
+            passage_emb.shape[0],
+            *query_emb.stride(),
+            *_passage_strides(passage_emb),
+            *(rows.stride() if rows is not None else (0, 0)),
+            float(tau),
+            HAS_ROWS=rows is not None,
+            GATHER=passage_emb.dim() == 2,
+            **blocks(n_passages),
+        )
+    return scores, log_prior
+
+
+def doc_scores_bwd(
+    dscores: Tensor | None,
+    dlog_prior: Tensor | None,
+    log_prior: Tensor,
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    need_dq: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
+    n_examples, n_passages = log_prior.shape
+    gather = passage_emb.dim() == 2
+    dquery = query_emb.new_empty(query_emb.shape if need_dq else 0)
+    dpassage = passage_emb.new_empty(passage_emb.shape if need_dp else 0)
+    if dscores is None:
+        dscores = torch.zeros_like(log_prior)
+    options = blocks(n_passages)
+    grid = (n_examples, triton.cdiv(query_emb.shape[1], options["BLOCK_D"]))
+    with _on(query_emb):
+        _doc_scores_bwd_kernel[grid](
+            dscores.contiguous(),
+            log_prior if dlog_prior is None else dlog_prior.contiguous(),
+            log_prior,
+            query_emb,
+            passage_emb,
+            rows if gather else query_emb,  # never read without GATHER
+            dquery,
+            dpassage,
+            n_passages,
+            query_emb.shape[1],
+            passage_emb.shape[0],
+            *query_emb.stride(),
+            *_passage_strides(passage_emb),
+            *(rows.stride() if gather else (0, 0)),
+            float(tau),
+            GATHER=gather,
+            HAS_DPRIOR=dlog_prior is not None,
+            NEED_DQ=need_dq,
+            NEED_DP=need_dp,
+            **options,
+        )
+    return dquery, dpassage
+
+
+def aot_configs() -> list[AotConfig]:
+    """Every specialisation that the launchers ask for, with unit strides along D."""
+    stored = ("fp32", "fp16", "bf16")
+    configs = []
+    for n_passages in _BLOCKS_K:
+        # An index of any storage dtype meets float32 queries (or any others: conversion on load).
+        for dtype in stored:
+            configs.append(_fwd_config(n_passages, "fp32", dtype, HAS_ROWS=True, GATHER=True))
+            for has_dprior in (False, True):
+                flags = {"GATHER": True, "HAS_DPRIOR": has_dprior}
+                configs.append(
+                    _bwd_config(n_passages, "fp32", dtype, **flags, NEED_DQ=True, NEED_DP=False)
+                )
+        for dtype in stored:
+            for has_rows in (False, True):
+                configs.append(
+                    _fwd_config(n_passages, dtype, dtype, HAS_ROWS=has_rows, GATHER=False)
+                )
+            for has_dprior in (False, True):
+                flags = {"GATHER": False, "HAS_DPRIOR": has_dprior}
+                for need_dq, need_dp in ((True, True), (True, False), (False, True)):
+                    configs.append(
+                        _bwd_config(
+                            n_passages, dtype, dtype, **flags, NEED_DQ=need_dq, NEED_DP=need_dp
+                        )
+                    )
+    return configs
+
+
+_SIZES = {
+    **dict.fromkeys(("K", "D"), "i32"),
+    # Offsets are formed in 64 bits whatever the size of the strides.
+    **dict.fromkeys(("N", "stride_query_b", "stride_passage_b", "stride_passage_k"), "i64"),
+    **dict.fromkeys(("stride_rows_b", "stride_rows_k"), "i32"),
+    "rows_ptr": "*i64",
+    "tau": "fp32",
+}
+_UNIT_STRIDES = {"stride_query_d": 1, "stride_passage_d": 1}
+
+
+def _fwd_config(n_passages: int, query: str, passage: str, **flags: bool) -> AotConfig:
+    pointers = {
+        "query_ptr": query,
+        "passage_ptr": passage,
+        "scores_ptr": "fp32",
+        "prior_ptr": "fp32",
+    }
+    return _config(_doc_scores_fwd_kernel, n_passages, pointers, flags)
+
+
+def _bwd_config(n_passages: int, query: str, passage: str, **flags: bool) -> AotConfig:
+    pointers = {"query_ptr": query, "passage_ptr": passage}
+    pointers |= {"dquery_ptr": query, "dpassage_ptr": passage}
+    pointers |= dict.fromkeys(("dscores_ptr", "dprior_ptr", "prior_ptr"), "fp32")
+    return _config(_doc_scores_bwd_kernel, n_passages, pointers, flags)
+
+
+def _config(
+    kernel: object, n_passages: int, pointers: dict[str, str], flags: dict[str, bool]
+) -> AotConfig:
+    sizes = blocks(n_passages)
+    num_warps = sizes.pop("num_warps")
+    types = {name: f"*{dtype}" for name, dtype in pointers.items()} | _SIZES
+    return AotConfig(kernel, types, {**_UNIT_STRIDES, **flags, **sizes}, num_warps)
+
+
+def _passage_strides(passage_emb: Tensor) -> tuple[int, ...]:
+    """Strides of question, passage and component; every question sees the same index matrix."""
+    strides = passage_emb.stride()
+    return strides if passage_emb.dim() == 3 else (0, *strides)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The device of x, which need not be the current one; nothing in the interpreter."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
