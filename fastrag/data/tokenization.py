@@ -33,9 +33,12 @@ def encode_texts(
 ) -> list[list[int]]:
     """Encodes texts without adding special tokens and without reading any out of the text.
 
+    `"</s>"` inside a text is four ordinary characters. Where the vocabulary itself holds the string
+    (SentencePiece Unigram: T5 encodes it to its EOS whatever it is told), those ids are dropped.
+
     Args:
         tokenizer: a Hugging Face tokenizer.
-        texts: the texts; `"</s>"` inside one is four ordinary characters.
+        texts: the texts.
         target: encode as the decoder's side (`text_target`; it matters to Marian and mBART).
 
     Returns:
@@ -51,7 +54,20 @@ def encode_texts(
         return_token_type_ids=False,
         verbose=False,
     )
-    return [list(ids) for ids in encoded["input_ids"]]
+    control = _control_ids(tokenizer)
+    return [
+        list(ids) if control.isdisjoint(ids) else [i for i in ids if i not in control]
+        for ids in encoded["input_ids"]
+    ]
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that only the tokenizer may place; an unknown token that is also EOS is one of them."""
+    control = set(tokenizer.all_special_ids)
+    unknown = tokenizer.unk_token_id
+    if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        control.discard(unknown)
+    return control
 
 
 def encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+
+from fastrag.data import Question, default_dataset
+from fastrag.data import default as default_module
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return default_dataset()
+
+
+def test_splits_and_labels(dataset):
+    assert set(dataset.questions) == {
+        "train",
+        "dev",
+        "test",
+        "dev_unseen_wording",
+        "test_unseen_wording",
+    }
+    ids = {passage.id for passage in dataset.passages}
+    assert len(ids) == len(dataset.passages) > 1000
+    for split, questions in dataset.questions.items():
+        assert questions, split
+        for question in questions:
+            assert question.answers and question.positive in ids
+            assert question.meta["split"] == split
+            assert question.meta["field"] and question.meta["wording"] is not None
+
+
+def test_gold_passages_hold_an_answer(dataset):
+    by_id = {passage.id: passage for passage in dataset.passages}
+    for question in dataset.questions["dev"]:
+        gold = by_id[question.positive]
+        text = f"{gold.title} {gold.text}"
+        assert any(answer in text for answer in question.answers), question
+
+
+def test_an_unknown_split_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        default_module,
+        "read_questions",
+        lambda path: [Question("q", "?", ("a",), meta={"split": "other"})],
+    )
+    with pytest.raises(ValueError, match="question 'q': expected a split of .* got 'other'"):
+        default_dataset()
+
+
+def test_missing_package_data_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=r"passages.jsonl.xz: expected a readable file"):
+        default_dataset()
