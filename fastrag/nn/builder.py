@@ -136,7 +136,9 @@ class ContextBuilder:
         """Scatter every piece to its place; column `width` swallows what is padding or cut."""
         out = total.new_full((total.shape[0], width + 1), self.template.pad_id)
         at = width - total if self._left else torch.zeros_like(total)
-        pieces = [(literal, torch.full_like(total, literal.numel())) for literal in self._literals(out)]
+        pieces = [
+            (literal, torch.full_like(total, literal.numel())) for literal in self._literals(out)
+        ]
         for i, slot in enumerate(self.template.slots):
             pieces.insert(2 * i + 1, fills[slot])
         for values, length in pieces:

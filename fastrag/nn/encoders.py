@@ -1,10 +1,11 @@
 """TextEncoder: a Hugging Face model, a pooling and an optional normalisation, to one vector.
 
-    token states [B, S, H]  --pooling (cls | mean | last | pooler)-->  [B, D]  --normalise-->  [B, D]
+states [B, S, H]  --pooling (cls | mean | last | pooler)-->  [B, D]  --normalise-->  [B, D]
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -54,7 +55,8 @@ class TextEncoder(nn.Module):
         >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1,
         ...                     num_attention_heads=2, intermediate_size=8)
         >>> encoder = TextEncoder(BertModel(config), normalize=True)
-        >>> vectors = encoder(torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> ids, mask = torch.tensor([[2, 3, 4], [5, 6, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> vectors = encoder(ids, mask)
         >>> vectors.shape, bool((vectors.norm(dim=1) - 1).abs().max() < 1e-6)
         (torch.Size([2, 8]), True)
     """
@@ -146,10 +148,15 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder with `fastrag_encoder.json` beside the weights.
 
+        PEFT adapters on the encoder are merged in what is written.
+
         Args:
             path: folder; made if it does not exist.
         """
-        self.model.save_pretrained(path)
+        model = self.model
+        if hasattr(model, "peft_config"):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(path)
         settings = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -170,7 +177,7 @@ class TextEncoder(nn.Module):
         normalize: bool | None = None,
         prefix: str | None = None,
         max_length: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> TextEncoder:
         """Read an encoder from a local folder; nothing is downloaded.
 
@@ -185,7 +192,7 @@ class TextEncoder(nn.Module):
             normalize: see the class.
             prefix: see the class.
             max_length: see the class.
-            dtype: of the weights.
+            dtype: of the weights; "auto": as they are stored.
 
         Returns:
             A TextEncoder in eval mode, as transformers loads models.
@@ -289,11 +296,15 @@ def _st_pooling(path: Path) -> str:
         modes = {config["pooling_mode"]}
         known = {_ST_POOLING_WORDS.get(str(mode)) for mode in modes}
     else:
-        marks = {name for name, value in config.items() if name.startswith("pooling_mode_") and value}
+        marks = {
+            name for name, value in config.items() if name.startswith("pooling_mode_") and value
+        }
         modes = {name.removeprefix("pooling_mode_") for name in marks}
         known = {_ST_POOLINGS.get(mode) for mode in modes}
     if len(known) != 1 or None in known:
-        raise ValueError(f"{path}: expected one of the poolings cls, mean, last, got {sorted(modes)}")
+        raise ValueError(
+            f"{path}: expected one of the poolings cls, mean, last, got {sorted(modes)}"
+        )
     return str(known.pop())
 
 
@@ -306,7 +317,7 @@ def _st_prompt(config: dict[str, Any], role: Role | None) -> str:
     return ""
 
 
-def _load_model(folder: Path, dtype: torch.dtype, pooling: str | None) -> Any:
+def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> Any:
     """Load the transformers model of a folder; every weight that is used must be there."""
     from transformers import AutoModel
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import functional
+from fastrag.nn.arguments import bind_template, check_numbers, context_limit, require_finite
 from fastrag.nn.builder import BuiltContext, ContextBuilder
 from fastrag.nn.generators import adapt_generator, evaluating
-from fastrag.nn.heads import base_model
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration, RagOutput
 from fastrag.nn.state import keep_one_name_per_tensor
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fastrag.data.templates import BoundTemplate, Template
     from fastrag.index import FlatIndex, PassageStore
 
-DEFAULT_CONTEXT = 512
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
 FLAT_PRIOR = 0.99  # share of log K above which the first batch's prior says nothing
 
@@ -114,7 +113,7 @@ class RagModel(nn.Module):
             both = (question_encoder, passage_encoder or question_encoder)
             normalized = all(getattr(encoder, "normalize", False) for encoder in both)
             tau = NORMALIZED_TAU if normalized else 1.0
-        _check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
+        check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
         if train_passage_encoder and passage_encoder is None:
             raise ValueError("passage_encoder: expected a module to train, got None")
         self.question_encoder = question_encoder
@@ -131,8 +130,8 @@ class RagModel(nn.Module):
         self.question_tokenizer = question_tokenizer
         self.generator_tokenizer = generator_tokenizer
         self.builder = ContextBuilder(
-            _bound(template, generator_tokenizer, self.adapter.kind),
-            _context_limit(generator, self.adapter.kind, max_context),
+            bind_template(template, generator_tokenizer, self.adapter.kind),
+            context_limit(generator, self.adapter.kind, max_context),
         )
         self.train_passage_encoder = train_passage_encoder
         self.explore = explore
@@ -318,7 +317,9 @@ class RagModel(nn.Module):
 
     def _encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         query_emb = self.question_encoder(input_ids, attention_mask)
-        _require_finite(query_emb, "question_encoder: expected finite vectors, got NaN or inf for example")
+        require_finite(
+            query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
+        )
         return query_emb
 
     def _retrieve(self, query_emb: Tensor, rows: Tensor | None) -> _Retrieved:
@@ -352,7 +353,7 @@ class RagModel(nn.Module):
         return torch.cat([rows[:, :n_kept], rows[:, n_kept:].gather(1, drawn)], dim=1)
 
     def _score(self, query_emb: Tensor, rows: Tensor) -> Tensor:
-        """Scores q . d / tau `[B, K]`; d from the index, or fresh when the passage encoder trains."""
+        """Scores q . d / tau `[B, K]`; d from the index, or fresh if the passage encoder trains."""
         if self.train_passage_encoder and self.training:
             passage_emb = self._encode_rows(rows)
         elif self.index.device == query_emb.device:
@@ -370,7 +371,7 @@ class RagModel(nn.Module):
         ids, lengths = self.passages.gather(unique, "encoder")
         mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
         vectors = self.passage_encoder(ids, mask.long())
-        _require_finite(
+        require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )
         return vectors[where]
@@ -395,8 +396,8 @@ class RagModel(nn.Module):
         if bool((several & (entropy > FLAT_PRIOR * found.log())).sum() == several.sum() > 0):
             warnings.warn(
                 f"the prior over passages is nearly uniform in the first batch (entropy above "
-                f"{FLAT_PRIOR} of its maximum, tau = {float(self.tau):g}): the retriever will learn "
-                f"slowly; use a smaller tau",
+                f"{FLAT_PRIOR} of its maximum, tau = {float(self.tau):g}): the retriever will "
+                f"learn slowly; use a smaller tau",
                 stacklevel=4,
             )
 
@@ -538,62 +539,3 @@ class RagModel(nn.Module):
             f"learn_tau={self.log_tau is not None}, max_context={self.max_context}, "
             f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
         )
-
-
-def _check_numbers(
-    n_docs: int, tau: float, explore: int, explore_pool: int | None, explore_tau: float
-) -> None:
-    if n_docs < 1:
-        raise ValueError(f"n_docs: expected an integer >= 1, got {n_docs}")
-    if not (tau > 0 and math.isfinite(tau)):
-        raise ValueError(f"tau: expected a finite number > 0, got {tau}")
-    if not 0 <= explore <= n_docs:
-        raise ValueError(f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {explore}")
-    if explore_pool is not None and explore_pool < n_docs:
-        raise ValueError(f"explore_pool: expected at least n_docs = {n_docs}, got {explore_pool}")
-    if not explore_tau > 0:
-        raise ValueError(f"explore_tau: expected a number > 0, got {explore_tau}")
-
-
-def _bound(
-    template: Template | BoundTemplate | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    kind: Any,
-) -> BoundTemplate:
-    """Return `template`, or the default, bound to the generator's tokenizer."""
-    if hasattr(template, "literals"):
-        if template.kind != kind:
-            raise ValueError(f"template: expected one bound as {kind!r}, got {template.kind!r}")
-        return template
-    if tokenizer is None:
-        raise ValueError("generator_tokenizer: expected a tokenizer to bind the template, got None")
-    from fastrag.data.templates import Template
-
-    return (template or Template.default(kind)).bind(tokenizer, kind)
-
-
-def _context_limit(generator: nn.Module, kind: str, max_context: int | None) -> int:
-    """Return the generator's window, held against the positions that it has."""
-    config = base_model(generator).config
-    config = getattr(config, "encoder", None) or config  # EncoderDecoder: the encoder reads it
-    positions = getattr(config, "max_position_embeddings", None)
-    if max_context is None:
-        if positions is None:
-            return DEFAULT_CONTEXT
-        answer = min(64, positions // 4) if kind == "causal" else 0
-        return min(DEFAULT_CONTEXT, positions - answer)
-    if positions is not None and max_context > positions:
-        raise ValueError(
-            f"max_context: expected at most the generator's {positions} positions, got {max_context}"
-        )
-    return max_context
-
-
-def _require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) -> None:
-    """Raise for NaN or inf, naming the row; on the CPU alone, where looking costs no wait."""
-    if vectors.device.type != "cpu":
-        return
-    finite = vectors.detach().isfinite().all(dim=-1)
-    if not bool(finite.all()):
-        first = int((~finite).nonzero()[0])
-        raise ValueError(f"{message} {first if rows is None else int(rows[first])}")

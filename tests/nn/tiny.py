@@ -79,6 +79,7 @@ _T5 = {
     "d_ff": 24,
     "num_layers": 2,
     "num_heads": 2,
+    "dropout_rate": 0.0,
     "decoder_start_token_id": PAD,
     **_SPECIAL,
 }
@@ -190,9 +191,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def encoder(*, seed: int = 0, normalize: bool = True, dropout: float = 0.0) -> TextEncoder:
     """Make a one-layer BERT encoder of width 16."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        **_BERT, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
-    )
+    config = BertConfig(**_BERT, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     return TextEncoder(BertModel(config, add_pooling_layer=False), normalize=normalize)
 
 
@@ -225,9 +224,7 @@ def rag_model(
     words = tokenizer()
     question_encoder = encoder(seed=seed, normalize=normalize, dropout=dropout)
     passage_encoder = (
-        question_encoder
-        if shared
-        else encoder(seed=seed, normalize=normalize, dropout=dropout)
+        question_encoder if shared else encoder(seed=seed, normalize=normalize, dropout=dropout)
     )
     torch.manual_seed(seed)
     default = GENERATORS["t5_tied" if kind == "seq2seq" else "llama"]

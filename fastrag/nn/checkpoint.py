@@ -1,0 +1,294 @@
+"""RagModel as a folder: encoders and generator as Hugging Face folders, settings as JSON.
+
+    question_encoder/   passage_encoder/ (unless shared)   generator/ (or a PEFT adapter)
+    generator_base/ (only under an adapter whose base model has no name of its own)
+    index/ passages/ (if asked for)   rag_config.json   manifest.json
+
+Written by `FolderWriter`: whole or not at all. Nothing is pickled, nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastrag.nn.encoders import TextEncoder
+from fastrag.nn.heads import base_model
+
+if TYPE_CHECKING:
+    from fastrag.nn.model import RagModel
+
+FORMAT = "fastrag-model"
+VERSION = 1
+CONFIG = "rag_config.json"
+_SETTINGS = (
+    "n_docs",
+    "marginal",
+    "max_context",
+    "train_passage_encoder",
+    "explore",
+    "explore_pool",
+    "explore_tau",
+)
+
+
+def save_model(
+    model: RagModel,
+    path: str | os.PathLike[str],
+    *,
+    merge_adapter: bool = False,
+    include_index: bool = False,
+) -> None:
+    """Write `model` as the folder `path`; see `RagModel.save_pretrained`.
+
+    Raises:
+        ValueError: an encoder that cannot write itself, several PEFT adapters, a merge that would
+            change a tied embedding, or a folder that cannot be replaced.
+    """
+    from fastrag.index.storage import FolderWriter
+
+    for name in ("question_encoder", "passage_encoder"):
+        encoder = getattr(model, name)
+        if encoder is not None and not hasattr(encoder, "save_pretrained"):
+            raise ValueError(
+                f"{name}: expected a module with save_pretrained, got {type(encoder).__name__}"
+            )
+    with FolderWriter(path, format=FORMAT, version=VERSION) as writer:
+        folder = writer.folder
+        model.question_encoder.save_pretrained(folder / "question_encoder")
+        if model.passage_encoder not in (None, model.question_encoder):
+            model.passage_encoder.save_pretrained(folder / "passage_encoder")
+        kept = _save_generator(model.generator, folder, merge_adapter)
+        if model.question_tokenizer is not None:
+            model.question_tokenizer.save_pretrained(folder / "question_encoder")
+        if model.generator_tokenizer is not None:
+            model.generator_tokenizer.save_pretrained(folder / "generator")
+        if include_index:
+            model.index.save(folder / "index")
+            model.passages.save(folder / "passages")
+        text = json.dumps(_settings(model, kept), indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        _flush(folder)
+        writer.commit({})
+
+
+def load_model(
+    cls: type[RagModel],
+    path: str | os.PathLike[str],
+    index: Any,
+    passages: Any,
+    *,
+    base_generator: nn.Module | None,
+    generator_class: type | None,
+    overrides: dict[str, Any],
+) -> RagModel:
+    """Read the folder `path`; see `RagModel.from_pretrained`.
+
+    Raises:
+        ValueError: something is missing, unreadable or of another configuration; it is named.
+    """
+    from fastrag.data.templates import Template
+
+    folder = Path(path)
+    settings = _read_settings(folder)
+    question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", dtype="auto")
+    passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
+    if settings["passage_encoder"] == "own":
+        passage_encoder = TextEncoder.from_pretrained(folder / "passage_encoder", dtype="auto")
+    generator = _load_generator(folder, settings, base_generator, generator_class)
+    arguments = {name: settings[name] for name in _SETTINGS}
+    arguments |= {
+        "tau": settings["tau"],
+        "learn_tau": settings["learn_tau"],
+        "label_smoothing": settings["label_smoothing"],
+        "template": Template.from_dict(settings["template"]),
+        "question_tokenizer": _load_tokenizer(folder / "question_encoder"),
+        "generator_tokenizer": _load_tokenizer(folder / "generator"),
+    }
+    model = cls(
+        question_encoder,
+        passage_encoder,
+        generator,
+        _load_index(folder, settings, index),
+        _load_passages(folder, passages),
+        **(arguments | overrides),
+    )
+    return model.eval()
+
+
+def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
+    """Return what rag_config.json says."""
+    from fastrag import __version__
+
+    passage_encoder = "own"
+    if model.passage_encoder is None:
+        passage_encoder = "none"
+    elif model.passage_encoder is model.question_encoder:
+        passage_encoder = "shared"
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fastrag": __version__,
+        "kind": model.adapter.kind,
+        "generator": generator_kept,
+        "passage_encoder": passage_encoder,
+        **{name: getattr(model, name) for name in _SETTINGS},
+        "tau": float(model.tau),
+        "learn_tau": model.log_tau is not None,
+        "label_smoothing": model.loss_fn.label_smoothing,
+        "template": model.builder.template.template.to_dict(),
+        "index": {
+            "dim": model.index.dim,
+            "n_passages": len(model.index),
+            "checksum": model.index.checksum() if len(model.index) else None,
+            "source": str(model.index.source) if model.index.source else None,
+        },
+    }
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected the settings of a saved RagModel, got {error}"
+        ) from error
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise ValueError(f"{file}: expected format {FORMAT!r}")
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{file}: expected version {VERSION}, got {settings.get('version')!r}")
+    needed = {*_SETTINGS, "kind", "generator", "passage_encoder", "tau", "learn_tau"}
+    missing = (needed | {"label_smoothing", "template", "index"}) - set(settings)
+    if missing:
+        raise ValueError(f"{file}: expected the keys {sorted(missing)}, which are missing")
+    return settings
+
+
+def _save_generator(generator: Any, folder: Path, merge_adapter: bool) -> str:
+    """Write the generator; return "model", "adapter" or "adapter on generator_base"."""
+    if not hasattr(generator, "peft_config"):
+        generator.save_pretrained(folder / "generator")
+        return "model"
+    if merge_adapter:
+        _refuse_tied_merge(generator)
+        copy.deepcopy(generator).merge_and_unload().save_pretrained(folder / "generator")
+        return "model"
+    if list(generator.peft_config) != ["default"]:
+        raise ValueError(
+            f"generator: expected one PEFT adapter named 'default' to save, got "
+            f"{sorted(generator.peft_config)}"
+        )
+    if base_model(generator).name_or_path:
+        generator.save_pretrained(folder / "generator")
+        return "adapter"
+    # A base model without a name of its own cannot be found again: keep it beside its adapter.
+    copy.deepcopy(generator).unload().save_pretrained(folder / "generator_base")
+    generator.save_pretrained(folder / "generator", save_embedding_layers=False)
+    return "adapter on generator_base"
+
+
+def _refuse_tied_merge(generator: Any) -> None:
+    base = base_model(generator)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = [hasattr(part, "base_layer") for part in (head, embedding)]
+    if not any(adapted):
+        return
+    weights = [getattr(part, "base_layer", part).weight for part in (head, embedding)]
+    if weights[0] is weights[1]:
+        raise ValueError(
+            f"merge_adapter: expected an untied head, got LoRA on the "
+            f"{'head' if adapted[0] else 'embedding'} of {type(base).__name__}, whose head and "
+            f"embedding are one tensor: merging would change both; save the adapter instead"
+        )
+
+
+def _load_generator(
+    folder: Path,
+    settings: dict[str, Any],
+    base_generator: nn.Module | None,
+    generator_class: type | None,
+) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    automatic = AutoModelForSeq2SeqLM if settings["kind"] == "seq2seq" else AutoModelForCausalLM
+    loader = generator_class or automatic
+    if settings["generator"] == "model":
+        return _load_whole(loader, folder / "generator")
+    from peft import PeftConfig, PeftModel
+
+    base = base_generator
+    if base is None and settings["generator"] == "adapter on generator_base":
+        base = _load_whole(loader, folder / "generator_base")
+    elif base is None:
+        name = PeftConfig.from_pretrained(folder / "generator").base_model_name_or_path
+        if not name:
+            raise ValueError(f"base_generator: expected the model under the adapter in {folder}")
+        base = _load_whole(loader, name)
+    return PeftModel.from_pretrained(base, folder / "generator", is_trainable=True).eval()
+
+
+def _load_whole(loader: Any, folder: str | os.PathLike[str]) -> Any:
+    """Load a generator whose every weight must be in the folder, and none be left over."""
+    try:
+        model, report = loader.from_pretrained(
+            folder, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder}: expected a readable generator: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise ValueError(
+                f"{folder}: expected the weights of a {type(model).__name__}, got {what} "
+                f"{sorted(map(str, report[what]))[:4]} (a class of your own goes into "
+                f"generator_class)"
+            )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
+    from fastrag.index import FlatIndex
+
+    if index is None:
+        if not (folder / "index").is_dir():
+            raise ValueError(
+                f"index: expected an index, as {folder} holds none (saved from "
+                f"{settings['index'].get('source')})"
+            )
+        index = FlatIndex.load(folder / "index")
+    if index.dim != settings["index"]["dim"]:
+        raise ValueError(
+            f"index: expected vectors of width {settings['index']['dim']}, got {index.dim}"
+        )
+    return index
+
+
+def _load_passages(folder: Path, passages: Any) -> Any:
+    from fastrag.index import PassageStore
+
+    if passages is not None:
+        return passages
+    if not (folder / "passages").is_dir():
+        raise ValueError(f"passages: expected a PassageStore, as {folder} holds none")
+    return PassageStore.load(folder / "passages")
+
+
+def _flush(folder: Path) -> None:
+    """Force the files of a folder to the disk, so that a rename cannot come before their data."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())

@@ -1,0 +1,444 @@
+"""RagModel: loss and gradients, retrieval, exploring, bad input, training loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+
+from fastrag import functional
+from fastrag.index import FlatIndex
+from fastrag.nn import RagModel
+from tests.nn.tiny import TEMPLATE, batch, collator, encoder, questions, rag_model, tokenizer
+
+KINDS = ["seq2seq", "causal"]
+
+
+def literal_loss(model, data, rows):
+    """The loss put together step by step, one question and one passage at a time."""
+    query = model.question_encoder(data["input_ids"], data["attention_mask"])
+    vectors = model.index.vectors(rows)
+    scores = torch.einsum("bd,bkd->bk", query, vectors) / model.tau
+    log_prior = scores.masked_fill(rows < 0, -torch.inf).log_softmax(dim=1)
+    total, count = 0.0, 0
+    words = model.generator_tokenizer
+    for b in range(len(rows)):
+        labels = data["labels"][b][data["labels"][b] != -100]
+        count += len(labels)
+        joint = []
+        for k, row in enumerate(rows[b].tolist()):
+            passage = model.passages.text(row) if row >= 0 else ""
+            question = words.decode(data["prompt_ids"][b][data["prompt_mask"][b].bool()])
+            ids = words(TEMPLATE.render(passage, question), return_tensors="pt")["input_ids"]
+            frame = model.builder.template.literals
+            ids = torch.tensor([[*_start(frame, ids), *ids[0].tolist()]])
+            hidden = model.adapter.hidden(ids, torch.ones_like(ids), labels[None])[0, 0]
+            logp = model.adapter.head().logits(hidden).log_softmax(dim=-1)
+            joint.append(log_prior[b, k] + logp.gather(1, labels[:, None])[:, 0])
+        joint = torch.stack(joint)  # [K, T]
+        if model.marginal == "token":
+            total = total - joint.logsumexp(dim=0).sum()
+        else:
+            prior = log_prior[b]
+            total = total - (prior + (joint - prior[:, None]).nan_to_num(0.0).sum(1)).logsumexp(0)
+    return total / count
+
+
+def _start(literals, ids):
+    """Specials that the template puts first and the plain tokenizer does not."""
+    first = list(literals[0])
+    return [] if ids[0, : len(first)].tolist() == first else first
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_the_literal_loss(kind, marginal):
+    model = rag_model(kind, marginal=marginal, tau=0.3)
+    model.eval()
+    data = batch(kind)
+    rows = torch.tensor([[0, 3, 1], [4, 1, -1], [2, 5, 6], [7, -1, -1]])
+    out = model(**data, rows=rows)
+    torch.testing.assert_close(out.loss, literal_loss(model, data, rows), rtol=1e-5, atol=1e-6)
+    assert out.doc_scores.isneginf().equal(rows < 0)
+    assert out.log_posterior.shape == ((4, 3, 2) if marginal == "token" else (4, 3))
+
+
+def test_gradient_reaches_questions_and_generator_alone():
+    model = rag_model()
+    model(**batch()).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is None for name, g in grads.items() if name.startswith("passage_encoder"))
+    assert not any(p.requires_grad for p in model.passage_encoder.parameters())
+    assert all(
+        g is not None and g.isfinite().all()
+        for name, g in grads.items()
+        if not name.startswith("passage_encoder")
+    )
+
+
+def test_fresh_passages_carry_gradient_and_are_encoded_once(monkeypatch):
+    model = rag_model(train_passage_encoder=True, tau=0.2)
+    seen = []
+    plain = model.passage_encoder.forward
+    monkeypatch.setattr(
+        model.passage_encoder,
+        "forward",
+        lambda ids, mask: seen.append(len(ids)) or plain(ids, mask),
+    )
+    rows = torch.tensor([[0, 3, 1], [3, 1, -1], [2, 0, 3], [1, -1, -1]])
+    out = model(**batch(), rows=rows)
+    assert seen == [4]  # rows 0..3, each once
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.passage_encoder.parameters())
+    # The index holds the same vectors, so scores and loss are those of the stored index.
+    model.eval()
+    with torch.no_grad():
+        stored = model(**batch(), rows=rows)
+    assert seen == [4]
+    torch.testing.assert_close(out.loss.detach(), stored.loss)
+    torch.testing.assert_close(out.doc_scores.detach(), stored.doc_scores, rtol=1e-4, atol=1e-5)
+
+
+def test_one_encoder_for_questions_and_passages():
+    model = rag_model(shared=True, train_passage_encoder=True)
+    assert model.passage_encoder is model.question_encoder
+    assert not any(name.startswith("passage_encoder") for name in model.state_dict())
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None for p in model.question_encoder.parameters())
+    clone = rag_model(shared=True, train_passage_encoder=True, seed=3)
+    clone.load_state_dict(model.state_dict())
+    clone.index = model.index
+    torch.testing.assert_close(clone(**batch()).loss, model(**batch()).loss)
+
+
+def test_learned_temperature():
+    model = rag_model(tau=0.3, learn_tau=True)
+    out = model(**batch())
+    out.loss.backward()
+    assert math.isclose(float(model.tau), 0.3, rel_tol=1e-6)
+    assert model.log_tau.grad.abs() > 0
+    fixed = rag_model(tau=0.3)
+    torch.testing.assert_close(fixed(**batch()).loss, out.loss)
+    assert "log_tau" in model.state_dict() and "log_tau" not in fixed.state_dict()
+
+
+def test_default_temperature_follows_normalisation():
+    assert rag_model().tau == 0.05
+    assert rag_model(normalize=False).tau == 1.0
+
+
+def test_normalizer_adds_up_over_micro_batches():
+    model = rag_model(tau=0.1)
+    model.eval()
+    whole = batch(n=4)
+    count = (whole["labels"] != -100).sum()
+    parts = [batch(n=2), collator()(questions(4)[2:])]
+    summed = sum(model(**part, num_items_in_batch=count).loss for part in parts)
+    torch.testing.assert_close(summed, model(**whole).loss)
+
+
+def test_all_labels_ignored_is_loss_zero():
+    model = rag_model()
+    data = batch()
+    data["labels"] = torch.full_like(data["labels"], -100)
+    data.pop("valid_rows")
+    loss = model(**data).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_example_weight_and_retrieval_without_labels():
+    model = rag_model(tau=0.1)
+    model.eval()
+    data = batch()
+    out = model(data["input_ids"], data["attention_mask"])
+    assert out.loss is None and out.rows.shape == (4, 3)
+    first = {name: value[:1] for name, value in data.items() if name != "valid_rows"}
+    weighted = model(**data, example_weight=torch.tensor([1.0, 0, 0, 0]), num_items_in_batch=1)
+    torch.testing.assert_close(weighted.loss, model(**first, num_items_in_batch=1).loss)
+
+
+def test_retrieve_is_brute_force_and_ignores_training_mode():
+    model = rag_model(dropout=0.5, explore=2)
+    data = batch()
+    scores, rows = model.retrieve(data["input_ids"], data["attention_mask"], 5)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        query = model.question_encoder(data["input_ids"], data["attention_mask"])
+    expected = (query @ model.index.index_emb.T).topk(5)
+    assert rows.equal(expected.indices)
+    torch.testing.assert_close(scores, expected.values)
+    assert model(**data).rows.equal(rows[:, :3])
+
+
+def test_more_passages_asked_for_than_there_are():
+    model = rag_model(n_passages=2, n_docs=5, tau=0.1)
+    out = model(**batch(n=2))
+    assert (out.rows >= 0).sum(dim=1).tolist() == [2, 2]
+    assert out.doc_scores.isneginf().equal(out.rows < 0)
+    two = rag_model(n_passages=2, n_docs=2, tau=0.1)
+    torch.testing.assert_close(out.loss, two(**batch(n=2)).loss)
+    out.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_passages_missing_gives_loss_zero_and_finite_gradients(kind):
+    model = rag_model(kind)
+    out = model(**batch(kind, 2), rows=torch.full((2, 3), -1))
+    out.loss.backward()
+    assert out.loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_explore_keeps_the_nearest_and_draws_the_rest():
+    model = rag_model(n_docs=4, explore=2, explore_pool=None, explore_tau=50.0, tau=0.1)
+    data = batch()
+    _, nearest = model.retrieve(data["input_ids"], data["attention_mask"], 12)
+    torch.manual_seed(0)
+    drawn = [model(data["input_ids"], data["attention_mask"]).rows for _ in range(60)]
+    torch.manual_seed(0)
+    assert model(data["input_ids"], data["attention_mask"]).rows.equal(drawn[0])
+    for rows in drawn:
+        assert rows[:, :2].equal(nearest[:, :2])
+        assert all(len(set(row)) == 4 for row in rows.tolist())
+    others = torch.stack(drawn)[:, 0, 2:].flatten().tolist()
+    assert set(others) == set(nearest[0, 2:].tolist())  # nearly uniform: every one shows up
+    model.eval()
+    assert model(data["input_ids"], data["attention_mask"]).rows.equal(nearest[:, :4])
+
+
+def test_explore_follows_the_softened_prior():
+    """Frequencies of one explored place against softmax(s / (tau * explore_tau))."""
+    model = rag_model(n_docs=2, explore=1, explore_pool=None, explore_tau=2.0, tau=0.2)
+    data = batch(n=1)
+    scores, nearest = model.retrieve(data["input_ids"], data["attention_mask"], 12)
+    expected = (scores[0, 1:] / 0.4).softmax(dim=0)
+    ids = data["input_ids"].expand(500, -1)
+    torch.manual_seed(1)
+    rows = torch.cat([model(ids).rows[:, 1] for _ in range(8)])
+    counts = (rows[:, None] == nearest[0, 1:]).float().mean(dim=0)
+    assert (counts - expected).abs().max() < 0.03
+
+
+def test_explore_more_than_there_are():
+    model = rag_model(n_passages=3, n_docs=5, explore=3)
+    rows = model(**batch(n=2)).rows
+    assert (rows >= 0).sum(dim=1).tolist() == [3, 3]
+
+
+def test_flat_prior_warns_once():
+    model = rag_model(tau=100.0)
+    with pytest.warns(UserWarning, match="nearly uniform in the first batch .* tau = 100"):
+        model(**batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch())
+        rag_model(tau=0.05)(**batch())
+
+
+def test_cut_passages_are_counted_and_questions_kept():
+    model = rag_model(max_context=4)
+    assert model.builder.n_literals + 1 + 2 == 5  # literals, question, passage: one too many
+    assert int(model(**batch()).n_cut) == 12
+    assert int(rag_model(max_context=5)(**batch()).n_cut) == 0
+
+
+def test_eval_is_deterministic_and_dropout_is_not():
+    model = rag_model(dropout=0.3, tau=0.1)
+    assert model(**batch()).loss != model(**batch()).loss
+    model.eval()
+    assert model(**batch()).loss == model(**batch()).loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_falls_in_a_bare_loop(kind):
+    """A copy task: retrieval must find the passage, the generator must copy its second word."""
+    model = rag_model(kind, tau=0.1)
+    data = batch(kind, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(**data).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_refresh_makes_and_renews_the_index():
+    model = rag_model(fill_index=False, train_passage_encoder=True)
+    with pytest.raises(ValueError, match=r"index: .* empty index; call refresh_index\(\)"):
+        model(**batch())
+    model.refresh_index(batch_size=5)
+    assert len(model.index) == 12 and model.training
+    before = model.index.index_emb.clone()
+    with torch.no_grad():
+        for parameter in model.passage_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.refresh_index()
+    assert not torch.equal(model.index.index_emb, before)
+    with torch.no_grad():
+        ids, lengths = model.passages.gather(torch.tensor([4]), "encoder")
+        expected = model.passage_encoder(ids, torch.ones_like(ids))
+    torch.testing.assert_close(model.index.index_emb[4:5], expected)
+
+
+def test_deepcopy_is_independent():
+    model = rag_model(tau=0.1)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in clone.generator.parameters():
+            parameter.mul_(1.5)
+    assert clone.adapter.model is clone.generator
+    assert clone(**batch()).loss != model(**batch()).loss
+
+
+# Bad input
+
+
+def _rejects(message, **changes):
+    with pytest.raises(ValueError, match=message):
+        rag_model(**changes)
+
+
+def test_rejects_bad_settings():
+    _rejects("n_docs: expected an integer >= 1, got 0", n_docs=0)
+    _rejects("tau: expected a finite number > 0, got 0", tau=0.0)
+    _rejects("explore: expected 0 <= integer <= n_docs = 3, got 4", explore=4)
+    _rejects("explore_pool: expected at least n_docs = 3, got 2", explore_pool=2)
+    _rejects("explore_tau: expected a number > 0", explore_tau=0.0)
+    _rejects("marginal: expected one of .* got 'both'", marginal="both")
+    _rejects("label_smoothing: expected 0 <= number < 1, got 1", label_smoothing=1.0)
+    _rejects("max_context: expected more than the template", max_context=2)
+    _rejects(
+        "max_context: expected at most the generator's 64 positions", kind="causal", max_context=65
+    )
+
+
+def test_rejects_index_of_another_size():
+    model = rag_model()
+    parts = {
+        "question_encoder": model.question_encoder,
+        "passage_encoder": model.passage_encoder,
+        "generator": model.generator,
+        "passages": model.passages,
+        "generator_tokenizer": tokenizer(),
+        "template": TEMPLATE,
+    }
+    short = FlatIndex(16)
+    short.add(torch.randn(5, 16))
+    with pytest.raises(ValueError, match="index: .* got 5 vectors and 12 passages"):
+        RagModel(**parts, index=short)
+    narrow = FlatIndex(8)
+    narrow.add(torch.randn(12, 8))
+    with pytest.raises(ValueError, match="index: expected vectors of width 16 .* got 8"):
+        RagModel(**parts, index=narrow)
+    with pytest.raises(ValueError, match="generator_tokenizer: expected a tokenizer"):
+        RagModel(**{**parts, "generator_tokenizer": None}, index=model.index)
+    with pytest.raises(ValueError, match="passage_encoder: expected a module to train, got None"):
+        RagModel(
+            **{**parts, "passage_encoder": None}, index=model.index, train_passage_encoder=True
+        )
+    with pytest.raises(ValueError, match="template: expected one bound as 'seq2seq', got 'causal'"):
+        bound = TEMPLATE.bind(tokenizer(), "causal")
+        RagModel(**{**parts, "template": bound}, index=model.index)
+
+
+def test_rejects_passages_of_another_tokenizer():
+    model = rag_model()
+    other = tokenizer()
+    other.add_tokens(["new"])
+    with pytest.raises(ValueError, match="generator stream was built with another tokenizer"):
+        RagModel(
+            model.question_encoder,
+            model.passage_encoder,
+            model.generator,
+            model.index,
+            model.passages,
+            template=TEMPLATE,
+            generator_tokenizer=other,
+        )
+
+
+def test_rejects_vectors_that_are_not_finite():
+    model = rag_model(train_passage_encoder=True)
+    with torch.no_grad():
+        model.question_encoder.model.embeddings.word_embeddings.weight[4] = torch.nan
+    with pytest.raises(ValueError, match="question_encoder: .* NaN or inf for example 1"):
+        model(**batch())
+    model = rag_model(train_passage_encoder=True)
+    with torch.no_grad():  # w18 is the answer word of passage 2
+        model.passage_encoder.model.embeddings.word_embeddings.weight[3 + 18] = torch.nan
+    with pytest.raises(ValueError, match="passage_encoder: .* NaN or inf for row 2"):
+        model(**batch())
+    with pytest.raises(ValueError, match="row 2"):
+        model.refresh_index()
+
+
+def test_rejects_bad_batches():
+    model = rag_model()
+    data = batch()
+    with pytest.raises(ValueError, match=r"rows: expected \[B, K\] with B = 4"):
+        model(**data, rows=torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows: expected"):
+        model(**data, rows=torch.full((4, 2), 12))
+    with pytest.raises(ValueError, match="prompt_ids: expected the questions"):
+        model(data["input_ids"], labels=data["labels"])
+    with pytest.raises(ValueError, match="prompt_ids: expected question and template within"):
+        long = torch.ones(4, 40, dtype=torch.int64)
+        model(**{**data, "prompt_ids": long, "prompt_mask": long})
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        model(**{**data, "attention_mask": torch.ones(4, 9)})
+
+
+def test_checkpoint_of_another_configuration_is_a_value_error():
+    state = rag_model().state_dict()
+    other = rag_model("causal")
+    with pytest.raises(ValueError, match="state_dict: checkpoint of another configuration"):
+        other.load_state_dict(state)
+    state["question_encoder.model.embeddings.word_embeddings.weight"] = torch.zeros(3, 16)
+    with pytest.raises(ValueError, match="(?s)another configuration: .*size mismatch"):
+        rag_model().load_state_dict(state, strict=False)
+
+
+def test_encoders_of_your_own():
+    """Any module of (input_ids, attention_mask) -> [B, D] is an encoder."""
+
+    class Bag(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = torch.nn.Embedding(37, 16)
+
+        def forward(self, input_ids, attention_mask):
+            return (self.words(input_ids) * attention_mask[..., None]).sum(dim=1)
+
+    base = rag_model()
+    torch.manual_seed(0)
+    model = RagModel(
+        Bag(),
+        Bag(),
+        base.generator,
+        FlatIndex(16),
+        base.passages,
+        n_docs=3,
+        template=TEMPLATE,
+        generator_tokenizer=tokenizer(),
+    )
+    model.refresh_index()
+    out = model(**batch())
+    out.loss.backward()
+    assert model.question_encoder.words.weight.grad.any()
+    expected = functional.doc_scores(
+        model.question_encoder(batch()["input_ids"], batch()["attention_mask"]),
+        model.index.index_emb,
+        rows=out.rows,
+    )
+    torch.testing.assert_close(out.doc_scores, expected)
+    assert encoder().dim == 16
