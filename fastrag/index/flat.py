@@ -125,7 +125,7 @@ class FlatIndex:
             whole = isinstance(vectors, torch.Tensor | np.ndarray)
             for block in _blocks(vectors):
                 checked = self._checked(block, "vectors", first_row=stop - start)
-                self._reserve(stop + len(checked), exact=whole)
+                self._reserve(stop + len(checked), keep=stop, exact=whole)
                 self._data[stop : stop + len(checked)] = checked
                 stop += len(checked)
             if stop > start:
@@ -157,7 +157,7 @@ class FlatIndex:
             if len(rows) == 0:
                 return
             if self._mapped:
-                self._reserve(self._n, exact=True)
+                self._reserve(self._n, keep=self._n, exact=True)
             with self._lock.write():
                 self._data[rows] = checked
                 self._changed()
@@ -386,14 +386,14 @@ class FlatIndex:
         self._version += 1
         self._source = self._checksum = None
 
-    def _reserve(self, n: int, *, exact: bool) -> None:
-        """Makes room for n rows in memory of our own; old rows are copied, readers keep the old."""
+    def _reserve(self, n: int, *, keep: int, exact: bool) -> None:
+        """Makes room for n rows in memory of our own and copies the first `keep`."""
         capacity = self._data.shape[0]
         if n <= capacity and not self._mapped:
             return
         room = n if exact and capacity == 0 else max(n, 2 * capacity if n > capacity else n)
         grown = torch.empty(room, self.dim, device=self.device)
-        grown[: self._n] = self._data[: self._n]
+        grown[:keep] = self._data[:keep]
         with self._lock.write():
             self._data, self._mapped = grown, False
 

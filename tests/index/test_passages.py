@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrag.data import Passage, Template
+from fastrag.index import PassageStore
+from fastrag.index import passages as passages_module
+
+TEMPLATE = Template.default("causal")
+
+
+@pytest.fixture
+def build(encoder_tokenizer, generator_tokenizer):
+    def made(passages, **kwargs):
+        arguments = {
+            "template": TEMPLATE,
+            "question_tokenizer": encoder_tokenizer,
+            "generator_tokenizer": generator_tokenizer,
+            "max_encoder_tokens": 24,
+        }
+        return PassageStore.build(passages, **{**arguments, **kwargs})
+
+    return made
+
+
+@pytest.fixture
+def store(build, passages):
+    return build(passages)
+
+
+def rows_of(store, stream):
+    ids, lengths = store.gather(torch.arange(len(store)), stream)
+    return [row[:n].tolist() for row, n in zip(ids, lengths.tolist(), strict=True)]
+
+
+def test_streams_are_the_tokenizers_own(store, passages, encoder_tokenizer, generator_tokenizer):
+    encoder, generator = rows_of(store, "encoder"), rows_of(store, "generator")
+    bound = TEMPLATE.bind(generator_tokenizer, "causal")
+    for row, passage in enumerate(passages):
+        text = TEMPLATE.render_passage(passage)
+        ids = encoder_tokenizer(text, truncation=True, max_length=24, split_special_tokens=True)[
+            "input_ids"
+        ]
+        assert encoder[row] == ids
+        assert generator[row] == bound.passage_ids(passage)
+    assert store.max_tokens("encoder") == 24
+    assert store.max_tokens("generator") == max(map(len, generator)) > 24
+    assert store.lengths("generator").tolist() == [len(ids) for ids in generator]
+    eos = generator_tokenizer.eos_token_id
+    assert all(eos not in ids for ids in generator)
+    assert store.ids[2] == "id-2" and "</s>" in store.text(2)
+
+
+def test_texts(store, passages):
+    assert len(store) == len(store.ids) == 5
+    assert [store.passage(row) for row in range(5)] == passages
+    assert list(store.ids) == [f"id-{i}" for i in range(5)] and store.ids[1:3] == ["id-1", "id-2"]
+    assert [store.row_of(f"id-{i}") for i in range(5)] == list(range(5))
+    with pytest.raises(ValueError, match="id: expected the id of one of 5 passages, got 'no'"):
+        store.row_of("no")
+    with pytest.raises(IndexError):
+        store.title(5)
+
+
+def test_gather_pads_and_cuts(store):
+    rows = torch.tensor([[[1, -1], [3, 1]]])
+    full = rows_of(store, "generator")
+    ids, lengths = store.gather(rows, "generator", max_length=6)
+    assert ids.shape == (1, 2, 2, 6) and ids.dtype == lengths.dtype == torch.int64
+    for index in np.ndindex(1, 2, 2):
+        expected = full[rows[index]][:6] if rows[index] >= 0 else []
+        assert lengths[index] == len(expected)
+        assert ids[index].tolist() == expected + [0] * (6 - len(expected))
+    ids, lengths = store.gather(torch.tensor([-1, -1]), "encoder")
+    assert ids.tolist() == [[0], [0]] and lengths.tolist() == [0, 0]
+    assert store.gather(torch.zeros(0, 3, dtype=torch.int64), "encoder")[0].shape == (0, 3, 1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(data=st.data())
+def test_gather_property(data, property_store):
+    store, full = property_store
+    shape = data.draw(st.sampled_from([(3,), (2, 2), (1, 2, 3)]))
+    n = int(np.prod(shape))
+    rows = torch.tensor(data.draw(st.lists(st.integers(-1, 4), min_size=n, max_size=n)))
+    cut = data.draw(st.none() | st.integers(1, 200))
+    ids, lengths = store.gather(rows.reshape(shape), "generator", max_length=cut)
+    assert ids.shape[:-1] == lengths.shape == shape
+    for row, found, length in zip(
+        rows.tolist(), ids.flatten(0, -2), lengths.flatten(), strict=True
+    ):
+        expected = full[row][:cut] if row >= 0 else []
+        assert found[:length].tolist() == expected and not found[length:].any()
+    assert ids.shape[-1] == max(1, int(lengths.max()))
+
+
+@pytest.fixture(scope="module")
+def property_store(encoder_tokenizer, generator_tokenizer):
+    store = PassageStore.build(
+        [Passage(str(i), "", "river " * (3**i)) for i in range(5)],
+        template=TEMPLATE,
+        question_tokenizer=encoder_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+    )
+    return store, rows_of(store, "generator")
+
+
+def test_a_streamed_build_equals_one_in_memory(build, passages, tmp_path, monkeypatch):
+    monkeypatch.setattr(passages_module, "_BATCH", 2)
+    in_memory = build(passages)
+    on_disk = build((passage for passage in passages), dir=tmp_path / "store")
+    in_memory.save(tmp_path / "saved")
+    stores = [on_disk, PassageStore.load(tmp_path / "saved", verify=True)]
+    stores.append(PassageStore.load(tmp_path / "store", mmap=False))
+    for other in stores:
+        for stream in ("encoder", "generator"):
+            assert rows_of(other, stream) == rows_of(in_memory, stream)
+            assert other.fingerprint(stream) == in_memory.fingerprint(stream)
+        assert [other.passage(row) for row in range(5)] == passages
+        assert other.row_of("id-4") == 4 and other.template == TEMPLATE
+    manifests = [
+        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("store", "saved")
+    ]
+    assert manifests[0] == manifests[1]  # the SHA-256 of every file among it
+    assert sorted(os.listdir(tmp_path)) == ["saved", "store"]
+
+
+def test_prefix_and_limits(build, passages, encoder_tokenizer, generator_tokenizer):
+    store = build(passages, encoder_prefix="river ", max_encoder_tokens=None, max_passage=3)
+    text = "river " + TEMPLATE.render_passage(passages[4])
+    assert rows_of(store, "encoder")[4] == encoder_tokenizer(text)["input_ids"]
+    assert store.max_tokens("generator") == 3
+    bound = TEMPLATE.bind(generator_tokenizer, "causal")
+    assert rows_of(store, "generator")[4] == bound.passage_ids(passages[4])[:3]
+
+
+def test_another_tokenizer_or_template_is_refused(store, encoder_tokenizer, generator_tokenizer):
+    store.check_tokenizer("encoder", encoder_tokenizer)
+    store.check_tokenizer("generator", generator_tokenizer)
+    store.check_tokenizer("generator", generator_tokenizer, TEMPLATE)
+    # a template that differs beside the passage slot only, reads the same stream
+    same = Template(TEMPLATE.context.replace("Answer:", "A:"), answer=" {answer}")
+    store.check_tokenizer("generator", generator_tokenizer, same)
+    with pytest.raises(ValueError, match="encoder stream was built with another tokenizer"):
+        store.check_tokenizer("encoder", generator_tokenizer)
+    with pytest.raises(ValueError, match="generator stream was built with another tokenizer or"):
+        store.check_tokenizer("generator", encoder_tokenizer)
+    for other in (
+        Template(TEMPLATE.context, passage="{text} ({title})"),
+        Template("Context:{passage}\nQuestion: {question}"),
+    ):
+        with pytest.raises(ValueError, match="or template: expected fingerprint .*, got"):
+            store.check_tokenizer("generator", generator_tokenizer, other)
+
+
+def test_to_moves_the_streams(store):
+    assert store.to("cpu") is store and store.device.type == "cpu"
+    on_meta = store.to("meta")
+    assert on_meta.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "passages: expected at least one passage, got an empty corpus"),
+        ([Passage("a", "t", " ")], r"passages: row 0 \(id 'a'\): expected text, got an empty one"),
+        (
+            [Passage("a", "", "x"), Passage("b", "", "y"), Passage("a", "", "z")],
+            "passages: expected unique ids, got rows 0 and 2 with one id",
+        ),
+    ],
+)
+def test_rejects_bad_corpora(build, tmp_path, items, message):
+    with pytest.raises(ValueError, match=message):
+        build(items)
+    with pytest.raises(ValueError, match=message):
+        build(items, dir=tmp_path / "store")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_failed_build_keeps_the_old_store(build, passages, tmp_path):
+    build(passages, dir=tmp_path / "store")
+    with pytest.raises(ValueError, match="empty corpus"):
+        build([], dir=tmp_path / "store")
+    assert len(PassageStore.load(tmp_path / "store", verify=True)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_encoder_tokens": 2}, "max_length: expected more than the 2 special tokens"),
+        ({"max_passage": 0}, "max_passage: expected at least 1 token or None, got 0"),
+    ],
+)
+def test_rejects_bad_limits(build, passages, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(passages, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.gather(torch.tensor([5]), "encoder"), "rows: expected -1 to 4, got 5"),
+        (lambda s: s.gather(torch.tensor([-2]), "encoder"), "rows: expected -1 to 4, got -2"),
+        (lambda s: s.gather(torch.tensor([0.0]), "encoder"), "rows: expected int64"),
+        (lambda s: s.gather(torch.tensor([0]), "reader"), "stream: expected one of .*'reader'"),
+        (lambda s: s.gather(torch.tensor([0]), "encoder", 0), "max_length: expected at least 1"),
+        (lambda s: s.fingerprint("x"), "stream: expected one of"),
+    ],
+)
+def test_rejects_bad_calls(store, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(store)
+
+
+def test_damaged_stores_are_refused(build, passages, tmp_path):
+    folder = tmp_path / "store"
+    build(passages, dir=folder)
+    path = folder / "generator_tokens.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4])
+    with pytest.raises(ValueError, match=r"generator_tokens\.npy: expected \d+ bytes, got"):
+        PassageStore.load(folder)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"generator_tokens\.npy: expected SHA-256"):
+        PassageStore.load(folder, verify=True)
+    with pytest.raises(ValueError, match=r"expected format 'fastrag.FlatIndex', got 'fastrag.Pas"):
+        from fastrag.index import FlatIndex
+
+        FlatIndex.load(folder)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrag.data import Passage, Template
+from fastrag.index import PassageStore, RefreshPolicy, encode_passages
+
+
+class Encoder(torch.nn.Module):
+    """Sums token ids; in training mode it would add noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.drop = torch.nn.Dropout(0.5)
+        self.widths = []
+
+    def forward(self, input_ids, attention_mask):
+        assert not self.training and not torch.is_grad_enabled()
+        self.widths.append(input_ids.shape[1])
+        ids = (input_ids * attention_mask).double()
+        sums = torch.stack([ids.sum(dim=1), attention_mask.sum(dim=1).double()], dim=1)
+        return self.drop(self.scale * sums)
+
+
+@pytest.fixture(scope="module")
+def store(encoder_tokenizer, generator_tokenizer):
+    return PassageStore.build(
+        [Passage(str(i), "", "river in Paris " * (1 + 7 * i % 5)) for i in range(11)],
+        template=Template.default("causal"),
+        question_tokenizer=encoder_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_encodes_every_passage_in_row_order(store, batch_size):
+    encoder = Encoder().train()
+    vectors = encode_passages(encoder, store, batch_size=batch_size)
+    ids, lengths = store.gather(torch.arange(11), "encoder")
+    assert vectors.dtype == torch.float32 and not vectors.requires_grad
+    assert vectors[:, 0].tolist() == ids.sum(dim=1).tolist()
+    assert vectors[:, 1].tolist() == lengths.tolist()
+    assert encoder.training and encoder.drop.training
+    assert encoder.widths == sorted(encoder.widths, reverse=True)  # like lengths together
+
+
+def test_mode_is_restored(store):
+    encoder = Encoder().eval()
+    encode_passages(encoder, store)
+    assert not encoder.training
+
+    class Broken(Encoder):
+        def forward(self, input_ids, attention_mask):
+            raise RuntimeError("broken")
+
+    broken = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        encode_passages(broken, store)
+    assert broken.training
+
+
+def test_chosen_rows(store):
+    seen = []
+    whole = encode_passages(Encoder(), store)
+    rows = torch.tensor([7, 0, 7])
+    some = encode_passages(Encoder(), store, batch_size=2, rows=rows, on_batch=seen.append)
+    assert torch.equal(some, whole[rows]) and seen == [2, 1]
+
+
+def test_progress_bar(store, capsys):
+    encode_passages(Encoder(), store, progress=True)
+    assert "11/11" in capsys.readouterr().err
+    encode_passages(Encoder(), store)
+    assert not capsys.readouterr().err
+
+
+def test_encode_rejects(store):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        encode_passages(Encoder(), store, batch_size=0)
+    with pytest.raises(ValueError, match=r"rows: expected \[n\] with n > 0"):
+        encode_passages(Encoder(), store, rows=torch.zeros(0, dtype=torch.int64))
+
+    class Flat(Encoder):
+        def forward(self, input_ids, attention_mask):
+            return input_ids.float().sum(dim=1)
+
+    with pytest.raises(ValueError, match=r"encoder: expected \[11, D\], got \[11\]"):
+        encode_passages(Flat(), store)
+
+
+@pytest.mark.parametrize(
+    ("text", "due"), [("frozen", []), ("every:1", [1, 2, 3, 4, 5, 6]), ("every:3", [3, 6])]
+)
+def test_policies(text, due):
+    policy = RefreshPolicy.parse(text)
+    assert [step for step in range(7) if policy.due(step)] == due
+    assert str(policy) == text
+    assert RefreshPolicy.parse(str(policy)) == policy == RefreshPolicy.parse(policy)
+    assert hash(policy) == hash(RefreshPolicy.parse(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "never", "every", "every:", "every:0", "every:-1", "every:1.5", "every: 2",
+             "frozen:1", "frozen:", "rolling:5", "Every:2", 5, None]
+)  # fmt: skip
+def test_unknown_policies_list_the_words(text):
+    with pytest.raises(ValueError, match=r"refresh: expected one of 'frozen', 'every:n', got"):
+        RefreshPolicy.parse(text)
+
+
+def test_every_needs_a_step():
+    assert RefreshPolicy.parse("every:2") != RefreshPolicy.parse("frozen")
+    with pytest.raises(ValueError, match="n: expected at least 1 step, got 0"):
+        type(RefreshPolicy.parse("every:2"))(0)

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fastrag.index.storage import MANIFEST, FolderWriter, read_folder, write_folder
+
+HEAD = {"format": "test", "version": 1}
+ARRAYS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.array([3, 1, 2], dtype=np.int64),
+    "empty": np.zeros((0, 4), dtype=np.float32),
+}
+
+
+def read(path, **kwargs):
+    return read_folder(path, format="test", version=1, **kwargs)
+
+
+def siblings(path):
+    return sorted(os.listdir(path.parent))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "f", ARRAYS, {**HEAD, "note": "é"})
+    return tmp_path / "f"
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_round_trip(folder, mmap):
+    manifest, arrays = read(folder, mmap=mmap, verify=True)
+    assert manifest["note"] == "é" and set(arrays) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(arrays[name], array)
+        assert arrays[name].size == 0 or isinstance(arrays[name], np.memmap) == mmap
+    assert not mmap or not arrays["a"].flags.writeable
+    assert siblings(folder) == ["f"]
+
+
+def test_the_files_are_plain_npy(folder):
+    np.testing.assert_array_equal(np.load(folder / "a.npy", allow_pickle=False), ARRAYS["a"])
+    entry = json.loads((folder / MANIFEST).read_text())["files"]["a.npy"]
+    assert entry["dtype"] == "<f4" and entry["shape"] == [3, 4] and entry["bytes"] == 128 + 48
+    assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.int64, np.int32, np.uint8, np.uint64]),
+        hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5),
+    ),
+    st.integers(1, 4),
+)
+def test_streamed_blocks_are_the_array(tmp_path_factory, array, step):
+    path = tmp_path_factory.mktemp("s") / "f"
+    with FolderWriter(path, format="test", version=1) as writer:
+        stream = writer.stream("x", array.dtype, array.shape[1:])
+        for start in range(0, len(array), step):
+            stream.append(array[start : start + step])
+        writer.commit({})
+    _, arrays = read(path, verify=True)
+    assert arrays["x"].shape == array.shape
+    np.testing.assert_array_equal(arrays["x"], array)
+
+
+def test_strided_arrays(tmp_path):
+    array = np.arange(24, dtype=np.int64).reshape(4, 6)
+    write_folder(tmp_path / "f", {"t": array.T, "s": array[::2, ::3]}, HEAD)
+    _, arrays = read(tmp_path / "f", verify=True)
+    np.testing.assert_array_equal(arrays["t"], array.T)
+    np.testing.assert_array_equal(arrays["s"], array[::2, ::3])
+
+
+def test_replacing_keeps_open_maps_alive(folder):
+    _, old = read(folder)
+    write_folder(folder, {"a": ARRAYS["a"] + 1}, HEAD)
+    np.testing.assert_array_equal(old["a"], ARRAYS["a"])
+    np.testing.assert_array_equal(read(folder)[1]["a"], ARRAYS["a"] + 1)
+    assert siblings(folder) == ["f"]
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_else(folder):
+    with (
+        pytest.raises(ValueError, match=r"x\.npy: expected rows of int64 \[\], got float32"),
+        FolderWriter(folder, format="test", version=1) as writer,
+    ):
+        writer.stream("x", np.int64).append(np.zeros(2, dtype=np.float32))
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"])
+    assert siblings(folder) == ["f"]
+
+
+def test_a_full_disk_leaves_the_old_folder(folder, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"f: expected a writable folder, got .*No space left"):
+        write_folder(folder, {"a": ARRAYS["a"] + 1}, HEAD)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"])
+    assert siblings(folder) == ["f"]
+
+
+def test_foreign_folders_are_not_replaced(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    write_folder(home, ARRAYS, HEAD)  # an empty folder is
+    with pytest.raises(ValueError, match="to replace, got a folder of format 'test'"):
+        write_folder(home, ARRAYS, {**HEAD, "format": "other"})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("1")
+    with pytest.raises(ValueError, match="an empty folder or a test one to replace, got .* None"):
+        write_folder(tmp_path / "thesis", ARRAYS, HEAD)
+    with pytest.raises(ValueError, match="chapter: expected a folder to write to, got a file"):
+        write_folder(tmp_path / "thesis" / "chapter", ARRAYS, HEAD)
+    with pytest.raises(ValueError, match="x: expected a writable folder, got .*File exists"):
+        write_folder(tmp_path / "thesis" / "chapter" / "x", ARRAYS, HEAD)
+    assert (tmp_path / "thesis" / "chapter").read_text() == "1"
+    assert siblings(home) == ["home", "thesis"]
+
+
+def test_manifest_needs_a_format(tmp_path):
+    with pytest.raises(ValueError, match="manifest: expected a format name and version"):
+        write_folder(tmp_path / "f", ARRAYS, {"format": "test"})
+
+
+@pytest.mark.parametrize("name", ["a.npy", "b.npy", MANIFEST])
+@pytest.mark.parametrize("n_bytes", [0, 1, 100, -1])
+def test_truncated_files_are_found_at_load(folder, name, n_bytes):
+    path = folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[:n_bytes])
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        read(folder)
+    if name != MANIFEST:
+        assert f"expected {len(data)} bytes, got {len(data[:n_bytes])}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.npy", MANIFEST])
+def test_missing_files_are_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"f.*{name}.*(no such file|none)"):
+        read(folder)
+
+
+def test_every_altered_byte_is_found(folder):
+    """Data by verify=True; headers and manifest always."""
+    for name in ("a.npy", "b.npy", MANIFEST):
+        path = folder / name
+        data = path.read_bytes()
+        for at in range(0, len(data), 1 if name == "b.npy" else 7):
+            altered = bytearray(data)
+            altered[at] ^= 0x01
+            path.write_bytes(altered)
+            if name == MANIFEST and _same_json(altered, data):
+                continue
+            with pytest.raises(ValueError, match=r"/f/"):
+                read(folder, verify=True)
+            if name == MANIFEST or at < 128:
+                with pytest.raises(ValueError, match=r"/f/"):
+                    read(folder)
+        path.write_bytes(data)
+    read(folder, verify=True)
+
+
+def _same_json(altered, data):
+    try:
+        return json.loads(altered) == json.loads(data)
+    except ValueError:
+        return False
+
+
+def test_messages_say_expected_and_got(folder):
+    data = bytearray((folder / "b.npy").read_bytes())
+    data[-1] ^= 0xFF
+    (folder / "b.npy").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"b\.npy: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}"
+    ):
+        read(folder, verify=True)
+    read(folder)  # the size is right
+
+
+def test_versions_and_formats(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"manifest.json: expected format 'other', got 'test'"):
+        read_folder(folder, format="other", version=1)
+    write_folder(tmp_path / "new", ARRAYS, {**HEAD, "version": 2})
+    with pytest.raises(ValueError, match="expected format version 1 to 1, got 2"):
+        read(tmp_path / "new")
+
+
+def test_unreadable_paths(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: expected a test folder, got no such folder"):
+        read(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"file: expected a .*folder"):
+        read(tmp_path / "file")
+    (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
+    with pytest.raises(ValueError, match="odd: expected a readable folder, got .*Is a directory"):
+        read(tmp_path / "odd")
+
+
+def test_permission_refused(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(folder / "a.npy"))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(ValueError, match=r"expected a readable folder, got .*Permission denied"):
+        read(folder)
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from fastrag.index.storage import write_folder
+
+def die(event, args):
+    if event == "fastrag.storage":
+        print(args[0], flush=True)
+        if args[0] == sys.argv[2]:
+            os._exit(9)
+
+sys.addaudithook(die)
+write_folder(sys.argv[1], {"a": np.full((3, 4), 7, np.float32)}, {"format": "test", "version": 1})
+"""
+STEPS = ["open", "array a", "synced", "aside", "in", "done"]
+
+
+def write_and_die(path, step):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(path), step]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_save_has_the_steps_that_are_killed_below(folder):
+    done = write_and_die(folder, "never")
+    assert done.returncode == 0 and done.stdout.split("\n")[:-1] == STEPS
+    assert siblings(folder) == ["f"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_old_or_new_is_whole(folder, step):
+    assert write_and_die(folder, step).returncode == 9
+    _, arrays = read(folder, verify=True)
+    expected = np.full((3, 4), 7, np.float32) if step in ("in", "done") else ARRAYS["a"]
+    np.testing.assert_array_equal(arrays["a"], expected)
+    write_folder(folder, {"a": ARRAYS["a"] + 2}, HEAD)  # and saving goes on, leftovers are gone
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"] + 2)
+    assert siblings(folder) == ["f"]
+
+
+def test_killed_between_the_renames(folder):
+    assert write_and_die(folder, "aside").returncode == 9
+    assert not folder.exists()
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"])
+    assert folder.exists()
+
+
+def test_a_live_writers_temporary_folder_is_left_alone(folder):
+    with FolderWriter(folder, format="test", version=1) as first:
+        first.put("a", ARRAYS["a"] + 5)
+        write_folder(folder, {"a": ARRAYS["a"] + 4}, HEAD)
+        np.testing.assert_array_equal(read(folder)[1]["a"], ARRAYS["a"] + 4)
+        first.commit({})
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"] + 5)
+    assert siblings(folder) == ["f"]
