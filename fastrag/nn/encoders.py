@@ -219,7 +219,7 @@ class TextEncoder(nn.Module):
         if "pooling" not in settings:
             settings["pooling"] = "pooler" if model.config.model_type == "dpr" else "mean"
         if settings["pooling"] != "pooler" and getattr(model, "pooler", None) is not None:
-            model.pooler.requires_grad_(False)  # never read: DDP would wait for its gradient
+            model.pooler.requires_grad_(False)  # never read; DDP would wait for its gradient
         return cls(model, **settings)
 
     def extra_repr(self) -> str:
@@ -335,6 +335,8 @@ def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> 
             f"{folder}: expected the weights of its config.json, missing {sorted(missing)[:4]}, "
             f"of another shape {sorted(report['mismatched_keys'])[:4]}"
         )
+    if report["missing_keys"]:  # a pooler that was not stored: random, and of no use
+        model.pooler = None
     return model
 
 
