@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from fastrag.nn.encoders import TextEncoder
@@ -239,7 +240,7 @@ def _load_whole(loader: Any, folder: str | os.PathLike[str]) -> Any:
         model, report = loader.from_pretrained(
             folder, local_files_only=True, dtype="auto", output_loading_info=True
         )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}: expected a readable generator: {error}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 Pooling = Literal["cls", "mean", "last", "pooler"]
@@ -325,7 +326,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> 
         model, report = AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"path: expected a readable model folder {folder}: {error}") from error
     missing = [
         name for name in report["missing_keys"] if pooling == "pooler" or "pooler" not in name

@@ -106,9 +106,7 @@ def test_gradient_checkpointing(tmp_path, kind):
     )
     same_weights(plain.model, again.model)
     again.model.gradient_checkpointing_disable()
-    assert not any(
-        getattr(part, "gradient_checkpointing", False) for part in again.model.modules()
-    )
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in again.model.modules())
     again.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert any(getattr(part, "gradient_checkpointing", False) for part in again.model.modules())
 
