@@ -115,26 +115,23 @@ def evaluate(
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks: expected one or more integers >= 1, got {tuple(ks)}")
+    from fastrag.nn.generators import evaluating
+
     chosen = choose_fixed(questions, limit)
     if not chosen:
         raise ValueError("questions: expected at least one question, got none")
     if model.generator_tokenizer is None:
         raise ValueError("model: expected one with a generator_tokenizer to read answers, got None")
-    was_training = model.training
-    model.eval()
     predictions: list[Prediction] = []
     nll, n_tokens = 0.0, 0
-    try:
-        with torch.no_grad():
-            for rows in _batches(chosen, batch_size, progress, description):
-                batch = _to_device(collator(rows), model)
-                predictions += _answer(model, rows, batch, ks, max_new_tokens, n_docs)
-                if loss and "labels" in batch:
-                    counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
-                    nll += float(model(**batch).loss) * counted
-                    n_tokens += counted
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for rows in _batches(chosen, batch_size, progress, description):
+            batch = _to_device(collator(rows), model)
+            predictions += _answer(model, rows, batch, ks, max_new_tokens, n_docs)
+            if loss and "labels" in batch:
+                counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
+                nll += float(model(**batch).loss) * counted
+                n_tokens += counted
     metrics = _summary(predictions, ks)
     if loss and n_tokens:
         metrics["loss"] = nll / n_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import typing
@@ -18,6 +19,28 @@ from typing import Any
 
 import yaml
 
+# What may differ when a run resumes: it changes how long and how a run is watched, not what it
+# trains.
+FREE_ON_RESUME = (
+    "output_dir",
+    "steps",
+    "epochs",
+    "eval_questions",
+    "eval_steps",
+    "eval_limit",
+    "eval_ks",
+    "eval_batch_size",
+    "eval_max_new_tokens",
+    "best_metric",
+    "early_stopping",
+    "log_steps",
+    "save_steps",
+    "keep_checkpoints",
+    "encode_batch_size",
+    "report_to",
+    "device",
+    "training",
+)
 PRECISIONS = ("fp32", "bf16", "fp16")
 MARGINALS = ("token", "sequence")
 ANSWER_CHOICES = ("first", "random")
@@ -94,7 +117,8 @@ class RagConfig:
         keep_checkpoints: how many checkpoints to keep besides the best; None keeps all.
         encode_batch_size: passages per batch when the index is built or refreshed.
         seed: seed of everything random.
-        report_to: where transformers reports to, for example [tensorboard].
+        report_to: where transformers reports to, for example [tensorboard]; None: TensorBoard if it
+            is installed.
         device: `auto` or `cpu`.
         training: further fields of transformers' TrainingArguments.
 
@@ -156,7 +180,7 @@ class RagConfig:
     keep_checkpoints: int | None = 2
     encode_batch_size: int = 64
     seed: int = 0
-    report_to: list[str] = field(default_factory=list)
+    report_to: list[str] | None = None
     device: str = "auto"
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -280,6 +304,28 @@ class RagConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def check_resumes(self, other: RagConfig, where: str) -> None:
+        """Check that a run with these settings may continue one with other settings.
+
+        Args:
+            other: the settings that the run started with.
+            where: the file that they stand in, for the error message.
+
+        Raises:
+            ValueError: a setting that decides what is trained differs.
+
+        Example:
+            >>> start = RagConfig("a", "b", n_docs=5)
+            >>> RagConfig("a", "b", n_docs=8).check_resumes(start, "runs/x/config.yaml")
+            Traceback (most recent call last):
+            ValueError: n_docs: expected 5 as in runs/x/config.yaml, got 8
+        """
+        for name, before in other.to_dict().items():
+            if name not in FREE_ON_RESUME and getattr(self, name) != before:
+                raise ValueError(
+                    f"{name}: expected {before!r} as in {where}, got {getattr(self, name)!r}"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as a mapping of plain values.
 
@@ -324,6 +370,9 @@ class RagConfig:
         """
         from transformers import TrainingArguments
 
+        report_to = self.report_to
+        if report_to is None:
+            report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
         evaluate = self.eval_questions is not None and self.eval_steps is not None
         best = self.best_metric is not None and evaluate
         save_steps = self.eval_steps if best else self.save_steps
@@ -356,7 +405,7 @@ class RagConfig:
             "logging_strategy": "steps",
             "logging_steps": self.log_steps,
             "logging_nan_inf_filter": False,  # it hides NaN losses and waits for the device
-            "report_to": list(self.report_to) or "none",
+            "report_to": report_to or "none",
             "seed": self.seed,
             "use_cpu": self.device == "cpu",
             "remove_unused_columns": False,

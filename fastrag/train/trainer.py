@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from fastrag.eval import EvalResult
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from fastrag.nn import RagModel
 
 MODEL_FOLDER = "model"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class RagTrainer(Trainer):
@@ -144,6 +146,10 @@ class RagTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        for callback in self.callback_handler.callbacks:
+            # otherwise what is logged before training goes to the working directory
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(run / TENSORBOARD_FOLDER)
         self.add_callback(StepClockCallback(self.statistics, self.data_collator))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

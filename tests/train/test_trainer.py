@@ -1,0 +1,334 @@
+"""RagTrainer: accumulation, learning rates, resume, evaluation, best checkpoint, early stopping."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from fastrag.data import Question
+from fastrag.nn import RagModel
+from fastrag.train import RagConfig, RagTrainer
+from fastrag.train.callbacks import read_metrics
+from tests import tiny
+
+JOINT: dict[str, Any] = {"train_passage_encoder": True, "explore": 1}
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 5e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(str(folder), **defaults | settings)
+
+
+def uneven_questions() -> list[Question]:
+    """Answers of one to three words, so that micro-batches differ in counted tokens."""
+    return [
+        Question(id=q.id, question=q.question, answers=(" ".join([*q.answers] * (1 + i % 3)),))
+        for i, q in enumerate(tiny.questions())
+    ]
+
+
+def losses(folder: Path) -> list[float]:
+    return [each["loss"] for each in read_metrics(folder / "metrics.jsonl") if "loss" in each]
+
+
+def parameters(model: RagModel) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str, marginal: str) -> None:
+    results = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model = tiny.model(kind, marginal=marginal, train_passage_encoder=True)
+        folder = tmp_path / str(batch_size)
+        args = arguments(
+            folder,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_steps=3,
+        )
+        RagTrainer(model, args, tiny.collator(model), uneven_questions()).train()
+        results.append((losses(folder), parameters(model)))
+    (big, big_parameters), (small, small_parameters) = results
+    assert big == pytest.approx(small, rel=1e-5)
+    for name, parameter in big_parameters.items():
+        torch.testing.assert_close(small_parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rates_and_weight_decay_by_part(tmp_path: Path) -> None:
+    model = tiny.model(train_passage_encoder=True, learn_tau=True)
+    trainer = RagTrainer(
+        model,
+        arguments(tmp_path, weight_decay=0.1),
+        tiny.collator(model),
+        tiny.questions(),
+        retriever_lr=1e-3,
+        generator_lr=2e-3,
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, tuple[float, float]] = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert found["log_tau"] == (1e-3, 0.0)
+    prefix = "question_encoder.model.encoder.layer.0."
+    assert found[prefix + "intermediate.dense.weight"] == (1e-3, 0.1)
+    assert found[prefix + "intermediate.dense.bias"] == (1e-3, 0.0)
+    assert found[prefix + "output.LayerNorm.weight"] == (1e-3, 0.0)
+    assert {n: v[0] for n, v in found.items() if n.startswith("passage_encoder.")}.values()
+    assert all(
+        lr == (2e-3 if name.startswith("generator.") else 1e-3) for name, (lr, _) in found.items()
+    )
+    assert found["generator.encoder.block.0.layer.0.layer_norm.weight"] == (2e-3, 0.0)
+    assert found["generator.shared.weight"] == (2e-3, 0.1)
+
+
+def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
+    model = tiny.model()
+    trainer = RagTrainer(model, arguments(tmp_path), tiny.collator(model), tiny.questions())
+    trained = {id(p) for g in trainer.create_optimizer().param_groups for p in g["params"]}
+    assert trained.isdisjoint(id(p) for p in model.passage_encoder.parameters())
+    before = parameters(model)
+    trainer.train()
+    after = parameters(model)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"question_encoder", "generator"}
+
+
+def test_label_smoothing_goes_to_the_loss(tmp_path: Path) -> None:
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    model = tiny.model()
+    trainer = RagTrainer(model, args, tiny.collator(model), tiny.questions())
+    assert model.loss_fn.label_smoothing == 0.1
+    assert trainer.label_smoother is None
+    assert args.label_smoothing_factor == 0.1  # the caller's arguments stay as they were
+    assert trainer.args.remove_unused_columns is False
+
+
+def resumable(folder: Path, joint: bool, **settings: Any) -> RagTrainer:
+    model = tiny.model(**(JOINT if joint else {"explore": 1}))
+    answers = [
+        Question(id=q.id, question=q.question, answers=(*q.answers, "red", "blue blue"))
+        for q in tiny.questions()
+    ]
+    return RagTrainer(
+        model,
+        arguments(folder, max_steps=10, save_strategy="steps", save_steps=4, **settings),
+        tiny.collator(model, answer_choice="random"),
+        answers,
+        refresh="every:3" if joint else "frozen",
+    )
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["frozen", "joint"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_run_continues_the_same_losses(
+    tmp_path: Path, joint: bool, accumulation: int
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = {"gradient_accumulation_steps": accumulation}
+    first = resumable(whole, joint, **settings)
+    first.train()
+    shutil.copytree(whole / "checkpoint-4", cut / "checkpoint-4")
+    # as a killed process leaves it: lines after the checkpoint, the last one cut off
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    second = resumable(cut, joint, **settings)
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)  # loading has to undo this
+    second.train(resume_from_checkpoint=True)
+    assert len(losses(cut)) == 10
+    assert losses(cut) == losses(whole)
+    for name, parameter in parameters(first.model).items():
+        assert torch.equal(parameter, second.model.get_parameter(name)), name
+    assert torch.equal(first.model.index.index_emb, second.model.index.index_emb)
+    assert first.model.index.version == second.model.index.version
+
+
+def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
+    resumable(tmp_path, joint=False).train()
+    other = resumable(tmp_path, joint=False)
+    with torch.no_grad():
+        next(other.model.passage_encoder.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="which does not train, has other values"):
+        other.train(resume_from_checkpoint=True)
+    other = resumable(tmp_path, joint=False)
+    other.model.index.update(torch.tensor([0]), torch.ones(1, 16))
+    with pytest.raises(ValueError, match="expected the index that the run started with"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="another configuration"):
+        resumable(tmp_path, joint=True).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="expected a checkpoint in .*empty, found none"):
+        resumable(tmp_path / "empty", joint=False).train(resume_from_checkpoint=True)
+
+
+def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
+    model = tiny.model(**JOINT)
+    version = model.index.version
+    trainer = RagTrainer(
+        model, arguments(tmp_path), tiny.collator(model), tiny.questions(), refresh="every:4"
+    )
+    trainer.train()
+    assert model.index.version == version + 1  # at step 4 of 6
+    assert trainer.refresher.refreshed_at == 4
+    stale = model.index.index_emb.clone()
+    trainer.save_model()
+    assert trainer.refresher.refreshed_at == 6
+    assert not torch.equal(model.index.index_emb, stale)
+    loaded = RagModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.index.index_emb, model.index.index_emb)
+    batch = tiny.collator(model)(tiny.questions())
+    model.eval()
+    assert torch.equal(loaded(**batch).loss, model(**batch).loss)
+
+
+class _Answers(TrainerCallback):
+    """Stands in for training progress: moves the metric that evaluation reports."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = list(values)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        metrics["eval_em"] = self.values.pop(0)
+
+
+def evaluating(folder: Path, values: list[float], **settings: Any) -> RagTrainer:
+    model = tiny.model(**JOINT)
+    return RagTrainer(
+        model,
+        arguments(
+            folder,
+            max_steps=20,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="em",
+            greater_is_better=True,
+            **settings,
+        ),
+        tiny.collator(model),
+        tiny.questions(),
+        tiny.questions(),
+        refresh="every:3",
+        eval_ks=(1, 3),
+        eval_limit=5,
+        eval_max_new_tokens=3,
+        callbacks=[_Answers(values), EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+
+
+def test_best_checkpoint_and_early_stopping(tmp_path: Path) -> None:
+    trainer = evaluating(tmp_path, [0.2, 0.6, 0.5, 0.4, 0.3])
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen[state.global_step] = {
+                **parameters(trainer.model),
+                "index": trainer.model.index.index_emb.clone(),
+            }
+
+    trainer.add_callback(Remember())
+    trainer.train()
+    assert trainer.state.global_step == 8  # best at 4, then two evaluations without a better one
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, seen[4][name]), name
+    assert torch.equal(trainer.model.index.index_emb, seen[4]["index"])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
+
+
+def test_evaluation_metrics_files_and_curve(tmp_path: Path) -> None:
+    model = tiny.model()
+    trainer = RagTrainer(
+        model,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=3, report_to="tensorboard"),
+        tiny.collator(model),
+        tiny.questions(),
+        tiny.questions(),
+        eval_ks=(1, 12),
+        eval_limit=5,
+        eval_max_new_tokens=3,
+    )
+    model.passage_encoder.eval()
+    before = trainer.evaluate()
+    assert before["eval_n_questions"] == 5 and before["eval_recall@12"] == 1.0
+    assert len(trainer.last_evaluation.predictions) == 5
+    assert model.training and not model.passage_encoder.training  # as they were
+    trainer.train()
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [each["step"] for each in entries if "eval_em" in each] == [0, 3, 6]
+    training = [each for each in entries if "loss" in each]
+    assert [each["step"] for each in training] == [1, 2, 3, 4, 5, 6]
+    expected = {"prior_entropy", "posterior_entropy", "kl", "unique_passages", "retriever_lr"}
+    expected |= {"passages_cut", "retrieval_ms", "tokens_per_second", "learning_rate"}
+    assert expected <= training[0].keys()
+    assert training[0]["learning_rate"] == training[0]["retriever_lr"] == 5e-3
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__
+    assert list(tmp_path.glob("tensorboard/events.out.tfevents.*"))
+
+
+def test_evaluation_sets_by_name_and_without_questions(tmp_path: Path) -> None:
+    model = tiny.model()
+    questions = tiny.questions()
+    sets = {"seen": questions[:6], "new": questions[6:]}
+    trainer = RagTrainer(
+        model, arguments(tmp_path), tiny.collator(model), questions, sets, eval_max_new_tokens=2
+    )
+    metrics = trainer.evaluate()
+    assert {"eval_seen_em", "eval_new_em", "eval_seen_recall@5"} <= metrics.keys()
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="eval_dataset: expected questions"):
+        trainer.evaluate()
+
+
+def test_config_as_arguments(tmp_path: Path) -> None:
+    config = RagConfig(
+        "encoder",
+        "generator",
+        output_dir=str(tmp_path),
+        steps=2,
+        retriever_lr=1e-3,
+        generator_lr=2e-3,
+        refresh="every:2",
+        log_steps=1,
+        device="cpu",
+        training={"disable_tqdm": True},
+    )
+    model = tiny.model(**JOINT)
+    trainer = RagTrainer(model, config, tiny.collator(model), tiny.questions())
+    assert (trainer.retriever_lr, trainer.generator_lr) == (1e-3, 2e-3)
+    assert str(trainer.refresher.policy) == "every:2"
+    trainer.train()
+    assert RagConfig.load(tmp_path / "config.yaml") == config
+    assert not list(tmp_path.glob("checkpoint-*"))
