@@ -55,10 +55,11 @@ test-slow: $(INSTALLED) ## the heavy half: all architectures, builds and install
 	@$(PYTEST) --timeout 1500 -m "slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(INSTALLED) ## ruff, mypy on the public package, clang-format on csrc/
+lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on csrc/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs kernels
 	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
 
 .PHONY: demo
