@@ -48,6 +48,18 @@ class RagCollator:
 
     Raises:
         ValueError: an argument out of range, or a tokenizer that the template cannot be bound to.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> vocabulary = {"?": 0, "Paris": 1, "capital": 2, "</s>": 3}
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> collator = RagCollator(tokenizer, tokenizer, kind="causal")
+        >>> batch = collator([{"question": "capital Paris", "answers": ["Paris"]}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[2, 1]], [[1, 3]])
     """
 
     def __init__(

@@ -33,6 +33,11 @@ def default_dataset() -> DefaultDataset:
 
     Raises:
         ValueError: the package data are missing, or a question names another split.
+
+    Example:
+        >>> dataset = default_dataset()
+        >>> sorted(dataset.questions)
+        ['dev', 'dev_unseen_wording', 'test', 'test_unseen_wording', 'train']
     """
     folder = resources.files("fastrag.data") / "facts"
     with contextlib.ExitStack() as stack:

@@ -84,6 +84,14 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
     Raises:
         ValueError: unreadable path, unknown format, malformed line, missing or wrong key, empty
             text, duplicate id, bytes that are not UTF-8. The message begins `file:line:`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     _ = file.write('{"id": "p1", "title": "France", "text": "Its capital is Paris."}')
+        ...     file.flush()
+        ...     next(read_passages(file.name)).text
+        'Its capital is Paris.'
     """
     seen: dict[str, str] = {}
     for where, record in _records(source, format, _PASSAGE_KEYS):

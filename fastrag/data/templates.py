@@ -135,12 +135,18 @@ class Template:
                 ) from error
 
         context = render(messages, True)
-        after_reply = render([*messages, reply], False).rpartition(reply["content"])[2].lstrip()
+        before_reply, _, after_reply = render([*messages, reply], False).rpartition(
+            reply["content"]
+        )
+        gap = before_reply.removeprefix(context) if before_reply.startswith(context) else ""
+        after_reply = after_reply.lstrip()
         specials = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         ends = [token for token in specials if after_reply.startswith(token)]
         return cls(
             context=context,
             passage=passage,
+            # Llama 2 writes a space between its prompt and the reply: the answer owns it.
+            answer=f"{gap if gap.isspace() else ''}{{answer}}",
             answer_end=max(ends, key=len) if ends else None,
             add_special_tokens=False,
         )

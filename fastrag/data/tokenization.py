@@ -44,6 +44,16 @@ def encode_texts(
     Returns:
         One list of ids per text.
     """
+    control = _control_ids(tokenizer)
+    return [
+        ids if control.isdisjoint(ids) else [i for i in ids if i not in control]
+        for ids in _bare_ids(tokenizer, texts, target)
+    ]
+
+
+def _bare_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], target: bool
+) -> list[list[int]]:
     if not texts:
         return []
     encoded = tokenizer(
@@ -54,11 +64,7 @@ def encode_texts(
         return_token_type_ids=False,
         verbose=False,
     )
-    control = _control_ids(tokenizer)
-    return [
-        list(ids) if control.isdisjoint(ids) else [i for i in ids if i not in control]
-        for ids in encoded["input_ids"]
-    ]
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -103,7 +109,7 @@ def special_frame(
     """
     key = "text_target" if target else "text"
     framed = list(tokenizer(**{key: _PROBE}, add_special_tokens=True, verbose=False)["input_ids"])
-    bare = encode_texts(tokenizer, [_PROBE], target=target)[0]
+    bare = _bare_ids(tokenizer, [_PROBE], target)[0]
     for start in range(len(framed) - len(bare) + 1):
         if bare and framed[start : start + len(bare)] == bare:
             return framed[:start], framed[start + len(bare) :]

@@ -35,6 +35,22 @@ class PassageStore:
     Made by `build` and `load`. Stream `"encoder"` holds what the passage encoder reads (special
     tokens included); stream `"generator"` holds the template's passage piece (no special tokens).
     On disk both are flat int32 tokens with int64 offsets, and a loaded store maps them.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> vocabulary = {"?": 0, "Paris": 1, "capital": 2, "</s>": 3}
+        >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        >>> store = PassageStore.build(
+        ...     [Passage("p1", "", "Paris"), Passage("p2", "", "capital Paris")],
+        ...     template=Template.default("causal"),
+        ...     question_tokenizer=tokenizer,
+        ...     generator_tokenizer=tokenizer,
+        ... )
+        >>> store.gather(torch.tensor([[1, 0, -1]]), "encoder")
+        (tensor([[[2, 1], [1, 0], [0, 0]]]), tensor([[2, 1, 0]]))
     """
 
     def __init__(

@@ -304,6 +304,13 @@ def _read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
             f"{file}: expected SHA-256 {stated} as it states, got {_manifest_sha256(manifest)}: "
             "the manifest was altered"
         )
+    files = manifest.get("files")
+    keys = {"dtype", "shape", "bytes", "sha256"}
+    if not isinstance(files, dict) or not all(
+        Path(name).name == name and isinstance(entry, dict) and keys <= set(entry)
+        for name, entry in files.items()
+    ):
+        raise ValueError(f"{file}: expected files with {sorted(keys)}, got {files!r}")
     return manifest
 
 

@@ -161,6 +161,21 @@ def test_chat_end_of_turn_other_than_eos(family):
         tokenizer.eos_token = eos
 
 
+def test_chat_answer_owns_the_space_before_a_reply(family):
+    tokenizer = family("qwen")
+    chat = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} <|endoftext|>{% endif %}{% endfor %}"
+    )
+    try:
+        template = Template.from_chat(tokenizer, user="{passage} {question}")
+    finally:
+        tokenizer.chat_template = chat
+    assert template.context == "[INST] {passage} {question} [/INST]"
+    assert template.answer == " {answer}" and template.answer_end == "<|endoftext|>"
+
+
 def test_chat_rejects(family):
     with pytest.raises(ValueError, match="expected a chat_template"):
         Template.from_chat(family("gpt2"))

@@ -291,6 +291,44 @@ def test_searches_beside_updates_see_old_or_new_rows():
     assert not torn and seen <= {0.0, float(dim)} and seen
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(torch.arange(20), torch.zeros(20, 4)),
+        lambda index: index.replace(torch.zeros(20, 4)),
+        lambda index: index.remove(torch.tensor([0])),
+    ],
+    ids=["update", "replace", "remove"],
+)
+def test_a_change_waits_for_the_search_in_progress(index, query, monkeypatch, change):
+    from fastrag import functional
+
+    expected = index.search(query, 5)
+    inside, go_on = threading.Event(), threading.Event()
+    plain = functional.mips_topk
+
+    def slow(*args, **kwargs):
+        inside.set()
+        assert go_on.wait(20)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "mips_topk", slow)
+    found = []
+    search = threading.Thread(target=lambda: found.append(index.search(query, 5)))
+    search.start()
+    assert inside.wait(20)
+    version = index.version
+    writer = threading.Thread(target=change, args=(index,))
+    writer.start()
+    writer.join(0.3)
+    assert writer.is_alive() and index.version == version
+    go_on.set()
+    search.join()
+    writer.join()
+    assert index.version == version + 1
+    assert torch.equal(found[0][0], expected[0]) and torch.equal(found[0][1], expected[1])
+
+
 def test_searches_run_side_by_side(index, query, monkeypatch):
     from fastrag import functional
 

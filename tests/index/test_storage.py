@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fastrag.index import storage
 from fastrag.index.storage import MANIFEST, FolderWriter, read_folder, write_folder
 
 HEAD = {"format": "test", "version": 1}
@@ -200,6 +201,18 @@ def test_versions_and_formats(folder, tmp_path):
     write_folder(tmp_path / "new", ARRAYS, {**HEAD, "version": 2})
     with pytest.raises(ValueError, match="expected format version 1 to 1, got 2"):
         read(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [None, {"a.npy": {}}, {"../b/a.npy": {"dtype": 0, "shape": 0, "bytes": 0, "sha256": 0}}],
+)
+def test_manifests_of_another_make_are_refused(folder, files):
+    body = {**HEAD, "files": files}
+    text = json.dumps({**body, "manifest_sha256": storage._manifest_sha256(body)})
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match="manifest.json: expected files with .*'sha256'"):
+        read(folder)
 
 
 def test_unreadable_paths(tmp_path):
