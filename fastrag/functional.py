@@ -540,7 +540,7 @@ def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """total / normalizer, and 0 with gradient 0 where the normalizer is 0."""
     if not isinstance(normalizer, Tensor):
         return total / normalizer if normalizer > 0 else total * 0.0
-    normalizer = normalizer.to(device=total.device, dtype=total.dtype)
+    normalizer = normalizer.to(device=total.device, dtype=total.dtype).reshape(())
     empty = normalizer == 0
     return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)
 

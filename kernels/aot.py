@@ -51,7 +51,8 @@ class AotConfig:
 
     @property
     def name(self) -> str:
-        stored = {t for t in self.types.values() if t.startswith("*fp") or t.startswith("*bf")}
+        used = (self.types.get(name, "") for name in self.kernel.arg_names)
+        stored = {t.removeprefix("*") for t in used if t.startswith(("*fp", "*bf"))}
         flags = ",".join(f"{key}={value}" for key, value in self.constants.items())
         return f"{self.kernel.fn.__name__}[{'/'.join(sorted(stored))},{flags}]"
 

@@ -115,20 +115,28 @@ def _doc_scores_fwd_kernel(
 
 
 @triton.jit
-def _doc_scores_bwd_kernel(
+def _load_ds(dscores_ptr, dprior_ptr, prior_ptr, offs_k, mask_k, tau, HAS_DPRIOR: tl.constexpr):
+    """ds / tau of one question, 0 where the passage is missing, and which passages are there."""
+    prior = tl.load(prior_ptr + offs_k, mask=mask_k, other=float("-inf"))
+    present = prior != float("-inf")
+    ds = tl.load(dscores_ptr + offs_k, mask=present, other=0.0).to(tl.float32)
+    if HAS_DPRIOR:
+        dprior = tl.load(dprior_ptr + offs_k, mask=present, other=0.0).to(tl.float32)
+        ds += dprior - tl.exp(prior) * tl.sum(dprior, axis=0)
+    return tl.where(present, tl.div_rn(ds, tau), 0.0), present
+
+
+@triton.jit
+def _doc_scores_dquery_kernel(
     dscores_ptr,
     dprior_ptr,
     prior_ptr,
-    query_ptr,
     passage_ptr,
     rows_ptr,
     dquery_ptr,
-    dpassage_ptr,
     K,
     D,
     N,
-    stride_query_b,
-    stride_query_d,
     stride_passage_b,
     stride_passage_k,
     stride_passage_d,
@@ -137,47 +145,64 @@ def _doc_scores_bwd_kernel(
     tau,
     GATHER: tl.constexpr,
     HAS_DPRIOR: tl.constexpr,
-    NEED_DQ: tl.constexpr,
-    NEED_DP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # One program owns BLOCK_D components of one question's gradients; each forms ds [K] anew.
+    # One program owns BLOCK_D components of one question's gradient; each forms ds [K] anew.
     pid_b = tl.program_id(0).to(tl.int64)
     pid_d = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = (pid_d * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     mask_k = offs_k < K
     mask_d = offs_d < D
+    offs_bk = pid_b * K + offs_k
+    ds, present = _load_ds(dscores_ptr, dprior_ptr, prior_ptr, offs_bk, mask_k, tau, HAS_DPRIOR)
 
-    offs_out = pid_b * K + offs_k
-    prior = tl.load(prior_ptr + offs_out, mask=mask_k, other=float("-inf"))  # [BLOCK_K]
-    present = prior != float("-inf")
-    ds = tl.load(dscores_ptr + offs_out, mask=present, other=0.0).to(tl.float32)  # [BLOCK_K]
-    if HAS_DPRIOR:
-        dprior = tl.load(dprior_ptr + offs_out, mask=present, other=0.0).to(tl.float32)
-        ds += dprior - tl.exp(prior) * tl.sum(dprior, axis=0)
-    ds = tl.where(present, tl.div_rn(ds, tau), 0.0)
+    readable = present
+    offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k  # [BLOCK_K]
+    if GATHER:
+        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
+        row = tl.load(rows_ptrs, mask=present, other=0).to(tl.int64)  # [BLOCK_K]
+        readable = present & (row < N)
+        offs_passage = row * stride_passage_k
+    offs_tile = offs_passage[:, None] + offs_d[None, :] * stride_passage_d
+    mask_tile = readable[:, None] & mask_d[None, :]
+    passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
+    dquery = tl.sum(ds[:, None] * passage.to(tl.float32), axis=0)  # [BLOCK_D]
+    tl.store(dquery_ptr + pid_b * D + offs_d, dquery, mask=mask_d)
 
-    if NEED_DQ:
-        readable = present
-        offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k
-        if GATHER:
-            rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
-            row = tl.load(rows_ptrs, mask=present, other=0).to(tl.int64)  # [BLOCK_K]
-            readable = present & (row < N)
-            offs_passage = row * stride_passage_k
-        offs_tile = offs_passage[:, None] + offs_d[None, :] * stride_passage_d
-        mask_tile = readable[:, None] & mask_d[None, :]
-        passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
-        dquery = tl.sum(ds[:, None] * passage.to(tl.float32), axis=0)  # [BLOCK_D]
-        tl.store(dquery_ptr + pid_b * D + offs_d, dquery, mask=mask_d)
-    if NEED_DP:
-        offs_query = pid_b * stride_query_b + offs_d * stride_query_d
-        query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0)  # [BLOCK_D]
-        dpassage = ds[:, None] * query.to(tl.float32)[None, :]  # [BLOCK_K, BLOCK_D]
-        offs_tile = offs_out[:, None] * D + offs_d[None, :]
-        tl.store(dpassage_ptr + offs_tile, dpassage, mask=mask_k[:, None] & mask_d[None, :])
+
+@triton.jit
+def _doc_scores_dpassage_kernel(
+    dscores_ptr,
+    dprior_ptr,
+    prior_ptr,
+    query_ptr,
+    dpassage_ptr,
+    K,
+    D,
+    stride_query_b,
+    stride_query_d,
+    tau,
+    HAS_DPRIOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # One program owns BLOCK_D components of the gradients of one question's K fresh passages.
+    pid_b = tl.program_id(0).to(tl.int64)
+    pid_d = tl.program_id(1)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = (pid_d * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    mask_k = offs_k < K
+    mask_d = offs_d < D
+    offs_bk = pid_b * K + offs_k
+    ds, _ = _load_ds(dscores_ptr, dprior_ptr, prior_ptr, offs_bk, mask_k, tau, HAS_DPRIOR)
+
+    offs_query = pid_b * stride_query_b + offs_d * stride_query_d
+    query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0)  # [BLOCK_D]
+    dpassage = ds[:, None] * query.to(tl.float32)[None, :]  # [BLOCK_K, BLOCK_D]
+    offs_tile = offs_bk[:, None] * D + offs_d[None, :]
+    tl.store(dpassage_ptr + offs_tile, dpassage, mask=mask_k[:, None] & mask_d[None, :])
 
 
 def doc_scores_fwd(
@@ -226,98 +251,88 @@ def doc_scores_bwd(
     dpassage = passage_emb.new_empty(passage_emb.shape if need_dp else 0)
     if dscores is None:
         dscores = torch.zeros_like(log_prior)
-    options = blocks(n_passages)
-    grid = (n_examples, triton.cdiv(query_emb.shape[1], options["BLOCK_D"]))
+    upstream = (
+        dscores.contiguous(),
+        log_prior if dlog_prior is None else dlog_prior.contiguous(),
+        log_prior,
+    )
+    options = {"HAS_DPRIOR": dlog_prior is not None, **blocks(n_passages)}
+    width = query_emb.shape[1]
+    grid = (n_examples, triton.cdiv(width, options["BLOCK_D"]))
     with _on(query_emb):
-        _doc_scores_bwd_kernel[grid](
-            dscores.contiguous(),
-            log_prior if dlog_prior is None else dlog_prior.contiguous(),
-            log_prior,
-            query_emb,
-            passage_emb,
-            rows if gather else query_emb,  # never read without GATHER
-            dquery,
-            dpassage,
-            n_passages,
-            query_emb.shape[1],
-            passage_emb.shape[0],
-            *query_emb.stride(),
-            *_passage_strides(passage_emb),
-            *(rows.stride() if gather else (0, 0)),
-            float(tau),
-            GATHER=gather,
-            HAS_DPRIOR=dlog_prior is not None,
-            NEED_DQ=need_dq,
-            NEED_DP=need_dp,
-            **options,
-        )
+        if need_dq:
+            _doc_scores_dquery_kernel[grid](
+                *upstream,
+                passage_emb,
+                rows if gather else query_emb,  # never read without GATHER
+                dquery,
+                n_passages,
+                width,
+                passage_emb.shape[0],
+                *_passage_strides(passage_emb),
+                *(rows.stride() if gather else (0, 0)),
+                float(tau),
+                GATHER=gather,
+                **options,
+            )
+        if need_dp:
+            _doc_scores_dpassage_kernel[grid](
+                *upstream,
+                query_emb,
+                dpassage,
+                n_passages,
+                width,
+                *query_emb.stride(),
+                float(tau),
+                **options,
+            )
     return dquery, dpassage
 
 
 def aot_configs() -> list[AotConfig]:
     """Every specialisation that the launchers ask for, with unit strides along D."""
-    stored = ("fp32", "fp16", "bf16")
     configs = []
     for n_passages in _BLOCKS_K:
-        # An index of any storage dtype meets float32 queries (or any others: conversion on load).
-        for dtype in stored:
-            configs.append(_fwd_config(n_passages, "fp32", dtype, HAS_ROWS=True, GATHER=True))
-            for has_dprior in (False, True):
-                flags = {"GATHER": True, "HAS_DPRIOR": has_dprior}
-                configs.append(
-                    _bwd_config(n_passages, "fp32", dtype, **flags, NEED_DQ=True, NEED_DP=False)
+        for dtype in ("fp32", "fp16", "bf16"):
+            # Queries of any dtype meet an index of any other: conversion on load.
+            configs += [
+                _config(_doc_scores_fwd_kernel, n_passages, query, dtype, **flags)
+                for query, flags in (
+                    ("fp32", {"HAS_ROWS": True, "GATHER": True}),
+                    (dtype, {"HAS_ROWS": True, "GATHER": False}),
+                    (dtype, {"HAS_ROWS": False, "GATHER": False}),
                 )
-        for dtype in stored:
-            for has_rows in (False, True):
-                configs.append(
-                    _fwd_config(n_passages, dtype, dtype, HAS_ROWS=has_rows, GATHER=False)
-                )
+            ]
             for has_dprior in (False, True):
-                flags = {"GATHER": False, "HAS_DPRIOR": has_dprior}
-                for need_dq, need_dp in ((True, True), (True, False), (False, True)):
-                    configs.append(
-                        _bwd_config(
-                            n_passages, dtype, dtype, **flags, NEED_DQ=need_dq, NEED_DP=need_dp
-                        )
-                    )
+                flags = {"HAS_DPRIOR": has_dprior}
+                configs += [
+                    _config(_doc_scores_dquery_kernel, n_passages, dtype, dtype, GATHER=g, **flags)
+                    for g in (False, True)
+                ]
+                configs.append(
+                    _config(_doc_scores_dpassage_kernel, n_passages, dtype, dtype, **flags)
+                )
     return configs
 
 
-_SIZES = {
-    **dict.fromkeys(("K", "D"), "i32"),
-    # Offsets are formed in 64 bits whatever the size of the strides.
-    **dict.fromkeys(("N", "stride_query_b", "stride_passage_b", "stride_passage_k"), "i64"),
-    **dict.fromkeys(("stride_rows_b", "stride_rows_k"), "i32"),
-    "rows_ptr": "*i64",
-    "tau": "fp32",
-}
-_UNIT_STRIDES = {"stride_query_d": 1, "stride_passage_d": 1}
-
-
-def _fwd_config(n_passages: int, query: str, passage: str, **flags: bool) -> AotConfig:
-    pointers = {
-        "query_ptr": query,
-        "passage_ptr": passage,
-        "scores_ptr": "fp32",
-        "prior_ptr": "fp32",
-    }
-    return _config(_doc_scores_fwd_kernel, n_passages, pointers, flags)
-
-
-def _bwd_config(n_passages: int, query: str, passage: str, **flags: bool) -> AotConfig:
-    pointers = {"query_ptr": query, "passage_ptr": passage}
-    pointers |= {"dquery_ptr": query, "dpassage_ptr": passage}
-    pointers |= dict.fromkeys(("dscores_ptr", "dprior_ptr", "prior_ptr"), "fp32")
-    return _config(_doc_scores_bwd_kernel, n_passages, pointers, flags)
-
-
 def _config(
-    kernel: object, n_passages: int, pointers: dict[str, str], flags: dict[str, bool]
+    kernel: triton.JITFunction, n_passages: int, query: str, passage: str, **flags: bool
 ) -> AotConfig:
     sizes = blocks(n_passages)
     num_warps = sizes.pop("num_warps")
-    types = {name: f"*{dtype}" for name, dtype in pointers.items()} | _SIZES
-    return AotConfig(kernel, types, {**_UNIT_STRIDES, **flags, **sizes}, num_warps)
+    types = {
+        **dict.fromkeys(("query_ptr", "dquery_ptr"), f"*{query}"),
+        **dict.fromkeys(("passage_ptr", "dpassage_ptr"), f"*{passage}"),
+        **dict.fromkeys(("scores_ptr", "prior_ptr", "dscores_ptr", "dprior_ptr"), "*fp32"),
+        **dict.fromkeys(("K", "D", "stride_rows_b", "stride_rows_k"), "i32"),
+        # The widest and least aligned that a caller can bring: small strides compile to less.
+        **dict.fromkeys(("N", "stride_query_b", "stride_passage_b", "stride_passage_k"), "i64"),
+        "rows_ptr": "*i64",
+        "tau": "fp32",
+    }
+    constants = {"stride_query_d": 1, "stride_passage_d": 1, **flags, **sizes}
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return AotConfig(kernel, types, used, num_warps)
 
 
 def _passage_strides(passage_emb: Tensor) -> tuple[int, ...]:

@@ -210,7 +210,8 @@ class _Token(_Marginal):
         prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
         joint = torch.where(counts, prior + self.logp(chunk, stats), 0.0)
         log_marginal = joint.logsumexp(1)
-        log_post = joint - log_marginal.unsqueeze(1)
+        # Not joint - log_marginal: both may be far from 0, and their rounding would go into w.
+        log_post = joint.log_softmax(1)
         target = posterior = log_post.exp()
         upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
         if self.smoothing:
@@ -277,13 +278,18 @@ class _Sequence(_Marginal):
     """nll_b = -log sum_k exp(a_bk + sum_t m_bt l_bkt); a group is one example."""
 
     def run(self) -> None:
-        self.token_logp = self.dense(self.n_passages)
+        # By row, so that the sum over t runs the same way for each k: passages that say the same
+        # get the same posterior, to the bit.
+        n_rows = self.n_examples * self.n_passages * self.n_tokens
+        self.token_logp = self.log_prior.new_zeros(n_rows + 1)
         self.active = self.counted.any(1)  # [B]
         for group in self._groups():
-            if len(group) == 1 or not self.sums:
-                self._resident(group)
-            else:
-                self._recomputed(group)
+            resident = len(group) == 1 and bool(self.sums)
+            for part in group:
+                self._statistics(part, gradients=resident)
+            if self.sums and not resident:
+                for part in group:
+                    self._recompute(part)
 
     def _groups(self) -> list[list[slice]]:
         """Whole examples packed into chunks; an example that does not fit is a list of pieces."""
@@ -303,12 +309,21 @@ class _Sequence(_Marginal):
                 start = stop
         return [*groups, [slice(start, stop)]] if stop > start else groups
 
-    def _statistics(self, chunk: Chunk) -> tuple[Tensor, Tensor | None, RowStats]:
+    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
+
+    def _statistics(self, part: slice, *, gradients: bool) -> None:
+        chunk = self.positions.gather(part)
         z, tanh = self.head.logits(chunk.x)
         stats = exp_rows_(z, chunk.gold, with_mean=bool(self.smoothing))
-        logp = self.logp(chunk, stats)
-        self.token_logp[chunk.position] = torch.where(chunk.counts.unsqueeze(1), logp, 0.0)
-        return z, tanh, stats
+        logp = torch.where(chunk.counts.unsqueeze(1), self.logp(chunk, stats), 0.0)
+        self.token_logp[chunk.row] = logp.view(-1)
+        if gradients:
+            self._gradients(chunk, z, tanh, stats)
+
+    def _recompute(self, part: slice) -> None:
+        chunk = self.positions.gather(part)
+        z, tanh = self.head.logits(chunk.x)
+        self._gradients(chunk, z, tanh, exp_rows_(z, chunk.gold, with_mean=False))
 
     def _gradients(self, chunk: Chunk, z: Tensor, tanh: Tensor | None, stats: RowStats) -> None:
         posterior = self._posterior()[1].exp()[chunk.example]
@@ -317,28 +332,12 @@ class _Sequence(_Marginal):
         dlogits_(z, chunk.gold, stats, row_weight, self.smoothing)
         self.sums.add(self.head.chain_(z, tanh), chunk.x, chunk.row)
 
-    def _resident(self, group: list[slice]) -> None:
-        for part in group:
-            chunk = self.positions.gather(part)
-            z, tanh, stats = self._statistics(chunk)
-            if self.sums:
-                self._gradients(chunk, z, tanh, stats)
-
-    def _recomputed(self, group: list[slice]) -> None:
-        for part in group:
-            self._statistics(self.positions.gather(part))
-        for part in group:
-            chunk = self.positions.gather(part)
-            z, tanh = self.head.logits(chunk.x)
-            stats = exp_rows_(z, chunk.gold, with_mean=False)
-            self._gradients(chunk, z, tanh, stats)
-
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Returns log p(y|x) [B] and log p(z|x,y) [B, K] from the statistics gathered so far."""
-        joint = self.log_prior + self.undense(self.token_logp).sum(1)
+        shape = (self.n_examples, self.n_passages, self.n_tokens)
+        joint = self.log_prior + self.token_logp[:-1].view(shape).sum(2)
         joint = torch.where(self.active.unsqueeze(1), joint, 0.0)
-        log_marginal = joint.logsumexp(1)
-        return log_marginal, joint - log_marginal.unsqueeze(1)
+        return joint.logsumexp(1), joint.log_softmax(1)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         log_marginal, log_post = self._posterior()

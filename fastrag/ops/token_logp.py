@@ -50,11 +50,7 @@ def token_logp(
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         out = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
         for part in walk.parts:
-            chunk = walk.positions.gather(part)
-            z, _ = walk.head.logits(chunk.x)
-            logp = exp_rows_(z, chunk.gold, with_mean=False).logp
-            logp = logp.masked_fill(walk.per_row(walk.bad[chunk.position]), torch.nan)
-            out[chunk.row] = torch.where(walk.per_row(chunk.counts), logp, 0.0)
+            walk.forward(part, out)
     return out[:-1].view(hidden.shape[:-1])
 
 
@@ -90,12 +86,7 @@ def token_logp_backward(
         sums = HeadGradients(walk.head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
         padded = torch.nn.functional.pad(grad.reshape(-1).to(walk.head.dtype), (0, 1))
         for part in walk.parts:
-            chunk = walk.positions.gather(part)
-            z, tanh = walk.head.logits(chunk.x)
-            stats = exp_rows_(z, chunk.gold, with_mean=False)
-            row_weight = torch.where(walk.per_row(chunk.counts), -padded[chunk.row], 0.0)
-            draw = walk.head.chain_(dlogits_(z, chunk.gold, stats, row_weight, 0.0), tanh)
-            sums.add(draw, chunk.x, chunk.row)
+            walk.backward(part, padded, sums)
         return sums.results()
 
 
@@ -143,6 +134,23 @@ class _Walk:
         row_bytes = self.head.vocab_size * dtype.itemsize * self.head.buffers()
         limit = workspace.rows_per_chunk(hidden.shape[1] * row_bytes, hidden.device)
         self.parts = workspace.even_slices(len(self.positions), limit)
+
+    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
+
+    def forward(self, part: slice, out: Tensor) -> None:
+        chunk = self.positions.gather(part)
+        z, _ = self.head.logits(chunk.x)
+        logp = exp_rows_(z, chunk.gold, with_mean=False).logp
+        logp = logp.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
+        out[chunk.row] = torch.where(self.per_row(chunk.counts), logp, 0.0)
+
+    def backward(self, part: slice, grad: Tensor, sums: HeadGradients) -> None:
+        chunk = self.positions.gather(part)
+        z, tanh = self.head.logits(chunk.x)
+        stats = exp_rows_(z, chunk.gold, with_mean=False)
+        row_weight = torch.where(self.per_row(chunk.counts), -grad[chunk.row], 0.0)
+        draw = self.head.chain_(dlogits_(z, chunk.gold, stats, row_weight, 0.0), tanh)
+        sums.add(draw, chunk.x, chunk.row)
 
     def per_row(self, per_position: Tensor) -> Tensor:
         """[G] -> [G * K]."""

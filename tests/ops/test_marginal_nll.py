@@ -1,0 +1,507 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrag.functional as F
+from fastrag import reference
+from fastrag.ops.marginal_nll import marginal_nll
+from fastrag.testing import assert_close, cpu_memory
+
+from .cases import IGNORE, MANY, SHAPES, Problem, grads, make
+
+OPS = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}
+ORACLES = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
+# Bytes: everything in one chunk; a few positions a chunk; one position a chunk (and a Sequence
+# example cut in pieces, hence recomputed).
+WORKSPACES = {"whole": "", "some": "2000", "one": "1"}
+
+both = pytest.mark.parametrize("marginal", ["token", "sequence"])
+smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
+
+
+@pytest.fixture(params=WORKSPACES.values(), ids=WORKSPACES.keys())
+def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
+    return request.param
+
+
+def oracle(marginal: str, p: Problem, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    return ORACLES[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+
+
+@both
+@smoothings
+def test_reference_gradcheck(marginal: str, smoothing: float) -> None:
+    p = make((2, 3, 2, 3, 4), head="softcap", missing=False)
+
+    def loss(hidden: Tensor, weight: Tensor, scores: Tensor, bias: Tensor) -> Tensor:
+        head = {**p.head(), "bias": bias}
+        return ORACLES[marginal](
+            hidden, weight, p.labels, scores, **head, label_smoothing=smoothing
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, (p.hidden, p.weight, p.doc_scores, p.bias))
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_op_gradcheck(marginal: str, smoothing: float, reduction: str, workspace: str) -> None:
+    p = make((2, 3, 2, 3, 4), head="softcap", missing=False)
+    example_weight = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(hidden: Tensor, weight: Tensor, scores: Tensor, bias: Tensor, ew: Tensor) -> Tensor:
+        options = {**p.head(), "bias": bias, "label_smoothing": smoothing, "reduction": reduction}
+        return OPS[marginal](hidden, weight, p.labels, scores, **options, example_weight=ew)
+
+    inputs = (p.hidden, p.weight, p.doc_scores, p.bias, example_weight)
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_float64(
+    marginal: str, smoothing: float, head: str, shape: tuple[int, ...], workspace: str
+) -> None:
+    """In float64 the chunked op is the reference to rounding, values and gradients."""
+    p = make(shape, head=head)
+    loss, posterior = OPS[marginal](
+        *p.args(), **p.head(), label_smoothing=smoothing, reduction="none", return_posterior=True
+    )
+    true, true_posterior = oracle(marginal, p, smoothing)
+    torch.testing.assert_close(loss, true, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(posterior, true_posterior, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(loss)
+    found, expected = grads(loss, p, upstream), grads(true, p, upstream)
+    mean = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    found_mean = grads(mean, p)
+    expected_mean = grads(reference.reduce(oracle(marginal, p, smoothing)[0], p.labels), p)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found_mean[name], expected_mean[name], rtol=1e-11, atol=1e-12)
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head", ["plain", "softcap"])
+@pytest.mark.parametrize("size", [1.0, 20.0], ids=["logits ~4", "logits ~80"])
+def test_three_way(
+    marginal: str, smoothing: float, dtype: torch.dtype, head: str, size: float
+) -> None:
+    """Against float64 of the same inputs, no more error than plain torch in the same dtype."""
+    p = make(MANY, head=head, scale=size).to(dtype)
+    exact = p.to(torch.float64)
+    loss = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    plain = reference.reduce(oracle(marginal, p, smoothing)[0], p.labels)
+    true = reference.reduce(oracle(marginal, exact, smoothing)[0], exact.labels)
+    assert loss.dtype == torch.float32
+    assert_close(loss, plain.float(), true, name="loss")
+    found, base, expected = grads(loss, p), grads(plain, p), grads(true, exact)
+    for name in expected:
+        assert found[name].dtype == dtype
+        assert_close(found[name], base[name], expected[name], name=name)
+
+
+ADVERSARIAL = ["offset", "certain", "uniform", "one-hot posterior", "duplicates", "far apart"]
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
+    p = make(MANY, head="bias")
+    with torch.no_grad():
+        if kind == "offset":
+            p.bias += 1e4
+        elif kind == "certain":  # every label has probability near 1
+            p.weight.zero_()
+            p.labels.clamp_(min=0).zero_()
+            p.bias[0] += 30.0
+        elif kind == "uniform":
+            p.hidden.zero_(), p.bias.zero_(), p.doc_scores.zero_()
+        elif kind == "one-hot posterior":
+            p.doc_scores[:, 0] += 200.0
+        elif kind == "duplicates":
+            p.hidden.copy_(p.hidden[:, :1].expand_as(p.hidden).clone())
+            p.doc_scores.zero_()
+        else:  # exp(-max) underflows for most of the vocabulary
+            p.bias.copy_(torch.linspace(-300, 300, len(p.bias)))
+    p = p.to(torch.float32)
+    exact = p.to(torch.float64)
+    loss = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    plain = reference.reduce(oracle(marginal, p, smoothing)[0], p.labels)
+    true = reference.reduce(oracle(marginal, exact, smoothing)[0], exact.labels)
+    # A mean of log-probabilities per token, of which the prior alone has a few nats.
+    assert_close(loss, plain, true, name="loss", scale=1.0)
+    found, base, expected = grads(loss, p), grads(plain, p), grads(true, exact)
+    for name in expected:
+        # prior - posterior, each at most 1, over the number of labels that count
+        scale = 1.0 / int((p.labels != IGNORE).sum()) if name == "doc_scores" else 0.0
+        assert_close(found[name], base[name], expected[name], name=name, scale=scale)
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_counts(marginal: str, reduction: str, workspace: str) -> None:
+    """All labels ignored: loss 0 and gradients 0, no NaN; the posterior is the prior."""
+    p = make()
+    p.labels.fill_(IGNORE)
+    loss, posterior = OPS[marginal](*p.args(), reduction=reduction, return_posterior=True)
+    assert (loss == 0).all()
+    for grad in grads(loss.sum(), p).values():
+        assert (grad == 0).all()
+    prior = reference.log_prior(p.doc_scores)
+    expected = prior if marginal == "sequence" else prior.unsqueeze(2).expand_as(posterior)
+    torch.testing.assert_close(posterior, expected)
+
+
+@both
+@smoothings
+def test_all_passages_missing(marginal: str, smoothing: float, workspace: str) -> None:
+    """Such an example has loss 0 and gradient 0, and leaves the others as they are."""
+    p = make()
+    with torch.no_grad():
+        p.doc_scores[1] = -torch.inf
+        p.hidden[1] = torch.nan
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    loss = OPS[marginal](*p.args(), **options)
+    assert loss[1] == 0
+    found = grads(loss.sum(), p)
+    assert all(grad.isfinite().all() for grad in found.values())
+    assert (found["hidden"][1] == 0).all() and (found["doc_scores"][1] == 0).all()
+    alone = OPS[marginal](p.hidden[:1], p.weight, p.labels[:1], p.doc_scores[:1], **options)
+    torch.testing.assert_close(loss[:1], alone, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found["weight"], torch.autograd.grad(alone.sum(), p.weight)[0])
+
+
+@both
+def test_missing_passage_is_absent(marginal: str, workspace: str) -> None:
+    """A missing passage equals a smaller K, whatever its hidden states hold."""
+    p = make(missing=False)
+    with torch.no_grad():
+        p.doc_scores[:, -1] = -torch.inf
+        p.hidden[:, -1] = torch.nan
+    loss = OPS[marginal](*p.args(), reduction="sum")
+    found = grads(loss, p)
+    fewer = OPS[marginal](
+        p.hidden[:, :-1], p.weight, p.labels, p.doc_scores[:, :-1], reduction="sum"
+    )
+    torch.testing.assert_close(loss, fewer)
+    assert (found["hidden"][:, -1] == 0).all() and (found["doc_scores"][:, -1] == 0).all()
+    torch.testing.assert_close(found["weight"], torch.autograd.grad(fewer, p.weight)[0])
+
+
+@both
+def test_ignored_position_is_absent(marginal: str, workspace: str) -> None:
+    """What stands at an ignored position is never read."""
+    p = make()
+    expected = OPS[marginal](*p.args())
+    with torch.no_grad():
+        p.hidden[0, :, -1] = torch.nan
+    loss = OPS[marginal](*p.args())
+    torch.testing.assert_close(loss, expected)
+    assert (grads(loss, p)["hidden"][0, :, -1] == 0).all()
+
+
+def test_one_passage_is_cross_entropy() -> None:
+    p = make(SHAPES["one passage"])
+    logits = (p.hidden @ p.weight.t()).view(-1, 6)
+    expected = torch.nn.functional.cross_entropy(logits, p.labels.view(-1), ignore_index=IGNORE)
+    for op in OPS.values():
+        torch.testing.assert_close(op(*p.args()), expected)
+        smooth = torch.nn.functional.cross_entropy(
+            logits, p.labels.view(-1), ignore_index=IGNORE, label_smoothing=0.1
+        )
+        torch.testing.assert_close(op(*p.args(), label_smoothing=0.1), smooth)
+
+
+def test_token_and_sequence_agree_on_one_token() -> None:
+    p = make(SHAPES["one token"])
+    torch.testing.assert_close(F.rag_token_nll(*p.args()), F.rag_sequence_nll(*p.args()))
+
+
+@both
+def test_reductions(marginal: str) -> None:
+    p = make()
+    nll = oracle(marginal, p)[0]
+    weight = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    count = int((p.labels != IGNORE).sum())
+    op = OPS[marginal]
+    torch.testing.assert_close(op(*p.args()), nll.sum() / count)
+    torch.testing.assert_close(op(*p.args(), reduction="sum"), nll.sum())
+    torch.testing.assert_close(op(*p.args(), example_weight=weight), (weight * nll).sum() / count)
+    torch.testing.assert_close(op(*p.args(), reduction="none", example_weight=weight), weight * nll)
+    for normalizer in (20, 20.0, torch.tensor(20), torch.tensor([20.0])):
+        torch.testing.assert_close(op(*p.args(), normalizer=normalizer), nll.sum() / 20)
+    for nothing in (0, torch.tensor(0)):
+        assert op(*p.args(), normalizer=nothing) == 0
+
+
+@both
+def test_accumulation_equals_one_batch(marginal: str) -> None:
+    """Two micro-batches with the global count of tokens are one batch: loss and gradients."""
+    p = make(SHAPES["odd"])
+    count = (p.labels != IGNORE).sum()
+    whole = OPS[marginal](*p.args())
+    parts = [
+        OPS[marginal](p.hidden[i], p.weight, p.labels[i], p.doc_scores[i], normalizer=count)
+        for i in (slice(0, 1), slice(1, 3))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    expected = grads(whole, p)
+    for name, grad in grads(sum(parts), p).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@both
+def test_valid_rows(marginal: str) -> None:
+    p = make()
+    valid = (p.labels != IGNORE).view(-1).nonzero().squeeze(1).int()
+    valid = torch.nn.functional.pad(valid, (0, 5), value=-1)
+    torch.testing.assert_close(OPS[marginal](*p.args(), valid_rows=valid), OPS[marginal](*p.args()))
+    with pytest.raises(ValueError, match="valid_rows: expected the ascending positions"):
+        OPS[marginal](*p.args(), valid_rows=valid.flip(0))
+
+
+@both
+def test_hugging_face_layout(marginal: str) -> None:
+    p = make()
+    flat = p.hidden.flatten(0, 1)
+    expected = OPS[marginal](*p.args())
+    torch.testing.assert_close(OPS[marginal](flat, *p.args()[1:]), expected)
+
+
+@both
+def test_strided_inputs(marginal: str) -> None:
+    p = make(SHAPES["odd"], head="bias")
+    expected = OPS[marginal](*p.args(), **p.head())
+    expected_grads = grads(expected, p)
+    strided = p.to(torch.float64)
+    strided.hidden = p.hidden.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    strided.weight = p.weight.detach().t().contiguous().t()
+    strided.doc_scores = p.doc_scores.detach().t().contiguous().t()
+    strided.bias = p.bias.detach().repeat_interleave(2)[::2]
+    strided.labels = p.labels.t().contiguous().t()
+    for x in strided.leaves().values():
+        assert not x.is_contiguous()
+        x.requires_grad_()
+    loss = OPS[marginal](*strided.args(), **strided.head())
+    torch.testing.assert_close(loss, expected)
+    for name, grad in grads(loss, strided).items():
+        torch.testing.assert_close(grad, expected_grads[name])
+
+
+@both
+def test_mixed_dtypes(marginal: str) -> None:
+    """Autocast: bfloat16 hidden states meet a float32 master weight, whose gradient is float32."""
+    p = make(SHAPES["odd"]).to(torch.float32)
+    hidden = p.hidden.detach().bfloat16().requires_grad_()
+    exact = p.to(torch.float64)
+    exact.hidden = hidden.detach().double().requires_grad_()
+    true = reference.reduce(oracle(marginal, exact)[0], p.labels)
+    expected = grads(true, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = OPS[marginal](hidden, *p.args()[1:])
+    loss.backward()
+    torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(p.weight.grad.double(), expected["weight"], rtol=1e-4, atol=1e-7)
+    assert hidden.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden.grad.double(), expected["hidden"], rtol=1e-2, atol=1e-5)
+
+
+@both
+def test_float16_under_a_loss_scale(marginal: str) -> None:
+    """Gradients below the range of float16 survive until GradScaler's factor has been applied."""
+    p = make(SHAPES["odd"], missing=False).to(torch.float16)
+    with torch.no_grad():
+        p.doc_scores[:, 1:] -= 10.0  # posteriors near 1e-5
+        p.weight *= 0.1
+    exact = p.to(torch.float64)
+    found = grads(OPS[marginal](*p.args()) * 65536.0, p)["hidden"]
+    true = grads(reference.reduce(oracle(marginal, exact)[0], p.labels) * 65536.0, exact)["hidden"]
+    count = (p.labels != IGNORE).sum()
+    unscaled = true[:, 1:].abs() * count / 65536.0
+    assert unscaled.median() < torch.finfo(torch.float16).smallest_normal
+    torch.testing.assert_close(found.double(), true, rtol=2e-3, atol=1e-7)
+
+
+@both
+def test_frozen_parts(marginal: str) -> None:
+    """Each input may be frozen; the gradients of the others do not change."""
+    p = make(head="bias")
+    expected = grads(OPS[marginal](*p.args(), **p.head()), p)
+    for frozen in expected:
+        q = p.to(torch.float64)
+        getattr(q, frozen).requires_grad_(False)
+        OPS[marginal](*q.args(), **q.head()).backward()
+        for name, x in q.leaves().items():
+            if name == frozen:
+                assert x.grad is None
+            else:
+                torch.testing.assert_close(x.grad, expected[name])
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retain_graph(marginal: str, reduction: str) -> None:
+    p = make()
+    loss = OPS[marginal](*p.args(), reduction=reduction).sum()
+    first = torch.autograd.grad(loss, p.hidden, retain_graph=True)[0]
+    second = torch.autograd.grad(2.0 * loss, p.hidden)[0]
+    torch.testing.assert_close(second, 2.0 * first, rtol=1e-14, atol=0)
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("leaf", ["hidden", "weight", "doc_scores"])
+def test_double_backward_is_refused(marginal: str, reduction: str, leaf: str) -> None:
+    p = make()
+    loss = OPS[marginal](*p.args(), reduction=reduction).sum()
+    x = p.leaves()[leaf]
+    grad = torch.autograd.grad(loss, x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="marginal_nll does not support double backward"):
+        torch.autograd.grad(grad.square().sum() + x.square().sum(), x)
+
+
+@both
+def test_activation_checkpoint(marginal: str) -> None:
+    p = make()
+    expected = grads(OPS[marginal](*p.args()), p)
+    loss = torch.utils.checkpoint.checkpoint(OPS[marginal], *p.args(), use_reentrant=False)
+    for name, grad in grads(loss, p).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@both
+def test_no_grad_computes_no_gradients(marginal: str) -> None:
+    p = make(SHAPES["odd"])
+    with torch.no_grad():
+        loss = OPS[marginal](*p.args())
+    torch.testing.assert_close(loss, OPS[marginal](*p.args()).detach())
+    assert not loss.requires_grad
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("head", ["plain", "softcap"])
+def test_memory(
+    marginal: str, smoothing: float, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never [B*K, T, V]: beyond the gradients, one workspace and what is O(B K T)."""
+    limit = 1 << 20
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(limit))
+    shape = (2, 4, 64, 8, 4099)  # B*K*T*V float32 numbers: 8.4 MB; an example: 4.2 MB
+    p = make(shape, head=head).to(torch.float32)
+
+    def run() -> Tensor:
+        return OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+
+    run()
+    peak, largest = cpu_memory(run)
+    full = 4 * math.prod((2, 4, 64, 4099))
+    kept = 4 * (p.hidden.numel() + p.weight.numel() + len(p.weight))
+    assert largest <= limit < full / 8 + 1
+    assert peak <= limit + kept + (1 << 17)
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("deferred", [False, True], ids=["mean", "none"])
+def test_opcheck(marginal: str, smoothing: float, deferred: bool) -> None:
+    p = make(head="softcap")
+    needs = (True, True, True, True)
+    args = (p.hidden, p.weight, p.bias, p.labels, p.doc_scores, None, None, marginal, 2.0, 0.7,
+            smoothing, IGNORE, deferred, *needs)  # fmt: skip
+    torch.library.opcheck(marginal_nll, args)
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile(marginal: str, reduction: str) -> None:
+    p = make()
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+        return OPS[marginal](hidden, weight, labels, scores, reduction=reduction).sum() * 2
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = loss(*p.args()), compiled(*p.args())
+    torch.testing.assert_close(found, expected)
+    expected_grads = grads(expected, p)
+    for name, grad in grads(found, p).items():
+        torch.testing.assert_close(grad, expected_grads[name])
+
+
+@both
+def test_deterministic(marginal: str) -> None:
+    p = make(SHAPES["odd"]).to(torch.float32)
+    first = grads(OPS[marginal](*p.args()), p)
+    for _ in range(3):
+        for name, grad in grads(OPS[marginal](*p.args()), p).items():
+            assert torch.equal(grad, first[name])
+
+
+def bad(**changes: object) -> tuple[Problem, dict[str, object]]:
+    p = make()
+    fields = {k: v for k, v in changes.items() if hasattr(p, k)}
+    for name, value in fields.items():
+        setattr(p, name, value)
+    return p, {**p.head(), **{k: v for k, v in changes.items() if k not in fields}}
+
+
+NAN_SCORES = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0]], dtype=torch.float64)
+BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
+
+
+@both
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(2, 4, 4, 5)}, r"hidden: expected \[B, K, T, H\].*\[2, 4, 4, 5\]"),
+        ({"hidden": torch.zeros(5, 4, 5)}, r"hidden: expected \[B\*K, T, H\].*\[6, \*, \*\]"),
+        ({"hidden": torch.zeros(2, 3, 4, 5).long()}, "hidden: expected a floating point dtype"),
+        ({"weight": torch.zeros(7, 6)}, r"weight: expected \[V, H\] .*\[\*, 5\], got \[7, 6\]"),
+        ({"weight": torch.zeros(0, 5)}, "weight: expected at least one vocabulary entry"),
+        ({"labels": torch.zeros(2, 3).long()}, r"labels: expected \[B, T\].*\[2, 4\], got \[2, 3"),
+        ({"labels": torch.zeros(2, 4)}, "labels: expected int64, got .* float32"),
+        ({"labels": BAD_LABELS}, r"labels: expected values in \[0, 7\).* got 7 at \[1, 2\]"),
+        ({"labels": -BAD_LABELS}, r"labels: expected values in \[0, 7\).* got -1 at \[0, 1\]"),
+        ({"doc_scores": torch.zeros(2, 0)}, "doc_scores: expected at least one passage.*K = 0"),
+        ({"doc_scores": torch.zeros(2)}, r"doc_scores: expected \[B, K\], got \[2\]"),
+        ({"doc_scores": NAN_SCORES}, r"doc_scores: expected finite values.* got nan at \[1, 1\]"),
+        ({"doc_scores": -torch.log(NAN_SCORES * 0)}, r"doc_scores.* got inf at \[0, 0\]"),
+        ({"bias": torch.zeros(6)}, r"bias: expected \[V\] with sizes \[7\], got \[6\]"),
+        ({"softcap": 0.0}, "softcap: expected a positive number or None, got 0.0"),
+        ({"logit_scale": math.nan}, "logit_scale: expected a finite number"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\)"),
+        ({"reduction": "avg"}, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
+        ({"normalizer": -1.0}, "normalizer: expected a number of at least 0"),
+        ({"normalizer": torch.ones(2)}, "normalizer: expected a number or a 0-d tensor"),
+        ({"normalizer": 3, "reduction": "sum"}, "normalizer: expected None with reduction 'sum'"),
+        ({"example_weight": torch.ones(3)}, r"example_weight: expected \[B\] with sizes \[2\]"),
+        ({"valid_rows": torch.zeros(3)}, "valid_rows: expected int64 or int32"),
+        ({"weight": torch.zeros(7, 5, device="meta")}, "expected all tensors on one device"),
+    ],
+)
+def test_rejects_bad_input(marginal: str, changes: dict[str, object], message: str) -> None:
+    p, options = bad(**changes)
+    with pytest.raises(ValueError, match=message):
+        OPS[marginal](*p.args(), **options)
+
+
+def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = make()
+    monkeypatch.setenv("FASTRAG_BACKEND", "torch")
+    F.rag_token_nll(*p.args())
+    monkeypatch.setenv("FASTRAG_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="FASTRAG_BACKEND=triton cannot run marginal_nll"):
+        F.rag_token_nll(*p.args())
+    monkeypatch.setenv("FASTRAG_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="no backend is called 'cuda'; backends: torch, triton"):
+        F.rag_token_nll(*p.args())
