@@ -12,7 +12,7 @@ from fastrag.nn.heads import base_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastrag.data.templates import BoundTemplate, Template
+    from fastrag.data.templates import BoundTemplate
 
 DEFAULT_CONTEXT = 512
 
@@ -34,11 +34,11 @@ def check_numbers(
 
 
 def bind_template(
-    template: Template | BoundTemplate | None,
+    template: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     kind: Any,
 ) -> BoundTemplate:
-    """Return `template`, or the default, bound to the generator's tokenizer."""
+    """Return `template` (a Template, BoundTemplate or None: the default), bound to `tokenizer`."""
     if hasattr(template, "literals"):
         if template.kind != kind:
             raise ValueError(f"template: expected one bound as {kind!r}, got {template.kind!r}")

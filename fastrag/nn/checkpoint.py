@@ -61,9 +61,12 @@ def save_model(
             )
     with FolderWriter(path, format=FORMAT, version=VERSION) as writer:
         folder = writer.folder
-        model.question_encoder.save_pretrained(folder / "question_encoder")
-        if model.passage_encoder not in (None, model.question_encoder):
-            model.passage_encoder.save_pretrained(folder / "passage_encoder")
+        encoders: dict[str, Any] = {"question_encoder": model.question_encoder}
+        if model.passage_encoder is not model.question_encoder:
+            encoders["passage_encoder"] = model.passage_encoder
+        for name, encoder in encoders.items():
+            if encoder is not None:
+                encoder.save_pretrained(folder / name)
         kept = _save_generator(model.generator, folder, merge_adapter)
         if model.question_tokenizer is not None:
             model.question_tokenizer.save_pretrained(folder / "question_encoder")

@@ -86,8 +86,8 @@ class TextEncoder(nn.Module):
     @property
     def dim(self) -> int:
         """Width D of the vectors."""
-        config = self.model.config
-        return getattr(config, "projection_dim", 0) or config.hidden_size
+        config: Any = self.model.config
+        return int(getattr(config, "projection_dim", 0) or config.hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the vectors of a batch.
@@ -154,7 +154,7 @@ class TextEncoder(nn.Module):
         Args:
             path: folder; made if it does not exist.
         """
-        model = self.model
+        model: Any = self.model
         if hasattr(model, "peft_config"):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(path)

@@ -54,7 +54,7 @@ class GeneratorAdapter:
 
     kind: str
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self._live_head = self._checked_head(declared_heads(model))
 
@@ -178,7 +178,7 @@ class CausalAdapter(GeneratorAdapter):
 
     kind = "causal"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         parameters = inspect.signature(base_model(model).forward).parameters
         self._takes_positions = "position_ids" in parameters
         super().__init__(model)
@@ -203,7 +203,7 @@ class CausalAdapter(GeneratorAdapter):
         return inputs
 
 
-def adapt_generator(model: nn.Module) -> GeneratorAdapter:
+def adapt_generator(model: Any) -> GeneratorAdapter:
     """Return the adapter of a Hugging Face generator, checked against the model's own logits.
 
     Args:

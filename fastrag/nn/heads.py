@@ -57,7 +57,7 @@ class LMHead:
         return self.softcap * torch.tanh(logits / self.softcap)
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper, or `model` itself.
 
     Raises:
@@ -75,7 +75,7 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def architecture(model: nn.Module) -> str:
+def architecture(model: Any) -> str:
     """Return the class name that error messages use for `model`, inside any PEFT wrapper."""
     return type(base_model(model)).__name__
 
@@ -97,7 +97,7 @@ class LiveHead:
     """
 
     def __init__(
-        self, model: nn.Module, *, logit_scale: float = 1.0, softcap: float | None = None
+        self, model: Any, *, logit_scale: float = 1.0, softcap: float | None = None
     ) -> None:
         self.model = model
         self.logit_scale = logit_scale
@@ -148,7 +148,7 @@ class LiveHead:
             handle.remove()
 
 
-def declared_heads(model: nn.Module) -> list[LiveHead]:
+def declared_heads(model: Any) -> list[LiveHead]:
     """Return the heads that the configuration of `model` allows, the likeliest first.
 
     Whether a declared factor multiplies or divides is not written in a configuration; the
@@ -167,7 +167,7 @@ def declared_heads(model: nn.Module) -> list[LiveHead]:
     ]
 
 
-def _projection(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def _projection(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Return the effective weight and bias of an output projection, adapters included."""
     if hasattr(module, "original_module"):  # PEFT modules_to_save
         module = _active_copy(module, name)
@@ -182,7 +182,7 @@ def _projection(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     return weight, getattr(module, "bias", None)
 
 
-def _active_copy(module: nn.Module, name: str) -> nn.Module:
+def _active_copy(module: Any, name: str) -> Any:
     """Return the trained copy that PEFT's modules_to_save wrapper uses now."""
     if not hasattr(module, "modules_to_save"):
         raise ValueError(

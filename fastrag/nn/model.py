@@ -82,6 +82,8 @@ class RagModel(nn.Module):
         >>> model(**collator(questions)).loss.backward()                        # doctest: +SKIP
     """
 
+    log_tau: nn.Parameter | None
+
     accepts_loss_kwargs = True  # transformers.Trainer: pass num_items_in_batch to forward
     main_input_name = "input_ids"
     _keys_to_ignore_on_save = None  # transformers.Trainer reads it when a checkpoint lacks keys
@@ -370,7 +372,8 @@ class RagModel(nn.Module):
         unique, where = rows.clamp(min=0).unique(return_inverse=True)
         ids, lengths = self.passages.gather(unique, "encoder")
         mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
-        vectors = self.passage_encoder(ids, mask.long())
+        encoder: Any = self.passage_encoder
+        vectors = encoder(ids, mask.long())
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )
@@ -453,7 +456,7 @@ class RagModel(nn.Module):
 
     def _transformers(self) -> list[Any]:
         """The transformers models inside that train."""
-        encoders = [self.question_encoder]
+        encoders: list[Any] = [self.question_encoder]
         if self.train_passage_encoder and self.passage_encoder is not self.question_encoder:
             encoders.append(self.passage_encoder)
         parts = [getattr(encoder, "model", encoder) for encoder in encoders] + [self.generator]

@@ -230,7 +230,7 @@ def test_undeclared_softcap_is_found_out(monkeypatch):
 
     def capped(self, *args, **kwargs):
         out = plain(self, *args, **kwargs)
-        out.logits = 30 * torch.tanh(out.logits / 30)
+        out.logits = 100 * torch.tanh(out.logits / 100)
         return out
 
     monkeypatch.setattr(type(model), "forward", capped)
