@@ -135,8 +135,6 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
     elif model.passage_encoder is model.question_encoder:
         passage_encoder = "shared"
     return {
-        "format": FORMAT,
-        "version": VERSION,
         "fastrag": __version__,
         "kind": model.adapter.kind,
         "generator": generator_kept,
@@ -156,6 +154,9 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
+    from fastrag.index.storage import read_folder
+
+    read_folder(folder, format=FORMAT, version=VERSION)  # also takes back what a kill left aside
     file = folder / CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -163,14 +164,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: expected the settings of a saved RagModel, got {error}"
         ) from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise ValueError(f"{file}: expected format {FORMAT!r}")
-    if settings.get("version") != VERSION:
-        raise ValueError(f"{file}: expected version {VERSION}, got {settings.get('version')!r}")
     needed = {*_SETTINGS, "kind", "generator", "passage_encoder", "tau", "learn_tau"}
-    missing = (needed | {"label_smoothing", "template", "index"}) - set(settings)
-    if missing:
-        raise ValueError(f"{file}: expected the keys {sorted(missing)}, which are missing")
+    needed |= {"label_smoothing", "template", "index", "fastrag"}
+    if not isinstance(settings, dict) or set(settings) != needed:
+        raise ValueError(f"{file}: expected the keys {sorted(needed)}, got {sorted(settings)}")
     return settings
 
 
@@ -234,7 +231,11 @@ def _load_generator(
         if not name:
             raise ValueError(f"base_generator: expected the model under the adapter in {folder}")
         base = _load_whole(loader, name)
-    return PeftModel.from_pretrained(base, folder / "generator", is_trainable=True).eval()
+    try:
+        adapted = PeftModel.from_pretrained(base, folder / "generator", is_trainable=True)
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder / 'generator'}: expected a readable adapter: {error}") from error
+    return adapted.eval()
 
 
 def _load_whole(loader: Any, folder: str | os.PathLike[str]) -> Any:
@@ -260,7 +261,10 @@ def _load_tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+        raise ValueError(f"{folder}: expected a readable tokenizer: {error}") from error
 
 
 def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:

@@ -150,6 +150,31 @@ def test_lora_trains_under_trainer(tmp_path, settings):
     torch.testing.assert_close(other(**data).loss, model(**data).loss)
 
 
+def test_lora_with_gradient_checkpointing():
+    grads = []
+    for checkpointed in (False, True):
+        model = rag_model("causal", make_generator=lora_generator, tau=0.1)
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(**batch("causal")).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_bf16_autocast_under_trainer(tmp_path):
+    """Scores, prior and loss stay in fp32 under autocast."""
+    plain = trainer(rag_model(tau=0.1), tmp_path / "a", max_steps=1)
+    half = trainer(rag_model(tau=0.1), tmp_path / "b", max_steps=1, bf16=True)
+    plain.train()
+    half.train()
+    assert losses(half) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(half) != losses(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rag_model(tau=0.1)(**batch())
+    assert out.loss.dtype == out.doc_scores.dtype == torch.float32
+
+
 def test_lora_loss_falls(tmp_path):
     model = rag_model("causal", tau=0.1, make_generator=lora_generator)
     run = trainer(model, tmp_path, "causal", max_steps=30, learning_rate=2e-2, save_steps=100)
@@ -273,7 +298,7 @@ def test_merge_into_a_tied_head_is_refused(tmp_path):
 
 def test_rejects_folders(tmp_path):
     model = rag_model()
-    with pytest.raises(ValueError, match="expected the settings of a saved RagModel"):
+    with pytest.raises(ValueError, match="expected a fastrag-model folder"):
         reload(model, tmp_path / "none")
     folder = tmp_path / "m"
     model.save_pretrained(folder)
@@ -291,6 +316,33 @@ def test_rejects_folders(tmp_path):
     with pytest.raises(ValueError, match="generator: expected the weights of a T5"):
         reload(model, folder)
     settings = json.loads((folder / "rag_config.json").read_text())
-    (folder / "rag_config.json").write_text(json.dumps({**settings, "version": 9}))
-    with pytest.raises(ValueError, match="expected version 1, got 9"):
+    (folder / "rag_config.json").write_text(json.dumps({**settings, "depth": 9}))
+    with pytest.raises(ValueError, match="rag_config.json: expected the keys"):
         reload(model, folder)
+    (folder / "rag_config.json").unlink()
+    with pytest.raises(ValueError, match="expected the settings of a saved RagModel"):
+        reload(model, folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "generator/adapter_model.safetensors",
+        "generator/tokenizer.json",
+        "generator_base/config.json",
+    ],
+)
+def test_rejects_damaged_files(tmp_path, file):
+    model = rag_model("causal", make_generator=lora_generator)
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=file.split("/")[0]):
+        reload(model, tmp_path / "m")
+
+
+def test_save_killed_between_the_renames_is_taken_back(tmp_path):
+    model = rag_model().eval()
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / ".m.old")
+    torch.testing.assert_close(reload(model, tmp_path / "m")(**batch()).loss, model(**batch()).loss)
