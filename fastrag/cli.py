@@ -135,19 +135,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _index_build(arguments: argparse.Namespace) -> int:
     _quiet()
-    from transformers import AutoConfig
-
     from fastrag.nn import TextEncoder
     from fastrag.train import build
 
     tokenizer = build.load_tokenizer(arguments.generator, "generator")
-    seq2seq = AutoConfig.from_pretrained(arguments.generator).is_encoder_decoder
     index, _ = build.build_index(
         arguments.out,
         build.load_passages(arguments.corpus),
         TextEncoder.from_pretrained(arguments.encoder, role="passage"),
         template=build.make_template(
-            arguments.template, tokenizer, "seq2seq" if seq2seq else "causal"
+            arguments.template, tokenizer, build.generator_kind(arguments.generator)
         ),
         encoder_tokenizer=build.load_tokenizer(arguments.encoder, "encoder"),
         generator_tokenizer=tokenizer,
@@ -236,6 +233,7 @@ def _load_model(arguments: argparse.Namespace) -> RagModel:
     device = _device(arguments)
     model.to(device)
     model.index.to(device)
+    model.passages.to(device)
     return model
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastrag.data import (
     Passage,
@@ -18,6 +19,7 @@ from fastrag.data import (
 )
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.index.refresh import encode_passages
+from fastrag.train.checkpoints import begin_folder, commit_folder
 from fastrag.train.config import RagConfig
 
 if TYPE_CHECKING:
@@ -96,18 +98,41 @@ def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = N
         ValueError: the folder cannot be read, or LoRA is asked for and peft is not installed.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    folder = _local_folder("generator", path)
+    kind = AutoModelForSeq2SeqLM if generator_kind(path) == "seq2seq" else AutoModelForCausalLM
+    folder = Path(path)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(
             f"generator: expected a readable model folder {folder}: {_first_line(error)}"
         ) from error
     return model if lora is None else _with_lora(model, lora)
+
+
+def generator_kind(path: str | os.PathLike[str]) -> Literal["seq2seq", "causal"]:
+    """Say of which kind a generator is, from its config alone.
+
+    Args:
+        path: a Hugging Face folder.
+
+    Returns:
+        `seq2seq` or `causal`.
+
+    Raises:
+        ValueError: the folder holds no readable config.
+    """
+    from transformers import AutoConfig
+
+    folder = _local_folder("generator", path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"generator: expected a model config in {folder}: {_first_line(error)}"
+        ) from error
+    return "seq2seq" if config.is_encoder_decoder else "causal"
 
 
 def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokenizerBase:
@@ -135,7 +160,9 @@ def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokeniz
 
 
 def make_template(
-    setting: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, kind: str
+    setting: str | dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Literal["seq2seq", "causal"],
 ) -> Template:
     """Make the template that a config names.
 
@@ -154,7 +181,7 @@ def make_template(
         return Template.from_dict(setting)
     if setting == "chat":
         return Template.from_chat(tokenizer)
-    return Template.default("causal" if kind == "causal" else "seq2seq")
+    return Template.default(kind)
 
 
 def build_index(
@@ -173,7 +200,7 @@ def build_index(
     """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
 
     Args:
-        folder: where both go; each is replaced in one step.
+        folder: where both go; it appears whole, and an older index in it stays until then.
         passages: the corpus.
         encoder: the passage encoder.
         template: its passage piece goes to the generator.
@@ -188,27 +215,34 @@ def build_index(
         The index and the passages.
 
     Raises:
-        ValueError: the corpus is empty or malformed.
+        ValueError: the corpus is empty or malformed, or the folder holds something else.
     """
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    store = PassageStore.build(
-        passages,
-        template=template,
-        question_tokenizer=encoder_tokenizer,
-        generator_tokenizer=generator_tokenizer,
-        max_encoder_tokens=min(max_passage, encoder.max_length or max_passage),
-        encoder_prefix=encoder.prefix,
-        dir=out / PASSAGES_FOLDER,
-        progress=progress,
-    )
-    if device is not None:
-        encoder.to(device)
-    vectors = encode_passages(encoder, store, batch_size, progress=progress)
-    index = FlatIndex(vectors.shape[1])
-    index.add(vectors)
-    index.save(out / INDEX_FOLDER)
-    return index, store
+    parts = {INDEX_FOLDER, PASSAGES_FOLDER}
+    if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= parts):
+        raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
+    staging = begin_folder(out)
+    try:
+        store = PassageStore.build(
+            passages,
+            template=template,
+            question_tokenizer=encoder_tokenizer,
+            generator_tokenizer=generator_tokenizer,
+            max_encoder_tokens=min(max_passage, encoder.max_length or max_passage),
+            encoder_prefix=encoder.prefix,
+            dir=staging / PASSAGES_FOLDER,
+            progress=progress,
+        )
+        if device is not None:
+            encoder.to(device)
+        vectors = encode_passages(encoder, store, batch_size, progress=progress)
+        index = FlatIndex(vectors.shape[1])
+        index.add(vectors)
+        index.save(staging / INDEX_FOLDER)
+        commit_folder(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return load_index(out)
 
 
 def load_index(
@@ -268,13 +302,12 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
     generator: PreTrainedModel = load_generator(config.generator, config.lora)
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
-    kind = "seq2seq" if generator.config.is_encoder_decoder else "causal"
-    template = make_template(config.template, generator_tokenizer, kind)
+    template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))
     if config.index is not None:
         index, passages = load_index(config.index)
     else:
         index, passages = build_index(
-            config.output_dir,
+            Path(config.output_dir) / INDEX_FOLDER,
             load_passages(config.corpus),
             passage_encoder,
             template=template,

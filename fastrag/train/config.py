@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "encode_batch_size",
     "report_to",
     "device",
+    "index_device",
     "training",
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -120,6 +121,7 @@ class RagConfig:
         report_to: where transformers reports to, for example [tensorboard]; None: TensorBoard if it
             is installed.
         device: `auto` or `cpu`.
+        index_device: `auto` keeps index and passages where the model trains, `cpu` on the host.
         training: further fields of transformers' TrainingArguments.
 
     Raises:
@@ -182,6 +184,7 @@ class RagConfig:
     seed: int = 0
     report_to: list[str] | None = None
     device: str = "auto"
+    index_device: str = "auto"
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -197,6 +200,7 @@ class RagConfig:
         _choice("precision", self.precision, PRECISIONS)
         _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
         _choice("device", self.device, ("auto", "cpu"))
+        _choice("index_device", self.index_device, ("auto", "cpu"))
         if isinstance(self.template, str):
             _choice("template", self.template, ("plain", "chat"))
         for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
@@ -409,6 +413,7 @@ class RagConfig:
             "seed": self.seed,
             "use_cpu": self.device == "cpu",
             "remove_unused_columns": False,
+            "disable_tqdm": False,
             "restore_callback_states_from_checkpoint": self.early_stopping is not None,
             "dataloader_pin_memory": self.device != "cpu",
         }

@@ -59,9 +59,12 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     started = dataclasses.replace(config)
     if resume and config.index is None and (run / INDEX_FOLDER).is_dir():
-        started.index = config.output_dir  # built when the run began
+        started.index = str(run / INDEX_FOLDER)  # built when the run began
     model = build_model(started)
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
+    if config.index_device == "auto":
+        model.index.to(trainer.args.device)
+        model.passages.to(trainer.args.device)
     if eval_questions is not None and not resume:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume or None)
@@ -128,7 +131,7 @@ def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagMod
     if index is not None:
         config.index = os.fspath(index)
     elif config.index is None:
-        config.index = str(path.parent)
+        config.index = str(path.parent / INDEX_FOLDER)
     model = build_model(config, progress=False)
     read_weights(model, path)
     if index is None:

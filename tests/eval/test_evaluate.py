@@ -1,0 +1,160 @@
+"""evaluate: metrics from predictions, independence from the batch, what is judged and what not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fastrag.data import Question
+from fastrag.eval import evaluate
+from fastrag.eval.evaluate import choose_fixed
+from fastrag.nn import RagModel
+from tests import tiny
+
+
+class _Perfect(torch.nn.Module):
+    """An encoder that gives every person a direction of its own: token ids to a one-hot vector."""
+
+    def __init__(self, tokenizer: Any, dim: int) -> None:
+        super().__init__()
+        self.names = tokenizer.convert_tokens_to_ids(list(tiny.NAMES))
+        self.dim = dim
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hits = [(input_ids == name).any(dim=1) for name in self.names]
+        return torch.stack(hits, dim=1).float() * self.scale
+
+
+@pytest.fixture
+def perfect() -> RagModel:
+    """A model that retrieves each person's passage first."""
+    model = tiny.model()
+    encoder = _Perfect(model.question_tokenizer, dim=len(tiny.NAMES))
+    model.question_encoder = model.passage_encoder = encoder
+    model.index = type(model.index)(encoder.dim)
+    model.refresh_index()
+    return model
+
+
+def test_recall_by_passage_id(perfect: RagModel) -> None:
+    result = evaluate(
+        perfect, tiny.questions(), tiny.collator(perfect), ks=(1, 3), max_new_tokens=2
+    )
+    assert result.metrics["recall@1"] == 1.0
+    assert [each.hit_rank for each in result.predictions] == [0] * 12
+    assert [each.retrieved[0] for each in result.predictions] == [f"p{i}" for i in range(12)]
+    wrong = [Question(q.id, q.question, q.answers, positive_ids=("p0",)) for q in tiny.questions(4)]
+    result = evaluate(perfect, wrong, tiny.collator(perfect), ks=(1,), max_new_tokens=2)
+    assert result.metrics["recall@1"] == 0.25
+
+
+def test_recall_by_answer_text_when_no_positive_is_named(perfect: RagModel) -> None:
+    questions = [
+        Question("a", "what colour does ada like ?", answers=("RED",)),
+        Question("b", "what colour does bob like ?", answers=("painted red",)),
+    ]
+    result = evaluate(perfect, questions, tiny.collator(perfect), ks=(1,), max_new_tokens=2)
+    assert [each.hit_rank for each in result.predictions] == [0, -1]
+    assert result.metrics["recall@1"] == 0.5
+
+
+def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
+    questions = tiny.questions()
+    collator = tiny.collator(perfect)
+    answered = evaluate(perfect, questions, collator, max_new_tokens=2).predictions
+    # accept what the model says for the first three, so that EM is not trivially 0
+    known = [
+        Question(q.id, q.question, ("no such colour", p.prediction or "red"), q.positive_ids)
+        if i < 3
+        else Question(q.id, q.question, ("no such colour",), q.positive_ids)
+        for i, (q, p) in enumerate(zip(questions, answered, strict=True))
+    ]
+    result = evaluate(perfect, known, collator, max_new_tokens=2)
+    said = sum(bool(each.prediction) for each in answered[:3])
+    assert result.metrics["em"] == said / 12
+    assert result.metrics["em"] == sum(p.exact_match for p in result.predictions) / 12
+    assert result.metrics["f1"] == pytest.approx(sum(p.f1 for p in result.predictions) / 12)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_the_batch_does_not_matter(kind: str) -> None:
+    model = tiny.model(kind)
+    results = [
+        evaluate(
+            model,
+            tiny.questions(),
+            tiny.collator(model),
+            batch_size=size,
+            max_new_tokens=3,
+            loss=True,
+        )
+        for size in (1, 5, 12)
+    ]
+    for other in results[1:]:
+        assert other.metrics == pytest.approx(results[0].metrics, rel=1e-5)
+        for a, b in zip(results[0].predictions, other.predictions, strict=True):
+            assert (a.prediction, a.passage_id, a.retrieved) == (
+                b.prediction,
+                b.passage_id,
+                b.retrieved,
+            )
+            assert a.log_prob == pytest.approx(b.log_prob, rel=1e-4)
+
+
+def test_loss_is_that_of_all_questions_at_once() -> None:
+    model = tiny.model()
+    collator = tiny.collator(model)
+    questions = [
+        Question(q.id, q.question, (" ".join(["red"] * (1 + i % 3)),))
+        for i, q in enumerate(tiny.questions())
+    ]
+    model.eval()
+    with torch.no_grad():
+        expected = float(model(**collator(questions)).loss)
+    result = evaluate(model, questions, collator, batch_size=5, max_new_tokens=1, loss=True)
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert "loss" not in evaluate(model, questions, collator, max_new_tokens=1).metrics
+
+
+def test_questions_without_answers_or_positives() -> None:
+    model = tiny.model()
+    questions = [{"id": "x", "question": "what colour does ada like ?"}]
+    result = evaluate(model, questions, tiny.collator(model), max_new_tokens=2, loss=True)
+    assert result.metrics == {"n_questions": 1.0}
+    [prediction] = result.predictions
+    assert math.isnan(prediction.exact_match) and prediction.hit_rank is None
+    assert prediction.passage_id in prediction.retrieved
+
+
+def test_random_state_and_training_mode_stay(perfect: RagModel) -> None:
+    perfect.train()
+    state = torch.get_rng_state()
+    evaluate(perfect, tiny.questions(4), tiny.collator(perfect), max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in perfect.modules())
+    assert all(parameter.grad is None for parameter in perfect.parameters())
+
+
+def test_choose_fixed() -> None:
+    questions = list(range(10))
+    assert choose_fixed(questions, 4) == [0, 2, 5, 7]
+    assert choose_fixed(questions, 20) == questions == choose_fixed(questions, None)
+    with pytest.raises(ValueError, match="limit: expected an integer >= 1 or None, got 0"):
+        choose_fixed(questions, 0)
+
+
+def test_rejects_bad_input(perfect: RagModel) -> None:
+    collator = tiny.collator(perfect)
+    with pytest.raises(ValueError, match="questions: expected at least one question, got none"):
+        evaluate(perfect, [], collator)
+    with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
+        evaluate(perfect, tiny.questions(), collator, batch_size=0)
+    with pytest.raises(ValueError, match="ks: expected one or more integers >= 1"):
+        evaluate(perfect, tiny.questions(), collator, ks=())
+    perfect.generator_tokenizer = None
+    with pytest.raises(ValueError, match="generator_tokenizer"):
+        evaluate(perfect, tiny.questions(), collator)
