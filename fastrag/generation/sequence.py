@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
 
 IGNORE_INDEX = -100
+# Plain greedy search, whatever the model's own generation config says; what greedy search does not
+# read is set to its neutral value, because transformers warns of any other.
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_length": None,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "early_stopping": False,
+    "length_penalty": 1.0,
+    "return_dict_in_generate": False,
+}
 
 
 @torch.no_grad()
@@ -54,7 +68,7 @@ def rag_sequence_generate(
         `RagGeneration`.
 
     Raises:
-        ValueError: shapes disagree, or `max_new_tokens` < 1.
+        ValueError: shapes disagree, `max_new_tokens` < 1, or settings of another search.
     """
     n_questions, n_docs = doc_scores.shape
     if context_ids.shape[0] != n_questions * n_docs:
@@ -64,6 +78,8 @@ def rag_sequence_generate(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens}")
+    if fixed := sorted(set(generate_kwargs) & set(_GREEDY)):
+        raise ValueError(f"generate_kwargs: expected none of {fixed}: the search is greedy")
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **generate_kwargs}
     tokens = _greedy(adapter, context_ids, context_mask, settings)  # [B*K, T]
     labels = _until_end(tokens, _end_ids(adapter), IGNORE_INDEX)
@@ -94,10 +110,7 @@ def _greedy(
 ) -> Tensor:
     """Run the generator's own greedy search; return the answer's columns alone."""
     config = copy.deepcopy(base_model(adapter.model).generation_config)
-    plain = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
-    unused = dict.fromkeys(("temperature", "top_p", "top_k", "early_stopping", "length_penalty"))
-    config.update(**unused, **plain, return_dict_in_generate=False)
-    config.update(**settings)
+    config.update(**_GREEDY, **settings)
     out = adapter.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return out[:, 1:] if adapter.kind == "seq2seq" else out[:, ids.shape[1] :]
 

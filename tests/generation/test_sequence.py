@@ -142,3 +142,5 @@ def test_rejects():
         rag_sequence_generate(model.adapter, ids, ids, scores, rows)
     with pytest.raises(ValueError, match="max_new_tokens: expected an integer >= 1, got 0"):
         answer(model, batch(), max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"expected none of \['num_beams'\]: the search is greedy"):
+        answer(model, batch(), num_beams=4)
