@@ -66,7 +66,7 @@ class Positions:
         counts = self.counted[position]
         place = position.clamp(max=self.n_positions - 1)
         example, token = place // n_tokens, place % n_tokens
-        x = self.hidden[example, :, token].to(self.dtype)  # [G, K, H]
+        x = self.hidden[example, :, token].to(self.dtype).contiguous()  # [G, K, H]
         keep = counts.unsqueeze(1)
         if self.present is not None:
             keep = keep & self.present[example]

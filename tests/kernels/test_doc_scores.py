@@ -1,0 +1,169 @@
+"""The doc_scores kernel in Triton's interpreter, on tiny shapes, against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrag.functional as F
+from fastrag import reference
+from fastrag.ops import backends
+from fastrag.testing import assert_close
+
+triton = pytest.importorskip("triton")
+if not backends.interpreting():
+    pytest.skip("the launchers take CPU tensors under TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastrag.kernels.doc_scores import blocks, doc_scores_bwd, doc_scores_fwd  # noqa: E402
+
+TAU = 0.5
+# B, K, D, N: one comment per regime
+SHAPES = {
+    "one": (1, 1, 1, 1),
+    "plain": (3, 5, 40, 20),
+    "two blocks of D": (2, 9, 70, 20),  # BLOCK_K = 32, BLOCK_D = 64
+    "many passages": (2, 130, 9, 200),  # BLOCK_K = 1024, three blocks of D
+}
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    n_examples, n_passages, width, n = shape
+    query = torch.randn(n_examples, width).to(dtype)
+    index = torch.randn(n, width).to(dtype)
+    rows = torch.randint(n, (n_examples, n_passages))
+    if n_passages > 1:
+        rows[0, -1] = -1
+        rows[-1, 0] = rows[-1, 1]
+    return query, index, rows
+
+
+def finite(x: Tensor) -> Tensor:
+    return torch.where(x.isinf(), 0.0, x)
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("mode", ["gathered", "fresh", "fresh with rows"])
+def test_forward(dtype: torch.dtype, shape: tuple[int, int, int, int], mode: str) -> None:
+    query, index, rows = inputs(shape, dtype)
+    passages = index if mode == "gathered" else index[rows.clamp(min=0)]
+    if mode == "fresh":
+        rows = None
+    elif mode == "fresh with rows":
+        passages[rows < 0] = torch.nan  # never read
+    scores, prior = doc_scores_fwd(query, passages, rows, TAU)
+    plain = reference.doc_scores(query, passages, rows, TAU)
+    true = reference.doc_scores(query.double(), passages.double(), rows, TAU)
+    assert scores.dtype == prior.dtype == torch.float32
+    assert_close(scores, plain.float(), true, name="scores")
+    log_prior = reference.log_prior
+    assert_close(prior, log_prior(plain).float(), log_prior(true), name="prior", scale=1.0)
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("upstream", ["scores", "prior", "both"])
+def test_backward(dtype: torch.dtype, shape: tuple[int, int, int, int], upstream: str) -> None:
+    query, index, rows = inputs(shape, dtype)
+    fresh = index[rows.clamp(min=0)]
+    prior = doc_scores_fwd(query, fresh, rows, TAU)[1]
+    ds = torch.randn_like(prior) if upstream != "prior" else None
+    da = torch.randn_like(prior) if upstream != "scores" else None
+
+    def oracle(to: torch.dtype) -> tuple[Tensor, ...]:
+        q, d = (x.to(to).requires_grad_() for x in (query, fresh))
+        scores = reference.doc_scores(q, d, rows, TAU)
+        loss = 0.0 if ds is None else (finite(scores) * ds.to(to)).sum()
+        if da is not None:
+            loss = loss + (finite(reference.log_prior(scores)) * da.to(to)).sum()
+        return torch.autograd.grad(loss, (q, d))
+
+    true, plain = oracle(torch.float64), oracle(dtype)
+    dq, dp = doc_scores_bwd(ds, da, prior, query, fresh, rows, TAU, True, True)
+    assert_close(dq, plain[0], true[0], name="query")
+    assert_close(dp, plain[1], true[1], name="passages")
+    gathered, nothing = doc_scores_bwd(ds, da, prior, query, index, rows, TAU, True, False)
+    assert torch.equal(gathered, dq) and nothing.numel() == 0
+
+
+def test_all_missing() -> None:
+    query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    rows[1] = -1
+    scores, prior = doc_scores_fwd(query, index, rows, TAU)
+    assert (scores[1] == -torch.inf).all() and (prior[1] == -torch.inf).all()
+    ones = torch.ones_like(prior)
+    dq, _ = doc_scores_bwd(ones, ones, prior, query, index, rows, TAU, True, False)
+    assert (dq[1] == 0).all() and dq.isfinite().all()
+
+
+def test_row_beyond_the_index_is_nan_and_never_read() -> None:
+    query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    rows[1, 2] = 1 << 40
+    scores, prior = doc_scores_fwd(query, index, rows, TAU)
+    assert scores[1, 2].isnan() and prior[1].isnan().all()
+    assert not prior[[0, 2]].isnan().any()
+    doc_scores_bwd(torch.ones_like(prior), None, prior, query, index, rows, TAU, True, False)
+
+
+def test_large_scores() -> None:
+    query = torch.full((1, 8), 100.0)
+    passages = torch.full((1, 3, 8), 100.0)
+    _, prior = doc_scores_fwd(query, passages, None, 1.0)
+    torch.testing.assert_close(prior.exp(), torch.full((1, 3), 1 / 3), rtol=1e-6, atol=0)
+
+
+def test_strided_inputs() -> None:
+    query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    expected = doc_scores_fwd(query, index, rows, TAU)
+    strided = [x.t().contiguous().t() for x in (query, index, rows)]
+    for found, want in zip(doc_scores_fwd(*strided, TAU), expected, strict=True):
+        assert torch.equal(found, want)
+    up = torch.randn(5, 3).t()
+    dq = doc_scores_bwd(up, up, expected[1], query, index, rows, TAU, True, False)[0]
+    again = doc_scores_bwd(up.contiguous(), up, expected[1], *strided, TAU, True, False)[0]
+    assert torch.equal(dq, again)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Rows of one number, 2^31 + 2^20 apart by stride: no memory of that size is touched twice."""
+    stride = (1 << 31) + (1 << 20)
+    storage = torch.UntypedStorage(2 * (stride + 8))  # float16; untouched pages cost nothing
+    index = torch.tensor([], dtype=torch.float16).set_(storage, 0, (2, 8), (stride, 1))
+    index[0], index[1] = 1.0, 3.0
+    scores, _ = doc_scores_fwd(torch.ones(1, 8).half(), index, torch.tensor([[1, 0]]), 1.0)
+    assert scores.tolist() == [[24.0, 8.0]]
+
+
+def test_more_passages_than_the_largest_block() -> None:
+    with pytest.raises(ValueError, match="expected K of at most 1024, got 1025"):
+        blocks(1025)
+
+
+def test_forced_backend_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTRAG_BACKEND=triton sends the public function, forward and backward, through it."""
+    import fastrag.kernels.doc_scores as module
+
+    calls = []
+    for name in ("doc_scores_fwd", "doc_scores_bwd"):
+        launcher = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _f=launcher, _n=name: (calls.append(_n), _f(*a))[1]
+        )
+    query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    query.requires_grad_()
+
+    def run() -> tuple[Tensor, Tensor]:
+        prior = F.doc_scores(query, index, rows=rows, tau=TAU, return_log_prior=True)[1]
+        return prior, torch.autograd.grad(finite(prior).square().sum(), query)[0]
+
+    expected = run()
+    assert not calls
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")
+    for found, want in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
+    assert calls == ["doc_scores_fwd", "doc_scores_bwd"]
+    with pytest.raises(RuntimeError, match="compute in float32, got float64"):
+        F.doc_scores(query.double(), index.double(), rows=rows)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrag.functional as F
+from fastrag import reference
+from fastrag.ops.mips_topk import mips_topk
+
+
+@pytest.fixture(params=["", "3000", "1"], ids=["one block", "some", "row by row"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
+
+
+def whole_numbers(n: int, width: int = 6, high: int = 3) -> Tensor:
+    """Small whole numbers: every inner product is exact, and ties abound."""
+    return torch.randint(-high, high + 1, (n, width)).float()
+
+
+def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_against_the_full_matrix(k: int, dtype: torch.dtype, blocks: None) -> None:
+    query, index = whole_numbers(4).to(dtype), whole_numbers(60).to(dtype)
+    same(F.mips_topk(query, index, k), reference.mips_topk(query, index, k))
+
+
+def test_real_numbers(blocks: None) -> None:
+    query, index = torch.randn(7, 33), torch.randn(200, 33)
+    scores, rows = F.mips_topk(query, index, 9)
+    expected = reference.mips_topk(query.double(), index.double(), 9)
+    assert torch.equal(rows, expected[1])
+    torch.testing.assert_close(scores, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "mask", "everything"])
+def test_exclude(kind: str, blocks: None) -> None:
+    query, index = whole_numbers(4), whole_numbers(30)
+    if kind == "rows":
+        exclude = torch.randint(-1, 30, (4, 12))
+    else:
+        exclude = torch.rand(30) < (0.5 if kind == "mask" else 2.0)
+    same(F.mips_topk(query, index, 8, exclude=exclude),
+         reference.mips_topk(query, index, 8, exclude))  # fmt: skip
+
+
+def test_ties_go_to_the_lowest_row(blocks: None) -> None:
+    index = torch.ones(50, 3)
+    index[20] = 2.0
+    _, rows = F.mips_topk(torch.ones(2, 3), index, 4)
+    assert rows.tolist() == [[20, 0, 1, 2]] * 2
+
+
+def test_both_zeros_tie(blocks: None) -> None:
+    index = torch.tensor([[-0.0], [0.0], [-0.0], [-1.0]])
+    scores, rows = F.mips_topk(torch.ones(1, 1), index, 4)
+    assert rows.tolist() == [[0, 1, 2, 3]] and scores[0, :3].eq(0).all()
+
+
+def test_fewer_rows_than_k(blocks: None) -> None:
+    scores, rows = F.mips_topk(torch.ones(1, 2), torch.ones(2, 2), 4)
+    assert rows.tolist() == [[0, 1, -1, -1]]
+    assert scores.tolist() == [[2.0, 2.0, -torch.inf, -torch.inf]]
+
+
+def test_batch_of_one_and_strides(blocks: None) -> None:
+    query, index = whole_numbers(5), whole_numbers(40)
+    expected = F.mips_topk(query, index, 6)
+    strided = [x.t().contiguous().t() for x in (query, index)]
+    same(F.mips_topk(*strided, 6), expected)
+    for b in range(5):
+        same(F.mips_topk(query[b : b + 1], index, 6), tuple(x[b : b + 1] for x in expected))
+
+
+def test_no_gradient() -> None:
+    query = torch.randn(2, 3, requires_grad=True)
+    assert not F.mips_topk(query, torch.randn(5, 3), 2)[0].requires_grad
+
+
+def test_opcheck_and_compile() -> None:
+    query, index = whole_numbers(3), whole_numbers(20)
+    torch.library.opcheck(mips_topk, (query, index, 4, None))
+    compiled = torch.compile(F.mips_topk, fullgraph=True, backend="aot_eager")
+    same(compiled(query, index, 4), F.mips_topk(query, index, 4))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_names_the_row_that_is_not_finite(bad: float, blocks: None) -> None:
+    query, index = whole_numbers(3), whole_numbers(20)
+    index[13, 2] = bad
+    with pytest.raises(ValueError, match="index_emb: .* got NaN or infinity in row 13"):
+        F.mips_topk(query, index, 4)
+    with pytest.raises(ValueError, match="query_emb: .* got NaN or infinity in row 13"):
+        F.mips_topk(index, query, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(5, 4), 1), r"index_emb: expected \[N, D\].*\[\*, 3\]"),
+        ((torch.zeros(2, 3), torch.zeros(0, 3), 1), "index_emb: expected at least one row"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 0), "k: expected a whole number of at least 1"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 2.0), "k: expected a whole number"),
+        ((torch.zeros(3), torch.zeros(5, 3), 1), r"query_emb: expected \[B, D\], got \[3\]"),
+        ((torch.zeros(2, 3).int(), torch.zeros(5, 3), 1), "query_emb: expected a floating"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(4).bool()), r"exclude: .*\[5\]"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(3, 1).long()), r"exclude: .*\[2"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(2, 1)), "exclude: expected int64"),
+    ],
+)
+def test_rejects_bad_input(args: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        F.mips_topk(*args[:3], exclude=args[3] if len(args) > 3 else None)
