@@ -1,0 +1,361 @@
+"""The demo against its ablations: what joint training adds, at equal steps, over three seeds.
+
+    python -m examples.demo.ablation [--seeds 0 1 2] [--steps N] [--out runs/ablation]
+
+| row             | retriever                                    | loss         |
+|-----------------|----------------------------------------------|--------------|
+| joint           | trained, as in the demo                      | RAG-Sequence |
+| joint, token    | trained                                      | RAG-Token    |
+| frozen start    | the random encoders that the others start at | RAG-Sequence |
+| frozen BM25     | BM25 over the same words (package `bm25s`)   | RAG-Sequence |
+| permuted labels | trained, answers shuffled over the questions | RAG-Sequence |
+
+All rows of a seed start from the same models, after the same cloze warm-up. The BM25 row trains and
+answers with the K best passages by BM25; their BM25 scores are the `doc_scores`, and their
+temperature is learned, from 1. A frozen retriever does not explore: it has nothing to find out.
+
+Every finished row is a file under `<out>/rows`; a second call makes the missing ones only.
+`table.json` and `table.md` hold the means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from examples.demo.system import (
+    Settings,
+    build_model,
+    make_collator,
+    make_config,
+    measure,
+    warm_up_generator,
+)
+from fastrag import FlatIndex, PassageStore, RagModel
+from fastrag.data import DefaultDataset, Question, default_dataset
+from fastrag.train import RagTrainer
+from fastrag.train.run_folder import git_state
+
+FIGURES = (
+    "recall@1_before",
+    "recall@1_after",
+    "recall@5_after",
+    "em_after",
+    "em_unseen_wording",
+    "train_seconds",
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class WordCounts(nn.Module):
+    """A question as counts of words: with BM25 weights as passage vectors, q . d is BM25's score.
+
+    Args:
+        vocab_size: V, the width of the vectors.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.dim = vocab_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`[B, S]` ids and mask to counts `[B, V]`."""
+        counts = torch.zeros(len(input_ids), self.dim)
+        return counts.scatter_add_(1, input_ids, attention_mask.float())
+
+
+def bm25_vectors(passages: PassageStore, vocab_size: int) -> Tensor:
+    """BM25 weight of every word in every passage, `[N, V]`, from `bm25s` and its defaults."""
+    import bm25s
+
+    ids, lengths = passages.gather(torch.arange(len(passages)), "encoder")
+    corpus = [
+        [str(each) for each in row[:length]]
+        for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)
+    ]
+    bm25 = bm25s.BM25()
+    bm25.index(corpus, show_progress=False)
+    vectors = torch.zeros(len(passages), vocab_size)
+    for word in {word for words in corpus for word in words}:
+        vectors[:, int(word)] = torch.from_numpy(bm25.get_scores([word]))
+    return vectors
+
+
+def joint(start: Path) -> RagModel:
+    """The demo's model."""
+    return RagModel.from_pretrained(start)
+
+
+def joint_token(start: Path) -> RagModel:
+    """The same, trained on the RAG-Token loss."""
+    return RagModel.from_pretrained(start, marginal="token")
+
+
+def frozen_start(start: Path) -> RagModel:
+    """Encoders and temperature stay as they are; the generator alone learns."""
+    model = RagModel.from_pretrained(start, train_passage_encoder=False, explore=0)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("generator."):
+            parameter.requires_grad_(False)
+    return model
+
+
+def frozen_bm25(start: Path) -> RagModel:
+    """BM25 in place of the encoders; generator and temperature learn."""
+    model = RagModel.from_pretrained(start)
+    vocab_size = len(model.question_tokenizer)
+    index = FlatIndex(vocab_size)
+    index.add(bm25_vectors(model.passages, vocab_size))
+    return RagModel(
+        WordCounts(vocab_size),
+        None,
+        model.generator,
+        index,
+        model.passages,
+        n_docs=model.n_docs,
+        marginal=model.marginal,
+        tau=1.0,
+        learn_tau=True,
+        template=model.builder.template,
+        question_tokenizer=model.question_tokenizer,
+        generator_tokenizer=model.generator_tokenizer,
+        max_context=model.max_context,
+    )
+
+
+ROWS: dict[str, Callable[[Path], RagModel]] = {
+    "joint": joint,
+    "joint, token": joint_token,
+    "frozen start": frozen_start,
+    "frozen BM25": frozen_bm25,
+    "permuted labels": joint,
+}
+FROZEN = ("frozen start", "frozen BM25")
+
+
+def training_questions(data: DefaultDataset, row: str, seed: int) -> list[Question]:
+    """The training questions, for `permuted labels` each with the answers of another one."""
+    questions = list(data.questions["train"])
+    if row != "permuted labels":
+        return questions
+    answers = [question.answers for question in questions]
+    random.Random(seed).shuffle(answers)
+    return [
+        dataclasses.replace(question, answers=other)
+        for question, other in zip(questions, answers, strict=True)
+    ]
+
+
+def make_start(folder: Path, settings: Settings) -> None:
+    """Write the common start of a seed's rows: random encoders, warmed-up generator."""
+    data = default_dataset()
+    model = build_model(data, settings)
+    warm_up_generator(model, data, settings, progress=False)
+    model.save_pretrained(folder, include_index=True)
+
+
+def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
+    """Train and evaluate one row.
+
+    Args:
+        row: a key of `ROWS`.
+        start: the folder that `make_start` wrote.
+        settings: see `Settings`.
+
+    Returns:
+        The row's settings and figures on the test questions.
+    """
+    data = default_dataset()
+    test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
+    model = ROWS[row](start)
+    before = measure(model, test, name="before", progress=False).metrics
+    config = make_config(settings, start.parent / "run" / row.replace(", ", "-"), progress=False)
+    config.eval_steps = None
+    config.marginal = model.marginal
+    if row in FROZEN:
+        config.refresh = "frozen"
+    trainer = RagTrainer(
+        model,
+        config,
+        make_collator(model),
+        training_questions(data, row, settings.seed),
+    )
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
+    trainer.finish_index()
+    after = measure(model, test, name="after", progress=False).metrics
+    em_unseen = measure(model, unseen, name="unseen", progress=False).metrics["em"]
+    return {
+        "row": row,
+        "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
+        "recall@1_before": before["recall@1"],
+        "recall@5_before": before["recall@5"],
+        "recall@1_after": after["recall@1"],
+        "recall@5_after": after["recall@5"],
+        "em_after": after["em"],
+        "em_unseen_wording": em_unseen,
+        "train_seconds": round(seconds, 1),
+        "commit": (git_state(ROOT) or {}).get("commit"),
+    }
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, least and greatest of every figure over the seeds of each row."""
+    table = []
+    for name in ROWS:
+        members = [row for row in rows if row["row"] == name]
+        if members:
+            entry: dict[str, Any] = {"row": name, "seeds": [row["seed"] for row in members]}
+            for figure in FIGURES:
+                values = [row[figure] for row in members]
+                entry[figure] = {
+                    "mean": statistics.fmean(values),
+                    "min": min(values),
+                    "max": max(values),
+                }
+            table.append(entry)
+    return table
+
+
+def markdown(table: Sequence[dict[str, Any]], steps: int) -> str:
+    """The table for people: means, with the range over the seeds in brackets."""
+    seeds = ", ".join(str(seed) for seed in table[0]["seeds"]) if table else ""
+    lines = [
+        f"Held-out facts (test), {steps} steps, mean over seeds {seeds} (least to greatest).",
+        "",
+        "| row | recall@1 before | recall@1 | recall@5 | EM | EM, unseen wording | training s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in table:
+        cells = [entry["row"]]
+        for figure in FIGURES:
+            value = entry[figure]
+            if figure == "train_seconds":
+                cells.append(f"{value['mean']:.0f}")
+            else:
+                cells.append(f"{value['mean']:.3f} ({value['min']:.3f} to {value['max']:.3f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def row_file(out: Path, row: str, seed: int) -> Path:
+    """Where a finished row is kept."""
+    return out / "rows" / f"{row.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def finished(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """Read a row, if it is there and was made with these settings."""
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return row if row["settings"] == dataclasses.asdict(settings) else None
+
+
+def spawn(arguments: Sequence[str], threads: int) -> None:
+    """Run this module in a process of its own, with its share of the cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo.ablation", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"ablation {' '.join(arguments)}\n{done.stdout[-4000:]}")
+
+
+def make_all(out: Path, seeds: Sequence[int], steps: int, workers: int) -> None:
+    """Make the rows that are missing, several at a time, then the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, (cores or 1) // workers)
+    common = ["--steps", str(steps), "--out", str(out.resolve())]
+    missing = [
+        (row, seed)
+        for row in ROWS
+        for seed in seeds
+        if finished(row_file(out, row, seed), Settings(seed=seed, steps=steps)) is None
+    ]
+    starts = sorted({seed for _, seed in missing})
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(starts) + len(missing), desc="ablation", unit="run") as bar,
+    ):
+        for jobs in (
+            [["--only", "start", "--seeds", str(seed), *common] for seed in starts],
+            [["--only", row, "--seeds", str(seed), *common] for row, seed in missing],
+        ):
+            running = {pool.submit(spawn, job, threads): job for job in jobs}
+            try:
+                for done in as_completed(running):
+                    done.result()
+                    bar.set_postfix_str(" ".join(running[done][1:4:2]))
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    rows = [
+        row
+        for name in ROWS
+        for seed in seeds
+        if (row := finished(row_file(out, name, seed), Settings(seed=seed, steps=steps)))
+    ]
+    table = summarise(rows)
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(markdown(table, steps), encoding="utf-8")
+    print(markdown(table, steps))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and run; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo.ablation", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="joint training steps")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder")
+    parser.add_argument("--workers", type=int, default=2, help="rows trained at a time")
+    parser.add_argument("--only", choices=("start", *ROWS), help="make this alone, here")
+    args = parser.parse_args(argv)
+    try:
+        if args.only is None:
+            make_all(args.out, args.seeds, args.steps, args.workers)
+            return 0
+        for seed in args.seeds:
+            settings = Settings(seed=seed, steps=args.steps)
+            start = args.out / f"seed-{seed}" / "start"
+            if args.only == "start":
+                make_start(start, settings)
+            else:
+                result = make_row(args.only, start, settings)
+                path = row_file(args.out, args.only, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command makes the missing rows")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

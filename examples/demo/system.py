@@ -1,0 +1,192 @@
+"""The demo's RAG system, put together from fastrag's parts; shared by the run and the ablations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from examples.demo.models import TEMPLATE, tiny_encoders, tiny_generator, train_tokenizers
+from examples.demo.warmup import warm_up
+from fastrag import FlatIndex, PassageStore, RagModel
+from fastrag.data import DefaultDataset, Question, RagCollator
+from fastrag.eval import EvalResult, evaluate
+from fastrag.train import RagConfig
+
+MAX_ANSWER = 16  # tokens; the longest answer of the embedded set has fewer
+START = "start"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo can be asked to vary. The defaults were chosen on the dev splits."""
+
+    seed: int = 0
+    marginal: str = "sequence"
+    steps: int = 500
+    warmup_steps: int = 250
+    batch_size: int = 32
+    n_docs: int = 5
+    explore: int = 1
+    explore_pool: int = 24
+    explore_tau: float = 1.0
+    tau: float = 0.1
+    refresh: int = 20
+    generator_lr: float = 2e-3
+    retriever_lr: float = 1e-3
+    eval_steps: int = 100
+    eval_limit: int = 120
+
+
+def build_model(data: DefaultDataset, settings: Settings) -> RagModel:
+    """Make tokenizers, encoders, generator, passage store and index, all from scratch.
+
+    Args:
+        data: corpus and questions.
+        settings: see `Settings`.
+
+    Returns:
+        The model with random weights; its index holds the vectors of the random passage encoder.
+    """
+    set_seed(settings.seed)
+    tokenizers = train_tokenizers(data.passages, data.questions["train"])
+    question_encoder, passage_encoder = tiny_encoders(len(tokenizers.retriever))
+    generator = tiny_generator(tokenizers.generator)
+    passages = PassageStore.build(
+        data.passages,
+        template=TEMPLATE,
+        question_tokenizer=tokenizers.retriever,
+        generator_tokenizer=tokenizers.generator,
+    )
+    model = RagModel(
+        question_encoder,
+        passage_encoder,
+        generator,
+        FlatIndex(question_encoder.dim),
+        passages,
+        n_docs=settings.n_docs,
+        marginal=settings.marginal,
+        tau=settings.tau,
+        learn_tau=True,
+        template=TEMPLATE,
+        question_tokenizer=tokenizers.retriever,
+        generator_tokenizer=tokenizers.generator,
+        max_context=128,
+        train_passage_encoder=True,
+        explore=settings.explore,
+        explore_pool=settings.explore_pool,
+        explore_tau=settings.explore_tau,
+    )
+    model.refresh_index()
+    return model
+
+
+def warm_up_generator(
+    model: RagModel, data: DefaultDataset, settings: Settings, *, progress: bool = True
+) -> float:
+    """Train the generator on clozes of the corpus (see `warmup`); returns the last loss."""
+    return warm_up(
+        model.generator,
+        model.generator_tokenizer,
+        data.passages,
+        steps=settings.warmup_steps,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def make_collator(model: RagModel) -> RagCollator:
+    """The collator that fits the model's tokenizers."""
+    return RagCollator(
+        model.question_tokenizer,
+        model.generator_tokenizer,
+        template=TEMPLATE,
+        kind="seq2seq",
+        max_answer=MAX_ANSWER,
+        max_context=model.max_context,
+    )
+
+
+def make_config(settings: Settings, out: str | os.PathLike[str], *, progress: bool) -> RagConfig:
+    """The settings of the joint training, as `fastrag train` would read them from YAML."""
+    start = Path(out) / START
+    return RagConfig(
+        question_encoder=str(start / "question_encoder"),
+        passage_encoder=str(start / "passage_encoder"),
+        generator=str(start / "generator"),
+        train_questions="default:train",
+        eval_questions="default:dev",
+        output_dir=str(out),
+        marginal=settings.marginal,
+        n_docs=settings.n_docs,
+        tau=settings.tau,
+        learn_tau=True,
+        train_passage_encoder=True,
+        explore=settings.explore,
+        refresh=f"every:{settings.refresh}",
+        generator_lr=settings.generator_lr,
+        retriever_lr=settings.retriever_lr,
+        adam_betas=[0.9, 0.98],
+        lr_scheduler="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": max(1, round(0.4 * settings.steps)),
+            "decay_type": "linear",
+            "min_lr_ratio": 0.05,
+        },
+        warmup=min(30, settings.steps // 10),
+        max_grad_norm=1.0,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        max_answer=MAX_ANSWER,
+        max_context=128,
+        template=TEMPLATE.to_dict(),
+        eval_steps=settings.eval_steps,
+        eval_limit=settings.eval_limit,
+        eval_batch_size=32,
+        eval_max_new_tokens=MAX_ANSWER,
+        log_steps=10,
+        save_steps=None,
+        encode_batch_size=256,
+        seed=settings.seed,
+        device="cpu",
+        training={"disable_tqdm": not progress, "dataloader_num_workers": 0},
+    )
+
+
+def measure(
+    model: RagModel, questions: Sequence[Question], *, name: str, progress: bool = True
+) -> EvalResult:
+    """Recall@1, recall@5 and EM on questions, with the index as it is."""
+    return evaluate(
+        model,
+        questions,
+        make_collator(model),
+        batch_size=64,
+        ks=(1, 5),
+        max_new_tokens=MAX_ANSWER,
+        progress=progress,
+        description=name,
+    )
+
+
+def measure_without_gold(
+    model: RagModel, questions: Sequence[Question], *, progress: bool = True
+) -> EvalResult:
+    """The same after the questions' own passages are deleted from the index; it is restored.
+
+    What is still answered was guessed, or read elsewhere.
+    """
+    vectors = model.index
+    bare = FlatIndex(vectors.dim)
+    bare.add(vectors.index_emb)
+    gold = {question.positive for question in questions if question.positive}
+    bare.remove(torch.tensor([model.passages.row_of(each) for each in sorted(gold)]))
+    model.index = bare
+    try:
+        return measure(model, questions, name="without gold passages", progress=progress)
+    finally:
+        model.index = vectors
