@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def info() -> str:
         lines.append(f"op {op}: {chosen}")
     lines += [f"{name}={value}" for name, value in found["environment"].items() if value]
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints `info()`: the command `fastrag info`."""
+    sys.stdout.write(info() + "\n")
 
 
 def _tree() -> dict[str, str]:
