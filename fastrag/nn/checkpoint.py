@@ -140,7 +140,7 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "generator": generator_kept,
         "passage_encoder": passage_encoder,
         **{name: getattr(model, name) for name in _SETTINGS},
-        "tau": float(model.tau),
+        "tau": model.tau if model.log_tau is None else model.tau.item(),
         "learn_tau": model.log_tau is not None,
         "label_smoothing": model.loss_fn.label_smoothing,
         "template": model.builder.template.template.to_dict(),
