@@ -168,7 +168,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     model = _load_model(arguments)
     from fastrag.eval import evaluate
     from fastrag.train.build import collator_for, load_questions
-    from fastrag.train.run import write_predictions
+    from fastrag.train.load import write_predictions
 
     result = evaluate(
         model,
@@ -227,7 +227,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _load_model(arguments: argparse.Namespace) -> RagModel:
     _quiet()
-    from fastrag.train.run import load_run
+    from fastrag.train.load import load_run
 
     model = load_run(arguments.model, arguments.index)
     device = _device(arguments)

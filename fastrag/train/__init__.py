@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastrag.train.build import build_collator, build_model
+    from fastrag.train.build import build_collator, build_index, build_model
     from fastrag.train.callbacks import (
         CurveCallback,
         MetricsFileCallback,
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         TerminalCallback,
     )
     from fastrag.train.config import RagConfig
+    from fastrag.train.load import load_run
     from fastrag.train.plots import plot_curve
+    from fastrag.train.run import train_run
     from fastrag.train.signals import TrainingInterrupted
     from fastrag.train.trainer import RagTrainer
 
@@ -32,8 +34,11 @@ _HOMES = {
     "TerminalCallback": "callbacks",
     "TrainingInterrupted": "signals",
     "build_collator": "build",
+    "build_index": "build",
     "build_model": "build",
+    "load_run": "load",
     "plot_curve": "plots",
+    "train_run": "run",
 }
 
 __all__ = [
@@ -46,8 +51,11 @@ __all__ = [
     "TerminalCallback",
     "TrainingInterrupted",
     "build_collator",
+    "build_index",
     "build_model",
+    "load_run",
     "plot_curve",
+    "train_run",
 ]
 
 

@@ -42,6 +42,7 @@ from fastrag.train.checkpoints import (
 )
 from fastrag.train.collation import ResumableCollator
 from fastrag.train.config import RagConfig
+from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER
 from fastrag.train.run_folder import write_versions
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepStatistics
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from fastrag.data import Question, RagCollator
     from fastrag.nn import RagModel
 
-MODEL_FOLDER = "model"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -179,7 +179,7 @@ class RagTrainer(Trainer):
             remove_leftovers(run)
             write_versions(run / "versions.json")
             if self.config is not None:
-                self.config.save(run / "config.yaml")
+                self.config.save(run / CONFIG_FILE)
         with SignalGuard() as guard:
             callback = SignalCallback(guard)
             self.add_callback(callback)

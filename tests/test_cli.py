@@ -1,0 +1,352 @@
+"""The command line as a user meets it: real processes for the main path, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastrag.cli import main
+from fastrag.train.callbacks import read_metrics
+from fastrag.train.checkpoints import checkpoints
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SETTINGS: dict[str, Any] = {
+    "question_encoder": "encoder",
+    "generator": "generator",
+    "index": "idx",
+    "train_questions": "questions.jsonl",
+    "eval_questions": "questions.jsonl",
+    "output_dir": "run",
+    "n_docs": 3,
+    "max_context": 64,
+    "steps": 6,
+    "eval_steps": 3,
+    "save_steps": 3,
+    "log_steps": 1,
+    "eval_max_new_tokens": 3,
+    "device": "cpu",
+}
+
+
+def fastrag(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastrag.cli", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def write_files(folder: Path) -> None:
+    """Model parts, corpus, questions and config, as a user has them."""
+    tiny.save_parts(folder)
+    passages = [{"id": p.id, "title": p.title, "text": p.text} for p in tiny.passages()]
+    questions = [
+        {"id": q.id, "question": q.question, "answers": list(q.answers), "positive": q.positive}
+        for q in tiny.questions()
+    ]
+    for name, rows in (("corpus", passages), ("questions", questions)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    (folder / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files, an index, and a finished run."""
+    folder = tmp_path_factory.mktemp("project")
+    write_files(folder)
+    parts = ("--encoder", "encoder", "--generator", "generator", "--device", "cpu")
+    built = fastrag(folder, "index", "build", "--corpus", "corpus.jsonl", *parts, "--out", "idx")
+    assert built.returncode == 0, built.stderr
+    assert built.stdout == "idx: 12 passages, 16 dimensions\n"
+    trained = fastrag(folder, "train", "train.yaml")
+    assert trained.returncode == 0, trained.stderr
+    assert "model: run/model" in trained.stdout and "recall@1" in trained.stdout
+    return folder
+
+
+def test_training_leaves_a_run_folder(project: Path) -> None:
+    names = {path.name for path in (project / "run").iterdir()}
+    assert names == {
+        "checkpoint-3",
+        "checkpoint-6",
+        "config.yaml",
+        "curve.png",
+        "metrics.jsonl",
+        "model",
+        "predictions.jsonl",
+        "tensorboard",
+        "versions.json",
+    }
+    entries = read_metrics(project / "run" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5, 6]
+    assert [each["step"] for each in entries if "eval_em" in each] == [0, 3, 6, 6]
+    resolved = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert resolved["n_docs"] == 3 and resolved["marginal"] == "token"
+    assert len((project / "run" / "predictions.jsonl").read_text().splitlines()) == 12
+
+
+def test_evaluate_and_ask_find_the_model_and_its_index(project: Path) -> None:
+    done = fastrag(
+        project,
+        *("evaluate", "--model", "run", "--questions", "questions.jsonl", "--device", "cpu"),
+        *("--k", "1", "12", "--max-new-tokens", "3", "--out", "predictions.jsonl"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert rows["recall@12"] == ["1.000", "1.000", "–", "1.000"]
+    final = [e for e in read_metrics(project / "run" / "metrics.jsonl") if "eval_em" in e][-1]
+    assert float(rows["loss"][0]) == pytest.approx(final["eval_loss"], abs=1e-3)
+    predictions = [json.loads(each) for each in (project / "predictions.jsonl").open()]
+    asked = fastrag(
+        project,
+        *("ask", "--model", "run/model", "--json", "--device", "cpu", "--max-new-tokens", "3"),
+        tiny.questions()[4].question,
+    )
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout)
+    assert answer["answer"] == predictions[4]["prediction"]
+    assert answer["passage"]["id"] == predictions[4]["passage_id"]
+    assert answer["passage"]["text"].startswith("the house of ")
+    assert 0.0 < answer["probability"] <= 1.0
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_130_and_says_how_to_resume(project: Path) -> None:
+    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", "steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastrag.cli", *command],
+        cwd=project,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not checkpoints(project / "cut"):  # step 3 is done
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = checkpoints(project / "cut")[-1]
+    step = int(last.name.split("-")[1])
+    assert err.splitlines()[-2:] == [
+        f"fastrag: interrupted by SIGINT after step {step}; resume from cut/{last.name}",
+        "fastrag: resume with: fastrag train train.yaml --set output_dir=cut --set steps=100000 "
+        "--resume",
+    ]
+    assert "Traceback" not in err
+    steps = f"steps={step + 2}"
+    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", steps, "--resume"]
+    resumed = fastrag(project, *command)
+    assert resumed.returncode == 0, resumed.stderr
+    entries = read_metrics(project / "cut" / "metrics.jsonl")
+    logged = [each["step"] for each in entries if "loss" in each]
+    assert logged == list(range(1, step + 3))
+
+
+def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
+    """Files with mistakes in them, by name."""
+    texts = {
+        "unknown.yaml": yaml.safe_dump(SETTINGS | {"n_doc": 3}),
+        "cut.jsonl": '{"id": "a", "text": "x"}\n{"id": "b", "te\n',
+        "twice.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
+        "blank.jsonl": '{"id": "a", "text": " "}\n',
+        "empty.jsonl": "",
+    }
+    paths = {}
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.write_text(text)
+        paths[name] = str(path)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"id": "a", "text": "é"}\n'.encode("latin-1"))
+    return paths | {"latin.jsonl": str(latin)}
+
+
+BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "--out", "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "none.yaml"), "none.yaml: No such file or directory"),
+        (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean n_docs?"),
+        (("train", "train.yaml", "--set", "n_docs=0"), "n_docs: expected an integer >= 1, got 0"),
+        (("train", "train.yaml"), "run holds checkpoints"),
+        (("train", "train.yaml", "--resume", "--set", "n_docs=2"), "n_docs: expected 3 as in"),
+        (
+            ("train", "train.yaml", "--resume", "--set", "output_dir=nix"),
+            "nix/config.yaml is missing",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
+            "generator: expected a local model folder, got 'nix'",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),
+            "index: expected a folder from `fastrag index build`",
+        ),
+        ((*BUILD, "--corpus", "cut.jsonl"), "cut.jsonl:2: "),
+        ((*BUILD, "--corpus", "twice.jsonl"), "'a'"),
+        ((*BUILD, "--corpus", "blank.jsonl"), "blank.jsonl:1: "),
+        ((*BUILD, "--corpus", "empty.jsonl"), "expected at least one passage"),
+        ((*BUILD, "--corpus", "latin.jsonl"), "latin.jsonl:1: "),
+        ((*BUILD[:-1], "encoder", "--corpus", "corpus.jsonl"), "encoder is neither"),
+        (("evaluate", "--model", "run", "--questions", "empty.jsonl"), "at least one question"),
+        (
+            ("evaluate", "--model", "idx", "--questions", "questions.jsonl"),
+            "has no rag_config.json",
+        ),
+        (("ask", "--model", "run", "  "), "question: expected a text, got an empty one"),
+        (("ask", "--model", "run", "--index", "no", "x"), "no/index is missing"),
+        (("ask", "--model", "run", "--device", "nonsense", "x"), "--device nonsense"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(project)
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    files = damaged(project, tmp_path)
+    assert main([files.get(argument, argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("fastrag")]
+    assert len(errors) == 1 and errors[0] == err.splitlines()[-1]
+    assert errors[0].startswith("fastrag: error: ") and message in errors[0]
+    assert "Traceback" not in err
+    after = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    assert before == after  # nothing on disk is lost or left behind
+    assert not (project / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: command"),
+        (("trian",), "invalid choice: 'trian'"),
+        (("evaluate", "--model", "m", "--questions", "q", "--k", "0"), "an integer >= 1, got '0'"),
+        (("ask", "--model", "m"), "the following arguments are required: question"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
+    done = fastrag(project, "ask", "--model", "nowhere", "x")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "fastrag: error: model: expected a model, a run or a checkpoint, nowhere has no "
+        "rag_config.json\n"
+    )
+
+
+def test_debug_shows_the_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRAG_DEBUG", "1")
+    monkeypatch.chdir(project)
+    with pytest.raises(FileNotFoundError):
+        main(["train", "none.yaml"])
+
+
+def test_verify_finds_an_altered_byte(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    assert main(["index", "verify", "idx"]) == 0
+    assert "all checksums hold" in capsys.readouterr().out
+    vectors = project / "idx" / "index" / "vectors.npy"
+    data = vectors.read_bytes()
+    try:
+        vectors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert main(["index", "verify", "idx"]) == 2
+        assert "vectors.npy" in capsys.readouterr().err
+        vectors.write_bytes(data[:-10])
+        assert main(["ask", "--model", "run", "x"]) == 2
+        assert "vectors.npy" in capsys.readouterr().err
+    finally:
+        vectors.write_bytes(data)
+
+
+def test_checkpoint_of_a_run_answers(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    question = "what colour does ada like ?"
+    answers = []
+    for model in ("run", "run/checkpoint-6", "run/checkpoint-3"):
+        code = main(["ask", "--model", model, "--json", "--max-new-tokens", "3", question])
+        assert code == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]  # the last step's weights
+    assert answers[0]["probability"] != answers[2]["probability"]
+
+
+def test_training_with_an_index_that_changes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No prebuilt index, a passage encoder that trains, LoRA on the generator, resumed."""
+    monkeypatch.chdir(project)
+    settings = SETTINGS | {
+        "index": None,
+        "corpus": "corpus.jsonl",
+        "output_dir": "joint",
+        "train_passage_encoder": True,
+        "refresh": "every:2",
+        "lora": {"rank": 2},
+        "steps": 3,
+        "eval_questions": None,
+    }
+    (project / "joint.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "joint.yaml"]) == 0
+    assert main(["train", "joint.yaml", "--resume", "--set", "steps=5"]) == 0
+    entries = read_metrics(project / "joint" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5]
+    capsys.readouterr()
+    assert main(["ask", "--model", "joint", "what colour does ada like ?"]) == 0
+    assert "the house of" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys, fastrag.cli\n"
+        "try: fastrag.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"
+    assert "index build or verify" not in done.stderr and "evaluate" in done.stdout

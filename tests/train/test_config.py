@@ -1,0 +1,138 @@
+"""RagConfig: round trip, overrides, and a clear error for every kind of mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrag.train import RagConfig
+
+PARTS = {"question_encoder": "enc", "generator": "gen"}
+
+
+def make(**settings: Any) -> RagConfig:
+    return RagConfig.from_dict(PARTS | settings)
+
+
+def test_round_trip_through_yaml(tmp_path: Path) -> None:
+    config = make(
+        output_dir="runs/é",
+        retriever_lr=1e-5,
+        lora={"rank": 8, "targets": ["q", "v"]},
+        template={"context": "{passage} {question}"},
+        eval_ks=[1, 20],
+        lr_scheduler_kwargs={"num_decay_steps": 4},
+        adam_betas=[0.9, 0.98],
+    )
+    config.save(tmp_path / "c.yaml")
+    assert RagConfig.load(tmp_path / "c.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    make(n_docs=3).save(path)
+    config = RagConfig.load(
+        path, ["n_docs=8", "retriever_lr=1e-3", "lora.rank=4", "steps=null", "eval_ks=[1, 2]"]
+    )
+    assert (config.n_docs, config.retriever_lr, config.lora) == (8, 1e-3, {"rank": 4})
+    assert (config.steps, config.eval_ks) == (None, [1, 2])
+    with pytest.raises(ValueError, match="--set: expected key=value, got 'n_docs'"):
+        RagConfig.load(path, ["n_docs"])
+    with pytest.raises(ValueError, match="--set n_docs.x: n_docs is not a mapping"):
+        RagConfig.load(path, ["n_docs.x=1"])
+    with pytest.raises(ValueError, match="--set n_docs: expected a YAML value"):
+        RagConfig.load(path, ["n_docs=[1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_doc": 3}, "n_doc: unknown setting; did you mean n_docs?"),
+        ({"zzzzzz": 3}, "zzzzzz: unknown setting"),
+        ({"n_docs": 0}, "n_docs: expected an integer >= 1, got 0"),
+        ({"n_docs": 2.5}, "n_docs: expected an integer, got 2.5"),
+        ({"n_docs": True}, "n_docs: expected an integer, got True"),
+        ({"steps": "many"}, "steps: expected an integer or null, got 'many'"),
+        ({"steps": 0}, "steps: expected an integer >= 1 or null, got 0"),
+        ({"retriever_lr": "fast"}, "retriever_lr: expected a number, got 'fast'"),
+        ({"retriever_lr": -1.0}, "retriever_lr: expected a number >= 0, got -1.0"),
+        ({"generator_lr": float("nan")}, "generator_lr: expected a number >= 0, got nan"),
+        ({"learn_tau": "yes"}, "learn_tau: expected true or false, got 'yes'"),
+        ({"marginal": "both"}, "marginal: expected one of token, sequence, got 'both'"),
+        ({"precision": "int8"}, "precision: expected one of fp32, bf16, fp16, got 'int8'"),
+        ({"template": "chatty"}, "template: expected one of plain, chat, got 'chatty'"),
+        ({"explore": 6}, "explore: expected an integer from 0 to n_docs = 5, got 6"),
+        ({"tau": 0.0}, "tau: expected a number > 0 or null, got 0.0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
+        ({"refresh": "sometimes"}, "refresh: expected one of .* got 'sometimes'"),
+        ({"refresh": "every:0"}, "refresh: expected one of .* got 'every:0'"),
+        ({"eval_ks": []}, r"eval_ks: expected integers >= 1, got \[\]"),
+        ({"adam_betas": [0.9]}, r"adam_betas: expected two numbers, got \[0.9\]"),
+        ({"lora": {"rnk": 8}}, "lora.rnk: unknown setting; did you mean lora.rank?"),
+        ({"lora": {"alpha": 8}}, "lora.rank: expected an integer >= 1, got None"),
+        ({"early_stopping": 2}, "early_stopping: expected best_metric to be set"),
+        ({"best_metric": "em"}, "best_metric: expected eval_questions to be set"),
+        ({"question_encoder": ""}, "question_encoder: expected a text, got ''"),
+    ],
+)
+def test_mistakes(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make(**settings)
+
+
+def test_mistakes_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(FileNotFoundError):
+        RagConfig.load(path)
+    path.write_text("n_docs: 3\n")
+    with pytest.raises(ValueError, match="c.yaml: question_encoder: expected a value"):
+        RagConfig.load(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="c.yaml: expected a mapping of settings, got list"):
+        RagConfig.load(path)
+    path.write_text("n_docs: 3\nmarginal: [token\n")
+    with pytest.raises(ValueError, match=r"c\.yaml:3: "):
+        RagConfig.load(path)
+    path.write_bytes(b"n_docs: 3 # \xff\n")
+    with pytest.raises(ValueError, match="c.yaml: expected UTF-8 text, byte 12 is not"):
+        RagConfig.load(path)
+
+
+def test_training_arguments(tmp_path: Path) -> None:
+    config = make(
+        output_dir=str(tmp_path),
+        steps=40,
+        batch_size=2,
+        accumulation=4,
+        warmup=0.1,
+        generator_lr=3e-4,
+        eval_questions="dev.jsonl",
+        eval_steps=10,
+        best_metric="em",
+        early_stopping=3,
+        device="cpu",
+        report_to=[],
+        training={"dataloader_num_workers": 1},
+    )
+    args = config.training_arguments()
+    assert (args.max_steps, args.per_device_train_batch_size) == (40, 2)
+    assert (args.gradient_accumulation_steps, args.get_warmup_steps(40)) == (4, 4)
+    assert (args.learning_rate, args.dataloader_num_workers) == (3e-4, 1)
+    assert args.load_best_model_at_end and args.greater_is_better
+    assert (args.metric_for_best_model, args.save_steps, args.eval_steps) == ("eval_em", 10, 10)
+    assert args.report_to == [] and args.remove_unused_columns is False
+    by_loss = make(eval_questions="d", eval_steps=5, best_metric="loss").training_arguments()
+    assert by_loss.greater_is_better is False
+    wrong = make(training={"max_stepz": 3})
+    with pytest.raises(ValueError, match="training.max_stepz: unknown .* mean training.max_steps"):
+        wrong.training_arguments()
+
+
+def test_resume_may_change_what_is_watched_but_not_what_is_trained() -> None:
+    started = make(n_docs=5, log_steps=10, steps=100)
+    make(n_docs=5, log_steps=1, steps=200).check_resumes(started, "c.yaml")
+    with pytest.raises(ValueError, match="marginal: expected 'token' as in c.yaml, got 'sequence'"):
+        make(marginal="sequence").check_resumes(started, "c.yaml")
