@@ -128,13 +128,17 @@ def test_strided_inputs() -> None:
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
-    """Rows of one number, 2^31 + 2^20 apart by stride: no memory of that size is touched twice."""
-    stride = (1 << 31) + (1 << 20)
-    storage = torch.UntypedStorage(2 * (stride + 8))  # float16; untouched pages cost nothing
-    index = torch.tensor([], dtype=torch.float16).set_(storage, 0, (2, 8), (stride, 1))
-    index[0], index[1] = 1.0, 3.0
-    scores, _ = doc_scores_fwd(torch.ones(1, 8).half(), index, torch.tensor([[1, 0]]), 1.0)
+    """Row and stride fit 32 bits, their product does not. Untouched pages cost nothing."""
+    n, stride = 2050, 1 << 20
+    storage = torch.UntypedStorage(2 * (n * stride + 8))  # float16
+    index = torch.tensor([], dtype=torch.float16).set_(storage, 0, (n, 8), (stride, 1))
+    index[0], index[n - 1] = 1.0, 3.0
+    query, rows = torch.ones(1, 8).half(), torch.tensor([[n - 1, 0]])
+    scores, prior = doc_scores_fwd(query, index, rows, 1.0)
     assert scores.tolist() == [[24.0, 8.0]]
+    ones = torch.ones_like(prior)
+    dq, _ = doc_scores_bwd(ones, None, prior, query, index, rows, 1.0, True, False)
+    assert (dq == 4.0).all()
 
 
 def test_more_passages_than_the_largest_block() -> None:

@@ -148,6 +148,22 @@ def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
 
 
 @both
+def test_equal_passages_share_equally(marginal: str, workspace: str) -> None:
+    """However unlikely the target: rounding of a joint of -400 nats must not reach the weights."""
+    p = make((2, 7, 60, 8, 997), padding=False, missing=False).to(torch.float32)
+    # Whole numbers: the logits are exact in whatever order a BLAS adds them up.
+    p.hidden = torch.randint(-3, 4, (2, 1, 60, 8)).float().expand(-1, 7, -1, -1)
+    p.weight = torch.randint(-2, 3, (997, 8)).float()
+    p.doc_scores = torch.full((2, 7), 3.3, requires_grad=True)
+    loss, posterior = OPS[marginal](*p.args(), reduction="sum", return_posterior=True)
+    assert loss > 400
+    torch.testing.assert_close(
+        posterior, torch.full_like(posterior, -math.log(7)), rtol=0, atol=3e-7
+    )
+    assert torch.autograd.grad(loss, p.doc_scores)[0].abs().max() < 1e-4
+
+
+@both
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_counts(marginal: str, reduction: str, workspace: str) -> None:
     """All labels ignored: loss 0 and gradients 0, no NaN; the posterior is the prior."""

@@ -58,8 +58,9 @@ def test_ties_go_to_the_lowest_row(blocks: None) -> None:
 
 
 def test_both_zeros_tie(blocks: None) -> None:
-    index = torch.tensor([[-0.0], [0.0], [-0.0], [-1.0]])
-    scores, rows = F.mips_topk(torch.ones(1, 1), index, 4)
+    """float64 products that round to -0.0 in float32 equal those that are 0."""
+    index = torch.tensor([[-1e-300], [0.0], [-1e-300], [-1.0]], dtype=torch.float64)
+    scores, rows = F.mips_topk(torch.ones(1, 1, dtype=torch.float64), index, 4)
     assert rows.tolist() == [[0, 1, 2, 3]] and scores[0, :3].eq(0).all()
 
 
