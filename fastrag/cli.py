@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a user's mistake, 128 + n after signal n.
     """
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        return int(arguments.run(arguments) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt as error:
         # TrainingInterrupted says where the checkpoint is and which signal came
         message = str(error) or "interrupted"
@@ -304,7 +305,14 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
         print(f"fastrag: warning: {' '.join(str(message).split())}", file=sys.stderr)
 

@@ -194,10 +194,10 @@ def _answer(
     max_new_tokens: int,
     n_docs: int | None,
 ) -> list[Prediction]:
-    tokenizer = model.generator_tokenizer
+    tokenizer: Any = model.generator_tokenizer
     retriever_input = (batch["input_ids"], batch["attention_mask"])
     _, rows = model.retrieve(*retriever_input, max(ks))
-    generation = model.generate(
+    generation: Any = model.generate(
         *retriever_input,
         batch["prompt_ids"],
         batch["prompt_mask"],

@@ -333,6 +333,8 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
         max_context=config.max_context,
         train_passage_encoder=config.train_passage_encoder,
         explore=config.explore,
+        explore_pool=config.explore_pool,
+        explore_tau=config.explore_tau,
         label_smoothing=config.label_smoothing,
     )
     if config.gradient_checkpointing:
@@ -379,7 +381,7 @@ def collator_for(
     Returns:
         The collator.
     """
-    encoder = model.question_encoder
+    encoder: Any = model.question_encoder
     return RagCollator(
         model.question_tokenizer,
         model.generator_tokenizer,

@@ -83,6 +83,8 @@ class RagConfig:
         learn_tau: train the temperature.
         train_passage_encoder: encode the K passages of a step with gradient.
         explore: how many of the K passages are drawn from the softened prior in training.
+        explore_pool: how many candidates they are drawn from; None: all passages.
+        explore_tau: softening of the prior they are drawn from.
         refresh: `frozen` or `every:<steps>`, when stored vectors are made anew.
         retriever_lr: learning rate of both encoders and the temperature.
         generator_lr: learning rate of the generator.
@@ -147,6 +149,8 @@ class RagConfig:
     learn_tau: bool = False
     train_passage_encoder: bool = False
     explore: int = 0
+    explore_pool: int | None = 256
+    explore_tau: float = 1.0
     refresh: str = "frozen"
     retriever_lr: float = 2e-5
     generator_lr: float = 5e-5
@@ -207,6 +211,14 @@ class RagConfig:
             value = getattr(self, name)
             _require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
         _require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
+        _require("explore_tau", self.explore_tau > 0.0, "a number > 0", self.explore_tau)
+        pool = self.explore_pool
+        _require(
+            "explore_pool",
+            pool is None or pool >= self.n_docs,
+            f"an integer >= n_docs = {self.n_docs} or null",
+            pool,
+        )
         _require("epochs", self.epochs > 0.0, "a number > 0", self.epochs)
         _require(
             "label_smoothing",

@@ -88,6 +88,9 @@ class RagTrainer(Trainer):
         >>> trainer.save_model()                                         # doctest: +SKIP
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         model: RagModel,
@@ -107,7 +110,7 @@ class RagTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         config = args if isinstance(args, RagConfig) else None
-        args = config.training_arguments() if config else copy.copy(args)
+        args = args.training_arguments() if isinstance(args, RagConfig) else copy.copy(args)
 
         def setting(given: Any, name: str, default: Any) -> Any:
             return given if given is not None else getattr(config, name, default)

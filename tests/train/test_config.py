@@ -65,6 +65,8 @@ def test_overrides(tmp_path: Path) -> None:
         ({"precision": "int8"}, "precision: expected one of fp32, bf16, fp16, got 'int8'"),
         ({"template": "chatty"}, "template: expected one of plain, chat, got 'chatty'"),
         ({"explore": 6}, "explore: expected an integer from 0 to n_docs = 5, got 6"),
+        ({"explore_pool": 4}, "explore_pool: expected an integer >= n_docs = 5 or null, got 4"),
+        ({"explore_tau": 0.0}, "explore_tau: expected a number > 0, got 0.0"),
         ({"tau": 0.0}, "tau: expected a number > 0 or null, got 0.0"),
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         ({"refresh": "sometimes"}, "refresh: expected one of .* got 'sometimes'"),
