@@ -1,4 +1,4 @@
-"""Run as a module: two gloo processes whose gradients must be those of one. See test_distributed."""
+"""Run as a module: two gloo processes whose gradients are those of one (test_distributed)."""
 
 from __future__ import annotations
 
