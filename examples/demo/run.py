@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from examples.demo import report
 from examples.demo.system import (
     START,
@@ -159,10 +161,17 @@ def run(
 def clear(out: Path) -> None:
     """Remove what an older run of the demo left; other files stay."""
     out.mkdir(parents=True, exist_ok=True)
-    for folder in (out / START, *out.glob("checkpoint-*")):
+    for folder in (out / START, out / "tensorboard", *out.glob("checkpoint-*")):
         shutil.rmtree(folder, ignore_errors=True)
     for name in (SUMMARY, PROGRESS, METRICS_FILE, CURVE_FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def quiet() -> None:
+    """Keep loading reports and hints of the libraries below from burying the progress bars."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|accelerate|torch")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -182,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args(argv)
     settings = Settings(seed=args.seed, marginal=args.marginal, steps=args.steps)
-    # Tiny models on purpose: advice on large ones would only bury the progress bars.
-    warnings.filterwarnings("ignore", module="transformers|accelerate|torch")
+    quiet()
     try:
         run(settings, args.out, resume=args.resume)
     except TrainingInterrupted as interrupted:
