@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
+AGREE_EVERY = 8
 _TRAINING_LINE = {
     "loss": "loss",
     "learning_rate": "lr",
@@ -92,6 +94,9 @@ class RefreshCallback(TrainerCallback):
 class SignalCallback(TrainerCallback):
     """Ends training after the current step, with a checkpoint, once a signal has come.
 
+    Several ranks have to stop at the same step, whichever of them was signalled: they agree on it
+    every eighth step, since asking at each would make the host wait for the device.
+
     Args:
         guard: the guard that holds the signal.
     """
@@ -107,12 +112,24 @@ class SignalCallback(TrainerCallback):
         **kwargs: Any,
     ) -> TrainerControl:
         """Ask for a log line, a checkpoint and the end of training; no evaluation."""
-        if self.guard.received is not None:
+        if args.world_size > 1:
+            stops = state.global_step % AGREE_EVERY == 0 and self._agree(args.device)
+        else:
+            stops = self.guard.received is not None
+        if stops:
             control.should_log = True
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
         return control
+
+    def _agree(self, device: torch.device) -> bool:
+        signum = torch.tensor(self.guard.received or 0, device=device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        agreed = int(signum)
+        if agreed:
+            self.guard.received = agreed
+        return agreed != 0
 
 
 class StepClockCallback(TrainerCallback):

@@ -4,12 +4,14 @@
 
 It makes the file `marker` in the run folder while step N is under way and then waits in that step
 until the signal has come (for SIGKILL: for good). With --hang-in-save it stops in the middle of
-writing checkpoint N instead.
+writing checkpoint N instead; with --signal-rank that rank signals itself in step 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,18 +47,28 @@ class Marker(TrainerCallback):
         )
 
 
+class SignalItself(TrainerCallback):
+    """Sends SIGTERM to this process in step 3."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--marker-step", type=int, default=0)
     parser.add_argument("--hang-in-save", type=int, default=0)
+    parser.add_argument("--signal-rank", type=int, default=-1)
+    parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     model = tiny.model(train_passage_encoder=True, explore=1)
     args = TrainingArguments(
         options.folder,
-        max_steps=8,
+        max_steps=options.steps,
         per_device_train_batch_size=4,
         logging_steps=1,
         save_strategy="steps",
@@ -67,6 +79,8 @@ def main(arguments: list[str]) -> int:
     )
     trainer = RagTrainer(model, args, tiny.collator(model), tiny.questions(), refresh="every:2")
     trainer.add_callback(Marker(trainer, options.marker_step))
+    if options.signal_rank == args.process_index:
+        trainer.add_callback(SignalItself())
     if options.hang_in_save:
         save_rng_state = trainer._save_rng_state
 

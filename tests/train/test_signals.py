@@ -113,6 +113,25 @@ def test_sigkill_leaves_the_last_complete_checkpoint(
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(tmp_path), "--signal-rank", "1", "--steps", "20"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "interrupted by SIGTERM after step 8" in done.stdout, done.stderr
+    last = checkpoints(tmp_path)[-1]
+    assert last.name == "checkpoint-8"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in last.iterdir()}
+    assert len(losses(tmp_path)) == 8
+
+
 def test_guard_restores_the_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with SignalGuard() as guard:
