@@ -333,6 +333,12 @@ def test_training_with_an_index_that_changes(
     assert "the house of" in capsys.readouterr().out
 
 
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch 2." in out and "backend triton" in out
+
+
 def test_help_needs_no_heavy_import() -> None:
     code = (
         "import sys, fastrag.cli\n"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -178,11 +179,15 @@ def read_weights(model: nn.Module, folder: Path) -> None:
 
     Raises:
         ValueError: the checkpoint belongs to another configuration: a parameter is missing, has
-            another shape, or a parameter that does not train has other values.
+            another shape, or a parameter that does not train has other values; or the file is
+            damaged.
         OSError: a file cannot be read.
     """
     path = folder / WEIGHTS
-    stored = load_file(str(path), device="cpu")
+    try:
+        stored = load_file(str(path), device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
     frozen = _frozen(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     for name in sorted(wanted.keys() | stored.keys()):

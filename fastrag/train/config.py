@@ -108,7 +108,7 @@ class RagConfig:
         answer_choice: train on the `first` or a `random` answer.
         template: `plain`, `chat`, or a mapping of a `Template`'s fields.
         lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets`.
-        eval_steps: evaluate every so many steps; None only at the end.
+        eval_steps: evaluate every so many steps; None only before and after training.
         eval_limit: evaluate on so many fixed questions; None on all.
         eval_ks: the k of recall@k.
         eval_batch_size: questions per evaluation batch.
@@ -116,7 +116,8 @@ class RagConfig:
         best_metric: metric that picks the best checkpoint, for example `em`; None keeps the last.
         early_stopping: stop after so many evaluations without a better `best_metric`.
         log_steps: log every so many steps.
-        save_steps: write a checkpoint every so many steps; None only at the end.
+        save_steps: write a checkpoint every so many steps; None only after a signal. With
+            `best_metric`, checkpoints are written at the evaluations instead.
         keep_checkpoints: how many checkpoints to keep besides the best; None keeps all.
         encode_batch_size: passages per batch when the index is built or refreshed.
         seed: seed of everything random.
@@ -242,11 +243,12 @@ class RagConfig:
             raise ValueError(
                 "early_stopping: expected best_metric to be set as well, for example em; got null"
             )
-        if self.best_metric is not None and self.eval_questions is None:
-            raise ValueError(
-                f"best_metric: expected eval_questions to be set when best_metric is "
-                f"{self.best_metric!r}, got null"
-            )
+        for name in ("eval_questions", "eval_steps"):
+            if self.best_metric is not None and getattr(self, name) is None:
+                raise ValueError(
+                    f"best_metric: expected {name} to be set when best_metric is "
+                    f"{self.best_metric!r}, got null"
+                )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RagConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
@@ -135,6 +135,7 @@ class RagTrainer(Trainer):
             model.loss_fn.label_smoothing = args.label_smoothing_factor
             args.label_smoothing_factor = 0.0  # Trainer's own smoother would need the logits
         run = Path(args.output_dir)
+        patience = getattr(config, "early_stopping", None)
         super().__init__(
             model=model,
             args=args,
@@ -145,6 +146,7 @@ class RagTrainer(Trainer):
                 self.refresher,
                 MetricsFileCallback(run / METRICS_FILE),
                 CurveCallback(run / METRICS_FILE, run / CURVE_FILE),
+                *([EarlyStoppingCallback(patience)] if patience else []),
                 *(callbacks or []),
             ],
             optimizers=optimizers,
@@ -387,6 +389,15 @@ class RagTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         read_weights(self.model if model is None else model, folder)
         self.refresher.refreshed_at = read_index(self.model, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, EOFError) as error:
+            line = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{checkpoint}: expected the optimiser state of this configuration: {line}"
+            ) from error
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with the index it was evaluated with."""

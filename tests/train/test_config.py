@@ -77,6 +77,10 @@ def test_overrides(tmp_path: Path) -> None:
         ({"lora": {"alpha": 8}}, "lora.rank: expected an integer >= 1, got None"),
         ({"early_stopping": 2}, "early_stopping: expected best_metric to be set"),
         ({"best_metric": "em"}, "best_metric: expected eval_questions to be set"),
+        (
+            {"best_metric": "em", "eval_questions": "q"},
+            "best_metric: expected eval_steps to be set",
+        ),
         ({"question_encoder": ""}, "question_encoder: expected a text, got ''"),
     ],
 )

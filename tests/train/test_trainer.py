@@ -184,6 +184,15 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
         resumable(tmp_path / "empty", joint=False).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_resume_refuses_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
+    resumable(tmp_path, joint=False).train()
+    path = tmp_path / "checkpoint-10" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"checkpoint-10.*: expected (a whole|the optimiser)"):
+        resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
+
+
 def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
     model = tiny.model(**JOINT)
     version = model.index.version
@@ -264,6 +273,40 @@ def test_best_checkpoint_and_early_stopping(tmp_path: Path) -> None:
         "checkpoint-4",
         "checkpoint-8",
     ]
+
+
+def test_early_stopping_of_a_config_counts_on_after_a_resume(tmp_path: Path) -> None:
+    def trainer(values: list[float], steps: int) -> RagTrainer:
+        config = RagConfig(
+            "encoder",
+            "generator",
+            output_dir=str(tmp_path),
+            steps=steps,
+            eval_questions="questions.jsonl",
+            eval_steps=2,
+            best_metric="em",
+            early_stopping=3,
+            eval_max_new_tokens=2,
+            device="cpu",
+            report_to=[],
+            training={"disable_tqdm": True, "lr_scheduler_type": "constant"},
+        )
+        model = tiny.model()
+        questions = tiny.questions()
+        callbacks = [_Answers(values)]
+        made = RagTrainer(
+            model, config, tiny.collator(model), questions, questions, callbacks=callbacks
+        )
+        # the stand-in has to speak before the one that listens to it
+        handler = made.callback_handler
+        handler.callbacks.sort(key=lambda each: not isinstance(each, _Answers))
+        return made
+
+    trainer([0.5, 0.4], steps=4).train()
+    resumed = trainer([0.3, 0.2, 0.1], steps=20)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8  # the third evaluation after the best one
+    assert resumed.state.best_global_step == 2
 
 
 def test_evaluation_metrics_files_and_curve(tmp_path: Path) -> None:
