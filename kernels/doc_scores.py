@@ -270,7 +270,7 @@ def doc_scores_bwd(
                 width,
                 passage_emb.shape[0],
                 *_passage_strides(passage_emb),
-                *(rows.stride() if gather else (0, 0)),
+                *(rows.stride() if rows is not None and gather else (0, 0)),
                 float(tau),
                 GATHER=gather,
                 **options,
