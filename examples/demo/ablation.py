@@ -184,7 +184,8 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
     model = ROWS[row](start)
     before = measure(model, test, name="before", progress=False).metrics
-    config = make_config(settings, start.parent / "run" / row.replace(", ", "-"), progress=False)
+    out = start.parent / "run" / row.replace(", ", "-").replace(" ", "-")
+    config = make_config(settings, out, start=start, progress=False)
     config.eval_steps = None
     config.marginal = model.marginal
     if row in FROZEN:

@@ -111,9 +111,25 @@ def make_collator(model: RagModel) -> RagCollator:
     )
 
 
-def make_config(settings: Settings, out: str | os.PathLike[str], *, progress: bool) -> RagConfig:
-    """The settings of the joint training, as `fastrag train` would read them from YAML."""
-    start = Path(out) / START
+def make_config(
+    settings: Settings,
+    out: str | os.PathLike[str],
+    *,
+    start: Path | None = None,
+    progress: bool = True,
+) -> RagConfig:
+    """The settings of the joint training, as `fastrag train` reads them from YAML.
+
+    Args:
+        settings: see `Settings`.
+        out: the run folder.
+        start: folder of the models to start from; None: `start` in the run folder.
+        progress: show progress bars.
+
+    Returns:
+        The config; a `config.yaml` written from it repeats the joint training.
+    """
+    start = Path(out) / START if start is None else start
     return RagConfig(
         question_encoder=str(start / "question_encoder"),
         passage_encoder=str(start / "passage_encoder"),
@@ -127,6 +143,8 @@ def make_config(settings: Settings, out: str | os.PathLike[str], *, progress: bo
         learn_tau=True,
         train_passage_encoder=True,
         explore=settings.explore,
+        explore_pool=settings.explore_pool,
+        explore_tau=settings.explore_tau,
         refresh=f"every:{settings.refresh}",
         generator_lr=settings.generator_lr,
         retriever_lr=settings.retriever_lr,
