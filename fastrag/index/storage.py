@@ -13,6 +13,7 @@ kill the process at any of them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 # Headers are padded to one size, so that a streamed array's shape can be written last.
 _HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 24
+_SWAP_ATTEMPTS = 8
 
 
 def _step(name: str, path: Path) -> None:
@@ -260,16 +262,41 @@ def read_folder(
     """
     path = Path(path)
     with _as_value_error(path, "a readable folder"):
-        _recover(path.absolute())
-        manifest = _read_manifest(path, format, version)
-        arrays = {}
-        for file_name, entry in manifest["files"].items():
-            file = path / file_name
-            _check_file(file, entry)
-            if verify:
-                _check_data(file, entry)
-            arrays[file_name.removesuffix(".npy")] = _open_array(file, entry, mmap)
-    return manifest, arrays
+        while True:
+            _recover(path.absolute())
+            before = _identity(path)
+            try:
+                manifest = _read_manifest(path, format, version)
+                arrays = _open_arrays(path, manifest, mmap, verify)
+            except (OSError, ValueError):
+                if _identity(path) == before:
+                    raise
+            else:
+                if _identity(path) == before:
+                    return manifest, arrays
+            # A writer swapped a new folder in meanwhile: manifest and arrays may be of two folders.
+
+
+def _open_arrays(
+    path: Path, manifest: Mapping[str, Any], mmap: bool, verify: bool
+) -> dict[str, np.ndarray[Any, Any]]:
+    arrays = {}
+    for file_name, entry in manifest["files"].items():
+        file = path / file_name
+        _check_file(file, entry)
+        if verify:
+            _check_data(file, entry)
+        arrays[file_name.removesuffix(".npy")] = _open_array(file, entry, mmap)
+    return arrays
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which folder stands at a path now: inode numbers are used again, times are not."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -386,14 +413,18 @@ def _swap_in(folder: Path, path: Path) -> None:
     aside = _aside(path)
     if aside.exists() and path.exists():  # a swap that was killed before its last step
         shutil.rmtree(aside)
-    if path.exists():
-        path.rename(aside)
-        _step("aside", path)
-    try:
-        folder.rename(path)
-    except OSError:
-        _recover(path)
-        raise
+    for last in (False,) * _SWAP_ATTEMPTS + (True,):
+        if path.exists():
+            path.rename(aside)
+            _step("aside", path)
+        try:
+            folder.rename(path)
+            break
+        except OSError as error:
+            _recover(path)
+            # A reader that came between the two renames took the old folder back: once more.
+            if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     _step("in", path)
     _sync_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)

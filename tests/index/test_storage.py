@@ -282,6 +282,41 @@ def test_killed_between_the_renames(folder):
     assert folder.exists()
 
 
+def at_step(monkeypatch, step, act):
+    """Does something once, in the middle of a save."""
+    waiting = [act]
+    monkeypatch.setattr(
+        storage, "_step", lambda name, path: name == step and waiting and waiting.pop()()
+    )
+
+
+def test_a_reader_between_the_renames_does_not_fail_the_save(folder, monkeypatch):
+    seen = []
+    at_step(monkeypatch, "aside", lambda: seen.append(read(folder, verify=True)[1]["a"]))
+    write_folder(folder, {"a": ARRAYS["a"] + 1}, HEAD)
+    np.testing.assert_array_equal(seen[0], ARRAYS["a"])  # the old folder, whole
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"] + 1)
+    assert siblings(folder) == ["f"]
+
+
+@pytest.mark.parametrize("between", ["_read_manifest", "_open_array"])
+def test_a_save_while_reading_gives_the_new_folder_not_a_mix(folder, monkeypatch, between):
+    plain, saved = getattr(storage, between), []
+
+    def interrupted(*arguments):
+        found = plain(*arguments)
+        if not saved:
+            saved.append(write_folder(folder, {"a": ARRAYS["a"] + 1, "b": ARRAYS["b"] + 1}, HEAD))
+        return found
+
+    monkeypatch.setattr(storage, between, interrupted)
+    manifest, arrays = read(folder)
+    assert manifest == {key: saved[0][key] for key in manifest}
+    assert set(arrays) == {"a", "b"}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, ARRAYS[name] + 1)
+
+
 def test_a_live_writers_temporary_folder_is_left_alone(folder):
     with FolderWriter(folder, format="test", version=1) as first:
         first.put("a", ARRAYS["a"] + 5)
