@@ -162,11 +162,11 @@ def _passage(record: Any, where: str) -> Passage:
     if isinstance(record, Passage):
         return record
     title = record.get("title")
-    if title is not None and not isinstance(title, str):
-        raise ValueError(f"{where}: title: expected text, got {type(title).__name__}")
+    if isinstance(title, str) and not title.strip():
+        title = None
     return Passage(
         id=_text(record.get("id"), "id", where),
-        title=title or "",
+        title="" if title is None else _text(title, "title", where),
         text=_text(record.get("text"), "text", where),
     )
 
@@ -312,7 +312,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected one JSON object, got {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")

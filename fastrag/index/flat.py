@@ -15,6 +15,7 @@ import torch
 from fastrag import functional
 from fastrag.index.lock import ReadWriteLock
 from fastrag.index.storage import as_tensor, read_folder, write_folder
+from fastrag.ops import checks
 
 FORMAT = "fastrag.FlatIndex"
 VERSION = 1
@@ -265,8 +266,7 @@ class FlatIndex:
         Raises:
             ValueError: not whole numbers, or (on the CPU) a row outside the index.
         """
-        if rows.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"rows: expected int64, got {rows.dtype}")
+        checks.check_integer("rows", rows)
         with self._lock.read():
             at = rows.to(self.device, torch.int64)
             outside = (at < -1) | (at >= self._n)
@@ -426,7 +426,10 @@ class FlatIndex:
         return vectors
 
     def _checked_rows(self, rows: Any) -> torch.Tensor:
-        rows = torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows)
+        try:
+            rows = torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"rows: expected [n] int64, got {rows!r}") from error
         if rows.numel() == 0:
             return torch.zeros(0, dtype=torch.int64, device=self.device)
         if rows.ndim != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
@@ -450,6 +453,7 @@ class FlatIndex:
             raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
 
     def _checked_exclude(self, exclude: torch.Tensor, n_queries: int) -> torch.Tensor:
+        checks.check_tensor("exclude", exclude)
         exclude = exclude.to(self.device)
         if exclude.dtype == torch.bool and exclude.shape == (self._n,):
             return exclude

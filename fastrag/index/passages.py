@@ -17,6 +17,7 @@ from fastrag.data.readers import Passage
 from fastrag.data.templates import Template
 from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
 from fastrag.index.storage import ArrayStream, FolderWriter, as_tensor, read_folder, write_folder
+from fastrag.ops import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,8 +273,7 @@ class PassageStore:
                 CPU) a row outside the store.
         """
         _check_stream(stream)
-        if rows.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"rows: expected int64, got {rows.dtype}")
+        checks.check_integer("rows", rows)
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
         tokens, offsets = self._tokens[stream], self._offsets[stream]
@@ -403,6 +403,17 @@ def _write(
     with tqdm(total=total, desc="tokenise", unit="passage", disable=not progress) as bar:
         for batch in _batches(passages):
             for row, passage in enumerate(batch, n):
+                if not isinstance(passage, Passage):
+                    raise ValueError(
+                        f"passages: row {row}: expected a Passage (read_passages makes them), got "
+                        f"{type(passage).__name__}"
+                    )
+                for name in ("id", "title", "text"):
+                    if not isinstance(value := getattr(passage, name), str):
+                        raise ValueError(
+                            f"passages: row {row}: {name}: expected text, got "
+                            f"{type(value).__name__}"
+                        )
                 if not passage.text.strip():
                     raise ValueError(
                         f"passages: row {row} (id {passage.id!r}): expected text, got an empty one"

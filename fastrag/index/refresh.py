@@ -151,7 +151,7 @@ def encode_passages(
     """Encodes the store's passages with the encoder in eval mode and without gradients.
 
     Batches hold passages of like length, so little is spent on padding; the encoder's training
-    mode is as before afterwards, also when it raises.
+    mode, and that of each of its parts, is as before afterwards, also when it raises.
 
     Args:
         encoder: maps `input_ids`, `attention_mask` `[B, L]` to `[B, D]`.
@@ -176,6 +176,9 @@ def encode_passages(
     device = _device_of(encoder) if device is None else torch.device(device)
     order = store.lengths("encoder")[rows].argsort(descending=True, stable=True)
     training = encoder.training
+    # A user may hold parts of a training encoder in eval mode.
+    parts = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
+    modes = {part: part.training for part in parts}
     encoder.eval()
     out: torch.Tensor | None = None
     bar = _progress_bar(len(rows), progress)
@@ -196,6 +199,8 @@ def encode_passages(
     finally:
         bar.close()
         encoder.train(training)
+        for part, mode in modes.items():
+            part.training = mode
     if out is None:
         raise ValueError("rows: expected at least one passage, got none")
     return out

@@ -139,6 +139,8 @@ def test_reading_is_lazy(tmp_path):
     ("name", "content", "message"),
     [
         ("p.jsonl", b'{"id": "1", "text": "a"}\n{"id": \n', r"p\.jsonl:2: expected one JSON obj"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: expected one JSON object, got maximum recursion"),
+        ("p.jsonl", b'{"id": "1", "title": "\\udc00", "text": "a"}', r":1: title: .*surrogate"),
         ("p.jsonl", b'["a"]\n', r"p\.jsonl:1: expected a JSON object, got list"),
         ("p.jsonl", b'{"id": "1"}\n', r"p\.jsonl:1: text: expected text, got nothing"),
         ("p.jsonl", b'{"id": "1", "text": 5}\n', r"p\.jsonl:1: text: expected text, got int"),

@@ -169,7 +169,7 @@ def test_vectors_of_any_shape(index, vectors):
     for bad in (-2, 20):
         with pytest.raises(ValueError, match=f"rows: expected -1 to 19, got {bad}"):
             index.vectors(torch.tensor([0, bad]))
-    with pytest.raises(ValueError, match="rows: expected int64, got torch.float32"):
+    with pytest.raises(ValueError, match=r"rows: expected int64 or int32, got \[1\] float32"):
         index.vectors(torch.tensor([0.0]))
 
 
@@ -378,6 +378,12 @@ def test_rejects_bad_arguments(arguments, message):
             lambda i: i.search(torch.ones(2, 4), 1, exclude=torch.zeros(3, 1).long()),
             r"exclude: expected int64 \[2, E\] or bool \[20\], got torch.int64 \[3, 1\]",
         ),
+        (
+            lambda i: i.search(torch.ones(1, 4), 1, exclude=np.zeros((1, 1), int)),
+            "exclude: expected a tensor, got ndarray",
+        ),
+        (lambda i: i.vectors([0]), "rows: expected a tensor, got list"),
+        (lambda i: i.update("one", torch.ones(1, 4)), r"rows: expected \[n\] int64, got 'one'"),
         (lambda i: i.update(torch.tensor([20]), torch.ones(1, 4)), "rows: expected 0 to 19"),
         (lambda i: i.update(torch.tensor([1, 1]), torch.ones(2, 4)), "each once, got 1 again"),
         (lambda i: i.update(torch.tensor([1]), torch.ones(2, 4)), r"expected \[1, 4\] for 1 rows"),

@@ -170,6 +170,10 @@ def test_to_moves_the_streams(store):
     ("items", "message"),
     [
         ([], "passages: expected at least one passage, got an empty corpus"),
+        ([{"id": "a", "text": "x"}], "passages: row 0: expected a Passage .* got dict"),
+        ("p.jsonl", "passages: row 0: expected a Passage .* got str"),
+        ([Passage("a", "", None)], "passages: row 0: text: expected text, got NoneType"),
+        ([Passage(1, "", "x")], "passages: row 0: id: expected text, got int"),
         ([Passage("a", "t", " ")], r"passages: row 0 \(id 'a'\): expected text, got an empty one"),
         (
             [Passage("a", "", "x"), Passage("b", "", "y"), Passage("a", "", "z")],
@@ -210,6 +214,7 @@ def test_rejects_bad_limits(build, passages, arguments, message):
         (lambda s: s.gather(torch.tensor([5]), "encoder"), "rows: expected -1 to 4, got 5"),
         (lambda s: s.gather(torch.tensor([-2]), "encoder"), "rows: expected -1 to 4, got -2"),
         (lambda s: s.gather(torch.tensor([0.0]), "encoder"), "rows: expected int64"),
+        (lambda s: s.gather([0], "encoder"), "rows: expected a tensor, got list"),
         (lambda s: s.gather(torch.tensor([0]), "reader"), "stream: expected one of .*'reader'"),
         (lambda s: s.gather(torch.tensor([0]), "encoder", 0), "max_length: expected at least 1"),
         (lambda s: s.fingerprint("x"), "stream: expected one of"),

@@ -50,6 +50,9 @@ def test_mode_is_restored(store):
     encoder = Encoder().eval()
     encode_passages(encoder, store)
     assert not encoder.training
+    encoder.train().drop.eval()  # a part that the user holds in eval mode
+    encode_passages(encoder, store)
+    assert encoder.training and not encoder.drop.training
 
     class Broken(Encoder):
         def forward(self, input_ids, attention_mask):
