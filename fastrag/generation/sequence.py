@@ -10,6 +10,7 @@ K x K forward passes of "thorough decoding".
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,11 @@ def rag_sequence_generate(
         doc_scores: `[B, K]`, -inf at missing passages. Where all K are missing, the answer given
             no passage is returned with its own probability.
         rows: `[B, K]` int64, -1 at missing passages.
-        max_new_tokens: longest answer; one that does not end by then is scored as it stands.
+        max_new_tokens: longest answer, shorter where the generator's positions end; one that does
+            not end by then is scored as it stands.
         pad_id: fills `sequences` behind the end.
-        generate_kwargs: further settings of the generator's `generate`.
+        generate_kwargs: further settings of the generator's `generate`; `eos_token_id` (one id or
+            several) says what ends an answer in place of the generator's own.
 
     Returns:
         `RagGeneration`.
@@ -80,9 +83,22 @@ def rag_sequence_generate(
         raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens}")
     if fixed := sorted(set(generate_kwargs) & set(_GREEDY)):
         raise ValueError(f"generate_kwargs: expected none of {fixed}: the search is greedy")
-    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **generate_kwargs}
+    room = adapter.room(context_ids.shape[1])
+    if room is not None and room < 1:
+        raise ValueError(
+            f"context_ids: expected a context that leaves the generator a position to answer in, "
+            f"got {context_ids.shape[1]} tokens, {1 - room} too many"
+        )
+    given = generate_kwargs.pop("eos_token_id", None)
+    end_ids = own_end_ids(adapter) if given is None else _as_list(given)
+    settings = {
+        "max_new_tokens": max_new_tokens if room is None else min(max_new_tokens, room),
+        "pad_token_id": pad_id,
+        "eos_token_id": end_ids or None,
+        **generate_kwargs,
+    }
     tokens = _greedy(adapter, context_ids, context_mask, settings)  # [B*K, T]
-    labels = _until_end(tokens, _end_ids(adapter), IGNORE_INDEX)
+    labels = _until_end(tokens, end_ids, IGNORE_INDEX)
     joint = _log_prior(doc_scores) + _seq_logp(adapter, context_ids, context_mask, labels).view(
         n_questions, n_docs
     )  # log p(z_k|x) p(y_k|x,z_k), [B, K]
@@ -115,11 +131,14 @@ def _greedy(
     return out[:, 1:] if adapter.kind == "seq2seq" else out[:, ids.shape[1] :]
 
 
-def _end_ids(adapter: GeneratorAdapter) -> list[int]:
+def own_end_ids(adapter: GeneratorAdapter) -> list[int]:
+    """Return the ids that end an answer by the generator's own generation config."""
     end = base_model(adapter.model).generation_config.eos_token_id
-    if end is None:
-        return []
-    return list(end) if isinstance(end, (list, tuple)) else [int(end)]
+    return [] if end is None else _as_list(end)
+
+
+def _as_list(ids: int | Sequence[int]) -> list[int]:
+    return [ids] if isinstance(ids, int) else [int(each) for each in ids]
 
 
 def _until_end(tokens: Tensor, end_ids: list[int], ignore_index: int) -> Tensor:

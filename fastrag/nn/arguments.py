@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from fastrag.nn.heads import base_model
+from fastrag.ops import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,16 +23,52 @@ def check_numbers(
     n_docs: int, tau: float, explore: int, explore_pool: int | None, explore_tau: float
 ) -> None:
     """Raise ValueError for a number out of range."""
-    if n_docs < 1:
-        raise ValueError(f"n_docs: expected an integer >= 1, got {n_docs}")
-    if not (tau > 0 and math.isfinite(tau)):
-        raise ValueError(f"tau: expected a finite number > 0, got {tau}")
-    if not 0 <= explore <= n_docs:
-        raise ValueError(f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {explore}")
-    if explore_pool is not None and explore_pool < n_docs:
-        raise ValueError(f"explore_pool: expected at least n_docs = {n_docs}, got {explore_pool}")
-    if not explore_tau > 0:
-        raise ValueError(f"explore_tau: expected a number > 0, got {explore_tau}")
+    check_count("n_docs", n_docs)
+    if not (_is_number(tau) and tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"tau: expected a finite number > 0, got {tau!r}")
+    if not (_is_whole(explore) and 0 <= explore <= n_docs):
+        raise ValueError(f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {explore!r}")
+    if explore_pool is not None and not (_is_whole(explore_pool) and explore_pool >= n_docs):
+        raise ValueError(
+            f"explore_pool: expected an integer >= n_docs = {n_docs} or None, got {explore_pool!r}"
+        )
+    if not (_is_number(explore_tau) and explore_tau > 0):
+        raise ValueError(f"explore_tau: expected a number > 0, got {explore_tau!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if not (_is_whole(value) and value >= 1):
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
+    """Raise ValueError unless `ids` are token ids `[B, S]` of a vocabulary.
+
+    The values are looked at on the CPU alone, where that costs no wait.
+    """
+    checks.check_integer(name, ids)
+    checks.check_ndim(name, ids, "[B, S]")
+    unread = ids.device.type != "cpu" or torch.compiler.is_compiling()
+    if n_vocab is None or unread or ids.numel() == 0:
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= n_vocab:
+        bad = int(low) if low < 0 else int(high)
+        raise ValueError(
+            f"{name}: expected token ids in [0, {n_vocab}), the model's vocabulary, got {bad}"
+        )
+
+
+def check_answers(labels: Tensor, n_questions: int | None = None) -> None:
+    """Raise ValueError unless `labels` are `[B, T]` int64 with T of at least 1."""
+    checks.check_tensor("labels", labels)
+    fits = labels.dim() == 2 and labels.shape[1] > 0 and labels.dtype == torch.int64
+    if not fits or n_questions not in (None, labels.shape[0]):
+        wanted = "" if n_questions is None else f"B = {n_questions} and "
+        raise ValueError(
+            f"labels: expected int64 [B, T] with {wanted}T of at least 1, got {checks.show(labels)}"
+        )
 
 
 def bind_template(
@@ -76,3 +114,11 @@ def require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) ->
     if not bool(finite.all()):
         first = int((~finite).nonzero()[0])
         raise ValueError(f"{message} {first if rows is None else int(rows[first])}")
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_whole(value) or isinstance(value, float)

@@ -82,8 +82,9 @@ class ContextBuilder:
             `BuiltContext`.
 
         Raises:
-            ValueError: shapes disagree; question and template over the window (told on CPU, where
-                reading a length costs nothing; the collator tells it for every device).
+            ValueError: shapes disagree; question and template over the window (off the CPU, where
+                reading a length would cost a wait, the width of `prompt_ids` counts as the
+                question's).
         """
         n_questions, n_docs, passage_width = passage_ids.shape
         if prompt_ids.shape[0] != n_questions or prompt_mask.shape != prompt_ids.shape:
@@ -92,7 +93,7 @@ class ContextBuilder:
                 f"{list(prompt_ids.shape)} and {list(prompt_mask.shape)}"
             )
         question_len = prompt_mask.long().sum(dim=1)
-        room = self._room(question_len).repeat_interleave(n_docs)  # [B*K]
+        room = self._room(question_len, prompt_ids.shape[1]).repeat_interleave(n_docs)  # [B*K]
         wanted = passage_len.reshape(-1)
         fills = {
             "passage": (passage_ids.flatten(0, 1), torch.minimum(wanted, room)),
@@ -112,15 +113,17 @@ class ContextBuilder:
     def _left(self) -> bool:
         return self.template.kind == "causal"
 
-    def _room(self, question_len: Tensor) -> Tensor:
+    def _room(self, question_len: Tensor, width: int) -> Tensor:
         """Tokens that question and template leave for the passage."""
         room = self.max_context - self.n_literals - question_len
-        if room.device.type == "cpu" and bool((room < 0).any()):
+        longest, example = width, ""
+        if room.device.type == "cpu" and len(question_len):
             worst = int(room.argmin())
+            longest, example = int(question_len[worst]), f" (example {worst})"
+        if longest + self.n_literals > self.max_context:
             raise ValueError(
                 f"prompt_ids: expected question and template within max_context = "
-                f"{self.max_context}, got {int(question_len[worst])} + {self.n_literals} tokens "
-                f"(example {worst})"
+                f"{self.max_context}, got {longest} + {self.n_literals} tokens{example}"
             )
         return room.clamp(min=0)
 

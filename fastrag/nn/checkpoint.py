@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
@@ -134,13 +134,14 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         passage_encoder = "none"
     elif model.passage_encoder is model.question_encoder:
         passage_encoder = "shared"
+    tau = model.tau
     return {
         "fastrag": __version__,
         "kind": model.adapter.kind,
         "generator": generator_kept,
         "passage_encoder": passage_encoder,
         **{name: getattr(model, name) for name in _SETTINGS},
-        "tau": model.tau if model.log_tau is None else model.tau.item(),
+        "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.log_tau is not None,
         "label_smoothing": model.loss_fn.label_smoothing,
         "template": model.builder.template.template.to_dict(),
@@ -167,7 +168,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     needed = {*_SETTINGS, "kind", "generator", "passage_encoder", "tau", "learn_tau"}
     needed |= {"label_smoothing", "template", "index", "fastrag"}
     if not isinstance(settings, dict) or set(settings) != needed:
-        raise ValueError(f"{file}: expected the keys {sorted(needed)}, got {sorted(settings)}")
+        got = sorted(settings) if isinstance(settings, dict) else type(settings).__name__
+        raise ValueError(f"{file}: expected the keys {sorted(needed)}, got {got}")
+    for key in ("template", "index"):
+        if not isinstance(settings[key], dict):
+            raise ValueError(f"{file}: {key}: expected a mapping, got {settings[key]!r}")
     return settings
 
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastrag.nn.arguments import check_ids
+
 Pooling = Literal["cls", "mean", "last", "pooler"]
 Role = Literal["query", "passage"]
 
@@ -100,20 +102,39 @@ class TextEncoder(nn.Module):
             embeddings `[B, D]`, fp32 or fp64, differentiable.
 
         Raises:
-            ValueError: shapes disagree, or the model has no `pooler_output` for pooling="pooler".
+            ValueError: shapes or dtypes disagree, more tokens than the model has positions, (on
+                the CPU) an id outside its vocabulary, or the model has no `pooler_output` for
+                pooling="pooler".
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        check_ids("input_ids", input_ids, self._n_vocab)
+        if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask: expected the [B, S] shape of input_ids {list(input_ids.shape)}, "
                 f"got {list(attention_mask.shape)}"
+            )
+        config: Any = getattr(self.model, "config", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and 0 < limit < input_ids.shape[1]:
+            raise ValueError(
+                f"input_ids: expected at most the encoder's {limit} positions, got "
+                f"{input_ids.shape[1]} tokens"
             )
         outputs = self.model(**self._inputs(input_ids, attention_mask))
         vectors = self._pool(outputs, attention_mask)
         if vectors.dtype in (torch.float16, torch.bfloat16):
             vectors = vectors.float()
         return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    @property
+    def _n_vocab(self) -> int | None:
+        """Rows of the input embedding; None where the model has none to ask for."""
+        model: Any = self.model
+        try:
+            return int(model.get_input_embeddings().weight.shape[0])
+        except (AttributeError, NotImplementedError):  # a wrapper such as DPR's names none
+            return None
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = {

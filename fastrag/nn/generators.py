@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrag.nn.arguments import check_answers
 from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
+from fastrag.ops.positions import check_labels
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
 
@@ -58,6 +60,19 @@ class GeneratorAdapter:
         self.model = model
         self._live_head = self._checked_head(declared_heads(model))
 
+    @property
+    def n_vocab(self) -> int:
+        """V, the size of the vocabulary that the head scores."""
+        return self._live_head.n_vocab
+
+    def room(self, context_width: int) -> int | None:
+        """Answer tokens that the model's positions leave behind a context; None: no limit.
+
+        Args:
+            context_width: L, the padded length of the context.
+        """
+        return None
+
     def head(self) -> LMHead:
         """Return the head as it is now, with gradients to its parameters."""
         return self._live_head()
@@ -78,7 +93,9 @@ class GeneratorAdapter:
             hidden `[B, K, T, H]`, differentiable; may be a view.
 
         Raises:
-            ValueError: the number of contexts is not a multiple of the number of questions.
+            ValueError: shapes or dtypes disagree, the number of contexts is not a multiple of the
+                number of questions, contexts and labels exceed the model's positions, or (on the
+                CPU; elsewhere the loss becomes NaN) a label is outside the vocabulary.
         """
         n_questions = labels.shape[0]
         if n_questions == 0 or context_ids.shape[0] % n_questions:
@@ -86,6 +103,9 @@ class GeneratorAdapter:
                 f"context_ids: expected [B*K, L] with B = {n_questions} as in labels, got "
                 f"{list(context_ids.shape)}"
             )
+        check_answers(labels)
+        outside = check_labels(labels, labels != ignore_index, self.n_vocab)
+        labels = labels.masked_fill(outside, 0)  # an embedding may not be asked for them
         inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
         states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]
         return states.unflatten(0, (n_questions, -1))
@@ -110,7 +130,9 @@ class GeneratorAdapter:
     def _checked_head(self, heads: list[LiveHead]) -> LiveHead:
         """Return the first head that reproduces the model's logits; raise if none does."""
         device = heads[0]().weight.device
-        vocab = base_model(self.model).get_input_embeddings().weight.shape[0]
+        # The decoder of an EncoderDecoderModel may have a smaller vocabulary than its encoder.
+        embedding = base_model(self.model).get_input_embeddings()
+        vocab = min(embedding.weight.shape[0], heads[0].n_vocab)
         context = torch.tensor([[vocab // 2, vocab // 3]], device=device)
         labels = torch.tensor([[vocab // 4, vocab // 5]], device=device)
         other = torch.tensor([[vocab // 6, vocab // 5]], device=device)
@@ -183,9 +205,21 @@ class CausalAdapter(GeneratorAdapter):
         self._takes_positions = "position_ids" in parameters
         super().__init__(model)
 
+    def room(self, context_width: int) -> int | None:
+        positions = getattr(base_model(self.model).config, "max_position_embeddings", None)
+        # The last answer token is predicted but never read: it needs no position.
+        return None if positions is None else int(positions) - context_width + 1
+
     def _inputs(
         self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
     ) -> dict[str, Any]:
+        room = self.room(context_ids.shape[1])
+        if room is not None and labels.shape[1] > room:
+            raise ValueError(
+                f"labels: expected at most {room} tokens behind a context of "
+                f"{context_ids.shape[1]} in the generator's positions, got {labels.shape[1]} "
+                f"(lower max_context or max_answer)"
+            )
         counted = labels != ignore_index
         n_docs = context_ids.shape[0] // labels.shape[0]
         # The last label is predicted but never read. Padding stands behind what it could disturb.

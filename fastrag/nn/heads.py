@@ -113,6 +113,13 @@ class LiveHead:
         return LMHead(weight, bias, self.softcap, self.logit_scale)
 
     @property
+    def n_vocab(self) -> int:
+        """V, the rows of the output projection."""
+        module: Any = self.module
+        module = getattr(module, "original_module", module)
+        return int(getattr(module, "base_layer", module).weight.shape[0])
+
+    @property
     def module(self) -> nn.Module:
         """The output projection, in whatever adapter layer it is wrapped."""
         module = base_model(self.model).get_output_embeddings()

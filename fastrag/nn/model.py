@@ -13,12 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import functional
-from fastrag.nn.arguments import bind_template, check_numbers, context_limit, require_finite
+from fastrag.nn.arguments import (
+    bind_template,
+    check_answers,
+    check_count,
+    check_ids,
+    check_numbers,
+    context_limit,
+    require_finite,
+)
 from fastrag.nn.builder import BuiltContext, ContextBuilder
 from fastrag.nn.generators import adapt_generator, evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration, RagOutput
 from fastrag.nn.state import keep_one_name_per_tensor
+from fastrag.ops import checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +74,8 @@ class RagModel(nn.Module):
         max_context: longest generator input in tokens; passages are cut to fit; None: 512 or what
             the generator's positions allow.
         train_passage_encoder: encode the K passages of a training step anew, with gradient. If
-            not, the passage encoder's parameters are set to `requires_grad=False` (unless shared).
+            not, its parameters are set to `requires_grad=False`, but for those that the question
+            encoder has too (one encoder for both, or one model under two prefixes).
         explore: in training, m of the K passages are drawn without replacement from the softened
             prior softmax(s / explore_tau) over the candidates behind the first K - m.
         explore_pool: number of candidates; None: all passages.
@@ -115,6 +125,11 @@ class RagModel(nn.Module):
             both = (question_encoder, passage_encoder or question_encoder)
             normalized = all(getattr(encoder, "normalize", False) for encoder in both)
             tau = NORMALIZED_TAU if normalized else 1.0
+        if not hasattr(index, "search") or not hasattr(passages, "gather"):
+            raise ValueError(
+                f"index, passages: expected a FlatIndex and a PassageStore, got "
+                f"{type(index).__name__} and {type(passages).__name__}"
+            )
         check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
         if train_passage_encoder and passage_encoder is None:
             raise ValueError("passage_encoder: expected a module to train, got None")
@@ -140,8 +155,8 @@ class RagModel(nn.Module):
         self.explore_pool = explore_pool
         self.explore_tau = explore_tau
         self._prior_seen = False
-        if passage_encoder not in (None, question_encoder) and not train_passage_encoder:
-            passage_encoder.requires_grad_(False)
+        if passage_encoder is not None and not train_passage_encoder:
+            _freeze_unshared(passage_encoder, question_encoder)
         if len(index):
             self._check_index()
         if len(passages) == 0:
@@ -207,6 +222,8 @@ class RagModel(nn.Module):
             ValueError: shapes disagree, a question or passage without a finite vector (named; on
                 a GPU, where looking would cost a wait, the loss is NaN instead), an empty index.
         """
+        if labels is not None:
+            check_answers(labels, len(input_ids))
         query_emb = self._encode_questions(input_ids, attention_mask)
         retrieved = self._retrieve(query_emb, rows)
         doc_scores = self._score(query_emb, retrieved.rows)
@@ -244,10 +261,16 @@ class RagModel(nn.Module):
         Returns:
             scores `[B, k]` fp32 (inner products, not divided by tau; -inf where missing), rows
             `[B, k]` int64 (-1 where missing), best first.
+
+        Raises:
+            ValueError: shapes or dtypes disagree, k below 1, a question without a finite vector, an
+                empty index.
         """
+        k = self.n_docs if k is None else k
+        check_count("k", k)
         with evaluating(self.question_encoder):
             query_emb = self._encode_questions(input_ids, attention_mask)
-        return self._search(query_emb, k or self.n_docs)
+        return self._search(query_emb, k)
 
     def generate(
         self,
@@ -275,13 +298,21 @@ class RagModel(nn.Module):
 
         Returns:
             `RagGeneration`.
-        """
-        from fastrag.generation.sequence import rag_sequence_generate
 
+        Raises:
+            ValueError: as `forward`; n_docs or max_new_tokens below 1; settings of a search that
+                is not greedy.
+        """
+        from fastrag.generation.sequence import own_end_ids, rag_sequence_generate
+
+        n_docs = self.n_docs if n_docs is None else n_docs
+        check_count("n_docs", n_docs)
+        # Training taught the template's end, which a chat template may set apart from the model's.
+        end_ids = sorted({*own_end_ids(self.adapter), self.builder.template.eos_id})
         with evaluating(self):
             query_emb = self._encode_questions(input_ids, attention_mask)
             if rows is None:
-                rows = self._search(query_emb, n_docs or self.n_docs)[1]
+                rows = self._search(query_emb, n_docs)[1]
             doc_scores = self._score(query_emb, rows)
             context = self._context(rows, prompt_ids, prompt_mask)
             return rag_sequence_generate(
@@ -292,7 +323,7 @@ class RagModel(nn.Module):
                 rows,
                 max_new_tokens=max_new_tokens,
                 pad_id=self.builder.template.pad_id,
-                **generate_kwargs,
+                **{"eos_token_id": end_ids, **generate_kwargs},
             )
 
     def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
@@ -327,6 +358,7 @@ class RagModel(nn.Module):
     def _retrieve(self, query_emb: Tensor, rows: Tensor | None) -> _Retrieved:
         """Choose the K rows of each question: forced, nearest, or nearest and explored."""
         if rows is not None:
+            checks.check_integer("rows", rows)
             if rows.dim() != 2 or rows.shape[0] != query_emb.shape[0]:
                 raise ValueError(
                     f"rows: expected [B, K] with B = {query_emb.shape[0]}, got {list(rows.shape)}"
@@ -386,6 +418,7 @@ class RagModel(nn.Module):
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
         if prompt_mask is None:
             prompt_mask = torch.ones_like(prompt_ids)
+        check_ids("prompt_ids", prompt_ids, self.adapter.n_vocab)
         ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
         return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
 
@@ -542,3 +575,11 @@ class RagModel(nn.Module):
             f"learn_tau={self.log_tau is not None}, max_context={self.max_context}, "
             f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
         )
+
+
+def _freeze_unshared(module: nn.Module, other: nn.Module) -> None:
+    """Freeze the parameters of `module` that `other` does not have too."""
+    shared = {id(parameter) for parameter in other.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)

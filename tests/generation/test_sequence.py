@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastrag.generation import rag_sequence_generate
-from tests.nn.tiny import EOS, PAD, batch, rag_model
+from tests.nn.tiny import EOS, GENERATORS, PAD, batch, rag_model
 
 KINDS = ["seq2seq", "causal"]
 
@@ -132,6 +132,37 @@ def test_mode_gradients_and_settings_of_the_user_stay():
     assert not first.scores.requires_grad
     assert model.generator.generation_config.num_beams == 3
     assert answer(model, data, n_docs=5).rows.shape == (4, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_ends_where_the_template_ends_it(kind):
+    """The generation config of a chat or a fresh model may name another end, or none."""
+    model = trained(kind)
+    expected = answer(model, batch(kind))
+    assert (expected.sequences == EOS).any(dim=1).all()
+    for own in (None, 36, [36]):
+        model.generator.generation_config.eos_token_id = own
+        assert answer(model, batch(kind)).sequences.equal(expected.sequences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_of_the_callers_counts_in_the_score_too(kind):
+    model, data = rag_model(kind, seed=5).eval(), batch(kind)
+    short = answer(model, data, max_new_tokens=1)
+    end = int(short.candidates[0, 0, 0])
+    assert end != EOS and answer(model, data).candidates[0, 0, 1] != PAD  # not the end by itself
+    out = answer(model, data, eos_token_id=end)
+    ended = out.candidates[..., 0] == end
+    assert ended[0, 0] and (out.candidates[..., 1:][ended] == PAD).all()
+    torch.testing.assert_close(out.candidate_scores[ended], short.candidate_scores[ended])
+
+
+def test_an_answer_stops_where_the_positions_end():
+    model = rag_model("causal", make_generator=GENERATORS["gpt2"], max_context=64).eval()
+    data = batch("causal", 2)
+    data["prompt_ids"] = data["prompt_mask"] = torch.ones(2, 57, dtype=torch.int64)
+    out = answer(model, data, max_new_tokens=40, eos_token_id=36)
+    assert out.candidates.shape[2] <= 6 and out.scores.isfinite().all()  # 57 + 2 + 2 of 64
 
 
 def test_rejects():

@@ -103,6 +103,9 @@ def test_width_needs_no_values_off_the_cpu():
     prompts = torch.zeros(2, 4, dtype=torch.int64, device="meta")
     context = builder.build(meta, meta[..., 0], prompts, prompts)
     assert context.ids.shape == context.mask.shape == (6, 12)
+    wide = torch.zeros(2, 14, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"within max_context = 16, got 14 \+ 3 tokens"):
+        builder.build(meta, meta[..., 0], wide, wide)
 
 
 def test_rejects():

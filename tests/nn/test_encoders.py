@@ -240,6 +240,15 @@ def test_rejects(tmp_path):
         TextEncoder(bert(), "max")
     with pytest.raises(ValueError, match="attention_mask: expected"):
         TextEncoder(bert())(IDS, MASK[:, :2])
+    with pytest.raises(ValueError, match=r"input_ids: expected int64 .* float32"):
+        TextEncoder(bert())(IDS.float(), MASK)
+    with pytest.raises(ValueError, match=r"input_ids: expected \[B, S\], got \[5\]"):
+        TextEncoder(bert())(torch.ones(5, dtype=torch.int64))
+    n_vocab, positions = bert().config.vocab_size, bert().config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"ids in \[0, {n_vocab}\), .*, got {n_vocab}"):
+        TextEncoder(bert())(torch.full((1, 2), n_vocab))
+    with pytest.raises(ValueError, match=f"at most the encoder's {positions} positions, got"):
+        TextEncoder(bert())(torch.ones(1, positions + 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="expected a model with a pooler_output"):
         TextEncoder(bert(add_pooling_layer=False), "pooler")(IDS, MASK)
     with pytest.raises(ValueError, match="path: expected a local model folder .* 'no/such/folder'"):

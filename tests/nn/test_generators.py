@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertLMHeadModel, BertModel
 
 from fastrag import functional, reference
-from fastrag.nn import LMHead, adapt_generator
+from fastrag.nn import LMHead, adapt_generator, generators
 from tests.nn.tiny import GENERATORS, VOCAB, context, generator
 
 # B = 2 questions, K = 3 contexts each, T = 4 labels; the second answer has two tokens.
@@ -255,6 +255,41 @@ def test_context_rows_must_match_labels():
     ids, mask = context("causal", [3, 4, 5])
     with pytest.raises(ValueError, match=r"context_ids: expected \[B\*K, L\] with B = 2"):
         adapter.hidden(ids, mask, LABELS)
+
+
+def test_labels_outside_the_vocabulary_never_reach_an_embedding(monkeypatch):
+    """On a GPU they would be a device-side fault; there the loss becomes NaN instead."""
+    for name, kind in (("t5_tied", "seq2seq"), ("gpt2", "causal")):
+        adapter = adapt_generator(generator(name))
+        ids, mask = context(kind, [3, 4])
+        for bad in (VOCAB, -5):
+            labels = torch.tensor([[bad, 5], [6, 7]])
+            with pytest.raises(ValueError, match=rf"labels: .* \[0, {VOCAB}\) .* {bad} at"):
+                adapter.hidden(ids, mask, labels)
+            with monkeypatch.context() as off_the_cpu:
+                off_the_cpu.setattr(
+                    generators, "check_labels", lambda x, *_: (x < 0) | (x >= VOCAB)
+                )
+                assert adapter.hidden(ids, mask, labels).isfinite().all()
+
+
+def test_answers_must_fit_the_positions_behind_the_context():
+    adapter = adapt_generator(generator("gpt2"))  # 64 positions
+    ids, mask = context("causal", [60])
+    labels = torch.full((1, 5), 7)
+    assert adapter.hidden(ids, mask, labels).isfinite().all()
+    with pytest.raises(ValueError, match="labels: expected at most 5 tokens .* of 60 in"):
+        adapter.hidden(ids, mask, torch.full((1, 6), 7))
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS[0], LABELS.float(), LABELS.int(), LABELS[:, :0]], ids=["1d", "f", "i32", "T0"]
+)
+def test_labels_of_another_shape_or_dtype(labels):
+    adapter = adapt_generator(generator("llama"))
+    ids, mask = context("causal", [3, 4])
+    with pytest.raises(ValueError, match=r"labels: expected int64 \[B, T\]|context_ids: exp"):
+        adapter.hidden(ids, mask, labels)
 
 
 # PEFT

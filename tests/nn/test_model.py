@@ -11,7 +11,7 @@ import torch
 
 from fastrag import functional
 from fastrag.index import FlatIndex
-from fastrag.nn import RagModel
+from fastrag.nn import RagModel, TextEncoder
 from tests.nn.tiny import TEMPLATE, batch, collator, encoder, questions, rag_model, tokenizer
 
 KINDS = ["seq2seq", "causal"]
@@ -312,7 +312,10 @@ def test_rejects_bad_settings():
     _rejects("n_docs: expected an integer >= 1, got 0", n_docs=0)
     _rejects("tau: expected a finite number > 0, got 0", tau=0.0)
     _rejects("explore: expected 0 <= integer <= n_docs = 3, got 4", explore=4)
-    _rejects("explore_pool: expected at least n_docs = 3, got 2", explore_pool=2)
+    _rejects("n_docs: expected an integer >= 1, got '3'", n_docs="3")
+    _rejects("tau: expected a finite number > 0, got 'x'", tau="x")
+    _rejects("explore: expected 0 <= integer <= n_docs = 3, got 1.5", explore=1.5)
+    _rejects("explore_pool: expected an integer >= n_docs = 3 or None, got 2", explore_pool=2)
     _rejects("explore_tau: expected a number > 0", explore_tau=0.0)
     _rejects("marginal: expected one of .* got 'both'", marginal="both")
     _rejects("label_smoothing: expected 0 <= number < 1, got 1", label_smoothing=1.0)
@@ -340,6 +343,8 @@ def test_rejects_index_of_another_size():
     narrow.add(torch.randn(12, 8))
     with pytest.raises(ValueError, match="index: expected vectors of width 16 .* got 8"):
         RagModel(**parts, index=narrow)
+    with pytest.raises(ValueError, match="index, passages: expected a FlatIndex .* got NoneType"):
+        RagModel(**parts, index=None)
     with pytest.raises(ValueError, match="generator_tokenizer: expected a tokenizer"):
         RagModel(**{**parts, "generator_tokenizer": None}, index=model.index)
     with pytest.raises(ValueError, match="passage_encoder: expected a module to train, got None"):
@@ -396,6 +401,63 @@ def test_rejects_bad_batches():
         model(**{**data, "prompt_ids": long, "prompt_mask": long})
     with pytest.raises(ValueError, match="attention_mask: expected"):
         model(**{**data, "attention_mask": torch.ones(4, 9)})
+    with pytest.raises(ValueError, match="rows: expected a tensor, got list"):
+        model(**data, rows=[[0, 1]] * 4)
+    with pytest.raises(ValueError, match="K = 0"):
+        model(**data, rows=torch.zeros(4, 0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("labels", lambda x: x.float(), r"labels: expected int64 \[B, T\] .* float32"),
+        ("labels", lambda x: x[:, 0], r"labels: expected int64 \[B, T\] .* got \[4\] int64"),
+        ("labels", lambda x: x[:3], r"labels: .* with B = 4 .* got \[3, 2\]"),
+        ("labels", lambda x: x[:, :0], r"labels: .* T of at least 1, got \[4, 0\]"),
+        ("labels", lambda x: x + 37, r"labels: expected values in \[0, 37\) or ignore_index"),
+        ("prompt_ids", lambda x: x.float(), "prompt_ids: expected int64 .* float32"),
+        ("prompt_ids", lambda x: x + 37, r"prompt_ids: expected token ids in \[0, 37\)"),
+        ("input_ids", lambda x: x.float(), "input_ids: expected int64 .* float32"),
+        ("input_ids", lambda x: x - 37, r"input_ids: expected token ids in \[0, 37\).* got -"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rejects_shapes_dtypes_and_ids(kind, name, change, message):
+    data = batch(kind)
+    data.pop("valid_rows")
+    with pytest.raises(ValueError, match=message):
+        rag_model(kind)(**{**data, name: change(data[name])})
+
+
+def test_no_passages_are_not_a_default():
+    """K = 0 is an error, not a way to say n_docs."""
+    model, data = rag_model(), batch()
+    with pytest.raises(ValueError, match="k: expected an integer >= 1, got 0"):
+        model.retrieve(data["input_ids"], data["attention_mask"], k=0)
+    names = ("input_ids", "attention_mask", "prompt_ids", "prompt_mask")
+    with pytest.raises(ValueError, match="n_docs: expected an integer >= 1, got 0"):
+        model.generate(*(data[name] for name in names), n_docs=0)
+
+
+def test_one_model_under_two_prefixes_still_trains():
+    """Freezing the passage encoder must not freeze what the question encoder is made of."""
+    base = rag_model()
+    question_encoder = base.question_encoder
+    passage_encoder = TextEncoder(question_encoder.model, normalize=True, prefix="passage: ")
+    passage_encoder.own = torch.nn.Linear(2, 2)
+    model = RagModel(
+        question_encoder,
+        passage_encoder,
+        base.generator,
+        base.index,
+        base.passages,
+        template=TEMPLATE,
+        generator_tokenizer=tokenizer(),
+    )
+    assert all(parameter.requires_grad for parameter in question_encoder.parameters())
+    assert not passage_encoder.own.weight.requires_grad
+    model(**batch()).loss.backward()
+    assert question_encoder.model.embeddings.word_embeddings.weight.grad.any()
 
 
 def test_checkpoint_of_another_configuration_is_a_value_error():

@@ -316,6 +316,17 @@ def test_rejects_folders(tmp_path):
     with pytest.raises(ValueError, match="generator: expected the weights of a T5"):
         reload(model, folder)
     settings = json.loads((folder / "rag_config.json").read_text())
+    (folder / "generator" / "config.json").write_text(json.dumps(config))
+    for change, message in (
+        ({"n_docs": "3"}, "n_docs: expected an integer >= 1, got '3'"),
+        ({"template": 5}, "rag_config.json: template: expected a mapping, got 5"),
+    ):
+        (folder / "rag_config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ValueError, match=message):
+            reload(model, folder)
+    (folder / "rag_config.json").write_text("5")
+    with pytest.raises(ValueError, match="rag_config.json: expected the keys .* got int"):
+        reload(model, folder)
     (folder / "rag_config.json").write_text(json.dumps({**settings, "depth": 9}))
     with pytest.raises(ValueError, match="rag_config.json: expected the keys"):
         reload(model, folder)
