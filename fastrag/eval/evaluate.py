@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastrag.data.readers import to_question
 from fastrag.eval.metrics import contains_answer, exact_match, f1
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ def evaluate(
         Metrics and predictions.
 
     Raises:
-        ValueError: there is no question, batch_size, ks or limit is not positive, or the model has
-            no generator_tokenizer.
+        ValueError: there is no question, one is malformed, batch_size, ks, limit or n_docs is not
+            positive, or the model has no generator_tokenizer.
 
     Example:
         >>> result = evaluate(model, questions, collator, ks=(1, 5))    # doctest: +SKIP
@@ -113,24 +114,33 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
+    if n_docs is not None and n_docs < 1:
+        raise ValueError(f"n_docs: expected an integer >= 1 or None, got {n_docs}")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks: expected one or more integers >= 1, got {tuple(ks)}")
     from fastrag.nn.generators import evaluating
 
-    chosen = choose_fixed(questions, limit)
+    # one reading of a record for the batch and for the metrics
+    chosen = [
+        to_question(question, f"questions[{i}]", default_id=str(i))
+        for i, question in enumerate(choose_fixed(questions, limit))
+    ]
     if not chosen:
         raise ValueError("questions: expected at least one question, got none")
     if model.generator_tokenizer is None:
         raise ValueError("model: expected one with a generator_tokenizer to read answers, got None")
+    n_docs = model.n_docs if n_docs is None else n_docs
     predictions: list[Prediction] = []
     nll, n_tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
         for rows in _batches(chosen, batch_size, progress, description):
             batch = _to_device(collator(rows), model)
-            predictions += _answer(model, rows, batch, ks, max_new_tokens, n_docs)
+            # one search serves recall, answer and loss: the best k are the first of the best k + 1
+            found = _search(model, batch, max(*ks, n_docs, model.n_docs))
+            predictions += _answer(model, rows, batch, found, max(ks), n_docs, max_new_tokens)
             if loss and "labels" in batch:
                 counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
-                nll += float(model(**batch).loss) * counted
+                nll += float(model(**batch, rows=found[:, : model.n_docs]).loss) * counted
                 n_tokens += counted
     metrics = _summary(predictions, ks)
     if loss and n_tokens:
@@ -165,8 +175,8 @@ def choose_fixed(questions: Sequence[Any], limit: int | None) -> list[Any]:
 
 
 def _batches(
-    questions: list[Any], batch_size: int, progress: bool, description: str
-) -> Iterator[list[Any]]:
+    questions: list[Question], batch_size: int, progress: bool, description: str
+) -> Iterator[list[Question]]:
     from tqdm.auto import tqdm
 
     with tqdm(
@@ -186,36 +196,42 @@ def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
     }
 
 
+def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
+    """Rows of the k best passages of each question, `[B, k]`."""
+    return model.retrieve(batch["input_ids"], batch["attention_mask"], k)[1]
+
+
 def _answer(
     model: RagModel,
-    questions: list[Any],
+    questions: list[Question],
     batch: dict[str, Any],
-    ks: Sequence[int],
+    rows: Tensor,
+    n_judged: int,
+    n_docs: int,
     max_new_tokens: int,
-    n_docs: int | None,
 ) -> list[Prediction]:
     tokenizer: Any = model.generator_tokenizer
-    retriever_input = (batch["input_ids"], batch["attention_mask"])
-    _, rows = model.retrieve(*retriever_input, max(ks))
     generation: Any = model.generate(
-        *retriever_input,
+        batch["input_ids"],
+        batch["attention_mask"],
         batch["prompt_ids"],
         batch["prompt_mask"],
         max_new_tokens=max_new_tokens,
-        n_docs=n_docs,
+        rows=rows[:, :n_docs],
     )
     texts = tokenizer.batch_decode(generation.sequences, skip_special_tokens=True)
     passages = model.passages
     predictions = []
-    for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
-        answers = _answers(question)
+    judged = rows[:, :n_judged].tolist()
+    for i, (question, found) in enumerate(zip(questions, judged, strict=True)):
+        answers = question.answers
         text = texts[i].strip()
         support = int(generation.supporting_rows[i])
         found = [row for row in found if row >= 0]
         predictions.append(
             Prediction(
-                id=str(_field(question, "id", "")),
-                question=_field(question, "question", ""),
+                id=question.id,
+                question=question.question,
                 answers=answers,
                 prediction=text,
                 log_prob=float(generation.scores[i]),
@@ -223,7 +239,7 @@ def _answer(
                 retrieved=tuple(passages.ids[row] for row in found),
                 exact_match=exact_match(text, answers) if answers else math.nan,
                 f1=f1(text, answers) if answers else math.nan,
-                hit_rank=_hit_rank(passages, found, _positives(question), answers),
+                hit_rank=_hit_rank(passages, found, question.positive_ids, answers),
             )
         )
     return predictions
@@ -258,21 +274,3 @@ def _summary(predictions: list[Prediction], ks: Sequence[int]) -> dict[str, floa
         metrics["f1"] = sum(each.f1 for each in answered) / len(answered)
     metrics["n_questions"] = float(len(predictions))
     return metrics
-
-
-def _field(question: Any, name: str, default: Any) -> Any:
-    if isinstance(question, Mapping):
-        return question.get(name, default)
-    return getattr(question, name, default)
-
-
-def _answers(question: Any) -> tuple[str, ...]:
-    return tuple(_field(question, "answers", ()) or ())
-
-
-def _positives(question: Any) -> tuple[str, ...]:
-    for name in ("positive_ids", "positive"):
-        value = _field(question, name, None)
-        if value:
-            return (value,) if isinstance(value, str) else tuple(value)
-    return ()

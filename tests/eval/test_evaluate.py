@@ -130,6 +130,42 @@ def test_questions_without_answers_or_positives() -> None:
     assert prediction.passage_id in prediction.retrieved
 
 
+def test_records_are_read_as_the_collator_reads_them() -> None:
+    """SQuAD's answers, one plain text, or `answer`: metrics and labels mean the same texts."""
+    model = tiny.model()
+    asked = {"question": "what colour does ada like ?"}
+    records = [
+        {**asked, "answers": {"text": ["red"], "answer_start": [0]}, "positive": "p0"},
+        {**asked, "answer": "red"},
+        {**asked, "answers": "red", "id": "third"},
+    ]
+    result = evaluate(model, records, tiny.collator(model), max_new_tokens=2, loss=True)
+    assert [each.answers for each in result.predictions] == [("red",)] * 3
+    assert [each.id for each in result.predictions] == ["0", "1", "third"]
+    assert "loss" in result.metrics and "em" in result.metrics
+    with pytest.raises(ValueError, match=r"questions\[0\]: question: expected text, got nothing"):
+        evaluate(model, [{"answers": ["red"]}], tiny.collator(model))
+
+
+def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    widths: list[int] = []
+    plain = type(model.index).search
+
+    def search(index: Any, query_emb: torch.Tensor, k: int, exclude: Any = None) -> Any:
+        widths.append(k)
+        return plain(index, query_emb, k, exclude)
+
+    monkeypatch.setattr(type(model.index), "search", search)
+    settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": 2, "loss": True}
+    few = evaluate(model, tiny.questions(), tiny.collator(model), ks=(1,), **settings)
+    many = evaluate(model, tiny.questions(), tiny.collator(model), ks=(1, 8), n_docs=2, **settings)
+    assert widths == [3, 3, 8, 8]
+    assert few.metrics["loss"] == pytest.approx(many.metrics["loss"])
+    assert [len(each.retrieved) for each in few.predictions] == [1] * 12
+    assert [len(each.retrieved) for each in many.predictions] == [8] * 12
+
+
 def test_random_state_and_training_mode_stay(perfect: RagModel) -> None:
     perfect.train()
     state = torch.get_rng_state()
@@ -153,6 +189,8 @@ def test_rejects_bad_input(perfect: RagModel) -> None:
         evaluate(perfect, [], collator)
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
         evaluate(perfect, tiny.questions(), collator, batch_size=0)
+    with pytest.raises(ValueError, match="n_docs: expected an integer >= 1 or None, got 0"):
+        evaluate(perfect, tiny.questions(), collator, n_docs=0)
     with pytest.raises(ValueError, match="ks: expected one or more integers >= 1"):
         evaluate(perfect, tiny.questions(), collator, ks=())
     perfect.generator_tokenizer = None
