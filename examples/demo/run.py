@@ -117,9 +117,11 @@ def run(
         clear(out)
         model, state = prepare(data, settings, out, progress=progress)
 
+    config = make_config(settings, out, progress=progress)
+    config.training["eval_on_start"] = not resume  # the curve begins before the first step
     trainer = RagTrainer(
         model,
-        make_config(settings, out, progress=progress),
+        config,
         make_collator(model),
         data.questions["train"],
         data.questions["dev"],

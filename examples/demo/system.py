@@ -38,7 +38,7 @@ class Settings:
     refresh: int = 20
     generator_lr: float = 2e-3
     retriever_lr: float = 1e-3
-    eval_steps: int = 100
+    eval_steps: int = 50
     eval_limit: int = 120
 
 

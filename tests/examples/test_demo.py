@@ -75,7 +75,7 @@ def test_runs_end_to_end(data: DefaultDataset, small: Settings, tmp_path: Path) 
     assert losses[-1] < losses[0] - 0.5
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert "gold passage deleted" in report.table(summary)
-    assert len(report.curve(entries).splitlines()) == 3  # header, two evaluations
+    assert len(report.curve(entries).splitlines()) == 4  # header, at the start, two evaluations
 
 
 def test_retriever_learns_without_labels(data: DefaultDataset, small: Settings) -> None:
