@@ -9,12 +9,13 @@
 Sizes: B questions, K passages per question, T target tokens, H generator hidden, V vocabulary,
 D embedding width, N passages in the index. Bad input raises ValueError naming the argument, what
 was expected and what came; what only the values of a CUDA tensor can tell is not looked at there.
-No function waits for a GPU. None supports double backward: it raises RuntimeError.
+No function waits for a GPU. None supports double backward or forward-mode differentiation: both
+raise RuntimeError. `torch.set_float32_matmul_precision` is obeyed: whoever allows TF32 gets it in
+logits and in `mips_topk`, whose order is then that of the rounded products, not in `doc_scores`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -82,9 +83,10 @@ def doc_scores(
         (doc_scores, log_prior). A question without any passage has log_prior -inf throughout.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, K = 0, tau is not positive, or (on a CPU)
-            a row is outside [-1, N).
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+        ValueError: shapes, dtypes or devices disagree, K = 0, tau is not positive (a tensor: on a
+            CPU), or (on a CPU) a row is outside [-1, N).
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
+            forward-mode differentiation.
 
     Note:
         Maths in float32, also under autocast. Deterministic. Backends: triton (CUDA), torch.
@@ -123,25 +125,26 @@ def doc_scores(
             f"({checks.show(passage_emb)})"
         )
     checks.check_device(query_emb=query_emb, passage_emb=passage_emb, rows=rows)
+    checks.check_tau(tau)
+    checks.check_no_tangent(
+        "doc_scores", query_emb, passage_emb, tau if isinstance(tau, Tensor) else None
+    )
     if isinstance(tau, Tensor):
-        if tau.dim() or not tau.is_floating_point():
-            raise ValueError(
-                f"tau: expected a positive number or a 0-d tensor, got {checks.show(tau)}"
-            )
         dtype = torch.promote_types(torch.float32, query_emb.dtype)
         query_emb, tau = query_emb.to(dtype) / tau.to(dtype), 1.0
-    elif not (tau > 0 and math.isfinite(tau)):
-        raise ValueError(f"tau: expected a positive number, got {tau}")
     if passage_emb.dim() == 2 and rows is not None:
-        if passage_emb.shape[0] == 0:
+        n_rows = passage_emb.shape[0]
+        if n_rows == 0:
             raise ValueError(
                 f"passage_emb: expected at least one row, got {checks.show(passage_emb)}"
             )
-        checks.check_rows(rows, passage_emb.shape[0])
+        checks.check_rows(rows, n_rows)
         if torch.is_grad_enabled() and passage_emb.requires_grad:
             # Two questions may share a row; torch's own indexing adds their gradients up in a
             # fixed order, which a scatter inside the op could not.
-            passage_emb = passage_emb[rows.clamp(min=0)]
+            passage_emb = passage_emb[rows.clamp(0, n_rows - 1)]
+            # Only a GPU gets here with such a row; NaN as in the op, not a fault.
+            passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
     scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau))
     return (scores, log_prior) if return_log_prior else scores
 
@@ -180,7 +183,8 @@ def token_logp(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or (on a CPU) a label is outside [0, V).
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
+            forward-mode differentiation.
 
     Note:
         Maths in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the workspace.
@@ -201,6 +205,7 @@ def token_logp(
             f"hidden: expected at least one passage, got K = 0 ({checks.show(hidden)})"
         )
     checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
+    checks.check_no_tangent("token_logp", hidden, weight, bias)
     return _token_logp(hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index)
 
 
@@ -257,7 +262,8 @@ def rag_token_nll(
             differentiable. With "none" it multiplies the result.
         valid_rows: positions b * T + t whose label counts, ascending, padded with -1. `[R]`,
             int32. Lets a GPU skip the others without asking for their number; a CPU finds them
-            itself, and only checks.
+            itself, and only checks. On a GPU an example of which a label is not listed, or is
+            listed twice, has loss NaN.
         return_posterior: whether to return log p(z | x, y_t) as well.
 
     Returns:
@@ -268,7 +274,8 @@ def rag_token_nll(
     Raises:
         ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
             [0, V) or a score is NaN or +inf (message names the place).
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
+            forward-mode differentiation.
 
     Note:
         Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
@@ -363,7 +370,8 @@ def rag_sequence_nll(
     Raises:
         ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
             [0, V) or a score is NaN or +inf (message names the place).
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward.
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
+            forward-mode differentiation.
 
     Note:
         As `rag_token_nll`. Hugging Face's RagSequenceForGeneration adds the prior at the second
@@ -422,7 +430,8 @@ def mips_topk(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, k < 1, the index is empty, or (on a CPU) a
-            query or a row of the index is not finite (message names the row).
+            query or a row of the index is not finite (message names the row) or an inner product
+            overflows float32.
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
 
     Note:
@@ -444,6 +453,7 @@ def mips_topk(
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
     if exclude is not None:
+        checks.check_tensor("exclude", exclude)
         if exclude.dtype == torch.bool:
             checks.check_shape("exclude", exclude, (index_emb.shape[0],), "[N]")
         else:
@@ -479,6 +489,7 @@ def _rag_nll(
             f"doc_scores: expected at least one passage per question, got K = 0 "
             f"({checks.show(doc_scores)})"
         )
+    checks.check_tensor("hidden", hidden)
     if hidden.dim() == 3:
         checks.check_shape("hidden", hidden, (n_examples * n_passages, None, None), "[B*K, T, H]")
         hidden = hidden.unflatten(0, (n_examples, n_passages))
@@ -508,6 +519,7 @@ def _rag_nll(
         example_weight=example_weight,
         valid_rows=valid_rows,
     )
+    checks.check_no_tangent("marginal_nll", hidden, weight, bias, doc_scores, example_weight)
     deferred = reduction == "none"
     total, nll, log_posterior, *_ = _marginal_nll(
         hidden,
@@ -540,7 +552,8 @@ def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """total / normalizer, and 0 with gradient 0 where the normalizer is 0."""
     if not isinstance(normalizer, Tensor):
         return total / normalizer if normalizer > 0 else total * 0.0
-    normalizer = normalizer.to(device=total.device, dtype=total.dtype).reshape(())
+    # To a GPU without waiting; back from one the host has to wait anyhow.
+    normalizer = normalizer.to(total.device, total.dtype, non_blocking=total.is_cuda).reshape(())
     empty = normalizer == 0
     return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)
 

@@ -79,7 +79,7 @@ def _doc_scores_fwd_kernel(
     readable = mask_k
     offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k  # [BLOCK_K]
     if HAS_ROWS:
-        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
+        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k.to(tl.int64) * stride_rows_k
         row = tl.load(rows_ptrs, mask=mask_k, other=-1).to(tl.int64)  # [BLOCK_K]
         present = row >= 0
         readable = present
@@ -161,7 +161,7 @@ def _doc_scores_dquery_kernel(
     readable = present
     offs_passage = pid_b * stride_passage_b + offs_k.to(tl.int64) * stride_passage_k  # [BLOCK_K]
     if GATHER:
-        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k * stride_rows_k
+        rows_ptrs = rows_ptr + pid_b * stride_rows_b + offs_k.to(tl.int64) * stride_rows_k
         row = tl.load(rows_ptrs, mask=present, other=0).to(tl.int64)  # [BLOCK_K]
         readable = present & (row < N)
         offs_passage = row * stride_passage_k

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -55,25 +55,38 @@ def availability() -> dict[str, str]:
     return {name: why_not(name) for name in NAMES}
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    unfit: Mapping[str, str] | None = None,
+) -> str:
     """Returns the name of the backend that runs `op` on tensors of this device and dtype.
+
+    `unfit` maps the backends that this very call is not for to the reason, such as its sizes.
 
     Raises:
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced:
-        reason = _refusal(forced, op, device, dtype)
+        reason = _refusal(forced, op, device, dtype, unfit or {})
         if reason:
             raise RuntimeError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
         return forced
     for name in _PREFERENCE.get(device.type, ("torch",)):
-        if not _refusal(name, op, device, dtype):
+        if not _refusal(name, op, device, dtype, unfit or {}):
             return name
     raise RuntimeError(f"no backend can run {op} on {device}")
 
 
-def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype | None) -> str:
+def _refusal(
+    name: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    unfit: Mapping[str, str],
+) -> str:
     reason = why_not(name)
     if reason:
         return reason
@@ -84,7 +97,7 @@ def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype | None
             return f"triton needs CUDA tensors, got {device} (TRITON_INTERPRET=1 lifts this)"
         if dtype == torch.float64:
             return "the triton kernels compute in float32, got float64"
-    return ""
+    return unfit.get(name, "")
 
 
 @functools.cache

@@ -6,6 +6,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at the values of x: those of a GPU would have to be waited for."""
+    return x.device.type == "cpu"
 
 
 def show(x: object) -> str:
@@ -69,11 +75,12 @@ def check_head(
     if bias is not None:
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "[V]")
-    if not math.isfinite(logit_scale):
+    # Comparisons, unlike math.isfinite, may be traced with a symbolic number by torch.compile.
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if softcap is None:
         return None
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     return float(softcap)
 
@@ -93,13 +100,36 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
             raise ValueError(
                 f"normalizer: expected a number or a 0-d tensor, got {show(normalizer)}"
             )
-    elif not (normalizer >= 0 and math.isfinite(normalizer)):
+        if torch.compiler.is_compiling() or not readable(normalizer):
+            return
+        normalizer = float(normalizer.detach())
+    if not 0.0 <= normalizer < math.inf:
         raise ValueError(f"normalizer: expected a number of at least 0, got {normalizer}")
+
+
+def check_tau(tau: float | Tensor) -> None:
+    if isinstance(tau, Tensor):
+        if tau.dim() or not tau.is_floating_point():
+            raise ValueError(f"tau: expected a positive number or a 0-d tensor, got {show(tau)}")
+        if torch.compiler.is_compiling() or not readable(tau):
+            return
+        tau = float(tau.detach())
+    if not 0.0 < tau < math.inf:
+        raise ValueError(f"tau: expected a positive number, got {tau}")
+
+
+def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
+    """Refuses forward-mode differentiation, which an op without a formula for it drops silently."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"fastrag::{op} does not support forward-mode differentiation")
 
 
 def check_rows(rows: Tensor, n: int) -> None:
     # A value check breaks a compiled graph; the kernels then guard memory, not the user.
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not readable(rows):
         return
     bad = (rows < -1) | (rows >= n)
     if bool(bad.any()):

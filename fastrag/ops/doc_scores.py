@@ -21,6 +21,9 @@ from fastrag.ops.grads import once_differentiable
 
 backends.register("doc_scores", ("triton", "torch"))
 
+# One program of the Triton kernel holds all the scores of a question.
+TRITON_MAX_PASSAGES = 1024
+
 
 @torch.library.custom_op(
     "fastrag::doc_scores",
@@ -31,7 +34,8 @@ def doc_scores(
     query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
-    if backends.choose("doc_scores", query_emb.device, _dtype(query_emb, passage_emb)) == "triton":
+    n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
+    if _backend(query_emb.device, _dtype(query_emb, passage_emb), n_passages) == "triton":
         from fastrag.kernels.doc_scores import doc_scores_fwd
 
         return doc_scores_fwd(query_emb, passage_emb, rows, tau)
@@ -66,7 +70,7 @@ def doc_scores_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
     args = (dscores, dlog_prior, log_prior, query_emb, passage_emb, rows, tau, need_dq, need_dp)
-    if backends.choose("doc_scores", query_emb.device, log_prior.dtype) == "triton":
+    if _backend(query_emb.device, log_prior.dtype, log_prior.shape[1]) == "triton":
         from fastrag.kernels.doc_scores import doc_scores_bwd
 
         return doc_scores_bwd(*args)
@@ -91,6 +95,13 @@ def _(
     )
 
 
+def _backend(device: torch.device, dtype: torch.dtype, n_passages: int) -> str:
+    unfit = {}
+    if n_passages > TRITON_MAX_PASSAGES:
+        unfit["triton"] = f"its kernel takes K of at most {TRITON_MAX_PASSAGES}, got {n_passages}"
+    return backends.choose("doc_scores", device, dtype, unfit)
+
+
 def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
     return workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, passage_emb.dtype))
 
@@ -112,7 +123,8 @@ def _torch_forward(
     with workspace.without_autocast(query_emb.device):
         vectors = _gather(passage_emb, rows, dtype)
         query = query_emb.to(dtype)
-        scores = torch.bmm(vectors, query.unsqueeze(2)).squeeze(2) / tau
+        # No matrix product: one would round to TF32 or bfloat16 where the user allows that.
+        scores = (vectors * query.unsqueeze(1)).sum(2) / tau
         if rows is None:
             return scores, scores.log_softmax(1)
         missing = rows < 0
@@ -148,7 +160,7 @@ def _torch_backward(
         dq, dp = query_emb.new_empty(0), passage_emb.new_empty(0)
         if need_dq:
             vectors = _gather(passage_emb, rows, dtype)
-            dq = torch.bmm(ds.unsqueeze(1), vectors).squeeze(1).to(query_emb.dtype)
+            dq = (ds.unsqueeze(2) * vectors).sum(1).to(query_emb.dtype)
         if need_dp:
             dp = (ds.unsqueeze(2) * query_emb.to(dtype).unsqueeze(1)).to(passage_emb.dtype)
         return dq, dp

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, workspace
+from fastrag.ops import backends, checks, workspace
 from fastrag.ops.grads import once_differentiable
 from fastrag.ops.linear_head import (
     HeadGradients,
@@ -102,6 +102,8 @@ def marginal_nll(
         )
         run.run()
         nll, log_posterior, ddoc_scores = run.results()
+        if run.unlisted is not None:
+            nll = nll.masked_fill(run.unlisted, torch.nan)
         weighted = nll if example_weight is None else nll * run.example_weight
         dscores = ddoc_scores if need_ds else ddoc_scores.new_empty(0)
         return (weighted.sum(), nll, log_posterior, *sums.results(), dscores)
@@ -147,7 +149,7 @@ class _Marginal:
         self.live = present.any(1)  # [B]: an example without passages has no likelihood
         self.log_prior = torch.where(present, scores.log_softmax(1), -torch.inf)
         counted = labels != ignore_index
-        check_valid_rows(valid_rows, counted)
+        self.unlisted = None if valid_rows is None else check_valid_rows(valid_rows, counted)
         bad = check_labels(labels, counted, head.vocab_size)
         labels = torch.where(bad, 0, labels)
         counted = counted & self.live.unsqueeze(1)
@@ -158,6 +160,9 @@ class _Marginal:
             if example_weight is None
             else example_weight.to(head.dtype)
         )
+        if self.unlisted is not None:
+            # Gradients of which a part is missing must not look like gradients.
+            self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
         self.positions = Positions(hidden, labels, counted, present, valid_rows, head.dtype)
         rows = self.n_passages * head.buffers() + self.smoothing_rows()
         position_bytes = rows * head.vocab_size * head.dtype.itemsize
@@ -354,7 +359,7 @@ def check_scores(scores: Tensor) -> None:
     Raises:
         ValueError: if one is NaN or +inf.
     """
-    if scores.device.type != "cpu":
+    if not checks.readable(scores):
         return
     bad = scores.isnan() | (scores == torch.inf)
     if bool(bad.any()):

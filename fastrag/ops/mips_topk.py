@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, workspace
+from fastrag.ops import backends, checks, workspace
 
 backends.register("mips_topk", ("torch",))
 
@@ -63,7 +63,7 @@ def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
     Raises:
         ValueError: naming the first row that is not.
     """
-    if values.device.type != "cpu":
+    if not checks.readable(values):
         return
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
@@ -75,15 +75,15 @@ def _keys(query: Tensor, index_emb: Tensor, part: slice, exclude: Tensor | None)
     """The keys [B, n] of the rows `part`; `_NOTHING` where the row is excluded."""
     n = part.stop - part.start
     block = index_emb[part].to(query.dtype)
-    scores = query @ block.t()
-    if scores.device.type == "cpu" and not bool(scores.isfinite().all()):
+    scores = (query @ block.t()).float()
+    if checks.readable(scores) and not bool(scores.isfinite().all()):
         check_finite("index_emb", block, part.start)
         raise ValueError(
-            f"index_emb: expected inner products within float range, got an overflow in rows "
+            f"index_emb: expected inner products within float32 range, got an overflow in rows "
             f"{part.start} to {part.stop - 1}"
         )
     # Adding zero turns -0.0 into +0.0, which compares equal and must tie.
-    bits = (scores.float() + 0.0).view(torch.int32)
+    bits = (scores + 0.0).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of int32 = order of float32
     rows = torch.arange(part.start, part.stop, device=query.device)
     keys = (bits.long() << 32) | (_ROW_MASK - rows)

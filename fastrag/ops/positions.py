@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrag.ops import checks
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -47,11 +49,11 @@ class Positions:
         # The entry behind the last position is where the padding of valid_rows points.
         self.counted = torch.nn.functional.pad(counted.reshape(-1), (0, 1))
         self.per_example: list[int] | None = None
-        if hidden.device.type == "cpu":
+        if checks.readable(hidden):
             self.index = counted.reshape(-1).nonzero().squeeze(1)
             self.per_example = counted.sum(1).tolist()
         elif valid_rows is not None:
-            self.index = torch.where(valid_rows < 0, self.n_positions, valid_rows).long()
+            self.index = _padded(valid_rows, self.n_positions)
         else:
             self.index = torch.arange(self.n_positions, device=hidden.device)
             self.per_example = [n_tokens] * n_examples
@@ -86,7 +88,7 @@ def check_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
         ValueError: on a CPU, where looking costs nothing, if there is any.
     """
     bad = counted & ((labels < 0) | (labels >= vocab_size))
-    if labels.device.type == "cpu" and bool(bad.any()):
+    if checks.readable(labels) and bool(bad.any()):
         b, t = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"labels: expected values in [0, {vocab_size}) or ignore_index, "
@@ -95,14 +97,17 @@ def check_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
     return bad
 
 
-def check_valid_rows(valid_rows: Tensor | None, counted: Tensor) -> None:
-    """Checks on a CPU that valid_rows lists the counted positions in ascending order.
+def check_valid_rows(valid_rows: Tensor, counted: Tensor) -> Tensor:
+    """Returns the bool mask [B] of examples whose counted positions are not each listed once.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: on a CPU, if valid_rows is not the counted positions in ascending order.
     """
-    if valid_rows is None or valid_rows.device.type != "cpu":
-        return
+    if not checks.readable(valid_rows):
+        listed = _padded(valid_rows, counted.numel())
+        times = torch.zeros(counted.numel() + 1, dtype=torch.int32, device=counted.device)
+        times.scatter_add_(0, listed, torch.ones_like(listed, dtype=torch.int32))
+        return ((times[:-1].view(counted.shape) != 1) & counted).any(1)
     listed = valid_rows[valid_rows >= 0].long()
     expected = counted.reshape(-1).nonzero().squeeze(1)
     if not torch.equal(listed, expected):
@@ -110,3 +115,10 @@ def check_valid_rows(valid_rows: Tensor | None, counted: Tensor) -> None:
             f"valid_rows: expected the ascending positions b * T + t of the {expected.numel()} "
             f"labels that count, padded with -1, got {listed.numel()} positions that differ"
         )
+    return torch.zeros_like(counted[:, 0])
+
+
+def _padded(valid_rows: Tensor, n_positions: int) -> Tensor:
+    """valid_rows with every entry that is no position, -1 among them, sent behind the last one."""
+    inside = (valid_rows >= 0) & (valid_rows < n_positions)
+    return torch.where(inside, valid_rows, n_positions).long()

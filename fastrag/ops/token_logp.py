@@ -149,6 +149,7 @@ class _Walk:
         z, tanh = self.head.logits(chunk.x)
         stats = exp_rows_(z, chunk.gold, with_mean=False)
         row_weight = torch.where(self.per_row(chunk.counts), -grad[chunk.row], 0.0)
+        row_weight = row_weight.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
         draw = self.head.chain_(dlogits_(z, chunk.gold, stats, row_weight, 0.0), tanh)
         sums.add(draw, chunk.x, chunk.row)
 

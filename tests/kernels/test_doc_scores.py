@@ -9,6 +9,7 @@ from torch import Tensor
 import fastrag.functional as F
 from fastrag import reference
 from fastrag.ops import backends
+from fastrag.ops.doc_scores import TRITON_MAX_PASSAGES
 from fastrag.testing import assert_close
 
 triton = pytest.importorskip("triton")
@@ -142,6 +143,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 
 def test_more_passages_than_the_largest_block() -> None:
+    assert blocks(TRITON_MAX_PASSAGES)["BLOCK_K"] == TRITON_MAX_PASSAGES
     with pytest.raises(ValueError, match="expected K of at most 1024, got 1025"):
         blocks(1025)
 

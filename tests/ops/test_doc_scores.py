@@ -6,7 +6,8 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
-from fastrag.ops.doc_scores import doc_scores, doc_scores_backward
+from fastrag.ops import backends
+from fastrag.ops.doc_scores import TRITON_MAX_PASSAGES, doc_scores, doc_scores_backward
 from fastrag.testing import assert_close
 
 TAU = 0.5
@@ -116,12 +117,61 @@ def test_one_passage_and_large_scores() -> None:
     torch.testing.assert_close(prior.exp(), torch.full((1, 3), 1 / 3), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("index_grad", [False, True])
+def test_blind_row_beyond_the_index_is_nan(index_grad: bool, blind: None) -> None:
+    """Where values may not be looked at, such a row is NaN for its question and no fault."""
+    query, index, rows = inputs()
+    index.requires_grad_(index_grad)
+    rows[1, 2] = len(index) + 7
+    scores, prior = both(query, index, rows)
+    assert scores[1, 2].isnan() and prior[1].isnan().all()
+    assert not scores[[0, 2]].isnan().any() and not prior[[0, 2]].isnan().any()
+    grad = torch.autograd.grad(finite(prior).square().sum(), query)[0]
+    assert grad[[0, 2]].isfinite().all() and grad[1].isnan().all()
+
+
+def test_more_passages_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU then runs the torch implementation; only a forced kernel is an error."""
+    seen = []
+    monkeypatch.setattr(backends, "why_not", lambda name: "")  # as on a machine with a GPU
+    monkeypatch.setattr(
+        backends, "choose", lambda *a, _f=backends.choose: (seen.append(a), _f(*a))[1]
+    )
+    for n_passages in (TRITON_MAX_PASSAGES, TRITON_MAX_PASSAGES + 1):
+        both(torch.randn(1, 2, requires_grad=True), torch.randn(1, n_passages, 2), None)
+    fitting, too_many = seen
+    gpu = torch.device("cuda")
+    assert backends.choose("doc_scores", gpu, *fitting[2:]) == "triton"
+    assert backends.choose("doc_scores", gpu, *too_many[2:]) == "torch"
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="cannot run doc_scores: its kernel takes K of at most"):
+        backends.choose("doc_scores", gpu, *too_many[2:])
+
+
 def test_under_autocast() -> None:
     """Scores in bfloat16 at tau = .05 would be off by .05 nats."""
     query, index, rows = inputs(torch.float32)
     expected = F.doc_scores(query, index, rows=rows, tau=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(F.doc_scores(query, index, rows=rows, tau=0.05), expected)
+
+
+def test_under_reduced_matmul_precision() -> None:
+    """Trainers switch TF32 on for the generator; scores are float32 all the same, to the bit."""
+    query, index = torch.randn(16, 512, requires_grad=True), torch.randn(90, 512)
+    rows = torch.randint(90, (16, 8))
+
+    def step() -> tuple[Tensor, Tensor]:
+        scores = F.doc_scores(query, index, rows=rows, tau=0.05)
+        return scores, torch.autograd.grad(scores.square().sum(), query)[0]
+
+    expected, before = step(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = step()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_strided_inputs() -> None:
@@ -153,6 +203,26 @@ def test_compile() -> None:
     torch.testing.assert_close(*grads)
 
 
+def test_compile_with_changing_tau() -> None:
+    query, index, rows = inputs()
+    compiled = torch.compile(F.doc_scores, fullgraph=True, backend="aot_eager")
+    for tau in (1.0, 0.5, 0.25, torch.tensor(0.5, dtype=torch.float64)):
+        found = compiled(query, index, rows=rows, tau=tau)
+        torch.testing.assert_close(found, F.doc_scores(query, index, rows=rows, tau=tau))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_forward_mode_is_refused(place: int) -> None:
+    query, index, rows = inputs()
+    args = [query.detach(), index]
+
+    def f(x: Tensor) -> Tensor:
+        return F.doc_scores(*[x if i == place else args[i] for i in (0, 1)], rows=rows)
+
+    with pytest.raises(RuntimeError, match="doc_scores does not support forward-mode"):
+        torch.func.jvp(f, (args[place],), (torch.ones_like(args[place]),))
+
+
 def test_double_backward_is_refused() -> None:
     query, index, rows = inputs()
     scores = finite(F.doc_scores(query, index, rows=rows))
@@ -176,6 +246,8 @@ def test_double_backward_is_refused() -> None:
         ({"rows": torch.full((3, 4), 9)}, r"rows: expected values in \[0, 9\).* got 9 at \[0, 0"),
         ({"rows": torch.full((3, 4), -2)}, r"rows: expected values in .* got -2 at \[0, 0\]"),
         ({"tau": 0.0}, "tau: expected a positive number, got 0.0"),
+        ({"tau": float("nan")}, "tau: expected a positive number, got nan"),
+        ({"tau": torch.tensor(-1.0)}, "tau: expected a positive number, got -1.0"),
         ({"tau": torch.ones(1)}, "tau: expected a positive number or a 0-d tensor"),
     ],
 )

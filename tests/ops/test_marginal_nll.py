@@ -287,6 +287,94 @@ def test_valid_rows(marginal: str) -> None:
 
 
 @both
+@smoothings
+@pytest.mark.parametrize("listed", [False, True], ids=["all positions", "valid_rows"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_blind(
+    marginal: str,
+    smoothing: float,
+    listed: bool,
+    shape: tuple[int, ...],
+    workspace: str,
+    blind: None,
+) -> None:
+    """Positions that do not count are visited, examples are cut anywhere: the same in the end."""
+    p = make(shape, head="softcap")
+    with torch.no_grad():
+        if shape[0] > 1:
+            p.doc_scores[1] = -torch.inf  # its positions stand in valid_rows all the same
+        p.hidden[0, :, p.labels[0] == IGNORE] = torch.nan
+    valid = torch.nn.functional.pad((p.labels != IGNORE).view(-1).nonzero()[:, 0], (0, 9), value=-1)
+    options = {**p.head(), "label_smoothing": smoothing, "valid_rows": valid if listed else None}
+    loss, posterior = OPS[marginal](*p.args(), **options, reduction="none", return_posterior=True)
+    finite = p.to(torch.float64)
+    finite.hidden = p.hidden.detach().nan_to_num(0.0).requires_grad_()
+    true, true_posterior = oracle(marginal, finite, smoothing)
+    torch.testing.assert_close(loss, true, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(posterior, true_posterior, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(loss)
+    found, expected = grads(loss, p, upstream), grads(true, finite, upstream)
+    found_mean = grads(OPS[marginal](*p.args(), **options), p)
+    expected_mean = grads(
+        reference.reduce(oracle(marginal, finite, smoothing)[0], p.labels), finite
+    )
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found_mean[name], expected_mean[name], rtol=1e-11, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("what", ["label", "score", "infinite score"])
+def test_blind_bad_values_are_nan(marginal: str, what: str, workspace: str, blind: None) -> None:
+    """The example's loss and gradients are NaN, and those of the other as if it were alone."""
+    p = make()
+    with torch.no_grad():
+        if what == "label":
+            p.labels[1, 2] = 7
+        else:
+            p.doc_scores[1, 0] = torch.nan if what == "score" else torch.inf
+    loss = OPS[marginal](*p.args(), reduction="none")
+    alone = OPS[marginal](p.hidden[:1], p.weight, p.labels[:1], p.doc_scores[:1], reduction="none")
+    assert loss[1].isnan()
+    torch.testing.assert_close(loss[:1], alone)
+    found = grads(OPS[marginal](*p.args()), p)
+    assert found["hidden"][1].isnan().any() and found["doc_scores"][1].isnan().any()
+    assert found["hidden"][0].isfinite().all() and found["doc_scores"][0].isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("kind", ["beyond", "lacking", "twice"])
+def test_blind_wrong_valid_rows_are_nan(
+    marginal: str, kind: str, workspace: str, blind: None
+) -> None:
+    """A list that is not that of the labels is no fault in memory and no silently wrong loss."""
+    p = make()
+    expected = OPS[marginal](*p.args(), reduction="none")
+    valid = [0, 1, 2, 4, 5, 6, 7]  # of 2 * 4 positions; 3 is ignored
+    valid[-1] = {"beyond": 8, "lacking": -1, "twice": 6}[kind]
+    rows = torch.tensor(valid, dtype=torch.int32)
+    loss = OPS[marginal](*p.args(), reduction="none", valid_rows=rows)
+    assert loss[1].isnan()
+    torch.testing.assert_close(loss[0], expected[0])
+    found = grads(OPS[marginal](*p.args(), valid_rows=rows), p)
+    assert found["hidden"][1].isnan().any() and found["weight"].isnan().any()
+    assert found["doc_scores"][1].isnan().all() and found["doc_scores"][0].isfinite().all()
+
+
+@both
+@smoothings
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 3, 0), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_empty(marginal: str, smoothing: float, sizes: tuple[int, ...], reduction: str) -> None:
+    p = make((*sizes, 5, 7), padding=False, missing=False)
+    options = {"reduction": reduction, "label_smoothing": smoothing, "return_posterior": True}
+    loss, posterior = OPS[marginal](*p.args(), **options)
+    assert loss.shape == (sizes[:1] if reduction == "none" else ()) and (loss == 0).all()
+    assert posterior.shape == (sizes if marginal == "token" else sizes[:2])
+    assert all((grad == 0).all() for grad in grads(loss.sum(), p).values())
+
+
+@both
 def test_hugging_face_layout(marginal: str) -> None:
     p = make()
     flat = p.hidden.flatten(0, 1)
@@ -387,6 +475,33 @@ def test_double_backward_is_refused(marginal: str, reduction: str, leaf: str) ->
 
 
 @both
+@pytest.mark.parametrize("leaf", ["hidden", "weight", "doc_scores", "example_weight"])
+def test_forward_mode_is_refused(marginal: str, leaf: str) -> None:
+    """Without a refusal the tangent would be dropped: a derivative of 0, and no word about it."""
+    p = make()
+    inputs = {**p.leaves(), "example_weight": torch.ones(2, dtype=torch.float64)}
+    inputs = {name: x.detach() for name, x in inputs.items()}
+
+    def loss(x: Tensor) -> Tensor:
+        return OPS[marginal](labels=p.labels, **{**inputs, leaf: x})
+
+    with pytest.raises(RuntimeError, match="marginal_nll does not support forward-mode"):
+        torch.func.jvp(loss, (inputs[leaf],), (torch.ones_like(inputs[leaf]),))
+
+
+@both
+def test_vmap_is_refused_where_gradients_are_wanted(marginal: str) -> None:
+    """vmap loops over an op below autograd: values are right, gradients would be lost."""
+    p = make()
+    hidden = torch.stack([p.hidden.detach(), 2.0 * p.hidden.detach()]).requires_grad_()
+    loss = torch.func.vmap(lambda x: OPS[marginal](x, *p.args()[1:]))(hidden)
+    expected = [OPS[marginal](x, *p.args()[1:]) for x in hidden]
+    torch.testing.assert_close(loss, torch.stack(expected))
+    with pytest.raises(RuntimeError, match="was told not to differentiate input 0"):
+        torch.autograd.grad(loss.sum(), hidden)
+
+
+@both
 def test_activation_checkpoint(marginal: str) -> None:
     p = make()
     expected = grads(OPS[marginal](*p.args()), p)
@@ -455,6 +570,22 @@ def test_compile(marginal: str, reduction: str) -> None:
 
 
 @both
+def test_compile_with_changing_sizes_and_settings(marginal: str) -> None:
+    """The second size or setting is a symbol to the compiler, and no reason for a graph break."""
+
+    def loss(p: Problem, softcap: float, smoothing: float, normalizer: float) -> Tensor:
+        options = {"softcap": softcap, "label_smoothing": smoothing, "normalizer": normalizer}
+        return OPS[marginal](torch.tanh(p.hidden), *p.args()[1:], **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape, *settings in (((2, 3, 4, 5, 7), 2.0, 0.1, 3.0), ((3, 2, 6, 5, 9), 3.0, 0.2, 4.0)):
+        p = make(shape)
+        expected, found = loss(p, *settings), compiled(p, *settings)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(grads(found, p), grads(expected, p))
+
+
+@both
 def test_deterministic(marginal: str) -> None:
     p = make(SHAPES["odd"]).to(torch.float32)
     first = grads(OPS[marginal](*p.args()), p)
@@ -481,6 +612,7 @@ BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
     [
         ({"hidden": torch.zeros(2, 4, 4, 5)}, r"hidden: expected \[B, K, T, H\].*\[2, 4, 4, 5\]"),
         ({"hidden": torch.zeros(5, 4, 5)}, r"hidden: expected \[B\*K, T, H\].*\[6, \*, \*\]"),
+        ({"hidden": [1.0]}, "hidden: expected a tensor, got list"),
         ({"hidden": torch.zeros(2, 3, 4, 5).long()}, "hidden: expected a floating point dtype"),
         ({"weight": torch.zeros(7, 6)}, r"weight: expected \[V, H\] .*\[\*, 5\], got \[7, 6\]"),
         ({"weight": torch.zeros(0, 5)}, "weight: expected at least one vocabulary entry"),
@@ -498,6 +630,7 @@ BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\)"),
         ({"reduction": "avg"}, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
         ({"normalizer": -1.0}, "normalizer: expected a number of at least 0"),
+        ({"normalizer": torch.tensor(-1.0)}, "normalizer: expected a number of at least 0, got -1"),
         ({"normalizer": torch.ones(2)}, "normalizer: expected a number or a 0-d tensor"),
         ({"normalizer": 3, "reduction": "sum"}, "normalizer: expected None with reduction 'sum'"),
         ({"example_weight": torch.ones(3)}, r"example_weight: expected \[B\] with sizes \[2\]"),

@@ -101,6 +101,14 @@ def test_names_the_row_that_is_not_finite(bad: float, blocks: None) -> None:
         F.mips_topk(index, query, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_names_an_overflow(dtype: torch.dtype, blocks: None) -> None:
+    """A score of -inf would be taken for a missing passage, also where only float32 overflows."""
+    index = torch.tensor([[1.0], [-1e30]], dtype=dtype)
+    with pytest.raises(ValueError, match="inner products within float32 range, got an overflow"):
+        F.mips_topk(torch.full((1, 1), 1e30, dtype=dtype), index, 2)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -110,6 +118,7 @@ def test_names_the_row_that_is_not_finite(bad: float, blocks: None) -> None:
         ((torch.zeros(2, 3), torch.zeros(5, 3), 2.0), "k: expected a whole number"),
         ((torch.zeros(3), torch.zeros(5, 3), 1), r"query_emb: expected \[B, D\], got \[3\]"),
         ((torch.zeros(2, 3).int(), torch.zeros(5, 3), 1), "query_emb: expected a floating"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 1, [0]), "exclude: expected a tensor, got list"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(4).bool()), r"exclude: .*\[5\]"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(3, 1).long()), r"exclude: .*\[2"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.zeros(2, 1)), "exclude: expected int64"),

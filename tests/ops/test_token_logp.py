@@ -97,6 +97,28 @@ def test_ignored_labels() -> None:
     assert (run(p) == 0).all()
 
 
+def test_blind(workspace: str, blind: None) -> None:
+    """Where values may not be looked at, a bad label gives NaN, forward and backward."""
+    p = problem(SHAPES["odd"], "softcap")
+    with torch.no_grad():
+        p.hidden[0, :, -1] = torch.nan  # ignored
+    expected = run(p)
+    assert (expected[0, :, -1] == 0).all()
+    upstream = torch.randn_like(expected)
+    clean = head_grads(expected, p, upstream)
+    true = p.to(torch.float64)
+    true.hidden = p.hidden.detach().nan_to_num(0.0).requires_grad_()
+    torch.testing.assert_close(expected, oracle(true), rtol=1e-12, atol=1e-12)
+    for name, grad in head_grads(oracle(true), true, upstream).items():
+        torch.testing.assert_close(clean[name], grad, rtol=1e-11, atol=1e-12)
+    p.labels[1, 2] = 131
+    out = run(p)
+    assert out[1, :, 2].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()
+    found = head_grads(out, p, upstream)
+    assert found["hidden"][1, :, 2].isnan().all() and found["weight"].isnan().any()
+    assert torch.equal(found["hidden"][[0, 2]], clean["hidden"][[0, 2]])
+
+
 def test_strided_inputs() -> None:
     p = problem(SHAPES["odd"])
     expected = run(p)
@@ -149,6 +171,22 @@ def test_double_backward_is_refused() -> None:
     grad = torch.autograd.grad(run(p).sum(), p.hidden, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="token_logp does not support double backward"):
         torch.autograd.grad(grad.square().sum(), p.hidden)
+
+
+def test_forward_mode_is_refused() -> None:
+    p = problem()
+    with pytest.raises(RuntimeError, match="token_logp does not support forward-mode"):
+        torch.func.jvp(
+            lambda x: F.token_logp(x, p.weight, p.labels), (p.hidden,), (torch.ones_like(p.hidden),)
+        )
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 3, 0)], ids=str)
+def test_empty(sizes: tuple[int, ...]) -> None:
+    p = make((*sizes, 5, 7), padding=False, missing=False)
+    out = run(p)
+    assert out.shape == sizes
+    assert all((grad == 0).all() for grad in head_grads(out, p, out).values())
 
 
 def test_composes_into_the_marginal() -> None:
