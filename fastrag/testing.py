@@ -37,7 +37,8 @@ def assert_close(
         norm: factor for the norm of the error.
         peak: factor for the largest error.
         floor: relative error that is always allowed, for where plain torch happens to be exact.
-            Default: 4 units of rounding of the dtype of actual.
+            Default: 4 units of rounding of the dtype of actual, 1 in 16 bits, where a unit is
+            a percent and a result is rounded once, at the end.
         scale: size of the terms whose difference the result is, where they may cancel: no
             algorithm on rounded terms errs less than their rounding.
         name: what to call the result in the message.
@@ -56,7 +57,8 @@ def assert_close(
             f"{plain.dtype}"
         )
     if floor is None:
-        floor = 4 * torch.finfo(actual.dtype).eps
+        info = torch.finfo(actual.dtype)
+        floor = (1 if info.bits == 16 else 4) * info.eps
     got, base, true = (x.detach().double() for x in (actual, plain, oracle))
     infinite = true.isinf()
     if not torch.equal(got[infinite], true[infinite]) or not got[~infinite].isfinite().all():
