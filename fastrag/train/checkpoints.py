@@ -73,6 +73,7 @@ def begin_folder(target: Path) -> Path:
     Returns:
         The folder to write into.
     """
+    recover_folder(target)
     staging = staging_folder(target)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -103,13 +104,28 @@ def commit_folder(target: Path) -> None:
     """
     staging = staging_folder(target)
     _sync(staging)
-    old = target.with_name(f".{target.name}.old")
+    old = _aside(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(staging, target)
     _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Bring back a folder that `commit_folder` had set aside when its process was killed.
+
+    Args:
+        target: the folder; nothing happens when it is there.
+    """
+    old = _aside(target)
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
@@ -122,9 +138,7 @@ def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
     if not root.is_dir():
         return
     for path in root.glob(".checkpoint-*.old"):
-        target = root / path.name[1 : -len(".old")]
-        if not target.exists():
-            os.rename(path, target)
+        recover_folder(root / path.name[1 : -len(".old")])
     for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old"):
         for path in root.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

@@ -44,7 +44,10 @@ def test_commit_replaces_in_one_step(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", ["resumed", "another is written"])
+def test_killed_between_the_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
     target = complete(tmp_path, 1)
     module.begin_folder(target)
     rename = os.rename
@@ -59,6 +62,9 @@ def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             module.commit_folder(target)
     assert not target.exists()
+    if again == "another is written":
+        module.begin_folder(target)
+        assert (target / module.STATE).is_file()
     module.remove_leftovers(tmp_path)
     assert module.checkpoints(tmp_path) == [target]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
