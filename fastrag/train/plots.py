@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrag.train.files import replacing
+
 
 def plot_curve(
     entries: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = ""
@@ -63,11 +65,9 @@ def plot_curve(
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, target)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return True
 
 

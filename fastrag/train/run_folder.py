@@ -8,10 +8,11 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastrag.train.files import replacing
 
 PACKAGES = (
     "torch",
@@ -77,7 +78,9 @@ def write_versions(path: str | os.PathLike[str]) -> None:
     Args:
         path: the file.
     """
-    Path(path).write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(versions(), indent=1) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _git(folder: str | os.PathLike[str], *command: str) -> str | None:
