@@ -174,7 +174,7 @@ def print_table(before: dict[str, Any], after: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, train, measure again."""
     config = make_config(args)
-    model = build_model(config)
+    model = build_model(config, resume=args.resume)
     collator = build_collator(model, config)
     trainer = RagTrainer(model, config, collator, list(read_questions(config.train_questions)))
     questions = dev_questions(args.data, args.eval_limit)

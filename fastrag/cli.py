@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def _train(arguments: argparse.Namespace) -> int:
     trainer = train_run(config, arguments.resume)
     if trainer.last_evaluation is not None:
         _print_metrics(trainer.last_evaluation)
-    print(f"model: {config.output_dir}/model")
+    state = trainer.state
+    best = f" (of step {state.best_global_step}, the best by {config.best_metric})"
+    print(f"model: {config.output_dir}/model{best if state.best_model_checkpoint else ''}")
     return 0
 
 
@@ -166,6 +169,8 @@ def _index_verify(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in an existing folder, got {arguments.out}")
     model = _load_model(arguments)
     from fastrag.eval import evaluate
     from fastrag.train.build import collator_for, load_questions

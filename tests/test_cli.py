@@ -77,6 +77,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = fastrag(folder, "train", "train.yaml")
     assert trained.returncode == 0, trained.stderr
     assert "model: run/model" in trained.stdout and "recall@1" in trained.stdout
+    (folder / "plain" / "model").mkdir(parents=True)  # a run without checkpoints
     return folder
 
 
@@ -189,6 +190,16 @@ BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "
         (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean n_docs?"),
         (("train", "train.yaml", "--set", "n_docs=0"), "n_docs: expected an integer >= 1, got 0"),
         (("train", "train.yaml"), "run holds checkpoints"),
+        (("train", "train.yaml", "--set", "output_dir=plain"), "the model of a finished run"),
+        (("train", "train.yaml", "--set", "best_metric=exact"), "recall@5, got 'exact'"),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "report_to=[nothing]"),
+            "report_to: expected reporters that are installed here",
+        ),
+        (
+            ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "no/p.jsonl"),
+            "--out: expected a file in an existing folder, got no/p.jsonl",
+        ),
         (("train", "train.yaml", "--resume", "--set", "n_docs=2"), "n_docs: expected 3 as in"),
         (
             ("train", "train.yaml", "--resume", "--set", "output_dir=nix"),
@@ -331,6 +342,50 @@ def test_training_with_an_index_that_changes(
     capsys.readouterr()
     assert main(["ask", "--model", "joint", "what colour does ada like ?"]) == 0
     assert "the house of" in capsys.readouterr().out
+
+
+def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    drawn: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "fastrag.train.plots.plot_curve", lambda entries, path: drawn.append(entries)
+    )
+    # of equal values the first is the best one: with every passage retrieved they all are
+    best = ("best_metric=recall@12", "eval_ks=[12]", "n_docs=12", "output_dir=best")
+    assert main(["train", "train.yaml", *(word for each in best for word in ("--set", each))]) == 0
+    out = capsys.readouterr().out
+    assert "step 0  recall@12 1  em" in out  # before training, when there is no bar yet
+    assert "model: best/model (of step 3, the best by recall@12)" in out
+    entries = read_metrics(project / "best" / "metrics.jsonl")
+    by_step = {each["step"]: each["eval_loss"] for each in entries if "eval_loss" in each}
+    assert by_step.keys() == {0, 3, 6}
+    assert entries[-1]["eval_best_loss"] == pytest.approx(by_step[3])
+    assert entries[-1]["eval_best_loss"] != pytest.approx(by_step[6])
+    last = ("eval_steps=null", "save_steps=null", "output_dir=last")
+    assert main(["train", "train.yaml", *(word for each in last for word in ("--set", each))]) == 0
+    entries = read_metrics(project / "last" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "eval_em" in each] == [0, 6]
+    assert drawn[-1] == entries  # with the evaluation after training
+
+
+def test_index_of_another_encoder_is_noticed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    other = tiny.encoder(tiny.word_tokenizer("bert"), seed=5)
+    other.save_pretrained("other")
+    tiny.word_tokenizer("bert").save_pretrained("other")
+    settings = ("question_encoder=other", "output_dir=foreign", "steps=1", "eval_questions=null")
+    command = ["train", "train.yaml", *(w for each in settings for w in ("--set", each))]
+    assert main(command) == 0
+    assert (
+        "index: its vectors are not those of the passage encoder other" in capsys.readouterr().err
+    )
+    again = ("--set", "output_dir=known", "--set", "passage_encoder=encoder")
+    assert main([*command, *again]) == 0
+    assert "its vectors" not in capsys.readouterr().err
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

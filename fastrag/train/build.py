@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 INDEX_FOLDER = "index"
 PASSAGES_FOLDER = "passages"
 _DEFAULT = "default"
+# How far a stored vector may point away from a fresh one: storage in half precision stays above.
+_SAME_ENCODER_COSINE = 0.99
 
 
 def load_passages(source: str) -> list[Passage] | Iterable[Passage]:
@@ -275,14 +278,16 @@ def load_index(
     return index, store
 
 
-def build_model(config: RagConfig, progress: bool = True) -> RagModel:
+def build_model(config: RagConfig, progress: bool = True, *, resume: bool = False) -> RagModel:
     """Load or build everything that a config names and join it into a RagModel.
 
-    Without `index`, the corpus is encoded into the run folder.
+    Without `index`, the corpus is encoded into the run folder. Sets the random seed, which what
+    starts from random values, such as LoRA, depends on.
 
     Args:
         config: the settings.
         progress: show progress bars.
+        resume: the model is for a run that goes on: an index in the run folder is taken as it is.
 
     Returns:
         The model, on the CPU.
@@ -290,8 +295,12 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
     Raises:
         ValueError: a part is missing or does not fit the others.
     """
+    import torch
+    from transformers import set_seed
+
     from fastrag.nn import RagModel, TextEncoder
 
+    set_seed(config.seed)
     passage_folder = config.passage_encoder or config.question_encoder
     question_encoder = TextEncoder.from_pretrained(
         _local_folder("question_encoder", config.question_encoder), role="query"
@@ -303,11 +312,14 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
     template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))
+    built = Path(config.output_dir) / INDEX_FOLDER
     if config.index is not None:
         index, passages = load_index(config.index)
+    elif resume and built.is_dir():
+        index, passages = load_index(built)
     else:
         index, passages = build_index(
-            Path(config.output_dir) / INDEX_FOLDER,
+            built,
             load_passages(config.corpus),
             passage_encoder,
             template=template,
@@ -315,8 +327,10 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
             generator_tokenizer=generator_tokenizer,
             max_passage=config.max_passage,
             batch_size=config.encode_batch_size,
+            device="cuda" if config.device == "auto" and torch.cuda.is_available() else None,
             progress=progress,
         )
+        passage_encoder.to("cpu")
     model = RagModel(
         question_encoder,
         passage_encoder,
@@ -337,6 +351,8 @@ def build_model(config: RagConfig, progress: bool = True) -> RagModel:
         explore_tau=config.explore_tau,
         label_smoothing=config.label_smoothing,
     )
+    if config.index is not None and not resume:
+        _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -393,6 +409,25 @@ def collator_for(
         question_max_length=_shortest(max_question, encoder.max_length),
         answer_choice="random" if answer_choice == "random" else "first",
     )
+
+
+def _warn_of_another_encoder(
+    index: FlatIndex, passages: PassageStore, encoder: TextEncoder, folder: str
+) -> None:
+    """Encode a few passages and compare: nothing else tells two encoders of one width apart."""
+    import torch
+
+    rows = torch.linspace(0, len(index) - 1, 16).long().unique()
+    fresh = encode_passages(encoder, passages, rows=rows)
+    stored = index.index_emb[rows].float()
+    cosine = float(torch.cosine_similarity(fresh, stored).median())
+    if not cosine >= _SAME_ENCODER_COSINE:
+        warnings.warn(
+            f"index: its vectors are not those of the passage encoder {folder} (median cosine "
+            f"{cosine:.2f}); set passage_encoder to the encoder that it was built with, or build "
+            "it anew",
+            stacklevel=3,
+        )
 
 
 def _shortest(*lengths: int | None) -> int | None:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.train.collation import ResumableCollator
+from fastrag.train.files import replacing
 from fastrag.train.signals import SignalGuard
 from fastrag.train.statistics import StepStatistics
 
@@ -218,9 +220,9 @@ class MetricsFileCallback(TrainerCallback):
         else:
             kept = [each for each in read_metrics(self.path) if each["step"] <= state.global_step]
         self._before = None
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        with replacing(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def on_log(
         self,
@@ -244,8 +246,8 @@ class MetricsFileCallback(TrainerCallback):
 class CurveCallback(TrainerCallback):
     """Draws loss, recall@k and EM over steps into the run folder (nothing without matplotlib).
 
-    Drawn after evaluations, but not so often that drawing takes more than a twentieth of the
-    time, and at the end of training.
+    Drawn after evaluations, but during training not so often that drawing takes more than a
+    twentieth of the time, and at the end of training.
 
     Args:
         metrics: the `metrics.jsonl` to draw from.
@@ -287,6 +289,7 @@ class CurveCallback(TrainerCallback):
         """Draw the whole run."""
         if state.is_world_process_zero:
             self.draw()
+            self._next = 0.0  # an evaluation after training belongs to the picture as well
 
 
 class TerminalCallback(ProgressCallback):
@@ -298,6 +301,8 @@ class TerminalCallback(ProgressCallback):
         >>> TerminalCallback.line({"eval_em": 0.5, "epoch": 2.0}, step=30)
         'step 30  em 0.5'
     """
+
+    training_bar: Any
 
     @staticmethod
     def line(logs: dict[str, Any], step: int) -> str:
@@ -332,9 +337,13 @@ class TerminalCallback(ProgressCallback):
     ) -> None:
         """Write the line above the bar."""
         if state.is_world_process_zero and logs:
-            line = self.line(logs, state.global_step)
-            if self.training_bar is not None:
-                self.training_bar.write(line)
+            tqdm.write(self.line(logs, state.global_step))
+
+    def close(self) -> None:
+        """Take the bar away after an error, so that its message starts on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

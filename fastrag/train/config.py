@@ -12,12 +12,15 @@ import difflib
 import importlib.util
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fastrag.train.files import replacing
 
 # What may differ when a run resumes: it changes how long and how a run is watched, not what it
 # trains.
@@ -45,6 +48,7 @@ FREE_ON_RESUME = (
 PRECISIONS = ("fp32", "bf16", "fp16")
 MARGINALS = ("token", "sequence")
 ANSWER_CHOICES = ("first", "random")
+BEST_METRICS = ("em", "f1", "loss")
 POSITIVE = (
     "n_docs",
     "batch_size",
@@ -239,6 +243,7 @@ class RagConfig:
         _require("adam_betas", len(self.adam_betas) == 2, "two numbers", self.adam_betas)
         _check_refresh(self.refresh)
         _check_lora(self.lora)
+        _check_best_metric(self.best_metric, self.eval_ks)
         if self.early_stopping is not None and self.best_metric is None:
             raise ValueError(
                 "early_stopping: expected best_metric to be set as well, for example em; got null"
@@ -365,12 +370,9 @@ class RagConfig:
         Example:
             >>> RagConfig(question_encoder="a", generator="b").save("c.yaml")  # doctest: +SKIP
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_text(
-            yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
-        os.replace(temporary, target)
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def training_arguments(self) -> Any:
         """Give the `transformers.TrainingArguments` that these settings stand for.
@@ -379,18 +381,22 @@ class RagConfig:
             TrainingArguments; fields under `training` win over ours.
 
         Raises:
-            ValueError: a key under `training` is not a field of TrainingArguments.
+            ValueError: a key under `training` is not a field of TrainingArguments, or a reporter
+                is not installed.
 
         Example:
             >>> args = RagConfig("a", "b", output_dir="runs/x", steps=5).training_arguments()
             >>> args.max_steps, args.remove_unused_columns
             (5, False)
         """
+        import torch
         from transformers import TrainingArguments
 
         report_to = self.report_to
         if report_to is None:
             report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        else:
+            _check_reporters(report_to)
         evaluate = self.eval_questions is not None and self.eval_steps is not None
         best = self.best_metric is not None and evaluate
         save_steps = self.eval_steps if best else self.save_steps
@@ -429,7 +435,8 @@ class RagConfig:
             "remove_unused_columns": False,
             "disable_tqdm": False,
             "restore_callback_states_from_checkpoint": self.early_stopping is not None,
-            "dataloader_pin_memory": self.device != "cpu",
+            # without a GPU, torch warns at every start of a data loader
+            "dataloader_pin_memory": self.device != "cpu" and torch.cuda.is_available(),
         }
         known = {each.name: each for each in dataclasses.fields(TrainingArguments)}
         for key in self.training:
@@ -483,6 +490,27 @@ def _check_refresh(word: str) -> None:
     except ValueError as error:
         message = str(error)
         raise ValueError(message if "refresh" in message else f"refresh: {message}") from None
+
+
+def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
+    # transformers would find the mistake at the first evaluation, after hours perhaps
+    recalls = [f"recall@{k}" for k in sorted(eval_ks)]
+    if name is not None and name not in (*BEST_METRICS, *recalls):
+        expected = ", ".join((*BEST_METRICS, *recalls))
+        more = "; eval_ks says which k are measured" if re.match(r"recall@\d+$", name) else ""
+        raise ValueError(f"best_metric: expected one of {expected}, got {name!r}{more}")
+
+
+def _check_reporters(names: list[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in (*installed, "all", "none"):
+            raise ValueError(
+                f"report_to: expected reporters that are installed here "
+                f"({', '.join(installed) or 'none'}), got {name!r}"
+            )
 
 
 def _check_lora(lora: dict[str, Any] | None) -> None:

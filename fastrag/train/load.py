@@ -14,6 +14,7 @@ from fastrag.nn import RagModel
 from fastrag.train.build import INDEX_FOLDER, build_model, load_index
 from fastrag.train.checkpoints import STATE, read_index, read_weights
 from fastrag.train.config import RagConfig
+from fastrag.train.files import replacing
 
 if TYPE_CHECKING:
     from fastrag.index import FlatIndex, PassageStore
@@ -60,7 +61,8 @@ def write_predictions(path: str | os.PathLike[str], result: EvalResult) -> None:
         result: what `evaluate` returned.
     """
     lines: Iterable[str] = (json.dumps(_plain(each)) + "\n" for each in result.predictions)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagModel:
@@ -72,7 +74,7 @@ def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagMod
         config.index = os.fspath(index)
     elif config.index is None:
         config.index = str(path.parent / INDEX_FOLDER)
-    model = build_model(config, progress=False)
+    model = build_model(config, progress=False, resume=True)
     read_weights(model, path)
     if index is None:
         read_index(model, path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from transformers import set_seed
-
-from fastrag.train.build import INDEX_FOLDER, build_collator, build_model, load_questions
+from fastrag.train.build import build_collator, build_model, load_questions
 from fastrag.train.checkpoints import checkpoints
 from fastrag.train.config import RagConfig
-from fastrag.train.load import CONFIG_FILE, write_predictions
+from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER, write_predictions
 from fastrag.train.trainer import RagTrainer
 
 
@@ -25,8 +22,8 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         The trainer; `last_evaluation` holds the final answers.
 
     Raises:
-        ValueError: the run folder holds another run, there is nothing to resume, or a part or file
-            is not as expected.
+        ValueError: the run folder holds another run, finished or not, there is nothing to resume,
+            or a part or file is not as expected.
         TrainingInterrupted: a signal came; its checkpoint is on disk.
     """
     run = Path(config.output_dir)
@@ -37,13 +34,14 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
             f"output_dir: expected a new run folder, {run} holds checkpoints; "
             "resume that run or choose another folder"
         )
-    set_seed(config.seed)
+    elif (run / MODEL_FOLDER).exists():
+        raise ValueError(
+            f"output_dir: expected a new run folder, {run} holds the model of a finished run; "
+            "choose another folder"
+        )
     questions = load_questions(config.train_questions)
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
-    started = dataclasses.replace(config)
-    if resume and config.index is None and (run / INDEX_FOLDER).is_dir():
-        started.index = str(run / INDEX_FOLDER)  # built when the run began
-    model = build_model(started)
+    model = build_model(config, resume=bool(resume))
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
     if config.index_device == "auto":
         model.index.to(trainer.args.device)
@@ -53,7 +51,9 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if eval_questions is not None:
-        trainer.evaluate()
+        # a point of the curve only if these are the weights of the last step
+        prefix = "eval_best" if trainer.state.best_model_checkpoint else "eval"
+        trainer.evaluate(metric_key_prefix=prefix)
         if trainer.last_evaluation is not None:
             write_predictions(run / "predictions.jsonl", trainer.last_evaluation)
     return trainer

@@ -192,6 +192,9 @@ class RagTrainer(Trainer):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             finally:
                 self.remove_callback(callback)
+                for each in self.callback_handler.callbacks:
+                    if isinstance(each, TerminalCallback):
+                        each.close()
         step = self.state.global_step
         if guard.received is not None and step < self.state.max_steps:
             folder = run / f"checkpoint-{step}"

@@ -132,6 +132,8 @@ def test_training_arguments(tmp_path: Path) -> None:
     assert args.report_to == [] and args.remove_unused_columns is False
     by_loss = make(eval_questions="d", eval_steps=5, best_metric="loss").training_arguments()
     assert by_loss.greater_is_better is False
+    with pytest.raises(ValueError, match="report_to: expected reporters .*, got 'nothing'"):
+        make(report_to=["nothing"]).training_arguments()
     wrong = make(training={"max_stepz": 3})
     with pytest.raises(ValueError, match="training.max_stepz: unknown .* mean training.max_steps"):
         wrong.training_arguments()
