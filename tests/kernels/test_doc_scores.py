@@ -128,6 +128,48 @@ def test_strided_inputs() -> None:
     assert torch.equal(dq, again)
 
 
+def test_strided_fresh_passages() -> None:
+    query, index, rows = inputs(SHAPES["two blocks of D"], torch.float32)
+    fresh = index[rows.clamp(min=0)]
+    wide = torch.randn(2, 140)[:, ::2].copy_(query)
+    turned = fresh.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not wide.is_contiguous() and not turned.is_contiguous()
+    expected = doc_scores_fwd(query, fresh, rows, TAU)
+    up = torch.randn(9, 2).t()
+    for found, want in zip(doc_scores_fwd(wide, turned, rows, TAU), expected, strict=True):
+        assert torch.equal(found, want)
+    found = doc_scores_bwd(up, up, expected[1], wide, turned, rows, TAU, True, True)
+    want = doc_scores_bwd(*[up.contiguous()] * 2, expected[1], query, fresh, rows, TAU, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_nan_upstream_of_a_missing_passage_ends_there() -> None:
+    query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    fresh = index[rows.clamp(min=0)]
+    prior = doc_scores_fwd(query, fresh, rows, TAU)[1]
+    up = torch.ones_like(prior)
+    want = doc_scores_bwd(up, up, prior, query, fresh, rows, TAU, True, True)
+    bad = up.masked_fill(rows < 0, torch.nan)
+    found = doc_scores_bwd(bad, bad, prior, query, fresh, rows, TAU, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert (found[1][rows < 0] == 0).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["question", "passage"])
+def test_fresh_offsets_beyond_two_to_the_31(axis: int) -> None:
+    storage = torch.UntypedStorage(2 * (2 * (1 << 30) + 8))  # float16
+    shape, strides = [1, 1, 8], [8, 8, 1]
+    shape[axis], strides[axis] = 3, 1 << 30
+    fresh = torch.tensor([], dtype=torch.float16).set_(storage, 0, shape, strides)
+    fresh.copy_(torch.tensor([1.0, 2.0, 3.0]).view([3 if i == axis else 1 for i in range(3)]))
+    query = torch.ones(shape[0], 8).half()
+    scores, prior = doc_scores_fwd(query, fresh, None, 1.0)
+    assert scores.flatten().tolist() == [8.0, 16.0, 24.0]
+    ones = torch.ones_like(prior)
+    dq, _ = doc_scores_bwd(ones, None, prior, query, fresh, None, 1.0, True, False)
+    assert dq.sum(0).tolist() == [6.0] * 8
+
+
 def test_offsets_beyond_two_to_the_31() -> None:
     """Row and stride fit 32 bits, their product does not. Untouched pages cost nothing."""
     n, stride = 2050, 1 << 20

@@ -100,6 +100,20 @@ def test_missing_is_minus_infinity_and_never_read() -> None:
     assert all(g.isfinite().all() for g in grads) and (grads[1][rows < 0] == 0).all()
 
 
+def test_entropy_of_the_prior() -> None:
+    """p log p is 0 * -inf where a passage is missing, and so NaN upstream, which must end there."""
+    query, index, rows = inputs()
+    prior = both(query, index, rows)[1]
+    upstream = torch.where(prior == -torch.inf, torch.nan, 1.0 + prior)
+    found = torch.autograd.grad(prior, query, upstream)[0]
+    expected = torch.autograd.grad(
+        both(query, index, rows)[1], query, torch.where(prior == -torch.inf, 0.0, upstream)
+    )[0]
+    assert torch.equal(found, expected) and found.isfinite().all()
+    scores = F.doc_scores(query, index, rows=rows)
+    assert torch.autograd.grad(scores, query, upstream)[0].isfinite().all()
+
+
 def test_all_missing() -> None:
     query, index, rows = inputs()
     rows[2] = -1

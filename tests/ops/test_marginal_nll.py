@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
+from fastrag.ops.linear_head import LinearHead
 from fastrag.ops.marginal_nll import marginal_nll
 from fastrag.testing import assert_close, cpu_memory
 
@@ -511,12 +512,18 @@ def test_activation_checkpoint(marginal: str) -> None:
 
 
 @both
-def test_no_grad_computes_no_gradients(marginal: str) -> None:
+@smoothings
+def test_no_grad_computes_no_gradients(
+    marginal: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = make(SHAPES["odd"])
+    expected = OPS[marginal](*p.args(), label_smoothing=smoothing).detach()
+    monkeypatch.setattr(LinearHead, "chain_", None)  # every gradient passes through it
+    with pytest.raises(TypeError):
+        OPS[marginal](*p.args(), label_smoothing=smoothing)
     with torch.no_grad():
-        loss = OPS[marginal](*p.args())
-    torch.testing.assert_close(loss, OPS[marginal](*p.args()).detach())
-    assert not loss.requires_grad
+        loss = OPS[marginal](*p.args(), label_smoothing=smoothing)
+    assert torch.equal(loss, expected) and not loss.requires_grad
 
 
 @both

@@ -79,6 +79,13 @@ def test_batch_of_one_and_strides(blocks: None) -> None:
         same(F.mips_topk(query[b : b + 1], index, 6), tuple(x[b : b + 1] for x in expected))
 
 
+def test_under_autocast(blocks: None) -> None:
+    query, index = torch.randn(7, 33), torch.randn(200, 33)
+    expected = F.mips_topk(query, index, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(F.mips_topk(query, index, 9), expected)
+
+
 def test_no_gradient() -> None:
     query = torch.randn(2, 3, requires_grad=True)
     assert not F.mips_topk(query, torch.randn(5, 3), 2)[0].requires_grad
