@@ -64,6 +64,25 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def require_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
+    """Refuse to start a run where another one left checkpoints.
+
+    They count by their steps: rotation would delete the new run's for the older run's later ones,
+    and a resume would take those.
+
+    Args:
+        run_dir: the run folder.
+
+    Raises:
+        ValueError: it holds checkpoints.
+    """
+    if checkpoints(run_dir):
+        raise ValueError(
+            f"output_dir: expected a new run folder, {run_dir} holds checkpoints; "
+            "resume that run or choose another folder"
+        )
+
+
 def begin_folder(target: Path) -> Path:
     """Make the empty hidden sibling folder that `commit_folder` will rename to the target.
 

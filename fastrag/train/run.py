@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastrag.train.build import build_collator, build_model, load_questions
-from fastrag.train.checkpoints import checkpoints
+from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER, write_predictions
 from fastrag.train.trainer import RagTrainer
@@ -29,16 +29,8 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     run = Path(config.output_dir)
     if resume:
         _check_resumable(config, run)
-    elif checkpoints(run):
-        raise ValueError(
-            f"output_dir: expected a new run folder, {run} holds checkpoints; "
-            "resume that run or choose another folder"
-        )
-    elif (run / MODEL_FOLDER).exists():
-        raise ValueError(
-            f"output_dir: expected a new run folder, {run} holds the model of a finished run; "
-            "choose another folder"
-        )
+    else:
+        _check_new(run)
     questions = load_questions(config.train_questions)
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     model = build_model(config, resume=bool(resume))
@@ -57,6 +49,15 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         if trainer.last_evaluation is not None:
             write_predictions(run / "predictions.jsonl", trainer.last_evaluation)
     return trainer
+
+
+def _check_new(run: Path) -> None:
+    require_no_checkpoints(run)
+    if (run / MODEL_FOLDER).exists():
+        raise ValueError(
+            f"output_dir: expected a new run folder, {run} holds the model of a finished run; "
+            "choose another folder"
+        )
 
 
 def _check_resumable(config: RagConfig, run: Path) -> None:

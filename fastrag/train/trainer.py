@@ -35,6 +35,7 @@ from fastrag.train.checkpoints import (
     read_index,
     read_weights,
     remove_leftovers,
+    require_no_checkpoints,
     rotate,
     staging_folder,
     write_index,
@@ -175,10 +176,13 @@ class RagTrainer(Trainer):
 
         Raises:
             TrainingInterrupted: a signal came; its checkpoint is on disk.
-            ValueError: there is no such checkpoint, or it belongs to another configuration.
+            ValueError: there is no such checkpoint, or it belongs to another configuration; or a
+                run starts where another one left checkpoints.
         """
         run = Path(self.args.output_dir)
         checkpoint = self._resolve(resume_from_checkpoint)
+        if checkpoint is None:
+            require_no_checkpoints(run)
         if self.is_world_process_zero():
             run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run)

@@ -180,6 +180,8 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="another configuration"):
         resumable(tmp_path, joint=True).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="expected a new run folder, .* holds checkpoints"):
+        resumable(tmp_path, joint=False).train()  # its checkpoint-4 would give way to checkpoint-10
     with pytest.raises(ValueError, match="expected a checkpoint in .*empty, found none"):
         resumable(tmp_path / "empty", joint=False).train(resume_from_checkpoint=True)
 
