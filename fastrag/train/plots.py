@@ -57,7 +57,8 @@ def plot_curve(
     for name, points in shares.items():
         label = name.removeprefix("eval_")
         label = label.upper() if label in ("em", "f1") else label
-        right.plot(*points, label=label, marker=".")
+        # dashed: where answers are one word long, F1 is EM and would hide it
+        right.plot(*points, label=label, marker=".", linestyle="--" if label == "F1" else "-")
     right.set(xlabel="step", ylim=(0.0, 1.02))
     if shares:
         right.legend(loc="lower right")
