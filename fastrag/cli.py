@@ -53,11 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", INTERRUPTED)
     except BrokenPipeError:
         return 0  # the reader, for example head, has seen enough
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("FASTRAG_DEBUG") == "1":
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("FASTRAG_DEBUG") == "1" or not _is_user_error(error):
             raise
         print(f"fastrag: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether the user can mend it: any RuntimeError but that of a forced backend is a fault."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from fastrag.ops.backends import BackendError
+
+    return isinstance(error, BackendError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from fastrag.cli import main
 from fastrag.train.callbacks import read_metrics
@@ -177,7 +179,24 @@ def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
         paths[name] = str(path)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"id": "a", "text": "é"}\n'.encode("latin-1"))
-    return paths | {"latin.jsonl": str(latin)}
+    paths["latin.jsonl"] = str(latin)
+    for name, damage in (("holed", drop_a_weight), ("torn", tear)):
+        shutil.copytree(project / "generator", tmp_path / name)
+        damage(tmp_path / name / "model.safetensors")
+        paths[f"generator={name}"] = f"generator={tmp_path / name}"
+    mute = tmp_path / "mute.jsonl"
+    mute.write_text('{"id": "a", "question": "who?"}\n')
+    return paths | {"train_questions=mute": f"train_questions={mute}"}
+
+
+def drop_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights.pop(max(weights, key=lambda name: weights[name].numel()))
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "--out", "new")
@@ -208,6 +227,14 @@ BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
             "generator: expected a local model folder, got 'nix'",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=holed"),
+            "got missing_keys",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=torn"),
+            "expected a readable generator",
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),
@@ -277,6 +304,34 @@ def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
         "fastrag: error: model: expected a model, a run or a checkpoint, nowhere has no "
         "rag_config.json\n"
     )
+
+
+def test_questions_without_answers_do_not_train(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(project)
+    questions = damaged(project, tmp_path)["train_questions=mute"]
+    arguments = ["train", "train.yaml", "--set", f"output_dir={tmp_path}/run", "--set", questions]
+    assert main(arguments) == 2
+    assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("triton", "cannot run"), ("zzz", "no backend")])
+def test_forced_backend_that_cannot_run(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("FASTRAG_BACKEND", name)
+    assert main(["ask", "--model", "run", "--device", "cpu", "what?"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastrag: error: ") and reason in line
 
 
 def test_debug_shows_the_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

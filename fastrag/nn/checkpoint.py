@@ -225,17 +225,17 @@ def _load_generator(
     automatic = AutoModelForSeq2SeqLM if settings["kind"] == "seq2seq" else AutoModelForCausalLM
     loader = generator_class or automatic
     if settings["generator"] == "model":
-        return _load_whole(loader, folder / "generator")
+        return load_whole(loader, folder / "generator")
     from peft import PeftConfig, PeftModel
 
     base = base_generator
     if base is None and settings["generator"] == "adapter on generator_base":
-        base = _load_whole(loader, folder / "generator_base")
+        base = load_whole(loader, folder / "generator_base")
     elif base is None:
         name = PeftConfig.from_pretrained(folder / "generator").base_model_name_or_path
         if not name:
             raise ValueError(f"base_generator: expected the model under the adapter in {folder}")
-        base = _load_whole(loader, name)
+        base = load_whole(loader, name)
     try:
         adapted = PeftModel.from_pretrained(base, folder / "generator", is_trainable=True)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
@@ -243,15 +243,37 @@ def _load_generator(
     return adapted.eval()
 
 
-def _load_whole(loader: Any, folder: str | os.PathLike[str]) -> Any:
-    """Load a generator whose every weight must be in the folder, and none be left over."""
+def load_whole(
+    loader: Any,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = "auto",
+    allow_unexpected: bool = False,
+) -> Any:
+    """Load a generator whose every weight must be in the folder.
+
+    Transformers gives a missing weight random values and says so in a log line at most.
+
+    Args:
+        loader: class with transformers' `from_pretrained`.
+        folder: a local Hugging Face folder.
+        dtype: of the weights; "auto": as they are stored.
+        allow_unexpected: whether the folder may hold weights that the model does not have.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a file cannot be read, or weights are missing, misshapen or left over.
+    """
     try:
         model, report = loader.from_pretrained(
-            folder, local_files_only=True, dtype="auto", output_loading_info=True
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}: expected a readable generator: {error}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    wrong = ["missing_keys", "mismatched_keys", *([] if allow_unexpected else ["unexpected_keys"])]
+    for what in wrong:
         if report[what]:
             raise ValueError(
                 f"{folder}: expected the weights of a {type(model).__name__}, got {what} "

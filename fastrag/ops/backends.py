@@ -21,6 +21,11 @@ NAMES = ("torch", "triton")
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
 _MIN_CAPABILITY = (8, 0)
 
+
+class BackendError(RuntimeError):
+    """A backend was asked for that does not exist or cannot run here; the message says why."""
+
+
 _implemented: dict[str, tuple[str, ...]] = {}
 
 
@@ -43,10 +48,10 @@ def why_not(name: str) -> str:
     """Returns the empty string if backend `name` can run here, else the reason it cannot.
 
     Raises:
-        RuntimeError: there is no backend of that name.
+        BackendError: there is no backend of that name.
     """
     if name not in NAMES:
-        raise RuntimeError(f"no backend is called {name!r}; backends: {', '.join(NAMES)}")
+        raise BackendError(f"no backend is called {name!r}; backends: {', '.join(NAMES)}")
     return _probe(name, interpreting())
 
 
@@ -66,18 +71,18 @@ def choose(
     `unfit` maps the backends that this very call is not for to the reason, such as its sizes.
 
     Raises:
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
+        BackendError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced:
         reason = _refusal(forced, op, device, dtype, unfit or {})
         if reason:
-            raise RuntimeError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
+            raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
         return forced
     for name in _PREFERENCE.get(device.type, ("torch",)):
         if not _refusal(name, op, device, dtype, unfit or {}):
             return name
-    raise RuntimeError(f"no backend can run {op} on {device}")
+    raise BackendError(f"no backend can run {op} on {device}")
 
 
 def _refusal(

@@ -103,14 +103,13 @@ def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = N
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from fastrag.nn.checkpoint import load_whole
+
     kind = AutoModelForSeq2SeqLM if generator_kind(path) == "seq2seq" else AutoModelForCausalLM
-    folder = Path(path)
     try:
-        model = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"generator: expected a readable model folder {folder}: {_first_line(error)}"
-        ) from error
+        model = load_whole(kind, path, dtype=torch.float32, allow_unexpected=True)
+    except ValueError as error:
+        raise ValueError(f"generator: {_first_line(error)}") from error
     return model if lora is None else _with_lora(model, lora)
 
 

@@ -237,6 +237,8 @@ class RagTrainer(Trainer):
         devices, becomes the loss's normalizer: one batch of 8 equals four of 2.
         """
         labels = inputs.get("labels")
+        if labels is None:
+            raise ValueError("train_dataset: expected questions with answers, got none in a batch")
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
