@@ -1,0 +1,60 @@
+"""Imports point downwards only: what is read at import time, layer by layer."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# layer -> the layers that its modules may import when they are imported themselves
+BELOW = {
+    "reference": set(),
+    "kernels": set(),
+    "ops": set(),  # the kernels are imported inside the op, when that backend is chosen
+    "functional": {"ops"},
+    "testing": set(),
+    "data": {"functional", "ops"},
+    "index": {"data", "functional", "ops"},
+    "nn": {"index", "data", "functional", "ops"},
+    "generation": {"nn", "index", "data", "functional", "ops"},
+    "eval": {"generation", "nn", "index", "data", "functional", "ops"},
+    "train": {"eval", "generation", "nn", "index", "data", "functional", "ops"},
+    "info": {"ops"},
+    "cli": set(),  # everything is imported inside the commands, so that --help is quick
+}
+
+
+def files(layer: str) -> list[Path]:
+    if layer == "kernels":
+        return sorted((ROOT / "kernels").glob("*.py"))
+    folder = ROOT / "fastrag" / layer
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of fastrag that a module imports at its top level."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "fastrag":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastrag."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {n.name.split(".")[1] for n in node.names if n.name.startswith("fastrag.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("layer", BELOW)
+def test_imports_point_downwards(layer: str) -> None:
+    assert files(layer), layer
+    for path in files(layer):
+        above = imported(path) - BELOW[layer] - {layer}
+        assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
+
+
+def test_every_module_has_a_layer() -> None:
+    parts = {path.stem for path in (ROOT / "fastrag").iterdir() if not path.stem.startswith("_")}
+    assert parts - {"py"} <= set(BELOW)
