@@ -290,7 +290,10 @@ def doc_scores_bwd(
 
 
 def aot_configs() -> list[AotConfig]:
-    """Every specialisation that the launchers ask for, with unit strides along D."""
+    """What the gate compiles: unit strides along D; queries in float32 or the passages' dtype.
+
+    The backward is compiled for equal dtypes alone: a conversion on load is all that others add.
+    """
     configs = []
     for n_passages in _BLOCKS_K:
         for dtype in ("fp32", "fp16", "bf16"):
