@@ -25,6 +25,7 @@ from fastrag.ops import checks
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
 from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
+from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.token_logp import token_logp as _token_logp
 
 __all__ = ["doc_scores", "mips_topk", "rag_sequence_nll", "rag_token_nll", "token_logp"]
@@ -157,7 +158,7 @@ def token_logp(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Log-probability of every label under every passage, from hidden states and head.
 
@@ -219,7 +220,7 @@ def rag_token_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     example_weight: Tensor | None = None,
@@ -322,7 +323,7 @@ def rag_sequence_nll(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     example_weight: Tensor | None = None,

@@ -10,13 +10,13 @@ import torch
 from fastrag.data.readers import Question, to_question
 from fastrag.data.templates import BoundTemplate, Kind, Template
 from fastrag.data.tokenization import encode_texts, special_frame
+from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # One warp-friendly row block: the kernels read `valid_rows` in whole blocks.
 VALID_ROWS_MULTIPLE = 256
-IGNORE_INDEX = -100
 # transformers says "no limit" with 1e30.
 _NO_MAX_LENGTH = 10**9
 

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from fastrag.data.readers import to_question
 from fastrag.eval.metrics import contains_answer, exact_match, f1
+from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastrag.data import Question, RagCollator
     from fastrag.nn import RagModel
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)

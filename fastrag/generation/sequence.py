@@ -19,11 +19,11 @@ from torch import Tensor
 from fastrag import functional
 from fastrag.nn.heads import base_model
 from fastrag.nn.outputs import RagGeneration
+from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
 
-IGNORE_INDEX = -100
 # Plain greedy search, whatever the model's own generation config says; what greedy search does not
 # read is set to its neutral value, because transformers warns of any other.
 _GREEDY = {

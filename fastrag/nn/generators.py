@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastrag.nn.arguments import check_answers
 from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
-from fastrag.ops.positions import check_labels
+from fastrag.ops.positions import IGNORE_INDEX, check_labels
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
 
@@ -78,7 +78,11 @@ class GeneratorAdapter:
         return self._live_head()
 
     def hidden(
-        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int = -100
+        self,
+        context_ids: Tensor,
+        context_mask: Tensor,
+        labels: Tensor,
+        ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
         """Return the hidden states that predict each label, before the head.
 
@@ -137,9 +141,9 @@ class GeneratorAdapter:
         labels = torch.tensor([[vocab // 4, vocab // 5]], device=device)
         other = torch.tensor([[vocab // 6, vocab // 5]], device=device)
         with evaluating(self.model):
-            inputs = self._inputs(context, torch.ones_like(context), labels, -100)
+            inputs = self._inputs(context, torch.ones_like(context), labels, IGNORE_INDEX)
             hidden = self._captured(heads[0], inputs)
-            changed = self._inputs(context, torch.ones_like(context), other, -100)
+            changed = self._inputs(context, torch.ones_like(context), other, IGNORE_INDEX)
             if not _close(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
                 raise ValueError(
                     f"generator: expected a causal decoder, got {architecture(self.model)}, whose "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastrag import functional
 from fastrag.nn.heads import LMHead
+from fastrag.ops.positions import IGNORE_INDEX
 
 _MARGINALS = {"token": functional.rag_token_nll, "sequence": functional.rag_sequence_nll}
 _OBJECTIVES = ("marginal",)
@@ -55,7 +56,7 @@ class RagLoss(nn.Module):
         objective: str = "marginal",
         *,
         label_smoothing: float = 0.0,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from fastrag.ops import checks
 
+# The label that does not count, where no other is given: as in torch's cross_entropy and in the
+# batches of transformers. The oracle in fastrag/reference.py, which imports nothing, has its own.
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

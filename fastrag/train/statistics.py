@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from fastrag.ops.positions import IGNORE_INDEX
 
 
 class StepStatistics:
