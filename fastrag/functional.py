@@ -121,10 +121,11 @@ def doc_scores(
         n_passages = rows.shape[1]
         rows = rows.long()
     if n_passages == 0:
-        raise ValueError(
-            f"passage_emb: expected at least one passage per question, got K = 0 "
-            f"({checks.show(passage_emb)})"
-        )
+        name = "passage_emb" if passage_emb.dim() == 3 else "rows"
+        sizes = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
+        if rows is not None:
+            sizes += f", rows {checks.show(rows)}"
+        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
     checks.check_device(query_emb=query_emb, passage_emb=passage_emb, rows=rows)
     checks.check_tau(tau)
     checks.check_no_tangent(

@@ -252,10 +252,20 @@ def test_double_backward_is_refused() -> None:
         ({"query_emb": torch.zeros(3, 5).long()}, "query_emb: expected a floating point dtype"),
         ({"passage_emb": torch.zeros(9, 4)}, r"passage_emb: expected \[N, D\].*\[\*, 5\], got"),
         ({"passage_emb": torch.zeros(2, 4, 5)}, r"passage_emb: expected \[B, K, D\].*\[3, \*, 5"),
-        ({"passage_emb": torch.zeros(3, 0, 5), "rows": None}, "K = 0"),
+        (
+            {"passage_emb": torch.zeros(3, 0, 5), "rows": None},
+            r"passage_emb: expected at least one .* K = 0 .*query_emb \[3, 5\].* \[3, 0, 5\]",
+        ),
+        (
+            {"passage_emb": torch.zeros(3, 0, 5), "rows": torch.zeros(3, 0).long()},
+            "passage_emb: expected at least one passage per question",
+        ),
         ({"passage_emb": torch.zeros(0, 5)}, "passage_emb: expected at least one row"),
         ({"rows": None}, r"rows: expected \[B, K\] because passage_emb is the index matrix"),
-        ({"rows": torch.zeros(3, 0).long()}, "K = 0"),
+        (
+            {"rows": torch.zeros(3, 0).long()},
+            r"rows: expected at least one .* K = 0 .*passage_emb \[9, 5\].*rows \[3, 0\] int64",
+        ),
         ({"rows": torch.zeros(3, 4)}, "rows: expected int64 or int32, got .* float32"),
         ({"rows": torch.full((3, 4), 9)}, r"rows: expected values in \[0, 9\).* got 9 at \[0, 0"),
         ({"rows": torch.full((3, 4), -2)}, r"rows: expected values in .* got -2 at \[0, 0\]"),
