@@ -13,6 +13,8 @@
 All rows of a seed start from the same models, after the same cloze warm-up. The BM25 row trains and
 answers with the K best passages by BM25; their BM25 scores are the `doc_scores`, and their
 temperature is learned, from 1. A frozen retriever does not explore: it has nothing to find out.
+Where answers do not depend on questions, no ranking that depends on them helps: *ranked first*, how
+many different passages come first for the test questions, shows a retriever that lost the question.
 
 Every finished row is a file under `<out>/rows`; a second call makes the missing ones only.
 `table.json` and `table.md` hold the means.
@@ -48,17 +50,21 @@ from examples.demo.system import (
 )
 from fastrag import FlatIndex, PassageStore, RagModel
 from fastrag.data import DefaultDataset, Question, default_dataset
+from fastrag.eval import EvalResult
 from fastrag.train import RagTrainer
 from fastrag.train.run_folder import git_state
 
-FIGURES = (
-    "recall@1_before",
-    "recall@1_after",
-    "recall@5_after",
-    "em_after",
-    "em_unseen_wording",
-    "train_seconds",
-)
+# figure -> its heading in the table and how its mean is written there
+FIGURES = {
+    "recall@1_before": ("recall@1 before", ".3f"),
+    "recall@1_after": ("recall@1", ".3f"),
+    "recall@5_after": ("recall@5", ".3f"),
+    "ranked_first_before": ("ranked first before", ".0f"),
+    "ranked_first_after": ("ranked first", ".0f"),
+    "em_after": ("EM", ".3f"),
+    "em_unseen_wording": ("EM, unseen wording", ".3f"),
+    "train_seconds": ("training s", ".0f"),
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -183,7 +189,7 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     data = default_dataset()
     test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
     model = ROWS[row](start)
-    before = measure(model, test, name="before", progress=False).metrics
+    before = measure(model, test, name="before", progress=False)
     out = start.parent / "run" / row.replace(", ", "-").replace(" ", "-")
     config = make_config(settings, out, start=start, progress=False)
     config.eval_steps = None
@@ -200,21 +206,28 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     trainer.train()
     seconds = time.perf_counter() - begin
     trainer.finish_index()
-    after = measure(model, test, name="after", progress=False).metrics
+    after = measure(model, test, name="after", progress=False)
     em_unseen = measure(model, unseen, name="unseen", progress=False).metrics["em"]
     return {
         "row": row,
         "seed": settings.seed,
         "settings": dataclasses.asdict(settings),
-        "recall@1_before": before["recall@1"],
-        "recall@5_before": before["recall@5"],
-        "recall@1_after": after["recall@1"],
-        "recall@5_after": after["recall@5"],
-        "em_after": after["em"],
+        "recall@1_before": before.metrics["recall@1"],
+        "recall@5_before": before.metrics["recall@5"],
+        "recall@1_after": after.metrics["recall@1"],
+        "recall@5_after": after.metrics["recall@5"],
+        "ranked_first_before": n_ranked_first(before),
+        "ranked_first_after": n_ranked_first(after),
+        "em_after": after.metrics["em"],
         "em_unseen_wording": em_unseen,
         "train_seconds": round(seconds, 1),
         "commit": (git_state(ROOT) or {}).get("commit"),
     }
+
+
+def n_ranked_first(result: EvalResult) -> int:
+    """How many different passages are the best one of some question."""
+    return len({each.retrieved[0] for each in result.predictions})
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,17 +254,16 @@ def markdown(table: Sequence[dict[str, Any]], steps: int) -> str:
     lines = [
         f"Held-out facts (test), {steps} steps, mean over seeds {seeds} (least to greatest).",
         "",
-        "| row | recall@1 before | recall@1 | recall@5 | EM | EM, unseen wording | training s |",
-        "|---|---|---|---|---|---|---|",
+        "| row | " + " | ".join(heading for heading, _ in FIGURES.values()) + " |",
+        "|---" * (1 + len(FIGURES)) + "|",
     ]
     for entry in table:
         cells = [entry["row"]]
-        for figure in FIGURES:
-            value = entry[figure]
-            if figure == "train_seconds":
-                cells.append(f"{value['mean']:.0f}")
-            else:
-                cells.append(f"{value['mean']:.3f} ({value['min']:.3f} to {value['max']:.3f})")
+        for figure, (_, digits) in FIGURES.items():
+            mean, least, greatest = (
+                format(entry[figure][key], digits) for key in ("mean", "min", "max")
+            )
+            cells.append(f"{mean} ({least} to {greatest})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
