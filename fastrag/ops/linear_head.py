@@ -1,14 +1,6 @@
-"""The logits of one chunk of rows, their softmax statistics and their gradients, in torch.
+"""A language model head, and the gradients that its chunks of rows add up to.
 
-    z = softcap * tanh(logit_scale * (x W^T + bias) / softcap)      (no softcap: tanh's argument)
-
-`marginal_nll` and `token_logp` own the order of chunks; this module owns what happens to one.
-Every pass overwrites the chunk's single [n, V] buffer:
-
-    logits            z
-    exp_rows_         exp(z - max_v z), and per row: log p(y), 1 / sum, mean_v log p(v)
-    dlogits_          weight * (softmax - target), the gradient of -weight * log p(y)
-    HeadGradients.add the same times the chain factor, contracted with W and x
+HeadGradients.add   contracts the gradient of x W^T + bias with W and x
 """
 
 from __future__ import annotations
@@ -36,10 +28,6 @@ class LinearHead:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
-    def buffers(self) -> int:
-        """How many [n, V] buffers a chunk of n rows needs: the chain factor of softcap is one."""
-        return 1 if self.softcap is None else 2
-
     def weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields (rows of W, those rows in `dtype`); all of W at once where no cast is needed."""
         if self.weight.dtype == self.dtype:
@@ -49,66 +37,6 @@ class LinearHead:
         limit = max(1, workspace.WEIGHT_SLICE_BYTES // row_bytes)
         for part in workspace.even_slices(self.vocab_size, limit):
             yield part, self.weight[part].to(self.dtype)
-
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits [n, V] of the rows x [n, H], and tanh(...) if there is a softcap."""
-        z = x.new_empty(x.shape[0], self.vocab_size)
-        for part, weight in self.weight_slices():
-            torch.mm(x, weight.t(), out=z[:, part])
-        if self.bias is not None:
-            z.add_(self.bias)
-        if self.logit_scale != 1.0:
-            z.mul_(self.logit_scale)
-        if self.softcap is None:
-            return z, None
-        tanh = z.div_(self.softcap).tanh_()
-        return tanh * self.softcap, tanh
-
-    def chain_(self, dz: Tensor, tanh: Tensor | None) -> Tensor:
-        """Turns the gradient of the logits into that of x W^T + bias, in place; consumes `tanh`."""
-        if tanh is not None:
-            dz.mul_(tanh.square_().neg_().add_(1.0))
-        if self.logit_scale != 1.0:
-            dz.mul_(self.logit_scale)
-        return dz
-
-
-@dataclass(frozen=True, slots=True)
-class RowStats:
-    """What one row's softmax leaves behind, all [n]."""
-
-    logp: Tensor  # log p(y)
-    log_sum: Tensor  # log sum_v exp(z_v - max z)
-    mean_logp: Tensor | None  # mean_v log p(v), with label smoothing only
-
-
-def center_rows_(z: Tensor, gold: Tensor) -> Tensor:
-    """z -= max_v z in place; returns the centred logit of `gold` [n].
-
-    Centring before anything is added up is what keeps log p exact for logits around 1e4.
-    """
-    z.sub_(z.amax(1, keepdim=True))
-    return z.gather(1, gold.unsqueeze(1)).squeeze(1)
-
-
-def exp_rows_(z: Tensor, gold: Tensor, *, with_mean: bool) -> RowStats:
-    """Overwrites z [n, V] with exp(z - max_v z) and returns the statistics of each row."""
-    picked = center_rows_(z, gold)
-    mean = z.mean(1) if with_mean else None
-    log_sum = z.exp_().sum(1).log_()
-    return RowStats(picked - log_sum, log_sum, None if mean is None else mean - log_sum)
-
-
-def dlogits_(e: Tensor, gold: Tensor, stats: RowStats, weight: Tensor, smoothing: float) -> Tensor:
-    """Overwrites e = exp(z - max z) with the gradient of -weight * log p~(y) in the logits.
-
-    log p~(y) = (1 - smoothing) log p(y) + smoothing * mean_v log p(v), hence
-    d/dz = weight * (p - smoothing / V - (1 - smoothing) 1[v = y]).
-    """
-    e.mul_((weight * torch.exp(-stats.log_sum)).unsqueeze(1))
-    if smoothing:
-        e.sub_((weight * (smoothing / e.shape[1])).unsqueeze(1))
-    return e.scatter_add_(1, gold.unsqueeze(1), (weight * (smoothing - 1.0)).unsqueeze(1))
 
 
 class HeadGradients:

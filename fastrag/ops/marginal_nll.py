@@ -29,15 +29,9 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
+from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
 from fastrag.ops.grads import once_differentiable
-from fastrag.ops.linear_head import (
-    HeadGradients,
-    LinearHead,
-    RowStats,
-    center_rows_,
-    dlogits_,
-    exp_rows_,
-)
+from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
 from fastrag.ops.token_logp import fake_head_gradients
 
@@ -81,7 +75,7 @@ def marginal_nll(
     unless `deferred`, the second if `deferred`. The gradients are those of total; what is not
     needed comes back empty, and all of them if `deferred`.
     """
-    backends.choose("marginal_nll", hidden.device, hidden.dtype)
+    open_chunk = chunk_logits(backends.choose("marginal_nll", hidden.device, hidden.dtype))
     if deferred:
         need_dx = need_dw = need_db = need_ds = False
     with workspace.without_autocast(hidden.device):
@@ -90,6 +84,7 @@ def marginal_nll(
         sums = HeadGradients(head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
         kind = _Token if marginal == "token" else _Sequence
         run = kind(
+            open_chunk,
             head,
             sums,
             hidden,
@@ -131,6 +126,7 @@ class _Marginal:
 
     def __init__(
         self,
+        open_chunk: type[ChunkLogits],
         head: LinearHead,
         sums: HeadGradients,
         hidden: Tensor,
@@ -141,7 +137,8 @@ class _Marginal:
         smoothing: float,
         ignore_index: int,
     ) -> None:
-        self.head, self.sums, self.smoothing = head, sums, smoothing
+        self.open_chunk, self.head, self.sums = open_chunk, head, sums
+        self.smoothing = smoothing
         self.n_examples, self.n_passages, self.n_tokens, _ = hidden.shape
         scores = doc_scores.to(head.dtype)
         check_scores(scores)
@@ -164,13 +161,12 @@ class _Marginal:
             # Gradients of which a part is missing must not look like gradients.
             self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
         self.positions = Positions(hidden, labels, counted, present, valid_rows, head.dtype)
-        rows = self.n_passages * head.buffers() + self.smoothing_rows()
-        position_bytes = rows * head.vocab_size * head.dtype.itemsize
-        self.limit = workspace.rows_per_chunk(position_bytes, hidden.device)
+        row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
+        self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
 
-    def smoothing_rows(self) -> int:
-        """How many rows of V numbers label smoothing adds to the workspace of one position."""
-        return 0
+    def needs_mixture(self) -> bool:
+        """Whether the marginal distribution is wanted at every word, and not at the label only."""
+        return False
 
     def dense(self, *shape: int) -> Tensor:
         """Zeros with one entry for each position and one that the padding of valid_rows hits."""
@@ -193,9 +189,8 @@ class _Marginal:
 class _Token(_Marginal):
     """nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt); a group is one position."""
 
-    def smoothing_rows(self) -> int:
-        """One for the marginal at every v, one for the share of one passage in it at a time."""
-        return 2 if self.smoothing else 0
+    def needs_mixture(self) -> bool:
+        return bool(self.smoothing)
 
     def run(self) -> None:
         self.log_marginal = self.dense()
@@ -205,68 +200,51 @@ class _Token(_Marginal):
             self._chunk(self.positions.gather(part))
 
     def _chunk(self, chunk: Chunk) -> None:
-        z, tanh = self.head.logits(chunk.x)
-        stats = (
-            self._log_rows_(z, chunk)
-            if self.smoothing
-            else exp_rows_(z, chunk.gold, with_mean=False)
-        )
+        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         counts = chunk.counts.unsqueeze(1)
         prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
+        smooth = share = None
+        if self.smoothing:
+            stats, smooth, share = logits.mixture_statistics(prior)
+        else:
+            stats = logits.statistics()
         joint = torch.where(counts, prior + self.logp(chunk, stats), 0.0)
         log_marginal = joint.logsumexp(1)
         # Not joint - log_marginal: both may be far from 0, and their rounding would go into w.
         log_post = joint.log_softmax(1)
         target = posterior = log_post.exp()
-        upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
-        if self.smoothing:
-            smooth, target = self._smooth_(z, chunk, prior, posterior, upstream)
+        if smooth is not None and share is not None:
             log_marginal = torch.lerp(log_marginal, smooth, self.smoothing)
-        elif self.sums:
-            row_weight = (upstream.unsqueeze(1) * posterior).view(-1)
-            dlogits_(z, chunk.gold, stats, row_weight, 0.0)
+            target = torch.lerp(posterior, share, self.smoothing)
         if self.sums:
-            self.sums.add(self.head.chain_(z, tanh), chunk.x, chunk.row)
+            upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
+            self.sums.add(
+                self._gradient(logits, prior, posterior, target, upstream.unsqueeze(1)),
+                chunk.x,
+                chunk.row,
+            )
         self.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
         self.occupancy[chunk.position] = torch.where(counts, target, 0.0)
         self.log_post[chunk.position] = log_post
 
-    def _log_rows_(self, z: Tensor, chunk: Chunk) -> RowStats:
-        """Overwrites z with log softmax(z), which, unlike exp(z - max z), never underflows."""
-        picked = center_rows_(z, chunk.gold)
-        log_sum = torch.empty_like(picked)
-        for k in range(self.n_passages):
-            log_sum[k :: self.n_passages] = z[k :: self.n_passages].exp().sum(1).log_()
-        z.sub_(log_sum.unsqueeze(1))
-        return RowStats(picked - log_sum, log_sum, None)
+    def _gradient(
+        self,
+        logits: ChunkLogits,
+        prior: Tensor,
+        posterior: Tensor,
+        target: Tensor,
+        upstream: Tensor,
+    ) -> Tensor:
+        """The gradient of the logits, smoothed on the marginal distribution if at all.
 
-    def _smooth_(
-        self, z: Tensor, chunk: Chunk, prior: Tensor, posterior: Tensor, upstream: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Smooths the marginal distribution; z, holding log p, becomes the gradient of the logits.
-
-        With M_v = log sum_k exp(a_k + l_kv), r_kv = exp(a_k + l_kv - M_v) and
-        G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, Q_k = sum_v G_kv: dlogits_kv = p_kv Q_k - G_kv.
-        Returns mean_v M_v [G] and Q [G, K].
+        With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, it is
+        upstream * (target_k p_kv - G_kv).
         """
-        smoothing, vocab = self.smoothing, self.head.vocab_size
-        logp = z.view(-1, self.n_passages, vocab)
-        mixture = logp[:, 0] + prior[:, :1]
-        for k in range(1, self.n_passages):
-            # logaddexp has no fused multiply: the sum with the prior is its only temporary.
-            torch.logaddexp(mixture, logp[:, k] + prior[:, k : k + 1], out=mixture)
-        target = torch.empty_like(posterior)
-        for k in range(self.n_passages):
-            share = (logp[:, k] + prior[:, k : k + 1]).sub_(mixture).exp_()  # r_k [G, V]
-            target[:, k] = torch.lerp(posterior[:, k], share.mean(1), smoothing)
-            if self.sums:
-                scale = (upstream * target[:, k]).unsqueeze(1)
-                share.mul_((upstream * (smoothing / vocab)).unsqueeze(1))
-                logp[:, k].exp_().mul_(scale).sub_(share)
-        if self.sums:
-            hit = (upstream.unsqueeze(1) * posterior).view(-1, 1) * (smoothing - 1.0)
-            z.scatter_add_(1, chunk.gold.unsqueeze(1), hit)
-        return mixture.mean(1), target
+        if not self.smoothing:
+            return logits.gradient((upstream * posterior).view(-1))
+        hit = upstream * posterior * (1.0 - self.smoothing)
+        spread = upstream.squeeze(1) * (self.smoothing / self.head.vocab_size)
+        return logits.mixture_gradient(prior, hit, upstream * target, spread)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         nll = -self.undense(self.log_marginal).sum(1)
@@ -318,24 +296,24 @@ class _Sequence(_Marginal):
 
     def _statistics(self, part: slice, *, gradients: bool) -> None:
         chunk = self.positions.gather(part)
-        z, tanh = self.head.logits(chunk.x)
-        stats = exp_rows_(z, chunk.gold, with_mean=bool(self.smoothing))
+        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+        stats = logits.statistics(with_mean=bool(self.smoothing))
         logp = torch.where(chunk.counts.unsqueeze(1), self.logp(chunk, stats), 0.0)
         self.token_logp[chunk.row] = logp.view(-1)
         if gradients:
-            self._gradients(chunk, z, tanh, stats)
+            self._gradients(chunk, logits)
 
     def _recompute(self, part: slice) -> None:
         chunk = self.positions.gather(part)
-        z, tanh = self.head.logits(chunk.x)
-        self._gradients(chunk, z, tanh, exp_rows_(z, chunk.gold, with_mean=False))
+        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+        logits.statistics()
+        self._gradients(chunk, logits)
 
-    def _gradients(self, chunk: Chunk, z: Tensor, tanh: Tensor | None, stats: RowStats) -> None:
+    def _gradients(self, chunk: Chunk, logits: ChunkLogits) -> None:
         posterior = self._posterior()[1].exp()[chunk.example]
         upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
         row_weight = (upstream.unsqueeze(1) * posterior).view(-1)
-        dlogits_(z, chunk.gold, stats, row_weight, self.smoothing)
-        self.sums.add(self.head.chain_(z, tanh), chunk.x, chunk.row)
+        self.sums.add(logits.gradient(row_weight, self.smoothing), chunk.x, chunk.row)
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Returns log p(y|x) [B] and log p(z|x,y) [B, K] from the statistics gathered so far."""

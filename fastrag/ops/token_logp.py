@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, workspace
+from fastrag.ops.chunk_logits import ChunkLogits, chunk_logits
 from fastrag.ops.grads import once_differentiable
-from fastrag.ops.linear_head import (
-    HeadGradients,
-    LinearHead,
-    dhidden_dtype,
-    dlogits_,
-    exp_rows_,
-)
-from fastrag.ops.positions import Positions, check_labels
+from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
+from fastrag.ops.positions import Chunk, Positions, check_labels
 
 backends.register("token_logp", ("torch",))
 
@@ -45,7 +40,6 @@ def token_logp(
     ignore_index: int,
 ) -> Tensor:
     """hidden [B, K, T, H], labels [B, T] -> [B, K, T], zero where the label is ignored."""
-    backends.choose("token_logp", hidden.device, hidden.dtype)
     with workspace.without_autocast(hidden.device):
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         out = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
@@ -80,7 +74,6 @@ def token_logp_backward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias given grad [B, K, T]; empty where not needed."""
-    backends.choose("token_logp", hidden.device, hidden.dtype)
     with workspace.without_autocast(hidden.device):
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         sums = HeadGradients(walk.head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
@@ -124,6 +117,7 @@ class _Walk:
         ignore_index: int,
     ) -> None:
         dtype = workspace.accumulate_dtype(hidden.dtype)
+        self.open_chunk = chunk_logits(backends.choose("token_logp", hidden.device, hidden.dtype))
         self.head = LinearHead(weight, bias, softcap, logit_scale, dtype)
         self.n_rows, self.n_passages = hidden.shape[:-1].numel(), hidden.shape[1]
         counted = labels != ignore_index
@@ -131,27 +125,28 @@ class _Walk:
         labels = torch.where(bad, 0, labels)
         self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
         self.positions = Positions(hidden, labels, counted, None, None, dtype)
-        row_bytes = self.head.vocab_size * dtype.itemsize * self.head.buffers()
-        limit = workspace.rows_per_chunk(hidden.shape[1] * row_bytes, hidden.device)
+        row_bytes = self.open_chunk.row_bytes(self.head, self.n_passages, mixture=False)
+        limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
         self.parts = workspace.even_slices(len(self.positions), limit)
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
     def forward(self, part: slice, out: Tensor) -> None:
         chunk = self.positions.gather(part)
-        z, _ = self.head.logits(chunk.x)
-        logp = exp_rows_(z, chunk.gold, with_mean=False).logp
+        logp = self._open(chunk).statistics().logp
         logp = logp.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
         out[chunk.row] = torch.where(self.per_row(chunk.counts), logp, 0.0)
 
     def backward(self, part: slice, grad: Tensor, sums: HeadGradients) -> None:
         chunk = self.positions.gather(part)
-        z, tanh = self.head.logits(chunk.x)
-        stats = exp_rows_(z, chunk.gold, with_mean=False)
+        logits = self._open(chunk)
+        logits.statistics()
         row_weight = torch.where(self.per_row(chunk.counts), -grad[chunk.row], 0.0)
         row_weight = row_weight.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
-        draw = self.head.chain_(dlogits_(z, chunk.gold, stats, row_weight, 0.0), tanh)
-        sums.add(draw, chunk.x, chunk.row)
+        sums.add(logits.gradient(row_weight), chunk.x, chunk.row)
+
+    def _open(self, chunk: Chunk) -> ChunkLogits:
+        return self.open_chunk(self.head, chunk.x, chunk.gold)
 
     def per_row(self, per_position: Tensor) -> Tensor:
         """[G] -> [G * K]."""

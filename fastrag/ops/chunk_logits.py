@@ -1,0 +1,172 @@
+"""The logits of one chunk of rows: softmax statistics first, then the gradient in their place.
+
+    z = softcap * tanh(logit_scale * (x W^T + bias) / softcap)      (no softcap: tanh's argument)
+
+`marginal_nll` and `token_logp` own the order of chunks and the marginal over passages; a
+`ChunkLogits` owns the vocabulary-sized buffer of one chunk. `open_chunk` makes the one of the
+chosen backend; all of them answer the same two pairs of questions:
+
+    statistics          log p(y), and mean_v log p(v)                              each row
+    gradient            of -weight * log p~(y), a cross-entropy with a weight per row
+
+    mixture_statistics  mean_v M_v and mean_v r_kv                 smoothed RAG-Token: the K rows
+    mixture_gradient    of the smoothed marginal distribution      of a position together
+
+with M_v = log sum_k exp(a_k + log p_kv), the marginal distribution, and r_kv = exp(a_k + log p_kv
+- M_v), the share of passage k in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrag.ops.linear_head import LinearHead
+
+
+@dataclass(frozen=True, slots=True)
+class RowStats:
+    """What the softmax of each row says, all [n]."""
+
+    logp: Tensor  # log p(y)
+    mean_logp: Tensor | None  # mean_v log p(v), where asked for
+
+
+class ChunkLogits(ABC):
+    """The logits [n, V] of rows x [n, H] with labels gold [n]; n = G * K, position-major.
+
+    Ask for the statistics of one kind, then, at most once, for the gradient of the same kind: it
+    takes the place of the logits.
+    """
+
+    def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
+        self.head, self.x, self.gold = head, x, gold
+
+    @staticmethod
+    @abstractmethod
+    def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
+        """Bytes of workspace for each row, averaged over the K rows of a position."""
+
+    @abstractmethod
+    def statistics(self, *, with_mean: bool = False) -> RowStats:
+        """Each row's log p(y), and mean_v log p(v) if asked for."""
+
+    @abstractmethod
+    def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The gradient [n, V] of -sum_i weight_i log p~_i(y_i) in x W^T + bias, weight [n].
+
+        log p~(y) = (1 - smoothing) log p(y) + smoothing * mean_v log p(v), hence
+        d/dz = weight * (p - smoothing / V - (1 - smoothing) 1[v = y]).
+        """
+
+    @abstractmethod
+    def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
+        """Each row's log p(y), mean_v M_v [G] and mean_v r_kv [G, K] for log_prior [G, K]."""
+
+    @abstractmethod
+    def mixture_gradient(
+        self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
+    ) -> Tensor:
+        """The gradient [n, V] in x W^T + bias of a target distribution over passages and words.
+
+        d/dz_kv = target_k p_kv - spread r_kv - hit_k 1[v = y], with hit and target [G, K] and
+        spread [G] already weighted by the example.
+        """
+
+
+class TorchChunkLogits(ChunkLogits):
+    """Plain torch, on every device and in every dtype."""
+
+    def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
+        super().__init__(head, x, gold)
+        z = x.new_empty(x.shape[0], head.vocab_size)
+        for part, weight in head.weight_slices():
+            torch.mm(x, weight.t(), out=z[:, part])
+        if head.bias is not None:
+            z.add_(head.bias)
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        self._tanh = None
+        if head.softcap is not None:
+            self._tanh = z.div_(head.softcap).tanh_()
+            z = self._tanh * head.softcap
+        self._z = z
+
+    @staticmethod
+    def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
+        # tanh, for the chain rule, is a buffer; the mixture is one row of V numbers for each
+        # position, and the share of one passage in it another.
+        buffers = (1 if head.softcap is None else 2) + (2 / n_passages if mixture else 0)
+        return buffers * head.vocab_size * head.dtype.itemsize
+
+    def statistics(self, *, with_mean: bool = False) -> RowStats:
+        z, picked = self._z, self._center()
+        mean = z.mean(1) if with_mean else None
+        self._log_sum = z.exp_().sum(1).log_()
+        return RowStats(picked - self._log_sum, None if mean is None else mean - self._log_sum)
+
+    def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
+        e = self._z  # exp(z - max z)
+        e.mul_((weight * torch.exp(-self._log_sum)).unsqueeze(1))
+        if smoothing:
+            e.sub_((weight * (smoothing / e.shape[1])).unsqueeze(1))
+        e.scatter_add_(1, self.gold.unsqueeze(1), (weight * (smoothing - 1.0)).unsqueeze(1))
+        return self._chain(e)
+
+    def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
+        n_passages = log_prior.shape[1]
+        # z becomes log softmax(z), which, unlike exp(z - max z), never underflows.
+        z, picked = self._z, self._center()
+        log_sum = torch.empty_like(picked)
+        for k in range(n_passages):
+            log_sum[k::n_passages] = z[k::n_passages].exp().sum(1).log_()
+        z.sub_(log_sum.unsqueeze(1))
+        logp = z.view(-1, n_passages, z.shape[1])
+        mixture = logp[:, 0] + log_prior[:, :1]
+        for k in range(1, n_passages):
+            # logaddexp has no fused multiply: the sum with the prior is its only temporary.
+            torch.logaddexp(mixture, logp[:, k] + log_prior[:, k : k + 1], out=mixture)
+        self._mixture = mixture
+        share = [self._share(log_prior, k).mean(1) for k in range(n_passages)]
+        return RowStats(picked - log_sum, None), mixture.mean(1), torch.stack(share, 1)
+
+    def mixture_gradient(
+        self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
+    ) -> Tensor:
+        z = self._z
+        logp = z.view(-1, log_prior.shape[1], z.shape[1])
+        for k in range(log_prior.shape[1]):
+            share = self._share(log_prior, k).mul_(spread.unsqueeze(1))
+            logp[:, k].exp_().mul_(target[:, k : k + 1]).sub_(share)
+        z.scatter_add_(1, self.gold.unsqueeze(1), -hit.reshape(-1, 1))
+        return self._chain(z)
+
+    def _center(self) -> Tensor:
+        """z -= max_v z in place; returns the centred logit of the label [n].
+
+        Centring before anything is added up is what keeps log p exact for logits around 1e4.
+        """
+        z = self._z
+        z.sub_(z.amax(1, keepdim=True))
+        return z.gather(1, self.gold.unsqueeze(1)).squeeze(1)
+
+    def _share(self, log_prior: Tensor, k: int) -> Tensor:
+        """r_k [G, V]; z holds log p."""
+        logp = self._z.view(-1, log_prior.shape[1], self._z.shape[1])
+        return (logp[:, k] + log_prior[:, k : k + 1]).sub_(self._mixture).exp_()
+
+    def _chain(self, dz: Tensor) -> Tensor:
+        """The gradient of the logits becomes that of x W^T + bias, in place."""
+        if self._tanh is not None:
+            dz.mul_(self._tanh.square_().neg_().add_(1.0))
+        if self.head.logit_scale != 1.0:
+            dz.mul_(self.head.logit_scale)
+        return dz
+
+
+def chunk_logits(backend: str) -> type[ChunkLogits]:
+    """Returns the class that holds the logits of a chunk in this backend."""
+    return {"torch": TorchChunkLogits}[backend]
