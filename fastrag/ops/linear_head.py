@@ -65,8 +65,9 @@ class HeadGradients:
             else None
         )
         weight, dtype = head.weight, head.dtype
-        self.dweight = weight.new_zeros(weight.shape, dtype=dtype) if need_dw else None
+        self.dweight = weight.new_empty(weight.shape, dtype=dtype) if need_dw else None
         self.dbias = weight.new_zeros(head.vocab_size, dtype=dtype) if need_db else None
+        self._written = False  # the first chunk writes dweight: zeroing V * H numbers costs a pass
 
     def __bool__(self) -> bool:
         return not (self.dhidden is None and self.dweight is None and self.dbias is None)
@@ -76,20 +77,31 @@ class HeadGradients:
         if self.dbias is not None:
             self.dbias.add_(draw.sum(0))
         if self.dweight is not None:
-            self.dweight.addmm_(draw.t(), x)
+            _add_product(self.dweight, draw.t(), x, first=not self._written)
+            self._written = True
         if self.dhidden is not None:
-            dx = torch.zeros_like(x)
+            dx = torch.empty_like(x)
             for part, weight in self.head.weight_slices():
-                dx.addmm_(draw[:, part], weight)
+                _add_product(dx, draw[:, part], weight, first=part.start == 0)
             self.dhidden[rows] = dx.to(self.dhidden.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns dhidden (shaped as hidden), dweight and dbias; empty where not needed."""
+        if self.dweight is not None and not self._written:
+            self.dweight.zero_()
         dhidden = None if self.dhidden is None else self.dhidden[:-1].view(self.shape)
         return self._or_empty(dhidden), self._or_empty(self.dweight), self._or_empty(self.dbias)
 
     def _or_empty(self, grad: Tensor | None) -> Tensor:
         return self.head.weight.new_empty(0, dtype=self.head.dtype) if grad is None else grad
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a b; for the first of a sum total = a b, whatever stood there."""
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:
