@@ -1,14 +1,25 @@
-"""Inputs of the loss tests: one factory, so that every test sees the same hard cases."""
+"""What the loss tests share: inputs, one factory so that all see the same hard cases; oracles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import fastrag.functional as F
+from fastrag import reference
+
 IGNORE = -100
+LOSSES = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}
+ORACLES = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
+
+both_marginals = pytest.mark.parametrize("marginal", ["token", "sequence"])
+with_and_without_smoothing = pytest.mark.parametrize(
+    "smoothing", [0.0, 0.1], ids=["hard", "smoothed"]
+)
 
 
 @dataclass
@@ -91,3 +102,8 @@ def grads(loss: Tensor, problem: Problem, upstream: Tensor | None = None) -> dic
     leaves = problem.leaves()
     found = torch.autograd.grad(loss, list(leaves.values()), upstream)
     return dict(zip(leaves, found, strict=True))
+
+
+def oracle(marginal: str, problem: Problem, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Loss `[B]` and log-posterior of the reference."""
+    return ORACLES[marginal](*problem.args(), **problem.head(), label_smoothing=smoothing)

@@ -1,3 +1,9 @@
+"""RAG-Token and RAG-Sequence: values, gradients, hard cases, reductions, bad input.
+
+What autograd and the compiler may do with them is in test_marginal_nll_autograd.py, what a GPU is
+not asked in test_marginal_nll_blind.py.
+"""
+
 from __future__ import annotations
 
 import math
@@ -8,34 +14,25 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
-from fastrag.ops.linear_head import HeadGradients
-from fastrag.ops.marginal_nll import marginal_nll
-from fastrag.testing import assert_close, cpu_memory
+from fastrag.testing import assert_close
 
-from .cases import IGNORE, MANY, SHAPES, Problem, grads, make
-
-OPS = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}
-ORACLES = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
-# Bytes: everything in one chunk; a few positions a chunk; one position a chunk (and a Sequence
-# example cut in pieces, hence recomputed).
-WORKSPACES = {"whole": "", "some": "2000", "one": "1"}
-
-both = pytest.mark.parametrize("marginal", ["token", "sequence"])
-smoothings = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
-
-
-@pytest.fixture(params=WORKSPACES.values(), ids=WORKSPACES.keys())
-def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
-    return request.param
+from .cases import (
+    IGNORE,
+    LOSSES,
+    MANY,
+    ORACLES,
+    SHAPES,
+    Problem,
+    both_marginals,
+    grads,
+    make,
+    oracle,
+    with_and_without_smoothing,
+)
 
 
-def oracle(marginal: str, p: Problem, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    return ORACLES[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
-
-
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 def test_reference_gradcheck(marginal: str, smoothing: float) -> None:
     p = make((2, 3, 2, 3, 4), head="softcap", missing=False)
 
@@ -48,8 +45,8 @@ def test_reference_gradcheck(marginal: str, smoothing: float) -> None:
     assert torch.autograd.gradcheck(loss, (p.hidden, p.weight, p.doc_scores, p.bias))
 
 
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_op_gradcheck(marginal: str, smoothing: float, reduction: str, workspace: str) -> None:
     p = make((2, 3, 2, 3, 4), head="softcap", missing=False)
@@ -57,14 +54,14 @@ def test_op_gradcheck(marginal: str, smoothing: float, reduction: str, workspace
 
     def loss(hidden: Tensor, weight: Tensor, scores: Tensor, bias: Tensor, ew: Tensor) -> Tensor:
         options = {**p.head(), "bias": bias, "label_smoothing": smoothing, "reduction": reduction}
-        return OPS[marginal](hidden, weight, p.labels, scores, **options, example_weight=ew)
+        return LOSSES[marginal](hidden, weight, p.labels, scores, **options, example_weight=ew)
 
     inputs = (p.hidden, p.weight, p.doc_scores, p.bias, example_weight)
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 @pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_float64(
@@ -72,7 +69,7 @@ def test_float64(
 ) -> None:
     """In float64 the chunked op is the reference to rounding, values and gradients."""
     p = make(shape, head=head)
-    loss, posterior = OPS[marginal](
+    loss, posterior = LOSSES[marginal](
         *p.args(), **p.head(), label_smoothing=smoothing, reduction="none", return_posterior=True
     )
     true, true_posterior = oracle(marginal, p, smoothing)
@@ -80,7 +77,7 @@ def test_float64(
     torch.testing.assert_close(posterior, true_posterior, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(loss)
     found, expected = grads(loss, p, upstream), grads(true, p, upstream)
-    mean = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    mean = LOSSES[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
     found_mean = grads(mean, p)
     expected_mean = grads(reference.reduce(oracle(marginal, p, smoothing)[0], p.labels), p)
     for name in expected:
@@ -88,8 +85,8 @@ def test_float64(
         torch.testing.assert_close(found_mean[name], expected_mean[name], rtol=1e-11, atol=1e-12)
 
 
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", ["plain", "softcap"])
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["logits ~4", "logits ~80"])
@@ -99,7 +96,7 @@ def test_three_way(
     """Against float64 of the same inputs, no more error than plain torch in the same dtype."""
     p = make(MANY, head=head, scale=size).to(dtype)
     exact = p.to(torch.float64)
-    loss = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    loss = LOSSES[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
     plain = reference.reduce(oracle(marginal, p, smoothing)[0], p.labels)
     true = reference.reduce(oracle(marginal, exact, smoothing)[0], exact.labels)
     assert loss.dtype == torch.float32
@@ -113,8 +110,8 @@ def test_three_way(
 ADVERSARIAL = ["offset", "certain", "uniform", "one-hot posterior", "duplicates", "far apart"]
 
 
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 @pytest.mark.parametrize("kind", ADVERSARIAL)
 def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
     p = make(MANY, head="bias")
@@ -136,7 +133,7 @@ def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
             p.bias.copy_(torch.linspace(-300, 300, len(p.bias)))
     p = p.to(torch.float32)
     exact = p.to(torch.float64)
-    loss = OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
+    loss = LOSSES[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
     plain = reference.reduce(oracle(marginal, p, smoothing)[0], p.labels)
     true = reference.reduce(oracle(marginal, exact, smoothing)[0], exact.labels)
     # A mean of log-probabilities per token, of which the prior alone has a few nats.
@@ -148,7 +145,7 @@ def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
         assert_close(found[name], base[name], expected[name], name=name, scale=scale)
 
 
-@both
+@both_marginals
 def test_equal_passages_share_equally(marginal: str, workspace: str) -> None:
     """However unlikely the target: rounding of a joint of -400 nats must not reach the weights."""
     p = make((2, 7, 60, 8, 997), padding=False, missing=False).to(torch.float32)
@@ -156,7 +153,7 @@ def test_equal_passages_share_equally(marginal: str, workspace: str) -> None:
     p.hidden = torch.randint(-3, 4, (2, 1, 60, 8)).float().expand(-1, 7, -1, -1)
     p.weight = torch.randint(-2, 3, (997, 8)).float()
     p.doc_scores = torch.full((2, 7), 3.3, requires_grad=True)
-    loss, posterior = OPS[marginal](*p.args(), reduction="sum", return_posterior=True)
+    loss, posterior = LOSSES[marginal](*p.args(), reduction="sum", return_posterior=True)
     assert loss > 400
     torch.testing.assert_close(
         posterior, torch.full_like(posterior, -math.log(7)), rtol=0, atol=3e-7
@@ -164,13 +161,13 @@ def test_equal_passages_share_equally(marginal: str, workspace: str) -> None:
     assert torch.autograd.grad(loss, p.doc_scores)[0].abs().max() < 1e-4
 
 
-@both
+@both_marginals
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_counts(marginal: str, reduction: str, workspace: str) -> None:
     """All labels ignored: loss 0 and gradients 0, no NaN; the posterior is the prior."""
     p = make()
     p.labels.fill_(IGNORE)
-    loss, posterior = OPS[marginal](*p.args(), reduction=reduction, return_posterior=True)
+    loss, posterior = LOSSES[marginal](*p.args(), reduction=reduction, return_posterior=True)
     assert (loss == 0).all()
     for grad in grads(loss.sum(), p).values():
         assert (grad == 0).all()
@@ -179,8 +176,8 @@ def test_nothing_counts(marginal: str, reduction: str, workspace: str) -> None:
     torch.testing.assert_close(posterior, expected)
 
 
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 def test_all_passages_missing(marginal: str, smoothing: float, workspace: str) -> None:
     """Such an example has loss 0 and gradient 0, and leaves the others as they are."""
     p = make()
@@ -188,26 +185,26 @@ def test_all_passages_missing(marginal: str, smoothing: float, workspace: str) -
         p.doc_scores[1] = -torch.inf
         p.hidden[1] = torch.nan
     options = {"reduction": "none", "label_smoothing": smoothing}
-    loss = OPS[marginal](*p.args(), **options)
+    loss = LOSSES[marginal](*p.args(), **options)
     assert loss[1] == 0
     found = grads(loss.sum(), p)
     assert all(grad.isfinite().all() for grad in found.values())
     assert (found["hidden"][1] == 0).all() and (found["doc_scores"][1] == 0).all()
-    alone = OPS[marginal](p.hidden[:1], p.weight, p.labels[:1], p.doc_scores[:1], **options)
+    alone = LOSSES[marginal](p.hidden[:1], p.weight, p.labels[:1], p.doc_scores[:1], **options)
     torch.testing.assert_close(loss[:1], alone, rtol=1e-13, atol=0)
     torch.testing.assert_close(found["weight"], torch.autograd.grad(alone.sum(), p.weight)[0])
 
 
-@both
+@both_marginals
 def test_missing_passage_is_absent(marginal: str, workspace: str) -> None:
     """A missing passage equals a smaller K, whatever its hidden states hold."""
     p = make(missing=False)
     with torch.no_grad():
         p.doc_scores[:, -1] = -torch.inf
         p.hidden[:, -1] = torch.nan
-    loss = OPS[marginal](*p.args(), reduction="sum")
+    loss = LOSSES[marginal](*p.args(), reduction="sum")
     found = grads(loss, p)
-    fewer = OPS[marginal](
+    fewer = LOSSES[marginal](
         p.hidden[:, :-1], p.weight, p.labels, p.doc_scores[:, :-1], reduction="sum"
     )
     torch.testing.assert_close(loss, fewer)
@@ -215,14 +212,14 @@ def test_missing_passage_is_absent(marginal: str, workspace: str) -> None:
     torch.testing.assert_close(found["weight"], torch.autograd.grad(fewer, p.weight)[0])
 
 
-@both
+@both_marginals
 def test_ignored_position_is_absent(marginal: str, workspace: str) -> None:
     """What stands at an ignored position is never read."""
     p = make()
-    expected = OPS[marginal](*p.args())
+    expected = LOSSES[marginal](*p.args())
     with torch.no_grad():
         p.hidden[0, :, -1] = torch.nan
-    loss = OPS[marginal](*p.args())
+    loss = LOSSES[marginal](*p.args())
     torch.testing.assert_close(loss, expected)
     assert (grads(loss, p)["hidden"][0, :, -1] == 0).all()
 
@@ -231,7 +228,7 @@ def test_one_passage_is_cross_entropy() -> None:
     p = make(SHAPES["one passage"])
     logits = (p.hidden @ p.weight.t()).view(-1, 6)
     expected = torch.nn.functional.cross_entropy(logits, p.labels.view(-1), ignore_index=IGNORE)
-    for op in OPS.values():
+    for op in LOSSES.values():
         torch.testing.assert_close(op(*p.args()), expected)
         smooth = torch.nn.functional.cross_entropy(
             logits, p.labels.view(-1), ignore_index=IGNORE, label_smoothing=0.1
@@ -244,13 +241,13 @@ def test_token_and_sequence_agree_on_one_token() -> None:
     torch.testing.assert_close(F.rag_token_nll(*p.args()), F.rag_sequence_nll(*p.args()))
 
 
-@both
+@both_marginals
 def test_reductions(marginal: str) -> None:
     p = make()
     nll = oracle(marginal, p)[0]
     weight = torch.tensor([0.5, 3.0], dtype=torch.float64)
     count = int((p.labels != IGNORE).sum())
-    op = OPS[marginal]
+    op = LOSSES[marginal]
     torch.testing.assert_close(op(*p.args()), nll.sum() / count)
     torch.testing.assert_close(op(*p.args(), reduction="sum"), nll.sum())
     torch.testing.assert_close(op(*p.args(), example_weight=weight), (weight * nll).sum() / count)
@@ -261,14 +258,14 @@ def test_reductions(marginal: str) -> None:
         assert op(*p.args(), normalizer=nothing) == 0
 
 
-@both
+@both_marginals
 def test_accumulation_equals_one_batch(marginal: str) -> None:
     """Two micro-batches with the global count of tokens are one batch: loss and gradients."""
     p = make(SHAPES["odd"])
     count = (p.labels != IGNORE).sum()
-    whole = OPS[marginal](*p.args())
+    whole = LOSSES[marginal](*p.args())
     parts = [
-        OPS[marginal](p.hidden[i], p.weight, p.labels[i], p.doc_scores[i], normalizer=count)
+        LOSSES[marginal](p.hidden[i], p.weight, p.labels[i], p.doc_scores[i], normalizer=count)
         for i in (slice(0, 1), slice(1, 3))
     ]
     torch.testing.assert_close(sum(parts), whole)
@@ -277,116 +274,31 @@ def test_accumulation_equals_one_batch(marginal: str) -> None:
         torch.testing.assert_close(grad, expected[name])
 
 
-@both
-def test_valid_rows(marginal: str) -> None:
-    p = make()
-    valid = (p.labels != IGNORE).view(-1).nonzero().squeeze(1).int()
-    valid = torch.nn.functional.pad(valid, (0, 5), value=-1)
-    torch.testing.assert_close(OPS[marginal](*p.args(), valid_rows=valid), OPS[marginal](*p.args()))
-    with pytest.raises(ValueError, match="valid_rows: expected the ascending positions"):
-        OPS[marginal](*p.args(), valid_rows=valid.flip(0))
-
-
-@both
-@smoothings
-@pytest.mark.parametrize("listed", [False, True], ids=["all positions", "valid_rows"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_blind(
-    marginal: str,
-    smoothing: float,
-    listed: bool,
-    shape: tuple[int, ...],
-    workspace: str,
-    blind: None,
-) -> None:
-    """Positions that do not count are visited, examples are cut anywhere: the same in the end."""
-    p = make(shape, head="softcap")
-    with torch.no_grad():
-        if shape[0] > 1:
-            p.doc_scores[1] = -torch.inf  # its positions stand in valid_rows all the same
-        p.hidden[0, :, p.labels[0] == IGNORE] = torch.nan
-    valid = torch.nn.functional.pad((p.labels != IGNORE).view(-1).nonzero()[:, 0], (0, 9), value=-1)
-    options = {**p.head(), "label_smoothing": smoothing, "valid_rows": valid if listed else None}
-    loss, posterior = OPS[marginal](*p.args(), **options, reduction="none", return_posterior=True)
-    finite = p.to(torch.float64)
-    finite.hidden = p.hidden.detach().nan_to_num(0.0).requires_grad_()
-    true, true_posterior = oracle(marginal, finite, smoothing)
-    torch.testing.assert_close(loss, true, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(posterior, true_posterior, rtol=1e-12, atol=1e-12)
-    upstream = torch.randn_like(loss)
-    found, expected = grads(loss, p, upstream), grads(true, finite, upstream)
-    found_mean = grads(OPS[marginal](*p.args(), **options), p)
-    expected_mean = grads(
-        reference.reduce(oracle(marginal, finite, smoothing)[0], p.labels), finite
-    )
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(found_mean[name], expected_mean[name], rtol=1e-11, atol=1e-12)
-
-
-@both
-@pytest.mark.parametrize("what", ["label", "score", "infinite score"])
-def test_blind_bad_values_are_nan(marginal: str, what: str, workspace: str, blind: None) -> None:
-    """The example's loss and gradients are NaN, and those of the other as if it were alone."""
-    p = make()
-    with torch.no_grad():
-        if what == "label":
-            p.labels[1, 2] = 7
-        else:
-            p.doc_scores[1, 0] = torch.nan if what == "score" else torch.inf
-    loss = OPS[marginal](*p.args(), reduction="none")
-    alone = OPS[marginal](p.hidden[:1], p.weight, p.labels[:1], p.doc_scores[:1], reduction="none")
-    assert loss[1].isnan()
-    torch.testing.assert_close(loss[:1], alone)
-    found = grads(OPS[marginal](*p.args()), p)
-    assert found["hidden"][1].isnan().any() and found["doc_scores"][1].isnan().any()
-    assert found["hidden"][0].isfinite().all() and found["doc_scores"][0].isfinite().all()
-
-
-@both
-@pytest.mark.parametrize("kind", ["beyond", "lacking", "twice"])
-def test_blind_wrong_valid_rows_are_nan(
-    marginal: str, kind: str, workspace: str, blind: None
-) -> None:
-    """A list that is not that of the labels is no fault in memory and no silently wrong loss."""
-    p = make()
-    expected = OPS[marginal](*p.args(), reduction="none")
-    valid = [0, 1, 2, 4, 5, 6, 7]  # of 2 * 4 positions; 3 is ignored
-    valid[-1] = {"beyond": 8, "lacking": -1, "twice": 6}[kind]
-    rows = torch.tensor(valid, dtype=torch.int32)
-    loss = OPS[marginal](*p.args(), reduction="none", valid_rows=rows)
-    assert loss[1].isnan()
-    torch.testing.assert_close(loss[0], expected[0])
-    found = grads(OPS[marginal](*p.args(), valid_rows=rows), p)
-    assert found["hidden"][1].isnan().any() and found["weight"].isnan().any()
-    assert found["doc_scores"][1].isnan().all() and found["doc_scores"][0].isfinite().all()
-
-
-@both
-@smoothings
+@both_marginals
+@with_and_without_smoothing
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 3, 0), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_empty(marginal: str, smoothing: float, sizes: tuple[int, ...], reduction: str) -> None:
     p = make((*sizes, 5, 7), padding=False, missing=False)
     options = {"reduction": reduction, "label_smoothing": smoothing, "return_posterior": True}
-    loss, posterior = OPS[marginal](*p.args(), **options)
+    loss, posterior = LOSSES[marginal](*p.args(), **options)
     assert loss.shape == (sizes[:1] if reduction == "none" else ()) and (loss == 0).all()
     assert posterior.shape == (sizes if marginal == "token" else sizes[:2])
     assert all((grad == 0).all() for grad in grads(loss.sum(), p).values())
 
 
-@both
+@both_marginals
 def test_hugging_face_layout(marginal: str) -> None:
     p = make()
     flat = p.hidden.flatten(0, 1)
-    expected = OPS[marginal](*p.args())
-    torch.testing.assert_close(OPS[marginal](flat, *p.args()[1:]), expected)
+    expected = LOSSES[marginal](*p.args())
+    torch.testing.assert_close(LOSSES[marginal](flat, *p.args()[1:]), expected)
 
 
-@both
+@both_marginals
 def test_strided_inputs(marginal: str) -> None:
     p = make(SHAPES["odd"], head="bias")
-    expected = OPS[marginal](*p.args(), **p.head())
+    expected = LOSSES[marginal](*p.args(), **p.head())
     expected_grads = grads(expected, p)
     strided = p.to(torch.float64)
     strided.hidden = p.hidden.detach().transpose(1, 2).contiguous().transpose(1, 2)
@@ -397,13 +309,13 @@ def test_strided_inputs(marginal: str) -> None:
     for x in strided.leaves().values():
         assert not x.is_contiguous()
         x.requires_grad_()
-    loss = OPS[marginal](*strided.args(), **strided.head())
+    loss = LOSSES[marginal](*strided.args(), **strided.head())
     torch.testing.assert_close(loss, expected)
     for name, grad in grads(loss, strided).items():
         torch.testing.assert_close(grad, expected_grads[name])
 
 
-@both
+@both_marginals
 def test_mixed_dtypes(marginal: str) -> None:
     """Autocast: bfloat16 hidden states meet a float32 master weight, whose gradient is float32."""
     p = make(SHAPES["odd"]).to(torch.float32)
@@ -413,7 +325,7 @@ def test_mixed_dtypes(marginal: str) -> None:
     true = reference.reduce(oracle(marginal, exact)[0], p.labels)
     expected = grads(true, exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = OPS[marginal](hidden, *p.args()[1:])
+        loss = LOSSES[marginal](hidden, *p.args()[1:])
     loss.backward()
     torch.testing.assert_close(loss.double(), true, rtol=1e-6, atol=0)
     torch.testing.assert_close(p.weight.grad.double(), expected["weight"], rtol=1e-4, atol=1e-7)
@@ -421,7 +333,7 @@ def test_mixed_dtypes(marginal: str) -> None:
     torch.testing.assert_close(hidden.grad.double(), expected["hidden"], rtol=1e-2, atol=1e-5)
 
 
-@both
+@both_marginals
 def test_float16_under_a_loss_scale(marginal: str) -> None:
     """Gradients below the range of float16 survive until GradScaler's factor has been applied."""
     p = make(SHAPES["odd"], missing=False).to(torch.float16)
@@ -429,176 +341,12 @@ def test_float16_under_a_loss_scale(marginal: str) -> None:
         p.doc_scores[:, 1:] -= 10.0  # posteriors near 1e-5
         p.weight *= 0.1
     exact = p.to(torch.float64)
-    found = grads(OPS[marginal](*p.args()) * 65536.0, p)["hidden"]
+    found = grads(LOSSES[marginal](*p.args()) * 65536.0, p)["hidden"]
     true = grads(reference.reduce(oracle(marginal, exact)[0], p.labels) * 65536.0, exact)["hidden"]
     count = (p.labels != IGNORE).sum()
     unscaled = true[:, 1:].abs() * count / 65536.0
     assert unscaled.median() < torch.finfo(torch.float16).smallest_normal
     torch.testing.assert_close(found.double(), true, rtol=2e-3, atol=1e-7)
-
-
-@both
-def test_frozen_parts(marginal: str) -> None:
-    """Each input may be frozen; the gradients of the others do not change."""
-    p = make(head="bias")
-    expected = grads(OPS[marginal](*p.args(), **p.head()), p)
-    for frozen in expected:
-        q = p.to(torch.float64)
-        getattr(q, frozen).requires_grad_(False)
-        OPS[marginal](*q.args(), **q.head()).backward()
-        for name, x in q.leaves().items():
-            if name == frozen:
-                assert x.grad is None
-            else:
-                torch.testing.assert_close(x.grad, expected[name])
-
-
-@both
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_retain_graph(marginal: str, reduction: str) -> None:
-    p = make()
-    loss = OPS[marginal](*p.args(), reduction=reduction).sum()
-    first = torch.autograd.grad(loss, p.hidden, retain_graph=True)[0]
-    second = torch.autograd.grad(2.0 * loss, p.hidden)[0]
-    torch.testing.assert_close(second, 2.0 * first, rtol=1e-14, atol=0)
-
-
-@both
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("leaf", ["hidden", "weight", "doc_scores"])
-def test_double_backward_is_refused(marginal: str, reduction: str, leaf: str) -> None:
-    p = make()
-    loss = OPS[marginal](*p.args(), reduction=reduction).sum()
-    x = p.leaves()[leaf]
-    grad = torch.autograd.grad(loss, x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="marginal_nll does not support double backward"):
-        torch.autograd.grad(grad.square().sum() + x.square().sum(), x)
-
-
-@both
-@pytest.mark.parametrize("leaf", ["hidden", "weight", "doc_scores", "example_weight"])
-def test_forward_mode_is_refused(marginal: str, leaf: str) -> None:
-    """Without a refusal the tangent would be dropped: a derivative of 0, and no word about it."""
-    p = make()
-    inputs = {**p.leaves(), "example_weight": torch.ones(2, dtype=torch.float64)}
-    inputs = {name: x.detach() for name, x in inputs.items()}
-
-    def loss(x: Tensor) -> Tensor:
-        return OPS[marginal](labels=p.labels, **{**inputs, leaf: x})
-
-    with pytest.raises(RuntimeError, match="marginal_nll does not support forward-mode"):
-        torch.func.jvp(loss, (inputs[leaf],), (torch.ones_like(inputs[leaf]),))
-
-
-@both
-def test_vmap_is_refused_where_gradients_are_wanted(marginal: str) -> None:
-    """vmap loops over an op below autograd: values are right, gradients would be lost."""
-    p = make()
-    hidden = torch.stack([p.hidden.detach(), 2.0 * p.hidden.detach()]).requires_grad_()
-    loss = torch.func.vmap(lambda x: OPS[marginal](x, *p.args()[1:]))(hidden)
-    expected = [OPS[marginal](x, *p.args()[1:]) for x in hidden]
-    torch.testing.assert_close(loss, torch.stack(expected))
-    with pytest.raises(RuntimeError, match="was told not to differentiate input 0"):
-        torch.autograd.grad(loss.sum(), hidden)
-
-
-@both
-def test_activation_checkpoint(marginal: str) -> None:
-    p = make()
-    expected = grads(OPS[marginal](*p.args()), p)
-    loss = torch.utils.checkpoint.checkpoint(OPS[marginal], *p.args(), use_reentrant=False)
-    for name, grad in grads(loss, p).items():
-        torch.testing.assert_close(grad, expected[name])
-
-
-@both
-@smoothings
-def test_no_grad_computes_no_gradients(
-    marginal: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p = make(SHAPES["odd"])
-    expected = OPS[marginal](*p.args(), label_smoothing=smoothing).detach()
-    monkeypatch.setattr(HeadGradients, "add", None)  # every gradient passes through it
-    with pytest.raises(TypeError):
-        OPS[marginal](*p.args(), label_smoothing=smoothing)
-    with torch.no_grad():
-        loss = OPS[marginal](*p.args(), label_smoothing=smoothing)
-    assert torch.equal(loss, expected) and not loss.requires_grad
-
-
-@both
-@smoothings
-@pytest.mark.parametrize("head", ["plain", "softcap"])
-def test_memory(
-    marginal: str, smoothing: float, head: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Never [B*K, T, V]: beyond the gradients, one workspace and what is O(B K T)."""
-    limit = 1 << 20
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(limit))
-    shape = (2, 4, 64, 8, 4099)  # B*K*T*V float32 numbers: 8.4 MB; an example: 4.2 MB
-    p = make(shape, head=head).to(torch.float32)
-
-    def run() -> Tensor:
-        return OPS[marginal](*p.args(), **p.head(), label_smoothing=smoothing)
-
-    run()
-    peak, largest = cpu_memory(run)
-    full = 4 * math.prod((2, 4, 64, 4099))
-    kept = 4 * (p.hidden.numel() + p.weight.numel() + len(p.weight))
-    assert largest <= limit < full / 8 + 1
-    assert peak <= limit + kept + (1 << 17)
-
-
-@both
-@smoothings
-@pytest.mark.parametrize("deferred", [False, True], ids=["mean", "none"])
-def test_opcheck(marginal: str, smoothing: float, deferred: bool) -> None:
-    p = make(head="softcap")
-    needs = (True, True, True, True)
-    args = (p.hidden, p.weight, p.bias, p.labels, p.doc_scores, None, None, marginal, 2.0, 0.7,
-            smoothing, IGNORE, deferred, *needs)  # fmt: skip
-    torch.library.opcheck(marginal_nll, args)
-
-
-@both
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile(marginal: str, reduction: str) -> None:
-    p = make()
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-        return OPS[marginal](hidden, weight, labels, scores, reduction=reduction).sum() * 2
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected, found = loss(*p.args()), compiled(*p.args())
-    torch.testing.assert_close(found, expected)
-    expected_grads = grads(expected, p)
-    for name, grad in grads(found, p).items():
-        torch.testing.assert_close(grad, expected_grads[name])
-
-
-@both
-def test_compile_with_changing_sizes_and_settings(marginal: str) -> None:
-    """The second size or setting is a symbol to the compiler, and no reason for a graph break."""
-
-    def loss(p: Problem, softcap: float, smoothing: float, normalizer: float) -> Tensor:
-        options = {"softcap": softcap, "label_smoothing": smoothing, "normalizer": normalizer}
-        return OPS[marginal](torch.tanh(p.hidden), *p.args()[1:], **options)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for shape, *settings in (((2, 3, 4, 5, 7), 2.0, 0.1, 3.0), ((3, 2, 6, 5, 9), 3.0, 0.2, 4.0)):
-        p = make(shape)
-        expected, found = loss(p, *settings), compiled(p, *settings)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(grads(found, p), grads(expected, p))
-
-
-@both
-def test_deterministic(marginal: str) -> None:
-    p = make(SHAPES["odd"]).to(torch.float32)
-    first = grads(OPS[marginal](*p.args()), p)
-    for _ in range(3):
-        for name, grad in grads(OPS[marginal](*p.args()), p).items():
-            assert torch.equal(grad, first[name])
 
 
 def bad(**changes: object) -> tuple[Problem, dict[str, object]]:
@@ -613,7 +361,7 @@ NAN_SCORES = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 1.0]], dtype=torch.
 BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
 
 
-@both
+@both_marginals
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -648,7 +396,7 @@ BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
 def test_rejects_bad_input(marginal: str, changes: dict[str, object], message: str) -> None:
     p, options = bad(**changes)
     with pytest.raises(ValueError, match=message):
-        OPS[marginal](*p.args(), **options)
+        LOSSES[marginal](*p.args(), **options)
 
 
 def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,6 @@ from fastrag.testing import assert_close, cpu_memory
 from .cases import IGNORE, MANY, SHAPES, Problem, grads, make
 
 
-@pytest.fixture(params=["", "2000", "1"], ids=["whole", "some", "one"])
-def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
-    return request.param
-
-
 def problem(shape: tuple[int, ...] = SHAPES["plain"], head: str = "plain") -> Problem:
     p = make(shape, head=head, missing=False)
     p.doc_scores.requires_grad_(False)
