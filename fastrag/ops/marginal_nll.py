@@ -48,7 +48,7 @@ _NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: inputs that backward 
     "Tensor? example_weight, Tensor? valid_rows, str marginal, float? softcap, "
     "float logit_scale, float label_smoothing, int ignore_index, bool deferred, bool need_dx, "
     "bool need_dw, bool need_db, bool need_ds) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def marginal_nll(
     hidden: Tensor,
@@ -69,11 +69,12 @@ def marginal_nll(
     need_db: bool,
     need_ds: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns (total, nll, log_posterior, dhidden, dweight, dbias, ddoc_scores).
+    """Returns (total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores).
 
     total [] = sum_b example_weight_b nll_b and nll [B] are the loss; the first is differentiable
     unless `deferred`, the second if `deferred`. The gradients are those of total; what is not
-    needed comes back empty, and all of them if `deferred`.
+    needed comes back empty, and all of them if `deferred`. token_logp [B, K, T] is what the
+    marginal was made of, without gradient, and 0 where the label does not count.
     """
     open_chunk = chunk_logits(backends.choose("marginal_nll", hidden.device, hidden.dtype))
     if deferred:
@@ -96,12 +97,12 @@ def marginal_nll(
             ignore_index,
         )
         run.run()
-        nll, log_posterior, ddoc_scores = run.results()
+        nll, log_posterior, token_logp, ddoc_scores = run.results()
         if run.unlisted is not None:
             nll = nll.masked_fill(run.unlisted, torch.nan)
         weighted = nll if example_weight is None else nll * run.example_weight
         dscores = ddoc_scores if need_ds else ddoc_scores.new_empty(0)
-        return (weighted.sum(), nll, log_posterior, *sums.results(), dscores)
+        return (weighted.sum(), nll, log_posterior, token_logp, *sums.results(), dscores)
 
 
 @marginal_nll.register_fake
@@ -116,6 +117,7 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(n_examples, dtype=dtype),
         hidden.new_empty(post, dtype=dtype),
+        hidden.new_empty((n_examples, n_passages, n_tokens), dtype=dtype),
         *fake_head_gradients(hidden, weight, *need[:3]),
         hidden.new_empty((n_examples, n_passages) if need[3] else (0,), dtype=dtype),
     )
@@ -196,6 +198,7 @@ class _Token(_Marginal):
         self.log_marginal = self.dense()
         self.occupancy = self.dense(self.n_passages)  # sum_v of the gradient's target, m * w
         self.log_post = self.dense(self.n_passages)
+        self.token_logp = self.dense(self.n_passages)
         for part in workspace.even_slices(len(self.positions), self.limit):
             self._chunk(self.positions.gather(part))
 
@@ -208,7 +211,8 @@ class _Token(_Marginal):
             stats, smooth, share = logits.mixture_statistics(prior)
         else:
             stats = logits.statistics()
-        joint = torch.where(counts, prior + self.logp(chunk, stats), 0.0)
+        logp = self.logp(chunk, stats)
+        joint = torch.where(counts, prior + logp, 0.0)
         log_marginal = joint.logsumexp(1)
         # Not joint - log_marginal: both may be far from 0, and their rounding would go into w.
         log_post = joint.log_softmax(1)
@@ -226,6 +230,7 @@ class _Token(_Marginal):
         self.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
         self.occupancy[chunk.position] = torch.where(counts, target, 0.0)
         self.log_post[chunk.position] = log_post
+        self.token_logp[chunk.position] = torch.where(counts, logp, 0.0)
 
     def _gradient(
         self,
@@ -246,7 +251,7 @@ class _Token(_Marginal):
         spread = upstream.squeeze(1) * (self.smoothing / self.head.vocab_size)
         return logits.mixture_gradient(prior, hit, upstream * target, spread)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         nll = -self.undense(self.log_marginal).sum(1)
         prior = self.log_prior.unsqueeze(2)
         log_post = torch.where(
@@ -254,7 +259,9 @@ class _Token(_Marginal):
         )
         tokens = self.counted.sum(1, keepdim=True)
         dscores = tokens * self.log_prior.exp() - self.undense(self.occupancy).sum(1)
-        return nll, log_post.contiguous(), dscores * self.example_weight.unsqueeze(1)
+        dscores = dscores * self.example_weight.unsqueeze(1)
+        token_logp = self.undense(self.token_logp).transpose(1, 2)
+        return nll, log_post.contiguous(), token_logp.contiguous(), dscores
 
 
 class _Sequence(_Marginal):
@@ -322,13 +329,15 @@ class _Sequence(_Marginal):
         joint = torch.where(self.active.unsqueeze(1), joint, 0.0)
         return joint.logsumexp(1), joint.log_softmax(1)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_marginal, log_post = self._posterior()
         active = self.active.unsqueeze(1)
         nll = torch.where(self.active, -log_marginal, 0.0)
         dscores = torch.where(active, self.log_prior.exp() - log_post.exp(), 0.0)
         log_post = torch.where(active, log_post, self.log_prior)
-        return nll, log_post, dscores * self.example_weight.unsqueeze(1)
+        shape = (self.n_examples, self.n_passages, self.n_tokens)
+        token_logp = self.token_logp[:-1].view(shape)
+        return nll, log_post, token_logp, dscores * self.example_weight.unsqueeze(1)
 
 
 def check_scores(scores: Tensor) -> None:
@@ -350,12 +359,12 @@ def check_scores(scores: Tensor) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, scores, example_weight, valid_rows, *settings = inputs
-    total, nll, log_posterior, *grads = output
+    total, nll, log_posterior, token_logp, *grads = output
     ctx.settings = settings
     ctx.deferred = settings[5]
     ctx.needed = dict(zip(_NEEDS, settings[6:], strict=True))
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, *grads)
+    ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, token_logp, *grads)
     # The inputs are kept so that double backward can be refused, and for the deferred pass.
     ctx.save_for_backward(
         hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, *grads
