@@ -16,7 +16,7 @@ logits and in `mips_topk`, whose order is then that of the rounded products, not
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,9 +26,16 @@ from fastrag.ops.doc_scores import doc_scores as _doc_scores
 from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
 from fastrag.ops.positions import IGNORE_INDEX
+from fastrag.ops.reduction import divide
 from fastrag.ops.token_logp import token_logp as _token_logp
 
-__all__ = ["doc_scores", "mips_topk", "rag_sequence_nll", "rag_token_nll", "token_logp"]
+__all__ = [
+    "doc_scores",
+    "mips_topk",
+    "rag_sequence_nll",
+    "rag_token_nll",
+    "token_logp",
+]
 
 
 @overload
@@ -295,23 +302,23 @@ def rag_token_nll(
         >>> hidden.grad.shape, hidden.grad[0, :, 3].abs().max().item()
         (torch.Size([2, 3, 4, 8]), 0.0)
     """
-    return _rag_nll(
+    loss, log_posterior, _ = rag_nll(
         "token",
         hidden,
         weight,
         labels,
         doc_scores,
-        bias,
-        softcap,
-        logit_scale,
-        label_smoothing,
-        ignore_index,
-        reduction,
-        normalizer,
-        example_weight,
-        valid_rows,
-        return_posterior,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        example_weight=example_weight,
+        valid_rows=valid_rows,
     )
+    return (loss, log_posterior) if return_posterior else loss
 
 
 def rag_sequence_nll(
@@ -386,23 +393,23 @@ def rag_sequence_nll(
         >>> F.rag_sequence_nll(hidden, weight, labels, scores, reduction="none")  # 2 log 5
         tensor([3.2189])
     """
-    return _rag_nll(
+    loss, log_posterior, _ = rag_nll(
         "sequence",
         hidden,
         weight,
         labels,
         doc_scores,
-        bias,
-        softcap,
-        logit_scale,
-        label_smoothing,
-        ignore_index,
-        reduction,
-        normalizer,
-        example_weight,
-        valid_rows,
-        return_posterior,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        example_weight=example_weight,
+        valid_rows=valid_rows,
     )
+    return (loss, log_posterior) if return_posterior else loss
 
 
 def mips_topk(
@@ -466,23 +473,54 @@ def mips_topk(
     return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude)
 
 
-def _rag_nll(
+class RagNLL(NamedTuple):
+    """What `rag_nll` returns: the loss, log p(z|x,y), and the token_logp that made them."""
+
+    loss: Tensor
+    log_posterior: Tensor
+    token_logp: Tensor
+
+
+def rag_nll(
     marginal: str,
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     doc_scores: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    example_weight: Tensor | None,
-    valid_rows: Tensor | None,
-    return_posterior: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    example_weight: Tensor | None = None,
+    valid_rows: Tensor | None = None,
+) -> RagNLL:
+    """What `RagLoss` calls: either of the two by name, with all that its one pass found out.
+
+    Args:
+        marginal: "token" or "sequence".
+        hidden, weight, labels, doc_scores, bias, softcap, logit_scale, label_smoothing,
+            ignore_index, reduction, normalizer, example_weight, valid_rows: as there.
+
+    Returns:
+        loss and log_posterior as there, and token_logp `[B, K, T]` float32, without gradient: 0
+        where the label does not count, smoothed where RAG-Sequence smooths it.
+
+    Raises:
+        ValueError, RuntimeError: as there; an unknown `marginal`.
+
+    Example:
+        >>> import torch, fastrag.functional as F
+        >>> hidden, weight = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4)
+        >>> labels, scores = torch.tensor([[1, 2, -100]]), torch.zeros(1, 2)
+        >>> F.rag_nll("token", hidden, weight, labels, scores).token_logp[0, 0]  # -log 5
+        tensor([-1.6094, -1.6094,  0.0000])
+    """
+    if marginal not in ("token", "sequence"):
+        raise ValueError(f"marginal: expected 'token' or 'sequence', got {marginal!r}")
     checks.check_floating("doc_scores", doc_scores)
     checks.check_ndim("doc_scores", doc_scores, "[B, K]")
     n_examples, n_passages = doc_scores.shape
@@ -523,7 +561,7 @@ def _rag_nll(
     )
     checks.check_no_tangent("marginal_nll", hidden, weight, bias, doc_scores, example_weight)
     deferred = reduction == "none"
-    total, nll, log_posterior, *_ = _marginal_nll(
+    total, nll, log_posterior, token_logp, *_ = _marginal_nll(
         hidden,
         weight,
         bias,
@@ -544,20 +582,8 @@ def _rag_nll(
     elif reduction == "sum":
         loss = total
     else:
-        if normalizer is None:
-            normalizer = (labels != ignore_index).sum()
-        loss = _divide(total, normalizer)
-    return (loss, log_posterior) if return_posterior else loss
-
-
-def _divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
-    """total / normalizer, and 0 with gradient 0 where the normalizer is 0."""
-    if not isinstance(normalizer, Tensor):
-        return total / normalizer if normalizer > 0 else total * 0.0
-    # To a GPU without waiting; back from one the host has to wait anyhow.
-    normalizer = normalizer.to(total.device, total.dtype, non_blocking=total.is_cuda).reshape(())
-    empty = normalizer == 0
-    return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)
+        loss = divide(total, (labels != ignore_index).sum() if normalizer is None else normalizer)
+    return RagNLL(loss, log_posterior, token_logp)
 
 
 def _needs_grad(x: Tensor | None) -> bool:

@@ -156,6 +156,44 @@ def rag_sequence_nll(
     return nll, log_posterior
 
 
+def retriever_term(
+    objective: str,
+    doc_scores: Tensor,
+    token_logp: Tensor,
+    counts: Tensor,
+    tau_lm: float = 1.0,
+) -> Tensor:
+    """What "emdr2", "pdist" or "replug" adds for the retriever; token_logp [B, K, T] is constant.
+
+        emdr2     -sum_t m_t log sum_k exp(a_k + l_kt)
+        pdist     sum_k t_k (log t_k - a_k),  t = softmax_k(sum_t m_t l_kt / tau_lm)
+        replug    the same, t = softmax_k(mean over the counted l_kt / tau_lm)
+
+    Returns one number per example [B]; 0 without passages or without labels that count.
+
+    Example:
+        >>> import torch
+        >>> logp = torch.tensor([[[0.9], [0.1]]]).log()
+        >>> retriever_term("pdist", torch.zeros(1, 2), logp, torch.ones(1, 1, dtype=torch.bool))
+        tensor([0.3681])
+    """
+    terms = []
+    for scores, logp, counted in zip(doc_scores, token_logp.detach(), counts, strict=True):
+        here = scores != -torch.inf
+        logp = logp[here][:, counted]  # [passages that are there, labels that count]
+        if not logp.numel():
+            terms.append(scores.new_zeros(()))
+            continue
+        prior = scores[here].log_softmax(0)
+        if objective == "emdr2":
+            terms.append(-(prior.unsqueeze(1) + logp).logsumexp(0).sum())
+            continue
+        said = logp.mean(1) if objective == "replug" else logp.sum(1)
+        target = (said / tau_lm).softmax(0)
+        terms.append((target * (target.log() - prior)).sum())
+    return torch.stack(terms)
+
+
 def reduce(
     nll: Tensor,
     labels: Tensor,

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from fastrag import functional
 from fastrag.nn.heads import LMHead
+from fastrag.nn.objectives import RETRIEVER_TERMS
 from fastrag.ops.positions import IGNORE_INDEX
+from fastrag.ops.reduction import reduce_examples
 
-_MARGINALS = {"token": functional.rag_token_nll, "sequence": functional.rag_sequence_nll}
-_OBJECTIVES = ("marginal",)
+_MARGINALS = ("token", "sequence")
+_OBJECTIVES = ("marginal", *RETRIEVER_TERMS)
+_GENERATOR_LOSSES = ("marginal", "none")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -29,9 +32,23 @@ class RagLoss(nn.Module):
         sequence:  loss_b = -log sum_k p(z_k|x) prod_t p(y_t|x,z_k,y_<t)
                                             (Lewis et al. 2020, sec. 2.1)
 
+    Other objectives keep that likelihood for the generator, with the passages' prior held fixed,
+    and add a term of their own that trains the retriever on the generator's token_logp l, held
+    fixed in turn. With a = log_softmax_k(doc_scores), m = label counts, s = sum_t m l:
+
+        emdr2     -sum_t m log sum_k exp(a_k + l_kt)                (Singh et al. 2021, EMDR2)
+        pdist     KL(softmax_k(s / tau_lm) || exp a)                (Izacard et al. 2022, Atlas)
+        replug    the same with s / sum_t m, the generator frozen   (Shi et al. 2023, REPLUG)
+
+    Both terms are weighted by example and reduced alike.
+
     Args:
         marginal: "token" or "sequence".
-        objective: "marginal", the likelihood above, trains retriever and generator together.
+        objective: "marginal", the likelihood above, trains retriever and generator together;
+            "emdr2", "pdist" and "replug" as above.
+        tau_lm: temperature of the generator's distribution over passages (pdist, replug), > 0.
+        generator_loss: "marginal", or "none" for a generator that does not train: nothing flows
+            to hidden states and head. None takes what the objective says.
         label_smoothing: share of the target distribution spread over the vocabulary, in [0, 1).
         ignore_index: label that does not count.
         reduction: "mean" (over counted label tokens, or `normalizer`), "sum" or "none" (`[B]`).
@@ -55,18 +72,27 @@ class RagLoss(nn.Module):
         marginal: str = "token",
         objective: str = "marginal",
         *,
+        tau_lm: float = 1.0,
+        generator_loss: str | None = None,
         label_smoothing: float = 0.0,
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _require_word("marginal", marginal, tuple(_MARGINALS))
+        if generator_loss is None:
+            generator_loss = "none" if objective == "replug" else "marginal"
+        _require_word("marginal", marginal, _MARGINALS)
         _require_word("objective", objective, _OBJECTIVES)
+        _require_word("generator_loss", generator_loss, _GENERATOR_LOSSES)
+        if not 0.0 < tau_lm < float("inf"):
+            raise ValueError(f"tau_lm: expected a positive number, got {tau_lm}")
         _require_word("reduction", reduction, _REDUCTIONS)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing: expected 0 <= number < 1, got {label_smoothing}")
         self.marginal = marginal
         self.objective = objective
+        self.tau_lm = tau_lm
+        self.generator_loss = generator_loss
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -99,12 +125,17 @@ class RagLoss(nn.Module):
         Raises:
             ValueError: shapes or dtypes disagree.
         """
-        loss, log_posterior = _MARGINALS[self.marginal](
+        weight, bias = head.weight, head.bias
+        if self.generator_loss == "none":
+            hidden, weight = hidden.detach(), weight.detach()
+            bias = None if bias is None else bias.detach()
+        loss, log_posterior, token_logp = functional.rag_nll(
+            self.marginal,
             hidden,
-            head.weight,
+            weight,
             labels,
-            doc_scores,
-            bias=head.bias,
+            doc_scores if self.objective == "marginal" else doc_scores.detach(),
+            bias=bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             label_smoothing=self.label_smoothing,
@@ -113,14 +144,24 @@ class RagLoss(nn.Module):
             normalizer=normalizer,
             example_weight=example_weight,
             valid_rows=valid_rows,
-            return_posterior=True,
         )
+        if self.objective != "marginal":
+            counts = labels != self.ignore_index
+            term = RETRIEVER_TERMS[self.objective](doc_scores, token_logp, counts, self.tau_lm)
+            retriever = reduce_examples(
+                term,
+                self.reduction,
+                normalizer=counts.sum() if normalizer is None else normalizer,
+                example_weight=example_weight,
+            )
+            loss = retriever if self.generator_loss == "none" else loss + retriever
         return RagLossOutput(loss, log_posterior)
 
     def extra_repr(self) -> str:
         return (
-            f"marginal={self.marginal!r}, objective={self.objective!r}, "
-            f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+            f"marginal={self.marginal!r}, objective={self.objective!r}, tau_lm={self.tau_lm}, "
+            f"generator_loss={self.generator_loss!r}, label_smoothing={self.label_smoothing}, "
+            f"reduction={self.reduction!r}"
         )
 
 

@@ -31,8 +31,8 @@ def work(rank: int, kind: str, rendezvous: str) -> None:
         alone(**batch(kind, 4), num_items_in_batch=count).loss.backward()
         for (name, one), two in zip(alone.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
-    # The wrapper goes before its group: a reducer that holds the last reference to a gloo group joins
-    # the group's threads while it holds the GIL, and one of them may be waiting for the GIL.
+    # The wrapper goes before its group: a reducer that holds the last reference to a gloo group
+    # joins the group's threads while it holds the GIL, and one of them may be waiting for the GIL.
     del wrapped
     dist.destroy_process_group()
 

@@ -1,0 +1,128 @@
+"""The objectives of RagLoss equal their literal references, in value and in every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrag import RagLoss, reference
+from fastrag.nn import LMHead, objectives
+
+OBJECTIVES = ("emdr2", "pdist", "replug")
+REFERENCE = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
+IGNORE = -100
+
+
+def case(dtype=torch.float64):
+    """Examples: plain, one passage missing, no label, all passages missing."""
+    torch.manual_seed(0)
+    hidden = (2.0 * torch.randn(4, 3, 4, 5, dtype=dtype)).requires_grad_()
+    weight = torch.randn(11, 5, dtype=dtype, requires_grad=True)
+    bias = torch.randn(11, dtype=dtype, requires_grad=True)
+    scores = torch.randn(4, 3, dtype=dtype)
+    scores[1, 0] = -torch.inf
+    scores[3] = -torch.inf
+    scores.requires_grad_()
+    labels = torch.tensor([[1, 2, 3, 9], [4, IGNORE, 5, IGNORE], [IGNORE] * 4, [1, 2, 3, 4]])
+    return (
+        hidden,
+        LMHead(weight, bias, softcap=4.0, logit_scale=1.3),
+        labels,
+        scores.requires_grad_(),
+    )
+
+
+def expected_loss(marginal, objective, generator_loss, inputs, weights, reduction, tau_lm):
+    hidden, head, labels, scores = inputs
+    settings = (head.bias, head.softcap, head.logit_scale)
+    nll, _ = REFERENCE[marginal](hidden, head.weight, labels, scores.detach(), *settings)
+    logp = reference.token_logp(hidden, head.weight, labels, *settings)
+    term = reference.retriever_term(objective, scores, logp, labels != IGNORE, tau_lm)
+    total = term if generator_loss == "none" else nll + term
+    return reference.reduce(total, labels, reduction, None, weights)
+
+
+def gradients(loss, inputs):
+    hidden, head, _, scores = inputs
+    leaves = (hidden, head.weight, head.bias, scores)
+    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("generator_loss", ["marginal", "none"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_equals_the_reference(marginal, objective, generator_loss, reduction):
+    inputs = case()
+    weights = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+    loss_fn = RagLoss(
+        marginal, objective, tau_lm=0.7, generator_loss=generator_loss, reduction=reduction
+    )
+    loss = loss_fn(*inputs, example_weight=weights).loss
+    expected = expected_loss(marginal, objective, generator_loss, inputs, weights, reduction, 0.7)
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_term_reaches_its_own_side(objective):
+    inputs = case()
+    hidden, head, labels, scores = inputs
+    dhidden, dweight, _, dscores = gradients(
+        RagLoss("token", objective, generator_loss="none")(*inputs).loss, inputs
+    )
+    assert not dhidden.any() and not dweight.any() and dscores.abs().max() > 1e-3
+    # The generator's gradient is that of the marginal likelihood under a prior held fixed.
+    fixed = RagLoss("token")(hidden, head, labels, scores.detach()).loss
+    both = RagLoss("token", objective, generator_loss="marginal")(*inputs).loss
+    for got, want in zip(gradients(both, inputs)[:3], gradients(fixed, inputs)[:3], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_replug_leaves_the_generator_alone_by_default():
+    inputs = case()
+    assert RagLoss(objective="replug").generator_loss == "none"
+    assert not gradients(RagLoss(objective="replug")(*inputs).loss, inputs)[0].any()
+
+
+def test_emdr2_over_the_token_marginal_is_the_joint_gradient():
+    inputs = case()
+    joint = RagLoss("token")(*inputs).loss
+    emdr2 = RagLoss("token", "emdr2")(*inputs).loss
+    torch.testing.assert_close(emdr2, 2 * joint)
+    for got, want in zip(gradients(emdr2, inputs), gradients(joint, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("term", [objectives.pdist, objectives.replug])
+def test_divergence_vanishes_where_the_retriever_agrees(term):
+    counts = torch.tensor([[True, True, False]])
+    logp = torch.randn(1, 4, 3, dtype=torch.float64)
+    said = (logp * counts).sum(2) / (1 if term is objectives.pdist else 2)
+    scores = (said + 3.0).requires_grad_()
+    value = term(scores, logp, counts, 1.0)
+    (grad,) = torch.autograd.grad(value.sum(), scores)
+    torch.testing.assert_close(value, torch.zeros_like(value))
+    torch.testing.assert_close(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_far_apart_passages_stay_finite(objective):
+    """A posterior of 0 and 1 in float32, and a prior that says the opposite."""
+    logp = torch.tensor([[[-500.0], [-0.1]]])
+    scores = torch.tensor([[100.0, -100.0]], requires_grad=True)
+    term = objectives.RETRIEVER_TERMS[objective]
+    value = term(scores, logp, torch.ones(1, 1, dtype=torch.bool), 1.0)
+    (grad,) = torch.autograd.grad(value.sum(), scores)
+    assert value.isfinite().all() and grad.isfinite().all() and grad[0, 1] < 0 < grad[0, 0]
+
+
+def test_rejects_words_and_numbers():
+    with pytest.raises(ValueError, match="objective: expected one of .*'replug'.*, got 'x'"):
+        RagLoss(objective="x")
+    with pytest.raises(ValueError, match="generator_loss: expected one of .*, got 'frozen'"):
+        RagLoss(generator_loss="frozen")
+    with pytest.raises(ValueError, match=r"tau_lm: expected a positive number, got 0\.0"):
+        RagLoss(objective="pdist", tau_lm=0.0)
