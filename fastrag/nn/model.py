@@ -80,7 +80,8 @@ class RagModel(nn.Module):
             prior softmax(s / explore_tau) over the candidates behind the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
-        label_smoothing: see `RagLoss`.
+        label_smoothing, objective, tau_lm: see `RagLoss`. With an objective that leaves the
+            generator alone ("replug") its parameters are set to `requires_grad=False`.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range, passages
@@ -119,6 +120,8 @@ class RagModel(nn.Module):
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
         label_smoothing: float = 0.0,
+        objective: str = "marginal",
+        tau_lm: float = 1.0,
     ) -> None:
         super().__init__()
         if tau is None:
@@ -143,7 +146,9 @@ class RagModel(nn.Module):
         self._tau = float(tau)
         log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
         self.register_parameter("log_tau", log_tau)
-        self.loss_fn = RagLoss(marginal, label_smoothing=label_smoothing)
+        self.loss_fn = RagLoss(marginal, objective, tau_lm=tau_lm, label_smoothing=label_smoothing)
+        if self.loss_fn.generator_loss == "none":
+            generator.requires_grad_(False)
         self.question_tokenizer = question_tokenizer
         self.generator_tokenizer = generator_tokenizer
         self.builder = ContextBuilder(

@@ -79,6 +79,17 @@ def test_gradient_reaches_questions_and_generator_alone():
     )
 
 
+@pytest.mark.parametrize("objective", ["emdr2", "pdist", "replug"])
+def test_other_objectives_train_their_sides(objective):
+    model = rag_model(objective=objective, tau_lm=0.5, tau=0.3)
+    assert (model.loss_fn.objective, model.loss_fn.tau_lm) == (objective, 0.5)
+    model(**batch()).loss.backward()
+    assert any(p.grad.abs().max() > 0 for p in model.question_encoder.parameters())
+    frozen = objective == "replug"
+    assert all((p.grad is None) == frozen for p in model.generator.parameters())
+    assert all(p.requires_grad != frozen for p in model.generator.parameters())
+
+
 def test_fresh_passages_carry_gradient_and_are_encoded_once(monkeypatch):
     model = rag_model(train_passage_encoder=True, tau=0.2)
     seen = []
@@ -319,6 +330,8 @@ def test_rejects_bad_settings():
     _rejects("explore_tau: expected a number > 0", explore_tau=0.0)
     _rejects("marginal: expected one of .* got 'both'", marginal="both")
     _rejects("label_smoothing: expected 0 <= number < 1, got 1", label_smoothing=1.0)
+    _rejects("objective: expected one of .* got 'em'", objective="em")
+    _rejects("tau_lm: expected a positive number, got -1", tau_lm=-1.0)
     _rejects("max_context: expected more than the template", max_context=2)
     _rejects(
         "max_context: expected at most the generator's 64 positions", kind="causal", max_context=65
