@@ -48,6 +48,7 @@ class AotConfig:
     constants: Mapping[str, Any]  # constexpr argument -> value, and integers specialised to 1
     num_warps: int = 4
     num_stages: int = 3
+    aligned: tuple[str, ...] = ()  # integers that the launcher makes multiples of 16
 
     @property
     def name(self) -> str:
@@ -60,7 +61,9 @@ class AotConfig:
         names = self.kernel.arg_names
         signature = {n: "constexpr" if n in self.constants else self.types[n] for n in names}
         # torch allocates on 512-byte boundaries; the launcher specialises on it.
-        aligned = [i for i, n in enumerate(names) if signature[n].startswith("*")]
+        aligned = [
+            i for i, n in enumerate(names) if signature[n].startswith("*") or n in self.aligned
+        ]
         return ASTSource(
             fn=self.kernel,
             signature=signature,

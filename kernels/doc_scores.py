@@ -18,12 +18,11 @@ a fixed order and there are no atomics: the same input gives the same bits.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from fastrag.kernels.aot import AotConfig
+from fastrag.kernels.launch import device_of
 from torch import Tensor
 
 # K is covered by one block of these: four code paths to compile and test rather than ten.
@@ -212,7 +211,7 @@ def doc_scores_fwd(
     n_examples, n_passages = passage_emb.shape[:2] if rows is None else rows.shape
     scores = query_emb.new_empty((n_examples, n_passages), dtype=torch.float32)
     log_prior = torch.empty_like(scores)
-    with _on(query_emb):
+    with device_of(query_emb):
         _doc_scores_fwd_kernel[(n_examples,)](
             query_emb,
             passage_emb,
@@ -259,7 +258,7 @@ def doc_scores_bwd(
     options = {"HAS_DPRIOR": dlog_prior is not None, **blocks(n_passages)}
     width = query_emb.shape[1]
     grid = (n_examples, triton.cdiv(width, options["BLOCK_D"]))
-    with _on(query_emb):
+    with device_of(query_emb):
         if need_dq:
             _doc_scores_dquery_kernel[grid](
                 *upstream,
@@ -342,8 +341,3 @@ def _passage_strides(passage_emb: Tensor) -> tuple[int, ...]:
     """Strides of question, passage and component; every question sees the same index matrix."""
     strides = passage_emb.stride()
     return strides if passage_emb.dim() == 3 else (0, *strides)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """The device of x, which need not be the current one; nothing in the interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

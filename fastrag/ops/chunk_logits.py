@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrag.ops import workspace
 from fastrag.ops.linear_head import LinearHead
 
 
@@ -44,6 +45,11 @@ class ChunkLogits(ABC):
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         self.head, self.x, self.gold = head, x, gold
+
+    @staticmethod
+    def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which products take hidden states of `dtype`, the weight and the gradient."""
+        return workspace.accumulate_dtype(dtype)
 
     @staticmethod
     @abstractmethod
@@ -169,4 +175,8 @@ class TorchChunkLogits(ChunkLogits):
 
 def chunk_logits(backend: str) -> type[ChunkLogits]:
     """Returns the class that holds the logits of a chunk in this backend."""
+    if backend == "triton":
+        from fastrag.ops.triton_chunk_logits import TritonChunkLogits
+
+        return TritonChunkLogits
     return {"torch": TorchChunkLogits}[backend]

@@ -16,27 +16,38 @@ from fastrag.ops import workspace
 
 @dataclass(frozen=True, slots=True)
 class LinearHead:
-    """Language model head; `dtype` is the dtype of the maths whatever the weight is stored in."""
+    """Language model head; `dtype` is the dtype of the maths whatever the weight is stored in.
+
+    Products may take operands of fewer bits, `operand`, and still add up in `dtype`.
+    """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     softcap: float | None
     logit_scale: float
     dtype: torch.dtype
+    operand: torch.dtype | None = None  # None: dtype
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        return self.dtype if self.operand is None else self.operand
 
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
     def weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (rows of W, those rows in `dtype`); all of W at once where no cast is needed."""
-        if self.weight.dtype == self.dtype:
+        """Yields (rows of W, those rows as an operand); W at once where no cast is needed."""
+        if self.weight.dtype == self.operand_dtype:
             yield slice(0, self.vocab_size), self.weight
             return
-        row_bytes = self.weight.shape[1] * self.dtype.itemsize
+        row_bytes = self.weight.shape[1] * self.operand_dtype.itemsize
         limit = max(1, workspace.WEIGHT_SLICE_BYTES // row_bytes)
-        for part in workspace.even_slices(self.vocab_size, limit):
-            yield part, self.weight[part].to(self.dtype)
+        # A slice of the logits starts at a multiple of this: cuBLAS wants aligned matrices.
+        step = 64 if limit >= 64 else 1
+        for part in workspace.even_slices(-(-self.vocab_size // step), limit // step):
+            rows = slice(part.start * step, min(part.stop * step, self.vocab_size))
+            yield rows, self.weight[rows].to(self.operand_dtype)
 
 
 class HeadGradients:
@@ -75,14 +86,14 @@ class HeadGradients:
     def add(self, draw: Tensor, x: Tensor, rows: Tensor) -> None:
         """Adds a chunk: draw [n, V] is the gradient of x W^T + bias, rows [n] where x came from."""
         if self.dbias is not None:
-            self.dbias.add_(draw.sum(0))
+            self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))
         if self.dweight is not None:
-            _add_product(self.dweight, draw.t(), x, first=not self._written)
+            add_product(self.dweight, draw.t(), x, first=not self._written)
             self._written = True
         if self.dhidden is not None:
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(x, dtype=self.head.dtype)
             for part, weight in self.head.weight_slices():
-                _add_product(dx, draw[:, part], weight, first=part.start == 0)
+                add_product(dx, draw[:, part], weight, first=part.start == 0)
             self.dhidden[rows] = dx.to(self.dhidden.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,12 +107,22 @@ class HeadGradients:
         return self.head.weight.new_empty(0, dtype=self.head.dtype) if grad is None else grad
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a b; for the first of a sum total = a b, whatever stood there."""
-    if first:
-        torch.mm(a, b, out=total)
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a b; for the first of a sum total = a b, whatever stood there.
+
+    Operands of fewer bits than total are multiplied as they are and added up in its dtype; where
+    torch cannot, on a CPU, they are converted first, to the same result.
+    """
+    if a.dtype == total.dtype or not total.is_cuda:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
     else:
-        total.addmm_(a, b)
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:

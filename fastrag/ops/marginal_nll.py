@@ -35,7 +35,10 @@ from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
 from fastrag.ops.token_logp import fake_head_gradients
 
-backends.register("marginal_nll", ("torch",))
+backends.register("marginal_nll", ("triton", "torch"))
+
+# One program of the Triton kernel holds a word of all the passages of a position.
+TRITON_MAX_MIXED = 256
 
 _N_INPUTS = 17
 _NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: inputs that backward can reach
@@ -76,12 +79,17 @@ def marginal_nll(
     needed comes back empty, and all of them if `deferred`. token_logp [B, K, T] is what the
     marginal was made of, without gradient, and 0 where the label does not count.
     """
-    open_chunk = chunk_logits(backends.choose("marginal_nll", hidden.device, hidden.dtype))
+    unfit = {}
+    n_passages = hidden.shape[1]
+    if marginal == "token" and label_smoothing and n_passages > TRITON_MAX_MIXED:
+        unfit["triton"] = f"it smooths over K of at most {TRITON_MAX_MIXED}, got {n_passages}"
+    open_chunk = chunk_logits(backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit))
     if deferred:
         need_dx = need_dw = need_db = need_ds = False
     with workspace.without_autocast(hidden.device):
         dtype = workspace.accumulate_dtype(hidden.dtype)
-        head = LinearHead(weight, bias, softcap, logit_scale, dtype)
+        operand = open_chunk.operand_dtype(hidden.dtype)
+        head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
         sums = HeadGradients(head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
         kind = _Token if marginal == "token" else _Sequence
         run = kind(
@@ -162,7 +170,7 @@ class _Marginal:
         if self.unlisted is not None:
             # Gradients of which a part is missing must not look like gradients.
             self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
-        self.positions = Positions(hidden, labels, counted, present, valid_rows, head.dtype)
+        self.positions = Positions(hidden, labels, counted, present, valid_rows, head.operand_dtype)
         row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
         self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
 

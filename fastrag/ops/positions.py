@@ -30,7 +30,7 @@ class Chunk:
     counts: Tensor  # [G] bool
     gold: Tensor  # [n], label
     row: Tensor  # [n], (b * K + k) * T + t, B*K*T where the entry is padding
-    x: Tensor  # [n, H], in the dtype of the maths
+    x: Tensor  # [n, H], in the dtype of the operands of products
 
 
 class Positions:

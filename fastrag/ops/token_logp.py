@@ -21,7 +21,7 @@ from fastrag.ops.grads import once_differentiable
 from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
 from fastrag.ops.positions import Chunk, Positions, check_labels
 
-backends.register("token_logp", ("torch",))
+backends.register("token_logp", ("triton", "torch"))
 
 
 @torch.library.custom_op(
@@ -118,13 +118,14 @@ class _Walk:
     ) -> None:
         dtype = workspace.accumulate_dtype(hidden.dtype)
         self.open_chunk = chunk_logits(backends.choose("token_logp", hidden.device, hidden.dtype))
-        self.head = LinearHead(weight, bias, softcap, logit_scale, dtype)
+        operand = self.open_chunk.operand_dtype(hidden.dtype)
+        self.head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
         self.n_rows, self.n_passages = hidden.shape[:-1].numel(), hidden.shape[1]
         counted = labels != ignore_index
         bad = check_labels(labels, counted, weight.shape[0])
         labels = torch.where(bad, 0, labels)
         self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
-        self.positions = Positions(hidden, labels, counted, None, None, dtype)
+        self.positions = Positions(hidden, labels, counted, None, None, operand)
         row_bytes = self.open_chunk.row_bytes(self.head, self.n_passages, mixture=False)
         limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
         self.parts = workspace.even_slices(len(self.positions), limit)

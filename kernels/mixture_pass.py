@@ -1,0 +1,290 @@
+"""The marginal distribution of RAG-Token over the whole vocabulary, and the gradient of its mean.
+
+    M_v = log sum_k exp(a_k + log p_kv)                (Lewis et al. 2020, sec. 2.1, RAG-Token)
+    r_kv = exp(a_k + log p_kv - M_v)                   the share of passage k in it
+
+    statistics  mean_v M_v and mean_v r_kv
+    gradient    dz_kv = target_k p_kv - spread r_kv - hit_k 1[v = y], times the chain factor
+
+Label smoothing e of the marginal distribution has hit = (1 - e) w, spread = e / V and target =
+(1 - e) w + e mean_v r: d/dz of -((1 - e) M_y + e mean_v M_v).
+
+The K rows of a position are consecutive and in one program; `row_pass` has left max z and log sum.
+Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 or 4 written. M and r exist
+in registers alone: the gradient makes them again. No atomics, a fixed order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastrag.kernels.aot import AotConfig
+from fastrag.kernels.launch import device_of
+from fastrag.kernels.row_pass import HEAD_TYPES, LOG2E, chain_factor, fold_logits, head_flags
+from torch import Tensor
+
+_BLOCKS_K = (4, 16, 64, 256)
+# Logits per program and tile: 16 a thread.
+_TILE = 2048
+_NUM_WARPS = 4
+MAX_PASSAGES = _BLOCKS_K[-1]
+
+
+def blocks(n_passages: int) -> dict[str, int]:
+    """Returns BLOCK_K and BLOCK_V for K passages.
+
+    Raises:
+        ValueError: K is above the largest block.
+    """
+    fitting = [block for block in _BLOCKS_K if block >= n_passages]
+    if not fitting:
+        raise ValueError(f"marginal_nll: expected K of at most {MAX_PASSAGES}, got {n_passages}")
+    return {"BLOCK_K": fitting[0], "BLOCK_V": _TILE // fitting[0]}
+
+
+@triton.jit
+def _log_softmax_tile(
+    raw_ptrs,
+    bias_ptrs,
+    mask_k,
+    mask_v,
+    peak,
+    log_sum,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """log p of K rows and BLOCK_V words, and x W^T + bias of the same."""
+    mask = mask_k[:, None] & mask_v[None, :]
+    raw = tl.load(raw_ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_V]
+    if HAS_BIAS:
+        raw += tl.load(bias_ptrs, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+    z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
+    return (z - peak[:, None]) - log_sum[:, None], raw
+
+
+@triton.jit
+def _mixture(logp, prior):
+    """M [BLOCK_V] and r [BLOCK_K, BLOCK_V]."""
+    joint = logp + prior[:, None]
+    peak = tl.max(joint, axis=0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    part = tl.exp2((joint - peak[None, :]) * LOG2E)
+    total = tl.sum(part, axis=0)
+    return peak + tl.log(total), part / total[None, :]
+
+
+@triton.jit
+def _mixture_statistics_kernel(
+    raw_ptr,
+    bias_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    prior_ptr,
+    smooth_ptr,
+    share_ptr,
+    K,
+    V,
+    stride_raw,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program owns one position: its K rows, tile after tile.
+    pid = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_k = offs_k < K
+    row = pid * K + offs_k
+    peak = tl.load(peak_ptr + row, mask=mask_k, other=0.0)
+    log_sum = tl.load(log_sum_ptr + row, mask=mask_k, other=0.0)
+    prior = tl.load(prior_ptr + row, mask=mask_k, other=float("-inf"))
+    raw_ptrs = raw_ptr + row[:, None] * stride_raw + offs_v[None, :]
+    smooth = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    share = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        mask_v = start + offs_v < V
+        logp, _ = _log_softmax_tile(
+            raw_ptrs + start,
+            bias_ptr + start + offs_v,
+            mask_k,
+            mask_v,
+            peak,
+            log_sum,
+            logit_scale,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
+        mixture, r = _mixture(logp, prior)
+        smooth += tl.where(mask_v, mixture, 0.0)
+        share += tl.where(mask_v[None, :], r, 0.0)
+    tl.store(smooth_ptr + pid, tl.sum(smooth, axis=0) / V)
+    tl.store(share_ptr + row, tl.sum(share, axis=1) / V, mask=mask_k)
+
+
+@triton.jit
+def _mixture_gradient_kernel(
+    raw_ptr,
+    bias_ptr,
+    gold_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    prior_ptr,
+    hit_ptr,
+    target_ptr,
+    spread_ptr,
+    draw_ptr,
+    K,
+    V,
+    stride_raw,
+    stride_draw,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program owns BLOCK_V words of the K rows of a position; draw may be raw itself.
+    pid = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_k = offs_k < K
+    mask_v = offs_v < V
+    row = pid * K + offs_k
+    peak = tl.load(peak_ptr + row, mask=mask_k, other=0.0)
+    log_sum = tl.load(log_sum_ptr + row, mask=mask_k, other=0.0)
+    prior = tl.load(prior_ptr + row, mask=mask_k, other=float("-inf"))
+    hit = tl.load(hit_ptr + row, mask=mask_k, other=0.0)
+    target = tl.load(target_ptr + row, mask=mask_k, other=0.0)
+    gold = tl.load(gold_ptr + row, mask=mask_k, other=-1)
+    spread = tl.load(spread_ptr + pid)
+    logp, raw = _log_softmax_tile(
+        raw_ptr + row[:, None] * stride_raw + offs_v[None, :],
+        bias_ptr + offs_v,
+        mask_k,
+        mask_v,
+        peak,
+        log_sum,
+        logit_scale,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+    )
+    _, r = _mixture(logp, prior)
+    d = target[:, None] * tl.exp2(logp * LOG2E) - spread * r
+    d -= tl.where(offs_v[None, :] == gold[:, None], hit[:, None], 0.0)
+    d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
+    draw_ptrs = draw_ptr + row[:, None] * stride_draw + offs_v[None, :]
+    tl.store(draw_ptrs, d.to(draw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_v[None, :])
+
+
+def mixture_statistics(
+    raw: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    peak: Tensor,
+    log_sum: Tensor,
+    log_prior: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """raw [G * K, V], log_prior [G, K] -> mean_v M [G] and mean_v r [G, K]."""
+    n_positions, n_passages = log_prior.shape
+    smooth = raw.new_empty(n_positions)
+    share = raw.new_empty(n_positions, n_passages)
+    with device_of(raw):
+        _mixture_statistics_kernel[(n_positions,)](
+            raw,
+            raw if bias is None else bias,
+            peak,
+            log_sum,
+            log_prior,
+            smooth,
+            share,
+            n_passages,
+            raw.shape[1],
+            raw.stride(0),
+            logit_scale,
+            **_flags(bias, softcap),
+            **blocks(n_passages),
+            num_warps=_NUM_WARPS,
+        )
+    return smooth, share
+
+
+def mixture_gradient(
+    raw: Tensor,
+    gold: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    peak: Tensor,
+    log_sum: Tensor,
+    log_prior: Tensor,
+    hit: Tensor,
+    target: Tensor,
+    spread: Tensor,
+    out: Tensor,
+) -> None:
+    """Writes the gradient of raw [G * K, V] to out, of any dtype, or over raw itself."""
+    n_positions, n_passages = log_prior.shape
+    sizes = blocks(n_passages)
+    with device_of(raw):
+        _mixture_gradient_kernel[(n_positions, triton.cdiv(raw.shape[1], sizes["BLOCK_V"]))](
+            raw,
+            raw if bias is None else bias,
+            gold,
+            peak,
+            log_sum,
+            log_prior,
+            hit,
+            target,
+            spread,
+            out,
+            n_passages,
+            raw.shape[1],
+            raw.stride(0),
+            out.stride(0),
+            logit_scale,
+            **_flags(bias, softcap),
+            **sizes,
+            num_warps=_NUM_WARPS,
+        )
+
+
+def _flags(bias: Tensor | None, softcap: float | None) -> dict[str, Any]:
+    return {
+        "softcap": 1.0 if softcap is None else softcap,
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap is not None,
+    }
+
+
+def aot_configs() -> list[AotConfig]:
+    """What the gate compiles: every block of K, every flag, the bias in the gradient's dtype."""
+    pointers = ("prior_ptr", "hit_ptr", "target_ptr", "spread_ptr", "smooth_ptr", "share_ptr")
+    shared = HEAD_TYPES | dict.fromkeys(pointers, "*fp32")
+    aligned = ("stride_raw", "stride_draw")
+    configs = []
+    for n_passages in _BLOCKS_K:
+        for flags in head_flags():
+            constants = {**flags, **blocks(n_passages)}
+            types = shared | {"bias_ptr": "*bf16"}
+            configs.append(
+                AotConfig(_mixture_statistics_kernel, types, constants, _NUM_WARPS, aligned=aligned)
+            )
+            for dtype in ("fp32", "bf16"):
+                types = shared | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}
+                configs.append(
+                    AotConfig(
+                        _mixture_gradient_kernel, types, constants, _NUM_WARPS, aligned=aligned
+                    )
+                )
+    return configs

@@ -1,0 +1,265 @@
+"""Softmax statistics of rows of logits, and the gradient of a cross-entropy with a weight per row.
+
+    z_v = c tanh(s (r_v + b_v) / c)           r = x W^T as a GEMM left it; no softcap: z = s (r + b)
+    log p(y) = z_y - max z - log sum_v exp(z_v - max z)
+    mean_v log p(v) = mean_v z_v - max z - log sum_v exp(z_v - max z)
+
+    dr_v = w (p_v - e / V - (1 - e) 1[v = y]) s (1 - tanh^2(s (r_v + b_v) / c))
+
+the gradient of -w ((1 - e) log p(y) + e mean_v log p(v)), which is that of -log p(z|x,y) of Lewis
+et al. 2020, sec. 2.1, when w is the posterior of the row's passage.
+
+Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 (bf16, fp16) or 4 written.
+Not materialised: z and p, which exist in registers alone, and the tanh that the chain rule needs.
+
+Rows may be padded: `stride(0)` of the buffer is what counts, and what stands behind column V is
+neither read nor written. Offsets are 64-bit. A NaN anywhere in a row makes its statistics NaN.
+Sums are in float32 and in a fixed order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastrag.kernels.aot import AotConfig
+from fastrag.kernels.launch import device_of
+from torch import Tensor
+
+# 16 numbers a thread: four loads of 16 bytes in flight, and registers for the rest.
+BLOCK_V = 4096
+_NUM_WARPS = 8
+# The mean keeps a second sum, for which the registers of a whole block do not suffice.
+_BLOCK_V_MEAN = BLOCK_V // 2
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tanh(u):
+    # (1 - e) / (1 + e) loses all digits near 0, where five terms of the series are exact.
+    e = tl.exp2(-2.0 * LOG2E * tl.abs(u))
+    far = (1.0 - e) / (1.0 + e)
+    u2 = u * u
+    series = 1.0 + u2 * (-0.33333333 + u2 * (0.13333333 + u2 * (-0.05396825 + u2 * 0.02186949)))
+    return tl.where(u2 < 0.0625, u * series, tl.where(u < 0.0, -far, far))
+
+
+@triton.jit
+def fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Logits from x W^T + bias."""
+    z = raw * logit_scale
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Derivative of fold_logits; 4 e / (1 + e)^2 is 1 - tanh^2 without its cancellation."""
+    factor = logit_scale
+    if HAS_SOFTCAP:
+        e = tl.exp2(-2.0 * LOG2E * tl.abs(raw * logit_scale / softcap))
+        factor = logit_scale * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return factor
+
+
+@triton.jit
+def _row_statistics_kernel(
+    raw_ptr,
+    bias_ptr,
+    gold_ptr,
+    logp_ptr,
+    mean_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    V,
+    stride_raw,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program owns one row and reads it once.
+    pid = tl.program_id(0).to(tl.int64)
+    raw_ptr += pid * stride_raw
+    offs_v = tl.arange(0, BLOCK_V)
+    peak = float("-inf")
+    total = tl.zeros((BLOCK_V,), dtype=tl.float32)  # sum of exp(z - peak) of each lane
+    away = 0.0  # sum of z - peak
+    for start in range(0, V, BLOCK_V):
+        mask_v = start + offs_v < V
+        raw = tl.load(raw_ptr + start + offs_v, mask=mask_v, other=0.0)  # [BLOCK_V]
+        if HAS_BIAS:
+            raw += tl.load(bias_ptr + start + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
+        z = tl.where(mask_v, z, float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, axis=0))
+        # Until a logit is finite: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
+        center = tl.where(higher == float("-inf"), 0.0, higher)
+        rescale = tl.exp2((peak - center) * LOG2E)
+        total = total * rescale + tl.exp2((z - center) * LOG2E)
+        if WITH_MEAN:
+            away += tl.where(start == 0, 0.0, start * (peak - center))  # what came before
+            away += tl.sum(tl.where(mask_v, z - center, 0.0), axis=0)
+        peak = higher
+
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    log_sum = tl.log(tl.sum(total, axis=0))
+    gold = tl.load(gold_ptr + pid)
+    raw_gold = tl.load(raw_ptr + gold)
+    if HAS_BIAS:
+        raw_gold += tl.load(bias_ptr + gold).to(tl.float32)
+    z_gold = fold_logits(raw_gold, logit_scale, softcap, HAS_SOFTCAP)
+    # Centred before anything is subtracted: log p stays exact for logits around 1e4.
+    tl.store(logp_ptr + pid, (z_gold - peak) - log_sum)
+    tl.store(peak_ptr + pid, peak)
+    tl.store(log_sum_ptr + pid, log_sum)
+    if WITH_MEAN:
+        tl.store(mean_ptr + pid, away / V - log_sum)
+
+
+@triton.jit
+def _row_gradient_kernel(
+    raw_ptr,
+    bias_ptr,
+    gold_ptr,
+    weight_ptr,
+    peak_ptr,
+    log_sum_ptr,
+    draw_ptr,
+    V,
+    stride_raw,
+    stride_draw,
+    logit_scale,
+    softcap,
+    smoothing,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program owns BLOCK_V numbers of one row; draw may be raw itself where the dtypes agree.
+    pid = tl.program_id(0).to(tl.int64)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < V
+    weight = tl.load(weight_ptr + pid)
+    peak = tl.load(peak_ptr + pid)
+    scale = weight * tl.exp2(-LOG2E * tl.load(log_sum_ptr + pid))
+    gold = tl.load(gold_ptr + pid)
+    raw = tl.load(raw_ptr + pid * stride_raw + offs_v, mask=mask_v, other=0.0)  # [BLOCK_V]
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+    z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
+    d = tl.exp2((z - peak) * LOG2E) * scale - weight * (smoothing / V)
+    # In float32: a probability near 1 would round to 1 in the operand dtype, and its gradient to 0.
+    d -= tl.where(offs_v == gold, weight * (1.0 - smoothing), 0.0)
+    d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
+    offs_draw = pid * stride_draw + offs_v
+    tl.store(draw_ptr + offs_draw, d.to(draw_ptr.dtype.element_ty), mask=mask_v)
+
+
+def row_statistics(
+    raw: Tensor,
+    gold: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    with_mean: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """raw [n, V] float32, gold [n] -> log p(y), mean_v log p(v), max z and log sum, all [n]."""
+    n, vocab_size = raw.shape
+    found = raw.new_empty(4, n)
+    with device_of(raw):
+        _row_statistics_kernel[(n,)](
+            raw,
+            raw if bias is None else bias,
+            gold,
+            *found,
+            vocab_size,
+            raw.stride(0),
+            logit_scale,
+            1.0 if softcap is None else softcap,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            WITH_MEAN=with_mean,
+            BLOCK_V=_BLOCK_V_MEAN if with_mean else BLOCK_V,
+            num_warps=_NUM_WARPS,
+        )
+    logp, mean, peak, log_sum = found
+    return logp, mean if with_mean else None, peak, log_sum
+
+
+def row_gradient(
+    raw: Tensor,
+    gold: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    peak: Tensor,
+    log_sum: Tensor,
+    weight: Tensor,
+    smoothing: float,
+    out: Tensor,
+) -> None:
+    """Writes the gradient of raw [n, V] to out [n, V] of any dtype, or over raw itself."""
+    n, vocab_size = raw.shape
+    with device_of(raw):
+        _row_gradient_kernel[(n, triton.cdiv(vocab_size, BLOCK_V))](
+            raw,
+            raw if bias is None else bias,
+            gold,
+            weight,
+            peak,
+            log_sum,
+            out,
+            vocab_size,
+            raw.stride(0),
+            out.stride(0),
+            logit_scale,
+            1.0 if softcap is None else softcap,
+            smoothing,
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=_NUM_WARPS,
+        )
+
+
+def head_flags() -> list[dict[str, bool]]:
+    """The heads that the gate compiles: of published models, softcap comes without bias."""
+    return [
+        {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        for bias, softcap in ((False, False), (True, False), (True, True))
+    ]
+
+
+# Pitch-padded rows: what the launchers pass is a multiple of 16, and compiles to wide loads.
+HEAD_TYPES = {
+    **dict.fromkeys(("raw_ptr", "peak_ptr", "log_sum_ptr", "logp_ptr", "mean_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr",), "*fp32"),
+    **dict.fromkeys(("logit_scale", "softcap", "smoothing"), "fp32"),
+    **dict.fromkeys(("V", "K", "stride_raw", "stride_draw"), "i32"),
+    "gold_ptr": "*i64",
+}
+
+
+def aot_configs() -> list[AotConfig]:
+    """What the gate compiles: the bias in the dtype of the gradient, and every flag."""
+    configs = []
+    aligned = ("stride_raw", "stride_draw")
+    for flags in head_flags():
+        for with_mean in (False, True):
+            types = HEAD_TYPES | {"bias_ptr": "*bf16"}
+            block = _BLOCK_V_MEAN if with_mean else BLOCK_V
+            constants = {**flags, "WITH_MEAN": with_mean, "BLOCK_V": block}
+            configs.append(
+                AotConfig(_row_statistics_kernel, types, constants, _NUM_WARPS, aligned=aligned)
+            )
+        for dtype in ("fp32", "fp16", "bf16"):
+            types = HEAD_TYPES | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}
+            constants = {**flags, "BLOCK_V": BLOCK_V}
+            configs.append(
+                AotConfig(_row_gradient_kernel, types, constants, _NUM_WARPS, aligned=aligned)
+            )
+    return configs
