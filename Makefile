@@ -36,10 +36,10 @@ $(BIN)/python:
 
 # torch comes first and without the triton pin: a CUDA build of torch brings the one triton that it
 # works with, a CPU build brings none.
-$(INSTALLED): $(BIN)/python setup.py pyproject.toml constraints.txt
+$(INSTALLED): $(BIN)/python setup.py pyproject.toml constraints.txt $(CXX_SOURCES)
 	@grep -v '^triton==' constraints.txt > $(UNPINNED_TRITON)
 	@echo "installing torch and the build tools"
-	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) torch numpy setuptools wheel
+	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) torch numpy setuptools wheel pybind11
 	@$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP_INSTALL) -c constraints.txt triton
 	@echo "installing fastrag with what its tests and its demo need"
 	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) --no-build-isolation -e '.[test,demo]'

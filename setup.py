@@ -2,16 +2,86 @@
 
 Requirements are lower bounds only, so that an installation never replaces a CUDA build of torch or
 a faiss that is already there. The exact versions that the tests run on are in constraints.txt.
+
+The extension module fastrag._C is optional: where it cannot be compiled the installation goes on
+without it, and the ops run on torch. FASTRAG_BUILD_EXT=0 leaves it out, FASTRAG_BUILD_EXT=1 makes
+a failure to build it an error.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from pathlib import Path
+from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+BUILD_VARIABLE = "FASTRAG_BUILD_EXT"
+# What a source file is compiled with beyond the rest: the kernels of one instruction set each, of
+# which the module chooses one when it runs. Never -march=native: a wheel is built elsewhere.
+SOURCE_FLAGS = {
+    "row_pass_avx2": ["-mavx2", "-mfma"],
+    "row_pass_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    # GCC bug 105593: its own header of intrinsics
+    + ["-Wno-maybe-uninitialized"],
+}
+
+
+class BuildExtension(build_ext):
+    """Flags by source file, and one line where an optional extension cannot be built."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+            self._flags_by_source()
+            super().build_extension(ext)
+        except Exception as error:
+            if not ext.optional:
+                raise
+            self.warn(f"{ext.name} is not built, fastrag will run on torch alone: {error}")
+
+    def _flags_by_source(self) -> None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(
+            obj: str, src: str, ext: str, cc_args: list[str], postargs: list[str], pp_opts: Any
+        ) -> None:
+            flags = SOURCE_FLAGS.get(Path(src).stem, [])
+            compile_one(obj, src, ext, cc_args, [*postargs, *flags], pp_opts)
+
+        self.compiler._compile = compile_with_flags
+
+
+def extensions() -> list[Extension]:
+    wanted = os.environ.get(BUILD_VARIABLE, "")
+    if wanted not in ("", "0", "1"):
+        raise RuntimeError(f"{BUILD_VARIABLE}: expected 0, 1 or nothing, got {wanted!r}")
+    if wanted == "0":
+        return []
+    return [
+        Extension(
+            "fastrag._C",
+            # relative, as setuptools wants them in an sdist
+            sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp")),
+            depends=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.h")),
+            include_dirs=["csrc"],
+            language="c++",
+            # Contraction is written out where it is wanted: results do not hang on the compiler.
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread"]
+            + ["-fvisibility=hidden"],
+            extra_link_args=["-pthread"],
+            optional=wanted != "1",
+        )
+    ]
 
 
 def version() -> str:
@@ -60,6 +130,7 @@ EXTRAS_REQUIRE = {
         "packaging>=24.0",
         "peft>=0.18",
         "periodictable>=2.0",
+        "pybind11>=2.12",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
@@ -85,8 +156,10 @@ setup(
     # called `kernels`), and is imported and installed as fastrag.kernels.
     packages=[*find_packages(include=["fastrag", "fastrag.*"]), "fastrag.kernels"],
     package_dir={"fastrag.kernels": "kernels"},
-    package_data={"fastrag": ["py.typed"], "fastrag.data": ["facts/*"]},
+    package_data={"fastrag": ["py.typed", "_C.pyi"], "fastrag.data": ["facts/*"]},
     include_package_data=False,
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
     entry_points={"console_scripts": ["fastrag = fastrag.cli:main"]},
     zip_safe=False,
     classifiers=[

@@ -3,12 +3,14 @@
 Every op lists the backends that implement it with `register`; `choose` picks the first one in the
 device's order of preference that can run. The environment variable `FASTRAG_BACKEND` forces one
 name for every op; where that backend cannot run, `choose` raises and says why. Nothing is probed
-before the first question, so importing fastrag touches neither CUDA nor triton.
+before the first question, so importing fastrag touches neither CUDA nor triton nor the extension
+module fastrag._C.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
@@ -16,9 +18,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
-NAMES = ("torch", "triton")
+NAMES = ("torch", "cpp", "triton")
 # Fastest first. "torch" stands last everywhere: it runs wherever torch runs.
-_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("torch",)}
+_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -102,6 +104,11 @@ def _refusal(
             return f"triton needs CUDA tensors, got {device} (TRITON_INTERPRET=1 lifts this)"
         if dtype == torch.float64:
             return "the triton kernels compute in float32, got float64"
+    if name == "cpp":
+        if device.type != "cpu":
+            return f"cpp needs tensors on the CPU, got {device}"
+        if dtype == torch.float64:
+            return "the C++ kernels compute in float32, got float64"
     return unfit.get(name, "")
 
 
@@ -109,6 +116,8 @@ def _refusal(
 def _probe(name: str, interpreted: bool) -> str:
     if name == "torch":
         return ""
+    if name == "cpp":
+        return _probe_extension()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreted:
@@ -119,4 +128,14 @@ def _probe(name: str, interpreted: bool) -> str:
     if capability < _MIN_CAPABILITY:
         have, need = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
         return f"compute capability {have} is below {need}"
+    return ""
+
+
+def _probe_extension() -> str:
+    if importlib.util.find_spec("fastrag._C") is None:
+        return "the extension module fastrag._C is not built: install fastrag with a C++17 compiler"
+    try:
+        importlib.import_module("fastrag._C")
+    except ImportError as error:
+        return f"the extension module fastrag._C does not load: {error}"
     return ""

@@ -40,7 +40,7 @@ class ChunkLogits(ABC):
     """The logits [n, V] of rows x [n, H] with labels gold [n]; n = G * K, position-major.
 
     Ask for the statistics of one kind, then, at most once, for the gradient of the same kind: it
-    takes the place of the logits.
+    takes the place of the logits, and lives as long as this object does.
     """
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
@@ -175,6 +175,10 @@ class TorchChunkLogits(ChunkLogits):
 
 def chunk_logits(backend: str) -> type[ChunkLogits]:
     """Returns the class that holds the logits of a chunk in this backend."""
+    if backend == "cpp":
+        from fastrag.ops.cpp_chunk_logits import CppChunkLogits
+
+        return CppChunkLogits
     if backend == "triton":
         from fastrag.ops.triton_chunk_logits import TritonChunkLogits
 

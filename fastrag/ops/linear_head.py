@@ -76,7 +76,9 @@ class HeadGradients:
             else None
         )
         weight, dtype = head.weight, head.dtype
-        self.dweight = weight.new_empty(weight.shape, dtype=dtype) if need_dw else None
+        self.dweight = (
+            workspace.advise(weight.new_empty(weight.shape, dtype=dtype)) if need_dw else None
+        )
         self.dbias = weight.new_zeros(head.vocab_size, dtype=dtype) if need_db else None
         self._written = False  # the first chunk writes dweight: zeroing V * H numbers costs a pass
 

@@ -35,7 +35,7 @@ from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
 from fastrag.ops.token_logp import fake_head_gradients
 
-backends.register("marginal_nll", ("triton", "torch"))
+backends.register("marginal_nll", ("cpp", "triton", "torch"))
 
 # One program of the Triton kernel holds a word of all the passages of a position.
 TRITON_MAX_MIXED = 256

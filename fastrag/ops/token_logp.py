@@ -21,7 +21,7 @@ from fastrag.ops.grads import once_differentiable
 from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
 from fastrag.ops.positions import Chunk, Positions, check_labels
 
-backends.register("token_logp", ("triton", "torch"))
+backends.register("token_logp", ("cpp", "triton", "torch"))
 
 
 @torch.library.custom_op(

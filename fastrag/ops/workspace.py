@@ -1,11 +1,19 @@
-"""How large a chunk may be: the byte limit of the buffers that hold vocabulary-sized rows."""
+"""Vocabulary-sized memory: how large a chunk may be, and the buffer that outlives it on a CPU.
+
+There the first touch of fresh pages costs as much as several passes over them. So `take` hands out
+a buffer that a thread keeps from one chunk to the next, and `advise` asks for huge pages.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 
 import torch
+from torch import Tensor
+
+from fastrag.ops import backends
 
 WORKSPACE_VARIABLE = "FASTRAG_WORKSPACE_BYTES"
 # Each chunk reads and writes all of dW once, so a chunk wants thousands of rows on a GPU. On a CPU
@@ -13,6 +21,15 @@ WORKSPACE_VARIABLE = "FASTRAG_WORKSPACE_BYTES"
 DEFAULT_WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 # A weight stored in another dtype than the maths is converted by slices of at most this size.
 WEIGHT_SLICE_BYTES = 32 << 20
+# Below this size page faults are not worth a call.
+_ADVISED_BYTES = 8 << 20
+
+
+class _Kept(threading.local):
+    buffer: Tensor | None = None
+
+
+_kept = _Kept()
 
 
 def workspace_bytes(device: torch.device) -> int:
@@ -50,3 +67,45 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(device: torch.device) -> torch.autocast:
     """Context in which autocast is off: the maths of an op has the dtype that the op chose."""
     return torch.autocast(device.type, enabled=False)
+
+
+def take(numel: int) -> Tensor:
+    """Returns a flat float32 buffer on the CPU of at least `numel` numbers of unknown value.
+
+    It is the caller's alone until `give_back`; the thread keeps it then, so that the next chunk
+    finds its pages in place. Sizes go in powers of two up to the limit: batches differ.
+    """
+    kept, _kept.buffer = _kept.buffer, None
+    if kept is not None and kept.numel() >= numel:
+        return kept
+    del kept  # its memory first, then that of the larger one
+    limit = workspace_bytes(torch.device("cpu")) // torch.float32.itemsize
+    size = max(numel, min(1 << (numel - 1).bit_length(), limit))
+    return advise(torch.empty(size, dtype=torch.float32))
+
+
+def give_back(buffer: Tensor) -> None:
+    """Ends the use of a buffer from `take`; one larger than the limit is not kept."""
+    if buffer.nbytes <= workspace_bytes(buffer.device):
+        _kept.buffer = buffer
+
+
+def release() -> None:
+    """Frees the buffer that this thread keeps between chunks, if any; the next one is fresh.
+
+    Example:
+        >>> from fastrag.ops import workspace
+        >>> workspace.give_back(workspace.take(100))
+        >>> workspace.release()
+    """
+    _kept.buffer = None
+
+
+def advise(fresh: Tensor) -> Tensor:
+    """Asks for huge pages under a large tensor that nobody has written yet, and returns it."""
+    large = fresh.device.type == "cpu" and fresh.nbytes >= _ADVISED_BYTES
+    if large and fresh.is_contiguous() and not backends.why_not("cpp"):
+        from fastrag import _C
+
+        _C.advise_huge_pages(fresh.detach().view(-1).view(torch.uint8).numpy())
+    return fresh

@@ -1,0 +1,229 @@
+// fastrag._C: checks what Python hands over, lets go of the GIL and calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "row_pass.h"
+
+namespace py = pybind11;
+
+namespace fastrag {
+namespace {
+
+std::string shape_text(const std::vector<py::ssize_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i)
+    text += (i ? ", " : "") + (shape[i] < 0 ? "n" : std::to_string(shape[i]));
+  return text + "]";
+}
+
+template <class T>
+bool has_type(const py::buffer_info& info) {
+  if (info.itemsize != sizeof(T) || info.format.size() != 1) return false;
+  const char format = info.format[0];
+  return std::is_same<T, float>::value ? format == 'f' : format == 'l' || format == 'q';
+}
+
+template <class T>
+const char* type_name() {
+  return std::is_same<T, float>::value ? "float32" : "int64";
+}
+
+// A buffer of Python as a pointer. An extent of -1 in `shape` is any.
+template <class T>
+class Array {
+ public:
+  Array(const char* name, const py::buffer& buffer, std::vector<py::ssize_t> shape,
+        bool writable = false, bool pitched = false)
+      : info_(buffer.request(writable)) {
+    bool good = has_type<T>(info_) && info_.shape.size() == shape.size();
+    for (size_t i = 0; good && i < shape.size(); ++i)
+      good = shape[i] < 0 || shape[i] == info_.shape[i];
+    if (!good)
+      throw py::value_error(std::string(name) + ": expected " + type_name<T>() + " " +
+                            shape_text(shape) + ", got format '" + info_.format + "' " +
+                            shape_text(info_.shape));
+    py::ssize_t dense = sizeof(T);
+    for (size_t i = shape.size(); i-- > 0;) {
+      const bool free = info_.shape[i] == 1 || (pitched && i == 0 && info_.strides[i] >= dense &&
+                                                info_.strides[i] % sizeof(T) == 0);
+      if (info_.strides[i] != dense && !free)
+        throw py::value_error(
+            std::string(name) + ": expected " +
+            (pitched ? "lines without gaps between numbers" : "numbers without gaps between them") +
+            ", got strides of " + shape_text(info_.strides) + " bytes for shape " +
+            shape_text(info_.shape));
+      dense *= info_.shape[i];
+    }
+  }
+
+  T* data() const { return static_cast<T*>(info_.ptr); }
+  int64_t size(size_t i) const { return info_.shape[i]; }
+  int64_t pitch() const { return info_.strides[0] / static_cast<py::ssize_t>(sizeof(T)); }
+
+ private:
+  py::buffer_info info_;
+};
+
+Threads threads_of(int count, const std::string& isa) {
+  if (count < 1)
+    throw py::value_error("threads: expected at least 1, got " + std::to_string(count));
+  if (isa.empty()) return {count, best_isa()};
+  for (const Isa known : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    if (isa == isa_name(known)) {
+      if (!has_isa(known)) throw py::value_error("isa: this machine or this build lacks " + isa);
+      return {count, known};
+    }
+  throw py::value_error("isa: expected scalar, avx2 or avx512, got '" + isa + "'");
+}
+
+// What all passes over one buffer share; made once for each chunk.
+class Pass {
+ public:
+  Pass(const py::buffer& z0, const py::buffer& gold, const std::optional<py::buffer>& bias,
+       double logit_scale, double softcap, int threads, const std::string& isa)
+      : z0_("z0", z0, {-1, -1}, true, true),
+        gold_("gold", gold, {z0_.size(1)}),
+        threads_(threads_of(threads, isa)) {
+    if (bias) bias_.emplace("bias", *bias, std::vector<py::ssize_t>{z0_.size(0)});
+    if (!(softcap >= 0.0))
+      throw py::value_error("softcap: expected 0 (none) or more, got " + std::to_string(softcap));
+    logits_ = {z0_.data(),
+               z0_.size(0),
+               z0_.size(1),
+               z0_.size(0) > 1 ? z0_.pitch() : z0_.size(1),
+               bias_ ? bias_->data() : nullptr,
+               static_cast<float>(logit_scale),
+               static_cast<float>(softcap),
+               gold_.data()};
+    for (int64_t i = 0; i < logits_.n_rows; ++i)
+      if (logits_.gold[i] < 0 || logits_.gold[i] >= logits_.n_words)
+        throw py::value_error("gold: expected labels in [0, " + std::to_string(logits_.n_words) +
+                              "), got " + std::to_string(logits_.gold[i]) + " at [" +
+                              std::to_string(i) + "]");
+    shift_.resize(logits_.n_rows);
+    log_sum_.resize(logits_.n_rows);
+    gold_z0_.resize(logits_.n_rows);
+  }
+
+  void statistics(const py::buffer& logp, const std::optional<py::buffer>& mean_logp) {
+    const Array<float> out("logp", logp, {logits_.n_rows}, true);
+    std::optional<Array<float>> mean;
+    if (mean_logp)
+      mean.emplace("mean_logp", *mean_logp, std::vector<py::ssize_t>{logits_.n_rows}, true);
+    RowStats stats{shift_.data(), log_sum_.data(), out.data(), gold_z0_.data(),
+                   mean ? mean->data() : nullptr};
+    const py::gil_scoped_release nogil;
+    row_statistics(logits_, stats, threads_);
+  }
+
+  void gradient(const py::buffer& logp, const py::buffer& weight, double smoothing) {
+    const Array<float> in("logp", logp, {logits_.n_rows});
+    const Array<float> weights("weight", weight, {logits_.n_rows});
+    const RowStats stats{shift_.data(), log_sum_.data(), in.data(), gold_z0_.data(), nullptr};
+    const py::gil_scoped_release nogil;
+    row_gradient(logits_, stats, weights.data(), static_cast<float>(smoothing), threads_);
+  }
+
+  void mixture_statistics(const py::buffer& log_prior, const py::buffer& mean_mixture,
+                          const py::buffer& mean_share) {
+    const Array<float> prior("log_prior", log_prior, {-1, -1});
+    const py::ssize_t n_positions = positions(prior), n_passages = prior.size(1);
+    const Array<float> mixtures("mean_mixture", mean_mixture, {n_positions}, true);
+    const Array<float> shares("mean_share", mean_share, {n_positions, n_passages}, true);
+    const RowStats stats{shift_.data(), log_sum_.data(), nullptr, gold_z0_.data(), nullptr};
+    const py::gil_scoped_release nogil;
+    fastrag::mixture_statistics(logits_, stats, {prior.data(), n_passages}, mixtures.data(),
+                                shares.data(), threads_);
+  }
+
+  void mixture_gradient(const py::buffer& log_prior, const py::buffer& hit,
+                        const py::buffer& target, const py::buffer& spread) {
+    const Array<float> prior("log_prior", log_prior, {-1, -1});
+    const py::ssize_t n_positions = positions(prior), n_passages = prior.size(1);
+    const Array<float> hits("hit", hit, {n_positions, n_passages});
+    const Array<float> targets("target", target, {n_positions, n_passages});
+    const Array<float> spreads("spread", spread, {n_positions});
+    const RowStats stats{shift_.data(), log_sum_.data(), nullptr, gold_z0_.data(), nullptr};
+    const py::gil_scoped_release nogil;
+    fastrag::mixture_gradient(logits_, stats, {prior.data(), n_passages}, hits.data(),
+                              targets.data(), spreads.data(), threads_);
+  }
+
+ private:
+  py::ssize_t positions(const Array<float>& prior) const {
+    const int64_t n_rows = prior.size(0) * prior.size(1);
+    if (n_rows != logits_.n_rows)
+      throw py::value_error("log_prior: expected one number for each of the " +
+                            std::to_string(logits_.n_rows) + " rows of z0, got " +
+                            std::to_string(prior.size(0)) + " * " + std::to_string(prior.size(1)));
+    return prior.size(0);
+  }
+
+  Array<float> z0_;
+  Array<int64_t> gold_;
+  std::optional<Array<float>> bias_;
+  Threads threads_;
+  Logits logits_;
+  std::vector<float> shift_, log_sum_, gold_z0_;
+};
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> found;
+  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar})
+    if (has_isa(isa)) found.emplace_back(isa_name(isa));
+  return found;
+}
+
+void apply(const std::string& name, const py::buffer& x, const py::buffer& y,
+           const std::string& isa) {
+  if (name != "exp" && name != "log" && name != "tanh" && name != "sech2")
+    throw py::value_error("name: expected exp, log, tanh or sech2, got '" + name + "'");
+  const Array<float> in("x", x, {-1});
+  const Array<float> out("y", y, {in.size(0)}, true);
+  elementwise(name.c_str(), in.data(), out.data(), in.size(0), threads_of(1, isa).isa);
+}
+
+// Asks the kernel for huge pages in the whole pages of a buffer that nobody has touched yet: it
+// maps, and clears, 2 MiB at a time. Only advice: where it is not taken nothing changes.
+void advise_huge_pages(const py::buffer& buffer) {
+#ifdef MADV_HUGEPAGE
+  const py::buffer_info info = buffer.request();
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(info.ptr);
+  const uintptr_t begin = (address + page - 1) / page * page;
+  const uintptr_t end = (address + info.size * info.itemsize) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)buffer;
+#endif
+}
+
+}  // namespace
+}  // namespace fastrag
+
+PYBIND11_MODULE(_C, m) {
+  using fastrag::Pass;
+  m.doc() = "Compiled parts of fastrag; float32. fastrag.ops calls them.";
+  py::class_<Pass>(m, "RowPass")
+      .def(py::init<const py::buffer&, const py::buffer&, const std::optional<py::buffer>&, double,
+                    double, int, const std::string&>(),
+           py::arg("z0"), py::arg("gold"), py::kw_only(), py::arg("bias") = py::none(),
+           py::arg("logit_scale") = 1.0, py::arg("softcap") = 0.0, py::arg("threads") = 1,
+           py::arg("isa") = "")
+      .def("statistics", &Pass::statistics, py::arg("logp"), py::arg("mean_logp") = py::none())
+      .def("gradient", &Pass::gradient, py::arg("logp"), py::arg("weight"),
+           py::arg("smoothing") = 0.0)
+      .def("mixture_statistics", &Pass::mixture_statistics, py::arg("log_prior"),
+           py::arg("mean_mixture"), py::arg("mean_share"))
+      .def("mixture_gradient", &Pass::mixture_gradient, py::arg("log_prior"), py::arg("hit"),
+           py::arg("target"), py::arg("spread"));
+  m.def("instruction_sets", &fastrag::instruction_sets, "What runs here, the best one first.");
+  m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
+  m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));
+}

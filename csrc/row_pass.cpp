@@ -1,0 +1,191 @@
+// Threads over blocks of words, and what joins the blocks.
+#include "row_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "row_pass_kernels.h"
+#include "thread_pool.h"
+
+namespace fastrag {
+namespace {
+
+constexpr int64_t kBlockRows = 16;  // rows that one thread joins at a time
+
+const KernelTable* kernels(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return avx512_kernels();
+    case Isa::kAvx2:
+      return avx2_kernels();
+    default:
+      return scalar_kernels();
+  }
+}
+
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+WordRange block_words(const Logits& logits, int64_t block) {
+  const int64_t begin = block * kBlockWords;
+  return {begin, std::min(begin + kBlockWords, logits.n_words)};
+}
+
+// f(first, last) on ranges that together are [0, n).
+template <class F>
+void for_row_blocks(int64_t n, Threads threads, F f) {
+  parallel_for(threads.count, blocks(n, kBlockRows), [&](int64_t block) {
+    f(block * kBlockRows, std::min((block + 1) * kBlockRows, n));
+  });
+}
+
+double logit_of(const Logits& logits, float z0, int64_t word) {
+  const float bias = logits.bias ? logits.bias[word] : 0.0f;
+  const float argument = (z0 + bias) * logits.logit_scale;
+  if (logits.softcap == 0.0f) return argument;
+  return logits.softcap * std::tanh(static_cast<double>(argument) / logits.softcap);
+}
+
+double slope_of(const Logits& logits, float z0, int64_t word) {
+  if (logits.softcap == 0.0f) return logits.logit_scale;
+  const double tanh = logit_of(logits, z0, word) / logits.softcap;
+  return logits.logit_scale * (1.0 - tanh * tanh);
+}
+
+float* gold_of(const Logits& logits, int64_t row) {
+  return logits.z0 + logits.gold[row] * logits.pitch + row;
+}
+
+}  // namespace
+
+bool has_isa(Isa isa) {
+  if (!kernels(isa)) return false;
+#if defined(__x86_64__) || defined(__i386__)
+  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == Isa::kScalar;
+}
+
+Isa best_isa() {
+  static const Isa best = has_isa(Isa::kAvx512) ? Isa::kAvx512
+                          : has_isa(Isa::kAvx2) ? Isa::kAvx2
+                                                : Isa::kScalar;
+  return best;
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
+}
+
+void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa) {
+  kernels(isa)->elementwise(name, x, y, n);
+}
+
+void row_statistics(const Logits& logits, const RowStats& out, Threads threads) {
+  const KernelTable& table = *kernels(threads.isa);
+  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_words, kBlockWords);
+  const bool with_mean = out.mean_logp != nullptr;
+  std::vector<float> max(n_blocks * n), sum(n_blocks * n), centred(with_mean ? n_blocks * n : 0);
+  parallel_for(threads.count, n_blocks, [&](int64_t block) {
+    table.statistics(logits, block_words(logits, block), &max[block * n], &sum[block * n],
+                     with_mean ? &centred[block * n] : nullptr);
+  });
+  for_row_blocks(n, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      float top = -std::numeric_limits<float>::infinity();
+      for (int64_t b = 0; b < n_blocks; ++b) top = max[b * n + i] > top ? max[b * n + i] : top;
+      double total = 0.0, mean = 0.0;
+      for (int64_t b = 0; b < n_blocks; ++b) {
+        // A block without a finite logit has sums that are centred on 0. With a row of such
+        // blocks only, top is -inf and the difference NaN, which is the answer.
+        const double step = static_cast<double>(max[b * n + i]) - top;
+        total += sum[b * n + i] * (step == 0.0 ? 1.0 : std::exp(step));
+        if (with_mean) {
+          const WordRange words = block_words(logits, b);
+          const bool empty = max[b * n + i] == -std::numeric_limits<float>::infinity();
+          mean += centred[b * n + i] + (words.end - words.begin) * (empty ? 0.0 : step);
+        }
+      }
+      const double log_sum = std::log(total);
+      const float z0 = *gold_of(logits, i);
+      out.gold_z0[i] = z0;
+      out.shift[i] = top;
+      out.log_sum[i] = static_cast<float>(log_sum);
+      out.logp[i] = static_cast<float>(logit_of(logits, z0, logits.gold[i]) - top - log_sum);
+      if (with_mean) out.mean_logp[i] = static_cast<float>(mean / logits.n_words - log_sum);
+    }
+  });
+}
+
+void row_gradient(const Logits& logits, const RowStats& stats, const float* weight, float smoothing,
+                  Threads threads) {
+  const KernelTable& table = *kernels(threads.isa);
+  const int64_t n = logits.n_rows;
+  const float share = smoothing / static_cast<float>(logits.n_words);
+  std::vector<float> factor(n), constant(n);
+  for (int64_t i = 0; i < n; ++i) {
+    factor[i] = weight[i] * static_cast<float>(std::exp(-static_cast<double>(stats.log_sum[i])));
+    constant[i] = weight[i] * share;
+  }
+  const GradientRows rows{stats.shift, factor.data(), constant.data()};
+  parallel_for(threads.count, blocks(logits.n_words, kBlockWords),
+               [&](int64_t block) { table.gradient(logits, block_words(logits, block), rows); });
+  for (int64_t i = 0; i < n; ++i) {
+    // p - 1 = expm1(log p): no cancellation where the label is all but certain.
+    const double dz = std::expm1(static_cast<double>(stats.logp[i])) + smoothing - share;
+    const double slope = slope_of(logits, stats.gold_z0[i], logits.gold[i]);
+    *gold_of(logits, i) = static_cast<float>(weight[i] * dz * slope);
+  }
+}
+
+void mixture_statistics(const Logits& logits, const RowStats& stats, const Mixture& mixture,
+                        float* mean_mixture, float* mean_share, Threads threads) {
+  const KernelTable& table = *kernels(threads.isa);
+  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_words, kBlockWords);
+  const int64_t n_positions = n / mixture.n_passages;
+  const MixtureRows rows{stats.shift, stats.log_sum, mixture.log_prior,
+                         nullptr,     nullptr,       mixture.n_passages};
+  const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
+  std::vector<float> mixtures(n_blocks * n_positions), shares(n_blocks * n);
+  parallel_for(threads.count, n_blocks, [&](int64_t block) {
+    std::vector<float> scratch(scratch_size);
+    table.mixture_statistics(logits, block_words(logits, block), rows,
+                             &mixtures[block * n_positions], &shares[block * n], scratch.data());
+  });
+  const auto mean = [&](const std::vector<float>& sums, int64_t width, float* out) {
+    for_row_blocks(width, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        double total = 0.0;
+        for (int64_t b = 0; b < n_blocks; ++b) total += sums[b * width + i];
+        out[i] = static_cast<float>(total / logits.n_words);
+      }
+    });
+  };
+  mean(mixtures, n_positions, mean_mixture);
+  mean(shares, n, mean_share);
+}
+
+void mixture_gradient(const Logits& logits, const RowStats& stats, const Mixture& mixture,
+                      const float* hit, const float* target, const float* spread, Threads threads) {
+  const KernelTable& table = *kernels(threads.isa);
+  const int64_t n = logits.n_rows;
+  std::vector<float> spread_of_row(n);
+  for (int64_t i = 0; i < n; ++i) spread_of_row[i] = spread[i / mixture.n_passages];
+  const MixtureRows rows{stats.shift, stats.log_sum,        mixture.log_prior,
+                         target,      spread_of_row.data(), mixture.n_passages};
+  const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
+  parallel_for(threads.count, blocks(logits.n_words, kBlockWords), [&](int64_t block) {
+    std::vector<float> scratch(scratch_size);
+    table.mixture_gradient(logits, block_words(logits, block), rows, scratch.data());
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    const double slope = slope_of(logits, stats.gold_z0[i], logits.gold[i]);
+    *gold_of(logits, i) -= static_cast<float>(hit[i] * slope);
+  }
+}
+
+}  // namespace fastrag

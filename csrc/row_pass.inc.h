@@ -1,0 +1,429 @@
+// The kernels on a vector type Vec, of which each row_pass_<instruction set>.cpp defines its own
+// before it includes this file, inside its unnamed namespace.
+//
+// Vec::max gives its second argument where either is NaN, as the instructions do; the comparisons
+// are false there. A NaN therefore may be missed by a maximum, and is never missed by a sum.
+
+using F = Vec::F;
+
+// ------------------------------------------------------------------------------------- functions
+
+// exp(x) for x <= 88, within 1.5 ulp; 0 below -87.33, where the result would be subnormal.
+// Reduction to [-ln2 / 2, ln2 / 2] and the polynomial of Cephes' expf.
+inline F vexp(F x) {
+  const F kLowest = Vec::set(-87.33f);
+  const F kMagic = Vec::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const F clamped = Vec::max(kLowest, x);
+  const F rounded = Vec::fma(clamped, Vec::set(1.44269504088896341f), kMagic);
+  const F n = Vec::sub(rounded, kMagic);
+  F r = Vec::fma(n, Vec::set(-0.693359375f), clamped);
+  r = Vec::fma(n, Vec::set(2.12194440e-4f), r);
+  F p = Vec::set(1.9875691500e-4f);
+  p = Vec::fma(p, r, Vec::set(1.3981999507e-3f));
+  p = Vec::fma(p, r, Vec::set(8.3334519073e-3f));
+  p = Vec::fma(p, r, Vec::set(4.1665795894e-2f));
+  p = Vec::fma(p, r, Vec::set(1.6666665459e-1f));
+  p = Vec::fma(p, r, Vec::set(5.0000001201e-1f));
+  p = Vec::add(Vec::fma(p, Vec::mul(r, r), r), Vec::set(1.0f));
+  return Vec::less(x, kLowest, Vec::set(0.0f), Vec::mul(p, Vec::pow2_of_rounded(rounded)));
+}
+
+// log(x) for finite x >= 1, within 1.5 ulp; NaN for NaN. The polynomial of Cephes' logf.
+inline F vlog(F x) {
+  F m, e;
+  Vec::split(x, &m, &e);
+  const F r = Vec::sub(m, Vec::set(1.0f));
+  F p = Vec::set(7.0376836292e-2f);
+  p = Vec::fma(p, r, Vec::set(-1.1514610310e-1f));
+  p = Vec::fma(p, r, Vec::set(1.1676998740e-1f));
+  p = Vec::fma(p, r, Vec::set(-1.2420140846e-1f));
+  p = Vec::fma(p, r, Vec::set(1.4249322787e-1f));
+  p = Vec::fma(p, r, Vec::set(-1.6668057665e-1f));
+  p = Vec::fma(p, r, Vec::set(2.0000714765e-1f));
+  p = Vec::fma(p, r, Vec::set(-2.4999993993e-1f));
+  p = Vec::fma(p, r, Vec::set(3.3333331174e-1f));
+  const F r2 = Vec::mul(r, r);
+  p = Vec::mul(Vec::mul(p, r), r2);
+  p = Vec::fma(e, Vec::set(-2.12194440e-4f), p);
+  p = Vec::fma(r2, Vec::set(-0.5f), p);
+  const F y = Vec::fma(e, Vec::set(0.693359375f), Vec::add(r, p));
+  return Vec::equal(x, x, y, x);
+}
+
+// tanh(u) within 3 ulp and 1 - tanh(u)^2 within 6 ulp, without its cancellation where |u| is large.
+inline F vtanh(F u, F* sech2) {
+  const F a = Vec::abs(u);
+  const F e = vexp(Vec::mul(a, Vec::set(-2.0f)));
+  const F d = Vec::div(Vec::set(1.0f), Vec::add(e, Vec::set(1.0f)));
+  *sech2 = Vec::mul(Vec::mul(Vec::set(4.0f), e), Vec::mul(d, d));
+  const F large = Vec::mul(Vec::sub(Vec::set(1.0f), e), d);
+  // Cephes' tanhf below 0.625
+  const F s = Vec::mul(u, u);
+  F p = Vec::set(-5.70498872745e-3f);
+  p = Vec::fma(p, s, Vec::set(2.06390887954e-2f));
+  p = Vec::fma(p, s, Vec::set(-5.37397155531e-2f));
+  p = Vec::fma(p, s, Vec::set(1.33314422036e-1f));
+  p = Vec::fma(p, s, Vec::set(-3.33332819422e-1f));
+  const F small = Vec::fma(Vec::mul(p, s), a, a);
+  return Vec::copysign(Vec::less(a, Vec::set(0.625f), small, large), u);
+}
+
+// ---------------------------------------------------------------------------------------- logits
+
+struct Head {
+  F scale, cap;
+
+  explicit Head(const Logits& logits)
+      : scale(Vec::set(logits.logit_scale)), cap(Vec::set(logits.softcap)) {}
+
+  // The argument of the softcap; the logit itself without one.
+  F argument(F z0, F bias) const { return Vec::mul(Vec::add(z0, bias), scale); }
+
+  template <bool kCap>
+  F logit(F argument) const {
+    if (!kCap) return argument;
+    F sech2;
+    return Vec::mul(vtanh(Vec::div(argument, cap), &sech2), cap);
+  }
+
+  // The logit, and its derivative in z0.
+  template <bool kCap>
+  F logit(F argument, F* slope) const {
+    *slope = scale;
+    if (!kCap) return argument;
+    F sech2;
+    const F z = Vec::mul(vtanh(Vec::div(argument, cap), &sech2), cap);
+    *slope = Vec::mul(sech2, scale);
+    return z;
+  }
+};
+
+inline F bias_of(const Logits& logits, int64_t word) {
+  return Vec::set(logits.bias ? logits.bias[word] : 0.0f);
+}
+
+// Either all of a vector or its first `count` lanes.
+template <bool kWhole>
+F load(const float* p, int64_t count) {
+  return kWhole ? Vec::load(p) : Vec::load(p, count);
+}
+
+template <bool kWhole>
+void store(float* p, F x, int64_t count) {
+  if (kWhole)
+    Vec::store(p, x);
+  else
+    Vec::store(p, x, count);
+}
+
+// Calls f<number of vectors, whole>(first row, rows) on tiles of rows that together are [0, n).
+constexpr int kTileVectors = 4;
+
+template <class Tile>
+void for_each_tile(int64_t n, Tile tile) {
+  constexpr int64_t kTile = kTileVectors * Vec::kWidth;
+  int64_t row = 0;
+  for (; row + kTile <= n; row += kTile) tile.template run<kTileVectors, true>(row, Vec::kWidth);
+  for (; row + Vec::kWidth <= n; row += Vec::kWidth) tile.template run<1, true>(row, Vec::kWidth);
+  if (row < n) tile.template run<1, false>(row, n - row);
+}
+
+// ------------------------------------------------------------------------------------ row passes
+
+template <bool kCap>
+struct StatisticsTile {
+  const Logits& logits;
+  WordRange words;
+  float *max, *sum, *centred;
+
+  // The tile of the block stays in the first-level cache from the maximum to the sum.
+  template <int kVectors, bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    const Head head(logits);
+    F top[kVectors], total[kVectors], mean[kVectors];
+    for (int j = 0; j < kVectors; ++j) top[j] = Vec::set(-__builtin_inff());
+    for (int64_t v = words.begin; v < words.end; ++v) {
+      const float* z0 = logits.z0 + v * logits.pitch + row;
+      const F bias = bias_of(logits, v);
+      for (int j = 0; j < kVectors; ++j) {
+        const F z = load<kWhole>(z0 + j * Vec::kWidth, count);
+        top[j] = Vec::max(top[j], head.argument(z, bias));
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      top[j] = head.template logit<kCap>(top[j]);  // it grows with its argument
+      store<kWhole>(max + row + j * Vec::kWidth, top[j], count);
+      const F lowest = Vec::set(-__builtin_inff());
+      top[j] = Vec::equal(top[j], lowest, Vec::set(0.0f), top[j]);
+      total[j] = mean[j] = Vec::set(0.0f);
+    }
+    for (int64_t v = words.begin; v < words.end; ++v) {
+      const float* z0 = logits.z0 + v * logits.pitch + row;
+      const F bias = bias_of(logits, v);
+      for (int j = 0; j < kVectors; ++j) {
+        const F z = load<kWhole>(z0 + j * Vec::kWidth, count);
+        const F x = Vec::sub(head.template logit<kCap>(head.argument(z, bias)), top[j]);
+        total[j] = Vec::add(total[j], vexp(x));
+        mean[j] = Vec::add(mean[j], x);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      store<kWhole>(sum + row + j * Vec::kWidth, total[j], count);
+      if (centred) store<kWhole>(centred + row + j * Vec::kWidth, mean[j], count);
+    }
+  }
+};
+
+void statistics(const Logits& logits, WordRange words, float* max, float* sum, float* centred) {
+  if (logits.softcap > 0.0f)
+    for_each_tile(logits.n_rows, StatisticsTile<true>{logits, words, max, sum, centred});
+  else
+    for_each_tile(logits.n_rows, StatisticsTile<false>{logits, words, max, sum, centred});
+}
+
+template <bool kCap>
+struct GradientTile {
+  const Logits& logits;
+  WordRange words;
+  const GradientRows& rows;
+
+  template <int kVectors, bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    const Head head(logits);
+    F shift[kVectors], factor[kVectors], constant[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      shift[j] = load<kWhole>(rows.shift + row + j * Vec::kWidth, count);
+      factor[j] = load<kWhole>(rows.factor + row + j * Vec::kWidth, count);
+      constant[j] = load<kWhole>(rows.constant + row + j * Vec::kWidth, count);
+    }
+    for (int64_t v = words.begin; v < words.end; ++v) {
+      float* z0 = logits.z0 + v * logits.pitch + row;
+      const F bias = bias_of(logits, v);
+      for (int j = 0; j < kVectors; ++j) {
+        float* p = z0 + j * Vec::kWidth;
+        F slope;
+        const F argument = head.argument(load<kWhole>(p, count), bias);
+        const F z = head.template logit<kCap>(argument, &slope);
+        const F e = vexp(Vec::sub(z, shift[j]));
+        const F dz = Vec::sub(Vec::mul(e, factor[j]), constant[j]);
+        store<kWhole>(p, Vec::mul(dz, slope), count);
+      }
+    }
+  }
+};
+
+void gradient(const Logits& logits, WordRange words, const GradientRows& rows) {
+  if (logits.softcap > 0.0f)
+    for_each_tile(logits.n_rows, GradientTile<true>{logits, words, rows});
+  else
+    for_each_tile(logits.n_rows, GradientTile<false>{logits, words, rows});
+}
+
+// ---------------------------------------------------------------------------------- mixture passes
+
+// Calls f<whole>(first row, rows) on the vectors that together are [0, n).
+template <class Step>
+void for_each_vector(int64_t n, Step step) {
+  int64_t row = 0;
+  for (; row + Vec::kWidth <= n; row += Vec::kWidth) step.template run<true>(row, Vec::kWidth);
+  if (row < n) step.template run<false>(row, n - row);
+}
+
+inline int64_t round_up(int64_t n) { return (n + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth; }
+
+// Scratch of one block: by_row [n] and share [n] are position-major as the buffer is; joint
+// [K, columns] and totals [columns] are passage-major, so that the sum over passages is one of
+// vectors; columns is G rounded up to whole vectors.
+struct Scratch {
+  int64_t columns;
+  float *by_row, *probability, *joint, *mixture_sum, *share_sum;
+
+  Scratch(float* memory, int64_t n_rows, int64_t n_passages)
+      : columns(round_up(n_rows / n_passages)) {
+    by_row = memory;
+    probability = by_row + n_rows;
+    joint = probability + n_rows;
+    mixture_sum = joint + n_passages * columns;
+    share_sum = mixture_sum + columns;
+  }
+
+  static int64_t size(int64_t n_rows, int64_t n_passages) {
+    const int64_t columns = round_up(n_rows / n_passages);
+    return 2 * n_rows + columns + 2 * n_passages * columns;
+  }
+
+  void clear(int64_t n_passages) {
+    for (int64_t i = 0; i < (2 * n_passages + 1) * columns; ++i) joint[i] = 0.0f;
+  }
+};
+
+// by_row = a + log p, and probability = p if asked for, of one word.
+template <bool kCap, bool kProbability>
+struct JointStep {
+  const Logits& logits;
+  const MixtureRows& rows;
+  const Scratch& scratch;
+  const float* z0;
+  F bias;
+
+  template <bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    const Head head(logits);
+    const F argument = head.argument(load<kWhole>(z0 + row, count), bias);
+    const F z =
+        Vec::sub(head.template logit<kCap>(argument), load<kWhole>(rows.shift + row, count));
+    const F logp = Vec::sub(z, load<kWhole>(rows.log_sum + row, count));
+    const F joint = Vec::add(logp, load<kWhole>(rows.prior + row, count));
+    store<kWhole>(scratch.by_row + row, joint, count);
+    if (kProbability) store<kWhole>(scratch.probability + row, vexp(logp), count);
+  }
+};
+
+inline void to_passage_major(const float* from, float* to, int64_t n_rows, int64_t n_passages,
+                             int64_t columns) {
+  const int64_t n_positions = n_rows / n_passages;
+  for (int64_t k = 0; k < n_passages; ++k)
+    for (int64_t g = 0; g < n_positions; ++g) to[k * columns + g] = from[g * n_passages + k];
+}
+
+inline void to_position_major(const float* from, float* to, int64_t n_rows, int64_t n_passages,
+                              int64_t columns) {
+  const int64_t n_positions = n_rows / n_passages;
+  for (int64_t k = 0; k < n_passages; ++k)
+    for (int64_t g = 0; g < n_positions; ++g) to[g * n_passages + k] = from[k * columns + g];
+}
+
+// joint [K, columns] becomes exp(joint - max_k joint); gives max_k and sum_k of that.
+inline void exponentiate(const Scratch& scratch, int64_t n_passages, int64_t column, F* top,
+                         F* sum) {
+  F m = Vec::set(-__builtin_inff());
+  for (int64_t k = 0; k < n_passages; ++k)
+    m = Vec::max(m, Vec::load(scratch.joint + k * scratch.columns + column));
+  F s = Vec::set(0.0f);
+  for (int64_t k = 0; k < n_passages; ++k) {
+    float* p = scratch.joint + k * scratch.columns + column;
+    const F e = vexp(Vec::sub(Vec::load(p), m));
+    Vec::store(p, e);
+    s = Vec::add(s, e);
+  }
+  *top = m;
+  *sum = s;
+}
+
+template <bool kCap>
+void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureRows& rows,
+                           float* mixture, float* share, float* memory) {
+  const int64_t n_passages = rows.n_passages;
+  Scratch scratch(memory, logits.n_rows, n_passages);
+  scratch.clear(n_passages);
+  const F lowest = Vec::set(-__builtin_inff());
+  for (int64_t v = words.begin; v < words.end; ++v) {
+    const float* z0 = logits.z0 + v * logits.pitch;
+    for_each_vector(logits.n_rows,
+                    JointStep<kCap, false>{logits, rows, scratch, z0, bias_of(logits, v)});
+    to_passage_major(scratch.by_row, scratch.joint, logits.n_rows, n_passages, scratch.columns);
+    for (int64_t column = 0; column < scratch.columns; column += Vec::kWidth) {
+      F top, sum;
+      exponentiate(scratch, n_passages, column, &top, &sum);
+      // A word that no passage can say: M = -inf, and no passage has a share in it.
+      const F log_mixture = Vec::equal(top, lowest, lowest, Vec::add(top, vlog(sum)));
+      float* m = scratch.mixture_sum + column;
+      Vec::store(m, Vec::add(Vec::load(m), log_mixture));
+      for (int64_t k = 0; k < n_passages; ++k) {
+        const F e = Vec::load(scratch.joint + k * scratch.columns + column);
+        float* r = scratch.share_sum + k * scratch.columns + column;
+        Vec::store(r, Vec::add(Vec::load(r), Vec::div(e, sum)));
+      }
+    }
+  }
+  for (int64_t g = 0; g < logits.n_rows / n_passages; ++g) mixture[g] = scratch.mixture_sum[g];
+  to_position_major(scratch.share_sum, share, logits.n_rows, n_passages, scratch.columns);
+}
+
+void mixture_statistics(const Logits& logits, WordRange words, const MixtureRows& rows,
+                        float* mixture, float* share, float* memory) {
+  if (logits.softcap > 0.0f)
+    mixture_statistics_of<true>(logits, words, rows, mixture, share, memory);
+  else
+    mixture_statistics_of<false>(logits, words, rows, mixture, share, memory);
+}
+
+template <bool kCap>
+struct MixtureGradientStep {
+  const Logits& logits;
+  const MixtureRows& rows;
+  const Scratch& scratch;
+  float* z0;
+  F bias;
+
+  template <bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    const Head head(logits);
+    F slope;
+    head.template logit<kCap>(head.argument(load<kWhole>(z0 + row, count), bias), &slope);
+    const F p = load<kWhole>(scratch.probability + row, count);
+    const F r = load<kWhole>(scratch.by_row + row, count);
+    const F dz = Vec::sub(Vec::mul(load<kWhole>(rows.target + row, count), p),
+                          Vec::mul(load<kWhole>(rows.spread + row, count), r));
+    store<kWhole>(z0 + row, Vec::mul(dz, slope), count);
+  }
+};
+
+template <bool kCap>
+void mixture_gradient_of(const Logits& logits, WordRange words, const MixtureRows& rows,
+                         float* memory) {
+  const int64_t n_passages = rows.n_passages;
+  Scratch scratch(memory, logits.n_rows, n_passages);
+  scratch.clear(n_passages);
+  for (int64_t v = words.begin; v < words.end; ++v) {
+    float* z0 = logits.z0 + v * logits.pitch;
+    const F bias = bias_of(logits, v);
+    for_each_vector(logits.n_rows, JointStep<kCap, true>{logits, rows, scratch, z0, bias});
+    to_passage_major(scratch.by_row, scratch.joint, logits.n_rows, n_passages, scratch.columns);
+    for (int64_t column = 0; column < scratch.columns; column += Vec::kWidth) {
+      F top, sum;
+      exponentiate(scratch, n_passages, column, &top, &sum);
+      for (int64_t k = 0; k < n_passages; ++k) {
+        float* p = scratch.joint + k * scratch.columns + column;
+        Vec::store(p, Vec::div(Vec::load(p), sum));
+      }
+    }
+    to_position_major(scratch.joint, scratch.by_row, logits.n_rows, n_passages, scratch.columns);
+    for_each_vector(logits.n_rows, MixtureGradientStep<kCap>{logits, rows, scratch, z0, bias});
+  }
+}
+
+void mixture_gradient(const Logits& logits, WordRange words, const MixtureRows& rows,
+                      float* memory) {
+  if (logits.softcap > 0.0f)
+    mixture_gradient_of<true>(logits, words, rows, memory);
+  else
+    mixture_gradient_of<false>(logits, words, rows, memory);
+}
+
+// ------------------------------------------------------------------------------------------ table
+
+struct ElementwiseStep {
+  char kind;
+  const float* x;
+  float* y;
+
+  template <bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    const F in = load<kWhole>(x + row, count);
+    F sech2;
+    const F tanh = vtanh(in, &sech2);
+    const F out = kind == 'e' ? vexp(in) : kind == 'l' ? vlog(in) : kind == 't' ? tanh : sech2;
+    store<kWhole>(y + row, out, count);
+  }
+};
+
+bool elementwise(const char* name, const float* x, float* y, int64_t n) {
+  const char kind = name[0];
+  if (kind != 'e' && kind != 'l' && kind != 't' && kind != 's') return false;
+  for_each_vector(n, ElementwiseStep{kind, x, y});
+  return true;
+}
+
+const KernelTable kTable = {statistics,       gradient,      mixture_statistics,
+                            mixture_gradient, Scratch::size, elementwise};

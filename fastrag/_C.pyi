@@ -1,0 +1,33 @@
+"""Compiled parts of fastrag, from csrc/. Arrays are float32 (labels: int64) and checked."""
+
+from typing import Any
+
+# Anything with the buffer protocol; in practice tensor.numpy(), which copies nothing.
+_Array = Any
+
+class RowPass:
+    """The passes over one buffer z0 [V, n] = W X^T; csrc/row_pass.h says what each one does."""
+
+    def __init__(
+        self,
+        z0: _Array,
+        gold: _Array,
+        *,
+        bias: _Array | None = None,
+        logit_scale: float = 1.0,
+        softcap: float = 0.0,
+        threads: int = 1,
+        isa: str = "",
+    ) -> None: ...
+    def statistics(self, logp: _Array, mean_logp: _Array | None = None) -> None: ...
+    def gradient(self, logp: _Array, weight: _Array, smoothing: float = 0.0) -> None: ...
+    def mixture_statistics(
+        self, log_prior: _Array, mean_mixture: _Array, mean_share: _Array
+    ) -> None: ...
+    def mixture_gradient(
+        self, log_prior: _Array, hit: _Array, target: _Array, spread: _Array
+    ) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def apply(name: str, x: _Array, y: _Array, isa: str = "") -> None: ...
+def advise_huge_pages(buffer: _Array) -> None: ...
