@@ -125,7 +125,7 @@ def test_evaluate_and_ask_find_the_model_and_its_index(project: Path) -> None:
     answer = json.loads(asked.stdout)
     assert answer["answer"] == predictions[4]["prediction"]
     assert answer["passage"]["id"] == predictions[4]["passage_id"]
-    assert answer["passage"]["text"].startswith("the house of ")
+    assert answer["passage"]["text"].startswith("likes ")
     assert 0.0 < answer["probability"] <= 1.0
 
 
@@ -364,10 +364,9 @@ def test_checkpoint_of_a_run_answers(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    question = "what colour does ada like ?"
     answers = []
     for model in ("run", "run/checkpoint-6", "run/checkpoint-3"):
-        code = main(["ask", "--model", model, "--json", "--max-new-tokens", "3", question])
+        code = main(["ask", "--model", model, "--json", "--max-new-tokens", "3", "ada"])
         assert code == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1]  # the last step's weights
@@ -395,8 +394,8 @@ def test_training_with_an_index_that_changes(
     entries = read_metrics(project / "joint" / "metrics.jsonl")
     assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5]
     capsys.readouterr()
-    assert main(["ask", "--model", "joint", "what colour does ada like ?"]) == 0
-    assert "the house of" in capsys.readouterr().out
+    assert main(["ask", "--model", "joint", "ada"]) == 0
+    assert "likes " in capsys.readouterr().out
 
 
 def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
@@ -429,9 +428,9 @@ def test_index_of_another_encoder_is_noticed(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(project)
-    other = tiny.encoder(tiny.word_tokenizer("bert"), seed=5)
+    other = tiny.encoder(seed=5)
     other.save_pretrained("other")
-    tiny.word_tokenizer("bert").save_pretrained("other")
+    tiny.tokenizer("encoder").save_pretrained("other")
     settings = ("question_encoder=other", "output_dir=foreign", "steps=1", "eval_questions=null")
     command = ["train", "train.yaml", *(w for each in settings for w in ("--set", each))]
     assert main(command) == 0

@@ -32,7 +32,7 @@ class _Perfect(torch.nn.Module):
 @pytest.fixture
 def perfect() -> RagModel:
     """A model that retrieves each person's passage first."""
-    model = tiny.model()
+    model = tiny.rag_model()
     encoder = _Perfect(model.question_tokenizer, dim=len(tiny.NAMES))
     model.question_encoder = model.passage_encoder = encoder
     model.index = type(model.index)(encoder.dim)
@@ -41,30 +41,28 @@ def perfect() -> RagModel:
 
 
 def test_recall_by_passage_id(perfect: RagModel) -> None:
-    result = evaluate(
-        perfect, tiny.questions(), tiny.collator(perfect), ks=(1, 3), max_new_tokens=2
-    )
+    result = evaluate(perfect, tiny.questions(), tiny.collator(), ks=(1, 3), max_new_tokens=2)
     assert result.metrics["recall@1"] == 1.0
     assert [each.hit_rank for each in result.predictions] == [0] * 12
     assert [each.retrieved[0] for each in result.predictions] == [f"p{i}" for i in range(12)]
     wrong = [Question(q.id, q.question, q.answers, positive_ids=("p0",)) for q in tiny.questions(4)]
-    result = evaluate(perfect, wrong, tiny.collator(perfect), ks=(1,), max_new_tokens=2)
+    result = evaluate(perfect, wrong, tiny.collator(), ks=(1,), max_new_tokens=2)
     assert result.metrics["recall@1"] == 0.25
 
 
 def test_recall_by_answer_text_when_no_positive_is_named(perfect: RagModel) -> None:
     questions = [
-        Question("a", "what colour does ada like ?", answers=("RED",)),
-        Question("b", "what colour does bob like ?", answers=("painted red",)),
+        Question("a", "ada", answers=("RED",)),
+        Question("b", "bob", answers=("likes red",)),
     ]
-    result = evaluate(perfect, questions, tiny.collator(perfect), ks=(1,), max_new_tokens=2)
+    result = evaluate(perfect, questions, tiny.collator(), ks=(1,), max_new_tokens=2)
     assert [each.hit_rank for each in result.predictions] == [0, -1]
     assert result.metrics["recall@1"] == 0.5
 
 
 def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
     questions = tiny.questions()
-    collator = tiny.collator(perfect)
+    collator = tiny.collator()
     answered = evaluate(perfect, questions, collator, max_new_tokens=2).predictions
     # accept what the model says for the first three, so that EM is not trivially 0
     known = [
@@ -82,12 +80,12 @@ def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_the_batch_does_not_matter(kind: str) -> None:
-    model = tiny.model(kind)
+    model = tiny.rag_model(kind)
     results = [
         evaluate(
             model,
             tiny.questions(),
-            tiny.collator(model),
+            tiny.collator(kind),
             batch_size=size,
             max_new_tokens=3,
             loss=True,
@@ -106,8 +104,8 @@ def test_the_batch_does_not_matter(kind: str) -> None:
 
 
 def test_loss_is_that_of_all_questions_at_once() -> None:
-    model = tiny.model()
-    collator = tiny.collator(model)
+    model = tiny.rag_model()
+    collator = tiny.collator()
     questions = [
         Question(q.id, q.question, (" ".join(["red"] * (1 + i % 3)),))
         for i, q in enumerate(tiny.questions())
@@ -121,9 +119,9 @@ def test_loss_is_that_of_all_questions_at_once() -> None:
 
 
 def test_questions_without_answers_or_positives() -> None:
-    model = tiny.model()
-    questions = [{"id": "x", "question": "what colour does ada like ?"}]
-    result = evaluate(model, questions, tiny.collator(model), max_new_tokens=2, loss=True)
+    model = tiny.rag_model()
+    questions = [{"id": "x", "question": "ada"}]
+    result = evaluate(model, questions, tiny.collator(), max_new_tokens=2, loss=True)
     assert result.metrics == {"n_questions": 1.0}
     [prediction] = result.predictions
     assert math.isnan(prediction.exact_match) and prediction.hit_rank is None
@@ -132,23 +130,23 @@ def test_questions_without_answers_or_positives() -> None:
 
 def test_records_are_read_as_the_collator_reads_them() -> None:
     """SQuAD's answers, one plain text, or `answer`: metrics and labels mean the same texts."""
-    model = tiny.model()
-    asked = {"question": "what colour does ada like ?"}
+    model = tiny.rag_model()
+    asked = {"question": "ada"}
     records = [
         {**asked, "answers": {"text": ["red"], "answer_start": [0]}, "positive": "p0"},
         {**asked, "answer": "red"},
         {**asked, "answers": "red", "id": "third"},
     ]
-    result = evaluate(model, records, tiny.collator(model), max_new_tokens=2, loss=True)
+    result = evaluate(model, records, tiny.collator(), max_new_tokens=2, loss=True)
     assert [each.answers for each in result.predictions] == [("red",)] * 3
     assert [each.id for each in result.predictions] == ["0", "1", "third"]
     assert "loss" in result.metrics and "em" in result.metrics
     with pytest.raises(ValueError, match=r"questions\[0\]: question: expected text, got nothing"):
-        evaluate(model, [{"answers": ["red"]}], tiny.collator(model))
+        evaluate(model, [{"answers": ["red"]}], tiny.collator())
 
 
 def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model()
+    model = tiny.rag_model()
     widths: list[int] = []
     plain = type(model.index).search
 
@@ -158,8 +156,8 @@ def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(model.index), "search", search)
     settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": 2, "loss": True}
-    few = evaluate(model, tiny.questions(), tiny.collator(model), ks=(1,), **settings)
-    many = evaluate(model, tiny.questions(), tiny.collator(model), ks=(1, 8), n_docs=2, **settings)
+    few = evaluate(model, tiny.questions(), tiny.collator(), ks=(1,), **settings)
+    many = evaluate(model, tiny.questions(), tiny.collator(), ks=(1, 8), n_docs=2, **settings)
     assert widths == [3, 3, 8, 8]
     assert few.metrics["loss"] == pytest.approx(many.metrics["loss"])
     assert [len(each.retrieved) for each in few.predictions] == [1] * 12
@@ -169,7 +167,7 @@ def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatc
 def test_random_state_and_training_mode_stay(perfect: RagModel) -> None:
     perfect.train()
     state = torch.get_rng_state()
-    evaluate(perfect, tiny.questions(4), tiny.collator(perfect), max_new_tokens=2)
+    evaluate(perfect, tiny.questions(4), tiny.collator(), max_new_tokens=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in perfect.modules())
     assert all(parameter.grad is None for parameter in perfect.parameters())
@@ -184,7 +182,7 @@ def test_choose_fixed() -> None:
 
 
 def test_rejects_bad_input(perfect: RagModel) -> None:
-    collator = tiny.collator(perfect)
+    collator = tiny.collator()
     with pytest.raises(ValueError, match="questions: expected at least one question, got none"):
         evaluate(perfect, [], collator)
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):

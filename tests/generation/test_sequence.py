@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastrag.generation import rag_sequence_generate
-from tests.nn.tiny import EOS, GENERATORS, PAD, batch, rag_model
+from tests.architectures import GENERATORS
+from tests.tiny import EOS, PAD, VOCAB, batch, rag_model
 
 KINDS = ["seq2seq", "causal"]
 
@@ -140,7 +141,7 @@ def test_an_answer_ends_where_the_template_ends_it(kind):
     model = trained(kind)
     expected = answer(model, batch(kind))
     assert (expected.sequences == EOS).any(dim=1).all()
-    for own in (None, 36, [36]):
+    for own in (None, VOCAB - 1, [VOCAB - 1]):
         model.generator.generation_config.eos_token_id = own
         assert answer(model, batch(kind)).sequences.equal(expected.sequences)
 
@@ -161,7 +162,7 @@ def test_an_answer_stops_where_the_positions_end():
     model = rag_model("causal", make_generator=GENERATORS["gpt2"], max_context=64).eval()
     data = batch("causal", 2)
     data["prompt_ids"] = data["prompt_mask"] = torch.ones(2, 57, dtype=torch.int64)
-    out = answer(model, data, max_new_tokens=40, eos_token_id=36)
+    out = answer(model, data, max_new_tokens=40, eos_token_id=VOCAB - 1)
     assert out.candidates.shape[2] <= 6 and out.scores.isfinite().all()  # 57 + 2 + 2 of 64
 
 

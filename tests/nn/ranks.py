@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.nn.tiny import batch, collator, questions, rag_model
+from tests.tiny import batch, collator, questions, rag_model
 
 SETTINGS = {"train_passage_encoder": True, "tau": 0.1, "learn_tau": True}
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrag.nn import ContextBuilder
-from tests.nn.tiny import TEMPLATE, tokenizer
+from tests.tiny import TEMPLATE, tokenizer
 
 ORDERS = [("passage", "question"), ("question", "passage")]
 
@@ -77,7 +77,7 @@ def test_equals_lists(seed, n_questions, n_docs, kind, slots, literals, max_cont
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_missing_passage_leaves_a_question(kind):
-    template = TEMPLATE.bind(tokenizer(), kind)
+    template = TEMPLATE.bind(tokenizer(kind), kind)
     context = built(template, 16, [[[], [20, 21]]], [[30]])
     literals = [list(ids) for ids in template.literals]
     alone = context.ids[0][context.mask[0].bool()].tolist()
@@ -86,11 +86,11 @@ def test_missing_passage_leaves_a_question(kind):
 
 
 def test_bound_template_gives_the_joint_encoding():
-    words = tokenizer()
+    words = tokenizer("causal")
     template = TEMPLATE.bind(words, "causal")
-    passage = words("w1 w2 w3")["input_ids"]
-    context = built(template, 16, [[passage]], [words("w4")["input_ids"]])
-    assert words.decode(context.ids[0]) == TEMPLATE.render("w1 w2 w3", "w4")
+    passage = words("ada likes red")["input_ids"]
+    context = built(template, 16, [[passage]], [words("bob")["input_ids"]])
+    assert words.decode(context.ids[0]) == TEMPLATE.render("ada likes red", "bob")
 
 
 def test_width_needs_no_values_off_the_cpu():

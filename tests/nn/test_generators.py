@@ -13,7 +13,8 @@ from transformers import BertConfig, BertLMHeadModel, BertModel
 
 from fastrag import functional, reference
 from fastrag.nn import LMHead, adapt_generator, generators
-from tests.nn.tiny import GENERATORS, VOCAB, context, generator
+from tests.architectures import GENERATORS, context, generator
+from tests.tiny import VOCAB
 
 # B = 2 questions, K = 3 contexts each, T = 4 labels; the second answer has two tokens.
 LENGTHS = [5, 3, 6, 2, 6, 4]

@@ -10,9 +10,19 @@ import pytest
 import torch
 
 from fastrag import functional
+from fastrag.data import Passage
 from fastrag.index import FlatIndex
 from fastrag.nn import RagModel, TextEncoder
-from tests.nn.tiny import TEMPLATE, batch, collator, encoder, questions, rag_model, tokenizer
+from tests.tiny import (
+    TEMPLATE,
+    VOCAB,
+    batch,
+    collator,
+    encoder,
+    questions,
+    rag_model,
+    tokenizer,
+)
 
 KINDS = ["seq2seq", "causal"]
 
@@ -30,11 +40,12 @@ def literal_loss(model, data, rows):
         count += len(labels)
         joint = []
         for k, row in enumerate(rows[b].tolist()):
-            passage = model.passages.text(row) if row >= 0 else ""
+            passage = ""
+            if row >= 0:
+                stored = model.passages
+                passage = TEMPLATE.render_passage(Passage("", stored.title(row), stored.text(row)))
             question = words.decode(data["prompt_ids"][b][data["prompt_mask"][b].bool()])
             ids = words(TEMPLATE.render(passage, question), return_tensors="pt")["input_ids"]
-            frame = model.builder.template.literals
-            ids = torch.tensor([[*_start(frame, ids), *ids[0].tolist()]])
             hidden = model.adapter.hidden(ids, torch.ones_like(ids), labels[None])[0, 0]
             logp = model.adapter.head().logits(hidden).log_softmax(dim=-1)
             joint.append(log_prior[b, k] + logp.gather(1, labels[:, None])[:, 0])
@@ -45,12 +56,6 @@ def literal_loss(model, data, rows):
             prior = log_prior[b]
             total = total - (prior + (joint - prior[:, None]).nan_to_num(0.0).sum(1)).logsumexp(0)
     return total / count
-
-
-def _start(literals, ids):
-    """Specials that the template puts first and the plain tokenizer does not."""
-    first = list(literals[0])
-    return [] if ids[0, : len(first)].tolist() == first else first
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
@@ -254,10 +259,10 @@ def test_flat_prior_warns_once():
 
 
 def test_cut_passages_are_counted_and_questions_kept():
-    model = rag_model(max_context=4)
-    assert model.builder.n_literals + 1 + 2 == 5  # literals, question, passage: one too many
+    model = rag_model(max_context=6)
+    assert model.builder.n_literals + 1 + 3 == 7  # literals, question, passage: one too many
     assert int(model(**batch()).n_cut) == 12
-    assert int(rag_model(max_context=5)(**batch()).n_cut) == 0
+    assert int(rag_model(max_context=7)(**batch()).n_cut) == 0
 
 
 def test_eval_is_deterministic_and_dropout_is_not():
@@ -345,7 +350,7 @@ def test_rejects_index_of_another_size():
         "passage_encoder": model.passage_encoder,
         "generator": model.generator,
         "passages": model.passages,
-        "generator_tokenizer": tokenizer(),
+        "generator_tokenizer": tokenizer("seq2seq"),
         "template": TEMPLATE,
     }
     short = FlatIndex(16)
@@ -365,13 +370,13 @@ def test_rejects_index_of_another_size():
             **{**parts, "passage_encoder": None}, index=model.index, train_passage_encoder=True
         )
     with pytest.raises(ValueError, match="template: expected one bound as 'seq2seq', got 'causal'"):
-        bound = TEMPLATE.bind(tokenizer(), "causal")
+        bound = TEMPLATE.bind(tokenizer("causal"), "causal")
         RagModel(**{**parts, "template": bound}, index=model.index)
 
 
 def test_rejects_passages_of_another_tokenizer():
     model = rag_model()
-    other = tokenizer()
+    other = tokenizer("seq2seq")
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match="generator stream was built with another tokenizer"):
         RagModel(
@@ -387,15 +392,17 @@ def test_rejects_passages_of_another_tokenizer():
 
 def test_rejects_vectors_that_are_not_finite():
     model = rag_model(train_passage_encoder=True)
+    word = tokenizer("encoder").convert_tokens_to_ids
     with torch.no_grad():
-        model.question_encoder.model.embeddings.word_embeddings.weight[4] = torch.nan
+        model.question_encoder.model.embeddings.word_embeddings.weight[word("bob")] = torch.nan
     with pytest.raises(ValueError, match="question_encoder: .* NaN or inf for example 1"):
         model(**batch())
     model = rag_model(train_passage_encoder=True)
-    with torch.no_grad():  # w18 is the answer word of passage 2
-        model.passage_encoder.model.embeddings.word_embeddings.weight[3 + 18] = torch.nan
+    with torch.no_grad():  # green stands in passage 2
+        model.passage_encoder.model.embeddings.word_embeddings.weight[word("green")] = torch.nan
+    rows = torch.tensor([[0, 2, 1]]).expand(4, -1)
     with pytest.raises(ValueError, match="passage_encoder: .* NaN or inf for row 2"):
-        model(**batch())
+        model(**batch(), rows=rows)
     with pytest.raises(ValueError, match="row 2"):
         model.refresh_index()
 
@@ -427,11 +434,19 @@ def test_rejects_bad_batches():
         ("labels", lambda x: x[:, 0], r"labels: expected int64 \[B, T\] .* got \[4\] int64"),
         ("labels", lambda x: x[:3], r"labels: .* with B = 4 .* got \[3, 2\]"),
         ("labels", lambda x: x[:, :0], r"labels: .* T of at least 1, got \[4, 0\]"),
-        ("labels", lambda x: x + 37, r"labels: expected values in \[0, 37\) or ignore_index"),
+        (
+            "labels",
+            lambda x: x + VOCAB,
+            rf"labels: expected values in \[0, {VOCAB}\) or ignore_index",
+        ),
         ("prompt_ids", lambda x: x.float(), "prompt_ids: expected int64 .* float32"),
-        ("prompt_ids", lambda x: x + 37, r"prompt_ids: expected token ids in \[0, 37\)"),
+        ("prompt_ids", lambda x: x + VOCAB, rf"prompt_ids: expected token ids in \[0, {VOCAB}\)"),
         ("input_ids", lambda x: x.float(), "input_ids: expected int64 .* float32"),
-        ("input_ids", lambda x: x - 37, r"input_ids: expected token ids in \[0, 37\).* got -"),
+        (
+            "input_ids",
+            lambda x: x - VOCAB,
+            rf"input_ids: expected token ids in \[0, {VOCAB}\).* got -",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -465,7 +480,7 @@ def test_one_model_under_two_prefixes_still_trains():
         base.index,
         base.passages,
         template=TEMPLATE,
-        generator_tokenizer=tokenizer(),
+        generator_tokenizer=tokenizer("seq2seq"),
     )
     assert all(parameter.requires_grad for parameter in question_encoder.parameters())
     assert not passage_encoder.own.weight.requires_grad
@@ -489,7 +504,7 @@ def test_encoders_of_your_own():
     class Bag(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.words = torch.nn.Embedding(37, 16)
+            self.words = torch.nn.Embedding(VOCAB, 16)
 
         def forward(self, input_ids, attention_mask):
             return (self.words(input_ids) * attention_mask[..., None]).sum(dim=1)
@@ -504,7 +519,7 @@ def test_encoders_of_your_own():
         base.passages,
         n_docs=3,
         template=TEMPLATE,
-        generator_tokenizer=tokenizer(),
+        generator_tokenizer=tokenizer("seq2seq"),
     )
     model.refresh_index()
     out = model(**batch())

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from fastrag import FlatIndex, RagModel
-from tests.nn.tiny import GENERATORS, batch, collator, questions, rag_model
+from tests.architectures import GENERATORS
+from tests.tiny import batch, collator, questions, rag_model
 
 STEPS = 6
 

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
-    model = tiny.model(train_passage_encoder=True, explore=1)
+    model = tiny.rag_model(train_passage_encoder=True, explore=1)
     args = TrainingArguments(
         options.folder,
         max_steps=options.steps,
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = RagTrainer(model, args, tiny.collator(model), tiny.questions(), refresh="every:2")
+    trainer = RagTrainer(model, args, tiny.collator(), tiny.questions(), refresh="every:2")
     trainer.add_callback(Marker(trainer, options.marker_step))
     if options.signal_rank == args.process_index:
         trainer.add_callback(SignalItself())

@@ -85,13 +85,13 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 
 def test_weights_hold_what_trains(tmp_path: Path) -> None:
-    model = tiny.model(learn_tau=True)
+    model = tiny.rag_model(learn_tau=True)
     module.write_weights(model, tmp_path)
     stored = load_file(tmp_path / module.WEIGHTS)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() & dict(model.named_parameters()).keys() == trained
     assert not any(name.startswith("passage_encoder.model.e") for name in trained)
-    other = tiny.model(learn_tau=True)
+    other = tiny.rag_model(learn_tau=True)
     with torch.no_grad():
         for parameter in other.parameters():
             if parameter.requires_grad:
@@ -102,18 +102,18 @@ def test_weights_hold_what_trains(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_configuration(tmp_path: Path) -> None:
-    module.write_weights(tiny.model(), tmp_path)
-    other = tiny.model("causal")
+    module.write_weights(tiny.rag_model(), tmp_path)
+    other = tiny.rag_model("causal")
     before = {name: p.clone() for name, p in other.named_parameters()}
     with pytest.raises(ValueError, match=r"model.safetensors: checkpoint of another configuration"):
         module.read_weights(other, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
     with pytest.raises(ValueError, match="another configuration: log_tau expected shape"):
-        module.read_weights(tiny.model(learn_tau=True), tmp_path)
+        module.read_weights(tiny.rag_model(learn_tau=True), tmp_path)
 
 
 def test_index_by_reference_and_whole(tmp_path: Path) -> None:
-    model = tiny.model()
+    model = tiny.rag_model()
     module.write_index(model, tmp_path, changing=False, refreshed_at=7)
     assert module.read_index(model, tmp_path) == 7
     assert not (tmp_path / "index").exists()
@@ -129,4 +129,4 @@ def test_index_by_reference_and_whole(tmp_path: Path) -> None:
 def test_damaged_json_names_the_line(tmp_path: Path) -> None:
     (tmp_path / module.INDEX).write_text('{\n"kept": \n')
     with pytest.raises(ValueError, match=r"index\.json:3: "):
-        module.read_index(tiny.model(), tmp_path)
+        module.read_index(tiny.rag_model(), tmp_path)

@@ -55,7 +55,7 @@ def parameters(model: RagModel) -> dict[str, torch.Tensor]:
 def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str, marginal: str) -> None:
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
-        model = tiny.model(kind, marginal=marginal, train_passage_encoder=True)
+        model = tiny.rag_model(kind, marginal=marginal, train_passage_encoder=True)
         folder = tmp_path / str(batch_size)
         args = arguments(
             folder,
@@ -66,7 +66,7 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str, marginal: 
             lr_scheduler_type="constant",
             max_steps=3,
         )
-        RagTrainer(model, args, tiny.collator(model), uneven_questions()).train()
+        RagTrainer(model, args, tiny.collator(kind), uneven_questions()).train()
         results.append((losses(folder), parameters(model)))
     (big, big_parameters), (small, small_parameters) = results
     assert big == pytest.approx(small, rel=1e-5)
@@ -75,11 +75,11 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, kind: str, marginal: 
 
 
 def test_learning_rates_and_weight_decay_by_part(tmp_path: Path) -> None:
-    model = tiny.model(train_passage_encoder=True, learn_tau=True)
+    model = tiny.rag_model(train_passage_encoder=True, learn_tau=True)
     trainer = RagTrainer(
         model,
         arguments(tmp_path, weight_decay=0.1),
-        tiny.collator(model),
+        tiny.collator(),
         tiny.questions(),
         retriever_lr=1e-3,
         generator_lr=2e-3,
@@ -104,8 +104,8 @@ def test_learning_rates_and_weight_decay_by_part(tmp_path: Path) -> None:
 
 
 def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
-    model = tiny.model()
-    trainer = RagTrainer(model, arguments(tmp_path), tiny.collator(model), tiny.questions())
+    model = tiny.rag_model()
+    trainer = RagTrainer(model, arguments(tmp_path), tiny.collator(), tiny.questions())
     trained = {id(p) for g in trainer.create_optimizer().param_groups for p in g["params"]}
     assert trained.isdisjoint(id(p) for p in model.passage_encoder.parameters())
     before = parameters(model)
@@ -117,8 +117,8 @@ def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
 
 def test_label_smoothing_goes_to_the_loss(tmp_path: Path) -> None:
     args = arguments(tmp_path, label_smoothing_factor=0.1)
-    model = tiny.model()
-    trainer = RagTrainer(model, args, tiny.collator(model), tiny.questions())
+    model = tiny.rag_model()
+    trainer = RagTrainer(model, args, tiny.collator(), tiny.questions())
     assert model.loss_fn.label_smoothing == 0.1
     assert trainer.label_smoother is None
     assert args.label_smoothing_factor == 0.1  # the caller's arguments stay as they were
@@ -126,7 +126,7 @@ def test_label_smoothing_goes_to_the_loss(tmp_path: Path) -> None:
 
 
 def resumable(folder: Path, joint: bool, **settings: Any) -> RagTrainer:
-    model = tiny.model(**(JOINT if joint else {"explore": 1}))
+    model = tiny.rag_model(**(JOINT if joint else {"explore": 1}))
     answers = [
         Question(id=q.id, question=q.question, answers=(*q.answers, "red", "blue blue"))
         for q in tiny.questions()
@@ -134,7 +134,7 @@ def resumable(folder: Path, joint: bool, **settings: Any) -> RagTrainer:
     return RagTrainer(
         model,
         arguments(folder, max_steps=10, save_strategy="steps", save_steps=4, **settings),
-        tiny.collator(model, answer_choice="random"),
+        tiny.collator(answer_choice="random"),
         answers,
         refresh="every:3" if joint else "frozen",
     )
@@ -196,10 +196,10 @@ def test_resume_refuses_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
 
 
 def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
-    model = tiny.model(**JOINT)
+    model = tiny.rag_model(**JOINT)
     version = model.index.version
     trainer = RagTrainer(
-        model, arguments(tmp_path), tiny.collator(model), tiny.questions(), refresh="every:4"
+        model, arguments(tmp_path), tiny.collator(), tiny.questions(), refresh="every:4"
     )
     trainer.train()
     assert model.index.version == version + 1  # at step 4 of 6
@@ -210,7 +210,7 @@ def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
     assert not torch.equal(model.index.index_emb, stale)
     loaded = RagModel.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded.index.index_emb, model.index.index_emb)
-    batch = tiny.collator(model)(tiny.questions())
+    batch = tiny.collator()(tiny.questions())
     model.eval()
     assert torch.equal(loaded(**batch).loss, model(**batch).loss)
 
@@ -226,7 +226,7 @@ class _Answers(TrainerCallback):
 
 
 def evaluating(folder: Path, values: list[float], **settings: Any) -> RagTrainer:
-    model = tiny.model(**JOINT)
+    model = tiny.rag_model(**JOINT)
     return RagTrainer(
         model,
         arguments(
@@ -242,7 +242,7 @@ def evaluating(folder: Path, values: list[float], **settings: Any) -> RagTrainer
             greater_is_better=True,
             **settings,
         ),
-        tiny.collator(model),
+        tiny.collator(),
         tiny.questions(),
         tiny.questions(),
         refresh="every:3",
@@ -293,12 +293,10 @@ def test_early_stopping_of_a_config_counts_on_after_a_resume(tmp_path: Path) -> 
             report_to=[],
             training={"disable_tqdm": True, "lr_scheduler_type": "constant"},
         )
-        model = tiny.model()
+        model = tiny.rag_model()
         questions = tiny.questions()
         callbacks = [_Answers(values)]
-        made = RagTrainer(
-            model, config, tiny.collator(model), questions, questions, callbacks=callbacks
-        )
+        made = RagTrainer(model, config, tiny.collator(), questions, questions, callbacks=callbacks)
         # the stand-in has to speak before the one that listens to it
         handler = made.callback_handler
         handler.callbacks.sort(key=lambda each: not isinstance(each, _Answers))
@@ -312,11 +310,11 @@ def test_early_stopping_of_a_config_counts_on_after_a_resume(tmp_path: Path) -> 
 
 
 def test_evaluation_metrics_files_and_curve(tmp_path: Path) -> None:
-    model = tiny.model()
+    model = tiny.rag_model()
     trainer = RagTrainer(
         model,
         arguments(tmp_path, eval_strategy="steps", eval_steps=3, report_to="tensorboard"),
-        tiny.collator(model),
+        tiny.collator(),
         tiny.questions(),
         tiny.questions(),
         eval_ks=(1, 12),
@@ -344,11 +342,11 @@ def test_evaluation_metrics_files_and_curve(tmp_path: Path) -> None:
 
 
 def test_evaluation_sets_by_name_and_without_questions(tmp_path: Path) -> None:
-    model = tiny.model()
+    model = tiny.rag_model()
     questions = tiny.questions()
     sets = {"seen": questions[:6], "new": questions[6:]}
     trainer = RagTrainer(
-        model, arguments(tmp_path), tiny.collator(model), questions, sets, eval_max_new_tokens=2
+        model, arguments(tmp_path), tiny.collator(), questions, sets, eval_max_new_tokens=2
     )
     metrics = trainer.evaluate()
     assert {"eval_seen_em", "eval_new_em", "eval_seen_recall@5"} <= metrics.keys()
@@ -370,8 +368,8 @@ def test_config_as_arguments(tmp_path: Path) -> None:
         device="cpu",
         training={"disable_tqdm": True},
     )
-    model = tiny.model(**JOINT)
-    trainer = RagTrainer(model, config, tiny.collator(model), tiny.questions())
+    model = tiny.rag_model(**JOINT)
+    trainer = RagTrainer(model, config, tiny.collator(), tiny.questions())
     assert (trainer.retriever_lr, trainer.generator_lr) == (1e-3, 2e-3)
     assert str(trainer.refresher.policy) == "every:2"
     trainer.train()
