@@ -32,15 +32,16 @@ class RagCollator:
         generator_tokenizer: the generator's tokenizer.
         template: the text around passage, question and answer; `None`: `Template.default(kind)`.
         kind: `"seq2seq"` or `"causal"`.
-        max_question: most tokens of a question's piece in the generator's vocabulary. A longer one
-            is an error, because a question is never cut. `None`: no limit but `max_context`.
+        max_question: most tokens of the encoder's question, special tokens included; a longer
+            question is cut there, the special tokens stay. `None`: the tokenizer's
+            `model_max_length` where it states one.
+        max_prompt: most tokens of the prompt, the question in the generator's vocabulary. A longer
+            one is an error, because the generator's question is never cut. `None`: no limit but
+            `max_context`.
         max_answer: most tokens of an answer. A longer one is cut on the right, its end token with
             it: the loss is then that of the prefix. `None`: no limit.
         max_context: the generator's window; question and template must leave room for a passage.
         question_prefix: put before the question for the encoder (`"query: "`).
-        question_max_length: most tokens of the encoder's question, special tokens included; a
-            longer question is cut there, the special tokens stay. `None`: the tokenizer's
-            `model_max_length` where it states one.
         answer_choice: train on the `"first"` answer or on a `"random"` one (torch's generator, so
             DataLoader workers and resumed runs draw as the loader is seeded).
         require_answers: refuse questions without answers (training). Otherwise a batch without any
@@ -70,10 +71,10 @@ class RagCollator:
         template: Template | None = None,
         kind: Kind = "seq2seq",
         max_question: int | None = None,
+        max_prompt: int | None = None,
         max_answer: int | None = 64,
         max_context: int | None = None,
         question_prefix: str = "",
-        question_max_length: int | None = None,
         answer_choice: Literal["first", "random"] = "first",
         require_answers: bool = False,
     ) -> None:
@@ -81,22 +82,22 @@ class RagCollator:
             raise ValueError(f"answer_choice: expected 'first' or 'random', got {answer_choice!r}")
         limits = {
             "max_question": max_question,
+            "max_prompt": max_prompt,
             "max_answer": max_answer,
             "max_context": max_context,
-            "question_max_length": question_max_length,
         }
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1 token or None, got {value}")
         self.template = template or Template.default(kind)
         self.kind = kind
-        self.max_question = max_question
+        self.max_prompt = max_prompt
         self.max_answer = max_answer
         self.max_context = max_context
         self.question_prefix = question_prefix
-        if question_max_length is None and question_tokenizer.model_max_length < _NO_MAX_LENGTH:
-            question_max_length = question_tokenizer.model_max_length
-        self.question_max_length = question_max_length
+        if max_question is None and question_tokenizer.model_max_length < _NO_MAX_LENGTH:
+            max_question = question_tokenizer.model_max_length
+        self.max_question = max_question
         self.answer_choice = answer_choice
         self.require_answers = require_answers
         self.bound: BoundTemplate = self.template.bind(generator_tokenizer, kind)
@@ -108,10 +109,10 @@ class RagCollator:
         self._question_pad = 0 if pad is None else pad
         self._frame = special_frame(question_tokenizer)
         n_frame = len(self._frame[0]) + len(self._frame[1])
-        if question_max_length is not None and question_max_length <= n_frame:
+        if max_question is not None and max_question <= n_frame:
             raise ValueError(
-                f"question_max_length: expected more than the tokenizer's {n_frame} special "
-                f"tokens, got {question_max_length}"
+                f"max_question: expected more than the tokenizer's {n_frame} special "
+                f"tokens, got {max_question}"
             )
 
     def __call__(self, examples: Sequence[Question | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -158,7 +159,7 @@ class RagCollator:
 
     def _encoder_ids(self, questions: Sequence[Question]) -> list[list[int]]:
         prefix, suffix = self._frame
-        room = self.question_max_length
+        room = self.max_question
         if room is not None:
             room -= len(prefix) + len(suffix)
         texts = [self.question_prefix + question.question.strip() for question in questions]
@@ -168,10 +169,10 @@ class RagCollator:
     def _prompt_ids(self, question: Question) -> list[int]:
         ids = self.bound.question_ids(question.question)
         n, n_template = len(ids), self.bound.n_literal_tokens
-        if self.max_question is not None and n > self.max_question:
+        if self.max_prompt is not None and n > self.max_prompt:
             raise ValueError(
-                f"question {question.id!r}: expected at most max_question = {self.max_question} "
-                f"tokens, got {n}"
+                f"question {question.id!r}: expected at most max_prompt = {self.max_prompt} "
+                f"tokens in the generator's vocabulary, got {n}"
             )
         if self.max_context is not None and n + n_template >= self.max_context:
             raise ValueError(

@@ -405,7 +405,7 @@ def collator_for(
         max_answer=max_answer,
         max_context=max_context or model.max_context,
         question_prefix=encoder.prefix,
-        question_max_length=_shortest(max_question, encoder.max_length),
+        max_question=_shortest(max_question, encoder.max_length),
         answer_choice="random" if answer_choice == "random" else "first",
     )
 

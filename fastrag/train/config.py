@@ -105,7 +105,7 @@ class RagConfig:
         accumulation: forward passes per optimiser step.
         precision: `fp32`, `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass.
-        max_question: question tokens of the retriever.
+        max_question: question tokens of the retriever, at which a longer question is cut.
         max_passage: passage tokens of the passage encoder.
         max_answer: answer tokens.
         max_context: window of the generator's input.

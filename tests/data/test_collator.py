@@ -114,7 +114,7 @@ def test_limits(family):
         family("gpt2"),
         kind="causal",
         max_answer=2,
-        question_max_length=4,
+        max_question=4,
         question_prefix="query: ",
     )
     batch = collator(QUESTIONS)
@@ -145,8 +145,10 @@ def test_question_and_template_over_the_window(family):
     )
     with pytest.raises(ValueError, match=rf"question 'q1'.*{n_question} \+ {n_template} tokens"):
         tight(QUESTIONS[1:])
-    short = RagCollator(family("bert"), family("gpt2"), kind="causal", max_question=n_question - 1)
-    with pytest.raises(ValueError, match=rf"at most max_question = {n_question - 1} tokens, got"):
+    short = RagCollator(family("bert"), family("gpt2"), kind="causal", max_prompt=n_question - 1)
+    with pytest.raises(
+        ValueError, match=rf"at most max_prompt = {n_question - 1} tokens in .* got"
+    ):
         short(QUESTIONS[1:])
 
 
@@ -174,7 +176,7 @@ def test_rejects_bad_examples(collator, examples, message):
         ({"answer_choice": "last"}, "answer_choice: expected 'first' or 'random', got 'last'"),
         ({"max_answer": 0}, "max_answer: expected at least 1 token or None, got 0"),
         ({"max_context": 3}, "max_context: expected more than the template's"),
-        ({"question_max_length": 2}, "question_max_length: expected more than the tokenizer's 2"),
+        ({"max_question": 2}, "max_question: expected more than the tokenizer's 2"),
         ({"kind": "other"}, "kind: expected one of"),
     ],
 )
