@@ -99,8 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--generator", required=True, help="folder of the generator")
     build.add_argument("--out", required=True, help="folder to write")
-    build.add_argument("--template", choices=("plain", "chat"), default="plain")
-    build.add_argument("--max-passage", type=_positive, default=256, metavar="TOKENS")
+    build.add_argument(
+        "--template",
+        type=_template,
+        default="plain",
+        help="plain, chat, or a YAML mapping of a template's fields: what the config that will "
+        "train on the index says",
+    )
+    build.add_argument(
+        "--max-passage", type=_positive, metavar="TOKENS", help="cut longer passages (default 256)"
+    )
     build.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     _add_device(build)
     build.set_defaults(run=_index_build)
@@ -161,7 +169,7 @@ def _index_build(arguments: argparse.Namespace) -> int:
         ),
         encoder_tokenizer=build.load_tokenizer(arguments.encoder, "encoder"),
         generator_tokenizer=tokenizer,
-        max_passage=arguments.max_passage,
+        max_passage=arguments.max_passage or build.MAX_PASSAGE,
         batch_size=arguments.batch_size,
         device=_device(arguments),
     )
@@ -298,6 +306,24 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)
+
+
+def _template(text: str) -> str | dict[str, Any]:
+    """Read a template as a config's `template` may state it."""
+    import yaml
+
+    from fastrag.train.config import TEMPLATES
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, dict) or value in TEMPLATES:
+        return value
+    raise argparse.ArgumentTypeError(
+        f"expected one of {', '.join(TEMPLATES)}, or a YAML mapping of a template's fields, "
+        f"got {text!r}"
+    )
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from fastrag.cli import main
+from fastrag.index import PassageStore
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.checkpoints import checkpoints
 from tests import tiny
@@ -244,6 +246,18 @@ BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "
         ((*BUILD, "--corpus", "twice.jsonl"), "'a'"),
         ((*BUILD, "--corpus", "blank.jsonl"), "blank.jsonl:1: "),
         ((*BUILD, "--corpus", "empty.jsonl"), "expected at least one passage"),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{contxt: a}"),
+            "template: expected keys ['context'",
+        ),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: '{passage}'}"),
+            "context: expected {question} exactly once",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "max_passage=64"),
+            "max_passage: expected null with index = 'idx'",
+        ),
         ((*BUILD, "--corpus", "latin.jsonl"), "latin.jsonl:1: "),
         ((*BUILD[:-1], "encoder", "--corpus", "corpus.jsonl"), "encoder is neither"),
         (("evaluate", "--model", "run", "--questions", "empty.jsonl"), "at least one question"),
@@ -285,6 +299,15 @@ def test_mistakes_are_one_line_and_exit_code_2(
         (("trian",), "invalid choice: 'trian'"),
         (("evaluate", "--model", "m", "--questions", "q", "--k", "0"), "an integer >= 1, got '0'"),
         (("ask", "--model", "m"), "the following arguments are required: question"),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "chatty"),
+            "--template: expected one of plain, chat, or a YAML mapping of a template's fields, "
+            "got 'chatty'",
+        ),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: "),
+            "a YAML mapping of a template's fields, got '{context: '",
+        ),
     ],
 )
 def test_usage_errors_are_one_line(
@@ -358,6 +381,23 @@ def test_verify_finds_an_altered_byte(
         assert "vectors.npy" in capsys.readouterr().err
     finally:
         vectors.write_bytes(data)
+
+
+def test_index_with_a_template_of_its_own(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One mapping serves `index build` and the config; an index of another template is refused."""
+    monkeypatch.chdir(project)
+    template = '{context: "{passage} asked {question}", passage: "{title} {text}"}'
+    build = [*BUILD[:-1], "own", "--corpus", "corpus.jsonl", "--max-passage", "4"]
+    assert main([*build, "--template", template]) == 0
+    store = PassageStore.load(project / "own" / "passages")
+    assert store.gather(torch.tensor([0]), "encoder")[1].tolist() == [4]  # [CLS] ada likes [SEP]
+    train = ["train", "train.yaml", *("--set", "index=own", "--set", "steps=1")]
+    assert main([*train, "--set", "output_dir=own_run", "--set", f"template={template}"]) == 0
+    capsys.readouterr()
+    assert main([*train, "--set", "output_dir=other_run"]) == 2
+    assert "template" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_checkpoint_of_a_run_answers(

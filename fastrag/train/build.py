@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 INDEX_FOLDER = "index"
 PASSAGES_FOLDER = "passages"
+MAX_PASSAGE = 256  # tokens, where nobody says how many
 _DEFAULT = "default"
 # How far a stored vector may point away from a fresh one: storage in half precision stays above.
 _SAME_ENCODER_COSINE = 0.99
@@ -194,7 +195,7 @@ def build_index(
     template: Template,
     encoder_tokenizer: PreTrainedTokenizerBase,
     generator_tokenizer: PreTrainedTokenizerBase,
-    max_passage: int = 256,
+    max_passage: int = MAX_PASSAGE,
     batch_size: int = 64,
     device: str | None = None,
     progress: bool = True,
@@ -324,7 +325,7 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
             template=template,
             encoder_tokenizer=load_tokenizer(passage_folder, "passage_encoder"),
             generator_tokenizer=generator_tokenizer,
-            max_passage=config.max_passage,
+            max_passage=config.max_passage or MAX_PASSAGE,
             batch_size=config.encode_batch_size,
             device="cuda" if config.device == "auto" and torch.cuda.is_available() else None,
             progress=progress,

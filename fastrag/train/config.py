@@ -48,13 +48,13 @@ FREE_ON_RESUME = (
 PRECISIONS = ("fp32", "bf16", "fp16")
 MARGINALS = ("token", "sequence")
 ANSWER_CHOICES = ("first", "random")
+TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
 POSITIVE = (
     "n_docs",
     "batch_size",
     "accumulation",
     "max_question",
-    "max_passage",
     "max_answer",
     "max_context",
     "eval_batch_size",
@@ -62,7 +62,14 @@ POSITIVE = (
     "log_steps",
     "encode_batch_size",
 )
-POSITIVE_OR_NONE = ("steps", "eval_steps", "eval_limit", "save_steps", "keep_checkpoints")
+POSITIVE_OR_NONE = (
+    "max_passage",
+    "steps",
+    "eval_steps",
+    "eval_limit",
+    "save_steps",
+    "keep_checkpoints",
+)
 
 
 @dataclass
@@ -106,7 +113,8 @@ class RagConfig:
         precision: `fp32`, `bf16` or `fp16`.
         gradient_checkpointing: recompute activations in the backward pass.
         max_question: question tokens of the retriever, at which a longer question is cut.
-        max_passage: passage tokens of the passage encoder.
+        max_passage: passage tokens of the passage encoder, at which a longer passage is cut when
+            the index is built; None: 256. An `index` that is given was cut when it was built.
         max_answer: answer tokens.
         max_context: window of the generator's input.
         answer_choice: train on the `first` or a `random` answer.
@@ -173,7 +181,7 @@ class RagConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     max_question: int = 64
-    max_passage: int = 256
+    max_passage: int | None = None
     max_answer: int = 32
     max_context: int = 512
     answer_choice: str = "first"
@@ -211,7 +219,7 @@ class RagConfig:
         _choice("device", self.device, ("auto", "cpu"))
         _choice("index_device", self.index_device, ("auto", "cpu"))
         if isinstance(self.template, str):
-            _choice("template", self.template, ("plain", "chat"))
+            _choice("template", self.template, TEMPLATES)
         for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
             value = getattr(self, name)
             _require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
@@ -244,6 +252,11 @@ class RagConfig:
         _check_refresh(self.refresh)
         _check_lora(self.lora)
         _check_best_metric(self.best_metric, self.eval_ks)
+        if self.index is not None and self.max_passage is not None:
+            raise ValueError(
+                f"max_passage: expected null with index = {self.index!r}, whose passages were cut "
+                f"when it was built; got {self.max_passage}"
+            )
         if self.early_stopping is not None and self.best_metric is None:
             raise ValueError(
                 "early_stopping: expected best_metric to be set as well, for example em; got null"

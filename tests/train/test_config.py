@@ -64,6 +64,11 @@ def test_overrides(tmp_path: Path) -> None:
         ({"marginal": "both"}, "marginal: expected one of token, sequence, got 'both'"),
         ({"precision": "int8"}, "precision: expected one of fp32, bf16, fp16, got 'int8'"),
         ({"template": "chatty"}, "template: expected one of plain, chat, got 'chatty'"),
+        (
+            {"index": "idx", "max_passage": 64},
+            "max_passage: expected null with index = 'idx', .* got 64",
+        ),
+        ({"max_passage": 0}, "max_passage: expected an integer >= 1 or null, got 0"),
         ({"explore": 6}, "explore: expected an integer from 0 to n_docs = 5, got 6"),
         ({"explore_pool": 4}, "explore_pool: expected an integer >= n_docs = 5 or null, got 4"),
         ({"explore_tau": 0.0}, "explore_tau: expected a number > 0, got 0.0"),
