@@ -40,17 +40,15 @@ void for_row_blocks(int64_t n, Threads threads, F f) {
   });
 }
 
-double logit_of(const Logits& logits, float z0, int64_t word) {
-  const float bias = logits.bias ? logits.bias[word] : 0.0f;
-  const float argument = (z0 + bias) * logits.logit_scale;
-  if (logits.softcap == 0.0f) return argument;
-  return logits.softcap * std::tanh(static_cast<double>(argument) / logits.softcap);
+// The argument of the softcap; the logit itself without one.
+float argument_of(const Logits& logits, float z0, int64_t word) {
+  return (z0 + (logits.bias ? logits.bias[word] : 0.0f)) * logits.logit_scale;
 }
 
 double slope_of(const Logits& logits, float z0, int64_t word) {
   if (logits.softcap == 0.0f) return logits.logit_scale;
-  const double tanh = logit_of(logits, z0, word) / logits.softcap;
-  return logits.logit_scale * (1.0 - tanh * tanh);
+  const double cosh = std::cosh(double{argument_of(logits, z0, word)} / logits.softcap);
+  return logits.logit_scale / (cosh * cosh);
 }
 
 float* gold_of(const Logits& logits, int64_t row) {
@@ -94,6 +92,12 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
     table.statistics(logits, block_words(logits, block), &max[block * n], &sum[block * n],
                      with_mean ? &centred[block * n] : nullptr);
   });
+  std::vector<float> gold_logit(n);
+  for (int64_t i = 0; i < n; ++i) {
+    out.gold_z0[i] = *gold_of(logits, i);
+    gold_logit[i] = argument_of(logits, out.gold_z0[i], logits.gold[i]);
+  }
+  if (logits.softcap > 0.0f) table.softcap(logits.softcap, gold_logit.data(), n);
   for_row_blocks(n, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       float top = -std::numeric_limits<float>::infinity();
@@ -111,11 +115,9 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
         }
       }
       const double log_sum = std::log(total);
-      const float z0 = *gold_of(logits, i);
-      out.gold_z0[i] = z0;
       out.shift[i] = top;
       out.log_sum[i] = static_cast<float>(log_sum);
-      out.logp[i] = static_cast<float>(logit_of(logits, z0, logits.gold[i]) - top - log_sum);
+      out.logp[i] = static_cast<float>(double{gold_logit[i]} - top - log_sum);
       if (with_mean) out.mean_logp[i] = static_cast<float>(mean / logits.n_words - log_sum);
     }
   });

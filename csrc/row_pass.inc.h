@@ -236,7 +236,7 @@ inline int64_t round_up(int64_t n) { return (n + Vec::kWidth - 1) / Vec::kWidth 
 // vectors; columns is G rounded up to whole vectors.
 struct Scratch {
   int64_t columns;
-  float *by_row, *probability, *joint, *mixture_sum, *share_sum;
+  float *by_row, *probability, *joint, *mixture_sum, *mixture_rest, *share_sum, *share_rest;
 
   Scratch(float* memory, int64_t n_rows, int64_t n_passages)
       : columns(round_up(n_rows / n_passages)) {
@@ -244,16 +244,18 @@ struct Scratch {
     probability = by_row + n_rows;
     joint = probability + n_rows;
     mixture_sum = joint + n_passages * columns;
-    share_sum = mixture_sum + columns;
+    mixture_rest = mixture_sum + columns;
+    share_sum = mixture_rest + columns;
+    share_rest = share_sum + n_passages * columns;
   }
 
   static int64_t size(int64_t n_rows, int64_t n_passages) {
     const int64_t columns = round_up(n_rows / n_passages);
-    return 2 * n_rows + columns + 2 * n_passages * columns;
+    return 2 * n_rows + (3 * n_passages + 2) * columns;
   }
 
   void clear(int64_t n_passages) {
-    for (int64_t i = 0; i < (2 * n_passages + 1) * columns; ++i) joint[i] = 0.0f;
+    for (int64_t i = 0; i < (3 * n_passages + 2) * columns; ++i) joint[i] = 0.0f;
   }
 };
 
@@ -310,6 +312,17 @@ inline void exponentiate(const Scratch& scratch, int64_t n_passages, int64_t col
   *sum = s;
 }
 
+// sum += x, the rounding error of it to rest: where all words have nearly the
+// same M_v or r_kv, the roundings of a plain sum would all go one way.
+inline void add_compensated(float* sum, float* rest, F x) {
+  const F before = Vec::load(sum);
+  const F corrected = Vec::sub(x, Vec::load(rest));
+  const F after = Vec::add(before, corrected);
+  const F lost = Vec::sub(Vec::sub(after, before), corrected);
+  Vec::store(sum, after);
+  Vec::store(rest, Vec::equal(lost, lost, lost, Vec::set(0.0f)));  // NaN after an infinity
+}
+
 template <bool kCap>
 void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureRows& rows,
                            float* mixture, float* share, float* memory) {
@@ -327,12 +340,11 @@ void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureR
       exponentiate(scratch, n_passages, column, &top, &sum);
       // A word that no passage can say: M = -inf, and no passage has a share in it.
       const F log_mixture = Vec::equal(top, lowest, lowest, Vec::add(top, vlog(sum)));
-      float* m = scratch.mixture_sum + column;
-      Vec::store(m, Vec::add(Vec::load(m), log_mixture));
+      add_compensated(scratch.mixture_sum + column, scratch.mixture_rest + column, log_mixture);
       for (int64_t k = 0; k < n_passages; ++k) {
         const F e = Vec::load(scratch.joint + k * scratch.columns + column);
-        float* r = scratch.share_sum + k * scratch.columns + column;
-        Vec::store(r, Vec::add(Vec::load(r), Vec::div(e, sum)));
+        const int64_t at = k * scratch.columns + column;
+        add_compensated(scratch.share_sum + at, scratch.share_rest + at, Vec::div(e, sum));
       }
     }
   }
@@ -403,6 +415,20 @@ void mixture_gradient(const Logits& logits, WordRange words, const MixtureRows& 
 
 // ------------------------------------------------------------------------------------------ table
 
+struct SoftcapStep {
+  F cap;
+  float* x;
+
+  template <bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    F sech2;
+    const F u = Vec::div(load<kWhole>(x + row, count), cap);
+    store<kWhole>(x + row, Vec::mul(vtanh(u, &sech2), cap), count);
+  }
+};
+
+void softcap(float cap, float* x, int64_t n) { for_each_vector(n, SoftcapStep{Vec::set(cap), x}); }
+
 struct ElementwiseStep {
   char kind;
   const float* x;
@@ -425,5 +451,5 @@ bool elementwise(const char* name, const float* x, float* y, int64_t n) {
   return true;
 }
 
-const KernelTable kTable = {statistics,       gradient,      mixture_statistics,
-                            mixture_gradient, Scratch::size, elementwise};
+const KernelTable kTable = {statistics,    gradient, mixture_statistics, mixture_gradient,
+                            Scratch::size, softcap,  elementwise};

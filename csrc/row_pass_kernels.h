@@ -39,6 +39,8 @@ struct KernelTable {
                              float* share, float* scratch);
   void (*mixture_gradient)(const Logits&, WordRange, const MixtureRows&, float* scratch);
   int64_t (*mixture_scratch)(int64_t n_rows, int64_t n_passages);
+  // x = cap * tanh(x / cap), n numbers, to the bit as the passes have it.
+  void (*softcap)(float cap, float* x, int64_t n);
   // y = f(x) for f one of "exp", "log", "tanh", "sech2": what the tests of accuracy call.
   bool (*elementwise)(const char* name, const float* x, float* y, int64_t n);
 };

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastrag.ops import checks
+from fastrag.ops import backends, checks
 
 # Bytes: everything in one chunk; a few positions a chunk; one position a chunk (and a Sequence
 # example cut in pieces, hence recomputed).
@@ -24,4 +24,13 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each size of workspace."""
     monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["cpp", "torch"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test on each backend of the losses that a CPU has."""
+    if reason := backends.why_not(request.param):
+        pytest.skip(reason)
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, request.param)
     return request.param

@@ -90,6 +90,7 @@ def test_float64(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", ["plain", "softcap"])
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["logits ~4", "logits ~80"])
+@pytest.mark.usefixtures("each_backend")
 def test_three_way(
     marginal: str, smoothing: float, dtype: torch.dtype, head: str, size: float
 ) -> None:
@@ -113,6 +114,7 @@ ADVERSARIAL = ["offset", "certain", "uniform", "one-hot posterior", "duplicates"
 @both_marginals
 @with_and_without_smoothing
 @pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.usefixtures("each_backend")
 def test_adversarial(marginal: str, smoothing: float, kind: str) -> None:
     p = make(MANY, head="bias")
     with torch.no_grad():

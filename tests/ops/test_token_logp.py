@@ -57,6 +57,7 @@ def test_float64(head: str, shape: tuple[int, ...], workspace: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head", ["plain", "softcap"])
+@pytest.mark.usefixtures("each_backend")
 def test_three_way(dtype: torch.dtype, head: str) -> None:
     p = problem(MANY, head).to(dtype)
     exact = p.to(torch.float64)
@@ -71,6 +72,7 @@ def test_three_way(dtype: torch.dtype, head: str) -> None:
         assert_close(grad, base[name], expected[name], name=name)
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_logits_around_ten_thousand() -> None:
     p = problem(MANY, "bias")
     with torch.no_grad():
