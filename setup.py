@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class BuildExtension(build_ext):
         except Exception as error:
             if not ext.optional:
                 raise
-            self.warn(f"{ext.name} is not built, fastrag will run on torch alone: {error}")
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+            self.warn(f"{ext.name} is not built, fastrag will run on torch alone: {why}")
 
     def _flags_by_source(self) -> None:
         if platform.machine() not in ("x86_64", "AMD64"):

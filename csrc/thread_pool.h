@@ -8,7 +8,7 @@ namespace fastrag {
 
 // Calls task(i) once for each i in [0, n_tasks), on at most n_threads threads of which the caller
 // is one, and returns when all calls have. The first exception of a task is rethrown here; tasks
-// that have not begun by then are dropped. A call from a second thread, or from within a task,
+// that have not begun by then are dropped. A task must not call this. A call from a second thread
 // while a loop runs does all of its tasks itself.
 //
 // After a fork the child starts threads of its own: those of its parent did not come along.

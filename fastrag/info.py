@@ -64,6 +64,7 @@ def collect() -> dict[str, Any]:
             name: os.environ.get(name)
             for name in (
                 backends.BACKEND_VARIABLE,
+                backends.ISA_VARIABLE,
                 workspace.WORKSPACE_VARIABLE,
                 "TRITON_INTERPRET",
                 "CUDA_VISIBLE_DEVICES",

@@ -7,11 +7,13 @@ into throw-away environments that see the packages of the running one but not it
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
@@ -21,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fastrag
+from fastrag.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_REQUIREMENTS = {
@@ -37,10 +40,15 @@ BASE_REQUIREMENTS = {
 EXTRAS = {"bench", "datasets", "demo", "faiss", "peft", "serve", "tensorboard", "test"}
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     """Run a command and give its output; a failure shows what it printed."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, f"{command} in {cwd}:\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -97,6 +105,19 @@ def test_kernels_is_not_ours() -> None:
     assert importlib.util.find_spec("fastrag.kernels.doc_scores") is not None
 
 
+@pytest.mark.skipif(
+    os.environ.get("FASTRAG_EXPECT_EXT") != "1", reason="set by the targets of the Makefile"
+)
+def test_the_extension_is_built() -> None:
+    """Without it the tests of the C++ kernels skip themselves, and nobody would notice."""
+    assert backends.why_not("cpp") == ""
+
+
+def test_import_does_not_load_the_extension() -> None:
+    code = "import sys, fastrag.functional; print('fastrag._C' in sys.modules)"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "False"
+
+
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     found = {}
@@ -133,16 +154,26 @@ class Environment:
         borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         (self.site / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
 
-    def install(self, *what: str | Path) -> None:
+    def install(self, *what: str | Path, **variables: str) -> None:
         pip = [self.python, "-m", "pip", "install", "--quiet", "--no-index", "--ignore-installed"]
-        run(*pip, "--no-deps", "--no-build-isolation", *what, cwd=self.site)
+        run(*pip, "--no-deps", "--no-build-isolation", *what, cwd=self.site, **variables)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree, so that a build leaves nothing in the tree and finds nothing stale."""
     copy = tmp_path_factory.mktemp("checkout") / "fastrag"
-    ignored = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    ignored = (
+        ".git",
+        ".venv",
+        "runs",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+        "*.so",
+    )
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*ignored))
     return copy
 
@@ -204,6 +235,8 @@ def test_wheel_contents(built: dict[str, Path]) -> None:
     } <= names
     assert any(re.fullmatch(r"fastrag/data/facts/[A-Z]+(\.md)?", name) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {f"fastrag/_C{suffix}", "fastrag/_C.pyi"} <= names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"fastrag", f"fastrag_torch-{fastrag.__version__}.dist-info"}
     # every module of the tree is there
@@ -219,6 +252,18 @@ print(fastrag.__file__)
 print(doc_scores.__file__)
 spec = importlib.util.find_spec("kernels")
 print(spec.origin if spec else None)  # None: absent, or a mere folder, which yields to a package
+"""
+
+# The backend that an ordinary loss takes, and a loss and its gradient on it.
+LOSS_PROBE = """
+import torch, fastrag.functional as F
+from fastrag.ops import backends
+hidden = torch.randn(1, 2, 3, 4, requires_grad=True)
+labels, scores = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2)
+F.rag_token_nll(hidden, torch.randn(5, 4), labels, scores).backward()
+assert hidden.grad.isfinite().all()
+print(backends.choose("marginal_nll", hidden.device, hidden.dtype))
+print(backends.why_not("cpp"))
 """
 
 
@@ -247,6 +292,42 @@ def test_install_and_import(
 
     usage = run(environment.python.with_name("fastrag"), "--help", cwd=elsewhere)
     assert "train" in usage
+    assert run(environment.python, "-c", LOSS_PROBE, cwd=elsewhere).split() == ["cpp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables", [{"CC": "false", "CXX": "false"}, {"FASTRAG_BUILD_EXT": "0"}], ids=str
+)
+def test_install_without_a_compiler(
+    variables: dict[str, str], checkout: Path, tmp_path: Path
+) -> None:
+    """The installation succeeds, says what is missing, and the losses run on torch."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns("build", "*.so"))
+    environment = Environment(tmp_path / "env")
+    environment.install(copy, **variables)
+    said = run(environment.python, "-c", LOSS_PROBE, cwd=tmp_path).splitlines()
+    assert said[0] == "torch"
+    assert said[1].startswith("the extension module fastrag._C is not built")
+
+    if "CC" not in variables:
+        return
+    build = [environment.python, "setup.py", "build_ext"]
+    said = run("sh", "-c", '"$@" 2>&1', "sh", *build, cwd=copy, **variables)
+    assert "fastrag._C is not built, fastrag will run on torch alone: " in said
+    with pytest.raises(AssertionError, match="error: .*exit (code|status) 1"):
+        run(*build, cwd=copy, FASTRAG_BUILD_EXT="1", **variables)
+
+
+@pytest.mark.slow
+def test_sdist_contents(built: dict[str, Path]) -> None:
+    """All that the extension is built from."""
+    with tarfile.open(built["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    assert sources <= names
+    assert not any(name.endswith(".so") for name in names)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
+# Forces an instruction set of the C++ kernels: scalar, avx2 or avx512; to test or compare them.
+ISA_VARIABLE = "FASTRAG_CPU_ISA"
 NAMES = ("torch", "cpp", "triton")
 # Fastest first. "torch" stands last everywhere: it runs wherever torch runs.
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}

@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from fastrag import _C
-from fastrag.ops import workspace
+from fastrag.ops import backends, workspace
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats
 from fastrag.ops.linear_head import LinearHead
-
-# Forces an instruction set: scalar, avx2 or avx512; for tests, and for comparing machines.
-ISA_VARIABLE = "FASTRAG_CPU_ISA"
 
 
 class CppChunkLogits(ChunkLogits):
@@ -42,7 +39,7 @@ class CppChunkLogits(ChunkLogits):
             logit_scale=head.logit_scale,
             softcap=head.softcap or 0.0,
             threads=torch.get_num_threads(),
-            isa=os.environ.get(ISA_VARIABLE, ""),
+            isa=os.environ.get(backends.ISA_VARIABLE, ""),
         )
 
     def __del__(self) -> None:

@@ -103,8 +103,9 @@ def release() -> None:
 
 def advise(fresh: Tensor) -> Tensor:
     """Asks for huge pages under a large tensor that nobody has written yet, and returns it."""
-    large = fresh.device.type == "cpu" and fresh.nbytes >= _ADVISED_BYTES
-    if large and fresh.is_contiguous() and not backends.why_not("cpp"):
+    # A subclass may have no memory at all, as the fake tensors of torch.compile.
+    plain = type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.is_contiguous()
+    if plain and fresh.nbytes >= _ADVISED_BYTES and not backends.why_not("cpp"):
         from fastrag import _C
 
         _C.advise_huge_pages(fresh.detach().view(-1).view(torch.uint8).numpy())

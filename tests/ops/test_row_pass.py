@@ -38,7 +38,7 @@ def _fresh_workspace() -> Iterator[None]:
 
 @pytest.fixture
 def _isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpp_chunk_logits.ISA_VARIABLE, isa)
+    monkeypatch.setenv(backends.ISA_VARIABLE, isa)
 
 
 with_each_isa = [isas, pytest.mark.usefixtures("_isa")]
