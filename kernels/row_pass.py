@@ -28,8 +28,6 @@ from torch import Tensor
 # 16 numbers a thread: four loads of 16 bytes in flight, and registers for the rest.
 BLOCK_V = 4096
 _NUM_WARPS = 8
-# The mean keeps a second sum, for which the registers of a whole block do not suffice.
-_BLOCK_V_MEAN = BLOCK_V // 2
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -100,7 +98,8 @@ def _row_statistics_kernel(
         rescale = tl.exp2((peak - center) * LOG2E)
         total = total * rescale + tl.exp2((z - center) * LOG2E)
         if WITH_MEAN:
-            away += tl.where(start == 0, 0.0, start * (peak - center))  # what came before
+            before = tl.where(peak == float("-inf"), center, peak)
+            away += start * (before - center)  # of what came before
             away += tl.sum(tl.where(mask_v, z - center, 0.0), axis=0)
         peak = higher
 
@@ -183,8 +182,7 @@ def row_statistics(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             WITH_MEAN=with_mean,
-            BLOCK_V=_BLOCK_V_MEAN if with_mean else BLOCK_V,
-            num_warps=_NUM_WARPS,
+            **_statistics_block(with_mean),
         )
     logp, mean, peak, log_sum = found
     return logp, mean if with_mean else None, peak, log_sum
@@ -226,6 +224,13 @@ def row_gradient(
         )
 
 
+def _statistics_block(with_mean: bool) -> dict[str, int]:
+    """BLOCK_V and num_warps; the assembler spills the second sum of larger blocks."""
+    if with_mean:
+        return {"BLOCK_V": BLOCK_V // 2, "num_warps": _NUM_WARPS // 2}
+    return {"BLOCK_V": BLOCK_V, "num_warps": _NUM_WARPS}
+
+
 def head_flags() -> list[dict[str, bool]]:
     """The heads that the gate compiles: of published models, softcap comes without bias."""
     return [
@@ -251,10 +256,11 @@ def aot_configs() -> list[AotConfig]:
     for flags in head_flags():
         for with_mean in (False, True):
             types = HEAD_TYPES | {"bias_ptr": "*bf16"}
-            block = _BLOCK_V_MEAN if with_mean else BLOCK_V
-            constants = {**flags, "WITH_MEAN": with_mean, "BLOCK_V": block}
+            block = _statistics_block(with_mean)
+            num_warps = block.pop("num_warps")
+            constants = {**flags, "WITH_MEAN": with_mean, **block}
             configs.append(
-                AotConfig(_row_statistics_kernel, types, constants, _NUM_WARPS, aligned=aligned)
+                AotConfig(_row_statistics_kernel, types, constants, num_warps, aligned=aligned)
             )
         for dtype in ("fp32", "fp16", "bf16"):
             types = HEAD_TYPES | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}

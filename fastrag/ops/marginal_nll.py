@@ -29,15 +29,17 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
-from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
+from fastrag.ops.chunk_logits import ChunkLogits, chunk_logits
 from fastrag.ops.grads import once_differentiable
+from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
 from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
 from fastrag.ops.token_logp import fake_head_gradients
 
 backends.register("marginal_nll", ("cpp", "triton", "torch"))
 
-# One program of the Triton kernel holds a word of all the passages of a position.
+# One Triton program holds what all the passages of a group say, or, for smoothing, a few words.
+TRITON_MAX_PASSAGES = 1024
 TRITON_MAX_MIXED = 256
 
 _N_INPUTS = 17
@@ -81,9 +83,11 @@ def marginal_nll(
     """
     unfit = {}
     n_passages = hidden.shape[1]
-    if marginal == "token" and label_smoothing and n_passages > TRITON_MAX_MIXED:
-        unfit["triton"] = f"it smooths over K of at most {TRITON_MAX_MIXED}, got {n_passages}"
-    open_chunk = chunk_logits(backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit))
+    limit = TRITON_MAX_MIXED if marginal == "token" and label_smoothing else TRITON_MAX_PASSAGES
+    if n_passages > limit:
+        unfit["triton"] = f"its kernels take K of at most {limit} here, got {n_passages}"
+    backend = backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit)
+    open_chunk = chunk_logits(backend)
     if deferred:
         need_dx = need_dw = need_db = need_ds = False
     with workspace.without_autocast(hidden.device):
@@ -94,6 +98,7 @@ def marginal_nll(
         kind = _Token if marginal == "token" else _Sequence
         run = kind(
             open_chunk,
+            group_pass(backend),
             head,
             sums,
             hidden,
@@ -137,6 +142,7 @@ class _Marginal:
     def __init__(
         self,
         open_chunk: type[ChunkLogits],
+        group: type[GroupPass],
         head: LinearHead,
         sums: HeadGradients,
         hidden: Tensor,
@@ -147,7 +153,7 @@ class _Marginal:
         smoothing: float,
         ignore_index: int,
     ) -> None:
-        self.open_chunk, self.head, self.sums = open_chunk, head, sums
+        self.open_chunk, self.group, self.head, self.sums = open_chunk, group, head, sums
         self.smoothing = smoothing
         self.n_examples, self.n_passages, self.n_tokens, _ = hidden.shape
         scores = doc_scores.to(head.dtype)
@@ -161,7 +167,6 @@ class _Marginal:
         labels = torch.where(bad, 0, labels)
         counted = counted & self.live.unsqueeze(1)
         self.counted = counted
-        self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
         self.example_weight = (
             torch.ones_like(scores[:, 0])
             if example_weight is None
@@ -171,6 +176,14 @@ class _Marginal:
             # Gradients of which a part is missing must not look like gradients.
             self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
         self.positions = Positions(hidden, labels, counted, present, valid_rows, head.operand_dtype)
+        self.call = Call(
+            self.log_prior,
+            self.example_weight,
+            counted.any(1),
+            torch.nn.functional.pad(bad.reshape(-1), (0, 1)),
+            smoothing,
+            head.vocab_size,
+        )
         row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
         self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
 
@@ -187,14 +200,6 @@ class _Marginal:
         """[B*T + 1, ...] -> [B, T, ...]."""
         return values[:-1].view(self.n_examples, self.n_tokens, *values.shape[1:])
 
-    def logp(self, chunk: Chunk, stats: RowStats) -> Tensor:
-        """[G, K] log-probability of the label; NaN where the label is none of the vocabulary."""
-        logp = stats.logp
-        if stats.mean_logp is not None:
-            logp = torch.lerp(logp, stats.mean_logp, self.smoothing)
-        logp = logp.view(-1, self.n_passages)
-        return logp.masked_fill(self.bad[chunk.position].unsqueeze(1), torch.nan)
-
 
 class _Token(_Marginal):
     """nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt); a group is one position."""
@@ -203,72 +208,42 @@ class _Token(_Marginal):
         return bool(self.smoothing)
 
     def run(self) -> None:
-        self.log_marginal = self.dense()
-        self.occupancy = self.dense(self.n_passages)  # sum_v of the gradient's target, m * w
-        self.log_post = self.dense(self.n_passages)
-        self.token_logp = self.dense(self.n_passages)
+        by_passage = [self.dense(self.n_passages) for _ in range(3)]
+        self.found = TokenSums(self.dense(), *by_passage)
         for part in workspace.even_slices(len(self.positions), self.limit):
             self._chunk(self.positions.gather(part))
 
+    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
+
     def _chunk(self, chunk: Chunk) -> None:
-        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-        counts = chunk.counts.unsqueeze(1)
-        prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
-        smooth = share = None
-        if self.smoothing:
-            stats, smooth, share = logits.mixture_statistics(prior)
-        else:
-            stats = logits.statistics()
-        logp = self.logp(chunk, stats)
-        joint = torch.where(counts, prior + logp, 0.0)
-        log_marginal = joint.logsumexp(1)
-        # Not joint - log_marginal: both may be far from 0, and their rounding would go into w.
-        log_post = joint.log_softmax(1)
-        target = posterior = log_post.exp()
-        if smooth is not None and share is not None:
-            log_marginal = torch.lerp(log_marginal, smooth, self.smoothing)
-            target = torch.lerp(posterior, share, self.smoothing)
-        if self.sums:
-            upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
-            self.sums.add(
-                self._gradient(logits, prior, posterior, target, upstream.unsqueeze(1)),
-                chunk.x,
-                chunk.row,
-            )
-        self.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
-        self.occupancy[chunk.position] = torch.where(counts, target, 0.0)
-        self.log_post[chunk.position] = log_post
-        self.token_logp[chunk.position] = torch.where(counts, logp, 0.0)
+        """Smoothed on the marginal distribution, if at all.
 
-    def _gradient(
-        self,
-        logits: ChunkLogits,
-        prior: Tensor,
-        posterior: Tensor,
-        target: Tensor,
-        upstream: Tensor,
-    ) -> Tensor:
-        """The gradient of the logits, smoothed on the marginal distribution if at all.
-
-        With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, it is
-        upstream * (target_k p_kv - G_kv).
+        With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
+        of the logits is upstream * (target_k p_kv - G_kv).
         """
+        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         if not self.smoothing:
-            return logits.gradient((upstream * posterior).view(-1))
-        hit = upstream * posterior * (1.0 - self.smoothing)
-        spread = upstream.squeeze(1) * (self.smoothing / self.head.vocab_size)
-        return logits.mixture_gradient(prior, hit, upstream * target, spread)
+            weights = self.group.token(self.call, chunk, logits.statistics().logp, None, self.found)
+            if self.sums:
+                self.sums.add(logits.gradient(weights.hit.view(-1)), chunk.x, chunk.row)
+            return
+        prior = torch.where(chunk.counts.unsqueeze(1), self.log_prior[chunk.example], 0.0)
+        stats, smooth, share = logits.mixture_statistics(prior)
+        weights = self.group.token(self.call, chunk, stats.logp, (smooth, share), self.found)
+        if self.sums and weights.target is not None and weights.spread is not None:
+            draw = logits.mixture_gradient(prior, weights.hit, weights.target, weights.spread)
+            self.sums.add(draw, chunk.x, chunk.row)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        nll = -self.undense(self.log_marginal).sum(1)
+        nll = -self.undense(self.found.log_marginal).sum(1)
         prior = self.log_prior.unsqueeze(2)
         log_post = torch.where(
-            self.counted.unsqueeze(1), self.undense(self.log_post).transpose(1, 2), prior
+            self.counted.unsqueeze(1), self.undense(self.found.log_post).transpose(1, 2), prior
         )
         tokens = self.counted.sum(1, keepdim=True)
-        dscores = tokens * self.log_prior.exp() - self.undense(self.occupancy).sum(1)
+        dscores = tokens * self.log_prior.exp() - self.undense(self.found.occupancy).sum(1)
         dscores = dscores * self.example_weight.unsqueeze(1)
-        token_logp = self.undense(self.token_logp).transpose(1, 2)
+        token_logp = self.undense(self.found.token_logp).transpose(1, 2)
         return nll, log_post.contiguous(), token_logp.contiguous(), dscores
 
 
@@ -279,44 +254,60 @@ class _Sequence(_Marginal):
         # By row, so that the sum over t runs the same way for each k: passages that say the same
         # get the same posterior, to the bit.
         n_rows = self.n_examples * self.n_passages * self.n_tokens
-        self.token_logp = self.log_prior.new_zeros(n_rows + 1)
-        self.active = self.counted.any(1)  # [B]
-        for group in self._groups():
-            resident = len(group) == 1 and bool(self.sums)
-            for part in group:
-                self._statistics(part, gradients=resident)
-            if self.sums and not resident:
-                for part in group:
+        self.found = SequenceSums(
+            self.log_prior.new_zeros(n_rows + 1),
+            self.log_prior.new_zeros(self.n_examples),
+            self.log_prior.clone(),
+            torch.zeros_like(self.log_prior),
+        )
+        for pieces, examples in self._groups():
+            if len(pieces) == 1:
+                self._resident(pieces[0], examples)
+                continue
+            for part in pieces:
+                self._statistics(part)
+            self.group.sequence_posterior(self.call, examples, self.found)
+            if self.sums:
+                for part in pieces:
                     self._recompute(part)
 
-    def _groups(self) -> list[list[slice]]:
-        """Whole examples packed into chunks; an example that does not fit is a list of pieces."""
+    def _groups(self) -> list[tuple[list[slice], slice]]:
+        """Slices of positions, and the examples that they complete.
+
+        Whole examples are packed into chunks; one that does not fit is a list of pieces.
+        """
         if self.positions.per_example is None:  # only the device knows where an example ends
             pieces = workspace.even_slices(len(self.positions), self.limit)
-            return [pieces] if pieces else []
-        groups: list[list[slice]] = []
-        start = stop = 0
-        for count in self.positions.per_example:
+            return [(pieces, slice(0, self.n_examples))] if pieces else []
+        groups: list[tuple[list[slice], slice]] = []
+        start = stop = first = 0
+        for example, count in enumerate(self.positions.per_example):
             if stop > start and stop + count - start > self.limit:
-                groups.append([slice(start, stop)])
-                start = stop
+                groups.append(([slice(start, stop)], slice(first, example)))
+                start, first = stop, example
             stop += count
             if stop - start > self.limit:
-                pieces = workspace.even_slices(stop - start, self.limit)
-                groups.append([slice(start + p.start, start + p.stop) for p in pieces])
-                start = stop
-        return [*groups, [slice(start, stop)]] if stop > start else groups
+                parts = workspace.even_slices(stop - start, self.limit)
+                pieces = [slice(start + p.start, start + p.stop) for p in parts]
+                groups.append((pieces, slice(first, example + 1)))
+                start, first = stop, example + 1
+        if stop > start:
+            groups.append(([slice(start, stop)], slice(first, self.n_examples)))
+        return groups
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
-    def _statistics(self, part: slice, *, gradients: bool) -> None:
+    def _resident(self, part: slice, examples: slice) -> None:
         chunk = self.positions.gather(part)
         logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-        stats = logits.statistics(with_mean=bool(self.smoothing))
-        logp = torch.where(chunk.counts.unsqueeze(1), self.logp(chunk, stats), 0.0)
-        self.token_logp[chunk.row] = logp.view(-1)
-        if gradients:
+        self._rows(chunk, logits)
+        self.group.sequence_posterior(self.call, examples, self.found)
+        if self.sums:
             self._gradients(chunk, logits)
+
+    def _statistics(self, part: slice) -> None:
+        chunk = self.positions.gather(part)
+        self._rows(chunk, self.open_chunk(self.head, chunk.x, chunk.gold))
 
     def _recompute(self, part: slice) -> None:
         chunk = self.positions.gather(part)
@@ -324,28 +315,18 @@ class _Sequence(_Marginal):
         logits.statistics()
         self._gradients(chunk, logits)
 
+    def _rows(self, chunk: Chunk, logits: ChunkLogits) -> None:
+        stats = logits.statistics(with_mean=bool(self.smoothing))
+        self.group.sequence_rows(self.call, chunk, stats, self.found)
+
     def _gradients(self, chunk: Chunk, logits: ChunkLogits) -> None:
-        posterior = self._posterior()[1].exp()[chunk.example]
-        upstream = torch.where(chunk.counts, self.example_weight[chunk.example], 0.0)
-        row_weight = (upstream.unsqueeze(1) * posterior).view(-1)
+        row_weight = self.group.sequence_weights(self.call, chunk, self.found)
         self.sums.add(logits.gradient(row_weight, self.smoothing), chunk.x, chunk.row)
 
-    def _posterior(self) -> tuple[Tensor, Tensor]:
-        """Returns log p(y|x) [B] and log p(z|x,y) [B, K] from the statistics gathered so far."""
-        shape = (self.n_examples, self.n_passages, self.n_tokens)
-        joint = self.log_prior + self.token_logp[:-1].view(shape).sum(2)
-        joint = torch.where(self.active.unsqueeze(1), joint, 0.0)
-        return joint.logsumexp(1), joint.log_softmax(1)
-
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        log_marginal, log_post = self._posterior()
-        active = self.active.unsqueeze(1)
-        nll = torch.where(self.active, -log_marginal, 0.0)
-        dscores = torch.where(active, self.log_prior.exp() - log_post.exp(), 0.0)
-        log_post = torch.where(active, log_post, self.log_prior)
         shape = (self.n_examples, self.n_passages, self.n_tokens)
-        token_logp = self.token_logp[:-1].view(shape)
-        return nll, log_post, token_logp, dscores * self.example_weight.unsqueeze(1)
+        found = self.found
+        return found.nll, found.log_post, found.token_logp[:-1].view(shape), found.dscores
 
 
 def check_scores(scores: Tensor) -> None:
