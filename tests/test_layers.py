@@ -11,17 +11,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # layer -> the layers that its modules may import when they are imported themselves
 BELOW = {
+    "folders": set(),
     "reference": set(),
     "kernels": set(),
     "ops": set(),  # the kernels are imported inside the op, when that backend is chosen
     "functional": {"ops"},
     "testing": set(),
     "data": {"functional", "ops"},
-    "index": {"data", "functional", "ops"},
-    "nn": {"index", "data", "functional", "ops"},
-    "generation": {"nn", "index", "data", "functional", "ops"},
-    "eval": {"generation", "nn", "index", "data", "functional", "ops"},
-    "train": {"eval", "generation", "nn", "index", "data", "functional", "ops"},
+    "index": {"data", "functional", "ops", "folders"},
+    "nn": {"index", "data", "functional", "ops", "folders"},
+    "generation": {"nn", "index", "data", "functional", "ops", "folders"},
+    "eval": {"generation", "nn", "index", "data", "functional", "ops", "folders"},
+    "train": {"eval", "generation", "nn", "index", "data", "functional", "ops", "folders"},
     "info": {"ops"},
     "cli": set(),  # everything is imported inside the commands, so that --help is quick
 }

@@ -3,24 +3,18 @@
 A folder holds one `.npy` file per array and `manifest.json` (format name, format version, and for
 each file its dtype, shape, size and the SHA-256 of its data; the manifest carries its own SHA-256).
 
-Writing goes to a temporary sibling; files and folder are flushed to the disk, an existing folder is
-renamed aside, the new one renamed in, the old one deleted. Whenever the process is killed, the old
-folder or the new one is there whole: `read_folder` takes back a folder that was left aside. Each
-step raises the audit event `fastrag.storage` (`sys.addaudithook`) with its name, so that a test can
-kill the process at any of them.
+How a folder comes to be whole, whenever the process is killed, is in `fastrag/folders.py`;
+`read_folder` takes back a folder that was left aside, and reads the old one or the new one where it
+is replaced meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-import sys
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,15 +24,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from fastrag import folders
+
 MANIFEST = "manifest.json"
 # Headers are padded to one size, so that a streamed array's shape can be written last.
 _HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 24
-_SWAP_ATTEMPTS = 8
-
-
-def _step(name: str, path: Path) -> None:
-    sys.audit("fastrag.storage", name, str(path))
 
 
 def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
@@ -95,7 +86,7 @@ class ArrayStream:
         n_bytes = self._file.tell()
         self._file.seek(0)
         self._file.write(_header(self._dtype, shape))
-        _sync(self._file)
+        folders.flush(self._file)
         self._file.close()
         return {
             "dtype": np.lib.format.dtype_to_descr(self._dtype),
@@ -129,15 +120,9 @@ class FolderWriter:
         self._streams: dict[str, ArrayStream] = {}
         self._done = False
         with _as_value_error(self.path, "a writable folder"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _recover(self.path)
+            folders.recover(self.path)
             _check_replaceable(self.path, format)
-            _delete_stale(self.path)
-            self.folder = self.path.parent / (
-                f"{_temporary_prefix(self.path)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            )
-            self.folder.mkdir()
-        _step("open", self.folder)
+            self.folder = folders.begin(self.path)
 
     def stream(self, name: str, dtype: Any, tail: tuple[int, ...] = ()) -> ArrayStream:
         """Opens an array to append to.
@@ -173,7 +158,7 @@ class FolderWriter:
             files = {}
             for name, stream in self._streams.items():
                 files[f"{name}.npy"] = stream.close()
-                _step(f"array {name}", self.folder)
+                folders.step(f"array {name}", self.folder)
             body = {
                 **manifest,
                 "format": self._format,
@@ -181,12 +166,9 @@ class FolderWriter:
                 "files": files,
             }
             body["manifest_sha256"] = _manifest_sha256(body)
-            with (self.folder / MANIFEST).open("wb") as file:
-                file.write(json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8"))
-                _sync(file)
-            _sync_folder(self.folder)
-            _step("synced", self.folder)
-            _swap_in(self.folder, self.path)
+            text = json.dumps(body, indent=1, ensure_ascii=False)
+            (self.folder / MANIFEST).write_bytes(text.encode("utf-8"))
+            folders.commit(self.folder, self.path)
             self._done = True
         return body
 
@@ -263,7 +245,7 @@ def read_folder(
     path = Path(path)
     with _as_value_error(path, "a readable folder"):
         while True:
-            _recover(path.absolute())
+            folders.recover(path.absolute())
             before = _identity(path)
             try:
                 manifest = _read_manifest(path, format, version)
@@ -399,76 +381,6 @@ def _check_replaceable(path: Path, format: str) -> None:
             f"{path}: expected an empty folder or a {format} one to replace, got a folder of "
             f"format {found!r}"
         )
-
-
-def _aside(path: Path) -> Path:
-    return path.parent / f".{path.name}.old"
-
-
-def _temporary_prefix(path: Path) -> str:
-    return f".{path.name}.tmp-{socket.gethostname()}-"
-
-
-def _swap_in(folder: Path, path: Path) -> None:
-    aside = _aside(path)
-    if aside.exists() and path.exists():  # a swap that was killed before its last step
-        shutil.rmtree(aside)
-    for last in (False,) * _SWAP_ATTEMPTS + (True,):
-        if path.exists():
-            path.rename(aside)
-            _step("aside", path)
-        try:
-            folder.rename(path)
-            break
-        except OSError as error:
-            _recover(path)
-            # A reader that came between the two renames took the old folder back: once more.
-            if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    _step("in", path)
-    _sync_folder(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-    _step("done", path)
-
-
-def _recover(path: Path) -> None:
-    """Takes back a folder whose replacement was killed between the two renames."""
-    aside = _aside(path)
-    if not path.exists() and aside.exists():
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            aside.rename(path)
-
-
-def _delete_stale(path: Path) -> None:
-    """Deletes temporary folders of this path whose process, on this machine, is gone."""
-    prefix = _temporary_prefix(path)
-    for folder in path.parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

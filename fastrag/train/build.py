@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastrag import folders
 from fastrag.data import (
     Passage,
     Question,
@@ -20,7 +21,6 @@ from fastrag.data import (
 )
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.index.refresh import encode_passages
-from fastrag.train.checkpoints import begin_folder, commit_folder
 from fastrag.train.config import RagConfig
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def build_index(
     parts = {INDEX_FOLDER, PASSAGES_FOLDER}
     if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= parts):
         raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
-    staging = begin_folder(out)
+    staging = folders.begin(out)
     try:
         store = PassageStore.build(
             passages,
@@ -242,7 +242,7 @@ def build_index(
         index = FlatIndex(vectors.shape[1])
         index.add(vectors)
         index.save(staging / INDEX_FOLDER)
-        commit_folder(out)
+        folders.commit(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return load_index(out)

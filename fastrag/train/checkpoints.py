@@ -7,9 +7,10 @@
       index/                the index itself, when training changes it
       optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
 
-A checkpoint is written into a hidden sibling folder and renamed at the end, so that a process
-killed while it saves leaves the checkpoint before. Parameters that do not train are not copied: a
-resumed run loads them from where the first run did, and the fingerprint tells when they differ.
+A checkpoint is written into a hidden sibling folder and renamed at the end (`fastrag/folders.py`),
+so that a process killed while it saves leaves the checkpoint before. Parameters that do not train
+are not copied: a resumed run loads them from where the first run did, and the fingerprint tells
+when they differ.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from fastrag import folders
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -83,84 +86,13 @@ def require_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
         )
 
 
-def begin_folder(target: Path) -> Path:
-    """Make the empty hidden sibling folder that `commit_folder` will rename to the target.
-
-    Args:
-        target: the folder to appear, for example `runs/x/checkpoint-10`.
-
-    Returns:
-        The folder to write into.
-    """
-    recover_folder(target)
-    staging = staging_folder(target)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def staging_folder(target: Path) -> Path:
-    """Name the hidden sibling folder, the same on every rank.
-
-    Args:
-        target: the folder to appear.
-
-    Returns:
-        Its path; nothing is made.
-
-    Example:
-        >>> staging_folder(Path("runs/x/checkpoint-10")).name
-        '.checkpoint-10.tmp'
-    """
-    return target.with_name(f".{target.name}.tmp")
-
-
-def commit_folder(target: Path) -> None:
-    """Flush the staging folder to disk and give it the target's name.
-
-    Args:
-        target: the folder to appear; an existing one stays whole until the new one is complete.
-    """
-    staging = staging_folder(target)
-    _sync(staging)
-    old = _aside(target)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(staging, target)
-    _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Bring back a folder that `commit_folder` had set aside when its process was killed.
-
-    Args:
-        target: the folder; nothing happens when it is there.
-    """
-    old = _aside(target)
-    if old.exists() and not target.exists():
-        os.rename(old, target)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
     """Delete what a killed process left half written, and bring back a checkpoint set aside.
 
     Args:
         run_dir: the run folder.
     """
-    root = Path(run_dir)
-    if not root.is_dir():
-        return
-    for path in root.glob(".checkpoint-*.old"):
-        recover_folder(root / path.name[1 : -len(".old")])
-    for pattern in (".checkpoint-*.tmp", ".checkpoint-*.old"):
-        for path in root.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    folders.clean(Path(run_dir), "checkpoint-*")
 
 
 def rotate(run_dir: str | os.PathLike[str], keep: int | None, protect: str | None) -> None:
@@ -276,13 +208,16 @@ def read_index(model: RagModel, folder: Path) -> int:
         The step of the last refresh.
 
     Raises:
-        ValueError: a frozen index has other contents than when the checkpoint was written.
+        ValueError: a file of the checkpoint's index is missing or altered, or a frozen index has
+            other contents than when the checkpoint was written.
     """
     path = folder / INDEX
     entry = _read_json(path)
     index = model.index
     if entry.get("kept") == "whole":
-        model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, device=index.device)
+        model.index = type(index).load(
+            folder / INDEX_FOLDER, mmap=False, verify=True, device=index.device
+        )
         return int(entry["refreshed_at"])
     checksum = index.checksum()
     if checksum != entry.get("checksum"):
@@ -328,21 +263,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
+from fastrag import folders
 from fastrag.eval import EvalResult
 from fastrag.eval import evaluate as evaluate_model
 from fastrag.index.refresh import RefreshPolicy
@@ -29,15 +30,12 @@ from fastrag.train.callbacks import (
 )
 from fastrag.train.checkpoints import (
     STATE,
-    begin_folder,
     checkpoints,
-    commit_folder,
     read_index,
     read_weights,
     remove_leftovers,
     require_no_checkpoints,
     rotate,
-    staging_folder,
     write_index,
     write_weights,
 )
@@ -355,12 +353,13 @@ class RagTrainer(Trainer):
             self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
         self.store_flos()
         if self.args.should_save:
-            begin_folder(target)
+            folders.begin(target, shared=True)
+        staging = folders.staging_path(target, shared=True)
         self.accelerator.wait_for_everyone()
-        self._write_checkpoint(staging_folder(target))
+        self._write_checkpoint(staging)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            commit_folder(target)
+            folders.commit(staging, target)
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fastrag import folders
 from fastrag.index import storage
 from fastrag.index.storage import MANIFEST, FolderWriter, read_folder, write_folder
 
@@ -241,7 +242,7 @@ import numpy as np
 from fastrag.index.storage import write_folder
 
 def die(event, args):
-    if event == "fastrag.storage":
+    if event == "fastrag.folders":
         print(args[0], flush=True)
         if args[0] == sys.argv[2]:
             os._exit(9)
@@ -286,7 +287,7 @@ def at_step(monkeypatch, step, act):
     """Does something once, in the middle of a save."""
     waiting = [act]
     monkeypatch.setattr(
-        storage, "_step", lambda name, path: name == step and waiting and waiting.pop()()
+        folders, "step", lambda name, path: name == step and waiting and waiting.pop()()
     )
 
 

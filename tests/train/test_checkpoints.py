@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+from fastrag import folders
+from fastrag.train import RagTrainer
 from fastrag.train import checkpoints as module
 from tests import tiny
 
@@ -32,42 +36,47 @@ def test_checkpoints_are_those_with_a_state(tmp_path: Path) -> None:
     ]
 
 
-def test_commit_replaces_in_one_step(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint-1"
-    for text in ("old", "new"):
-        folder = module.begin_folder(target)
-        (folder / "file").write_text(text)
-        if text == "new":
-            assert (target / "file").read_text() == "old"
-        module.commit_folder(target)
-        assert (target / "file").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+SAVE = """
+import os, sys
+from pathlib import Path
+from fastrag import folders
+
+def die(event, args):
+    if event == "fastrag.folders" and args[0] == sys.argv[2]:
+        os._exit(9)
+
+sys.addaudithook(die)
+target = Path(sys.argv[1])
+staging = folders.begin(target, shared=True)
+(staging / "trainer_state.json").write_text("new")
+folders.commit(staging, target)
+"""
 
 
+@pytest.mark.parametrize("step", ["open", "synced", "aside", "in", "done"])
 @pytest.mark.parametrize("again", ["resumed", "another is written"])
-def test_killed_between_the_two_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
-) -> None:
+def test_killed_while_a_checkpoint_is_replaced(tmp_path: Path, step: str, again: str) -> None:
     target = complete(tmp_path, 1)
-    module.begin_folder(target)
-    rename = os.rename
-
-    def killed(source: Path, destination: Path) -> None:
-        if Path(destination) == target:
-            raise KeyboardInterrupt
-        rename(source, destination)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            module.commit_folder(target)
-    assert not target.exists()
+    command = [sys.executable, "-c", SAVE, str(target), step]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert target.exists() == (step != "aside")
     if again == "another is written":
-        module.begin_folder(target)
+        folders.begin(target, shared=True)
         assert (target / module.STATE).is_file()
     module.remove_leftovers(tmp_path)
     assert module.checkpoints(tmp_path) == [target]
+    assert (target / module.STATE).read_text() == ("new" if step in ("in", "done") else "{}")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_only_checkpoints_are_tidied_up(tmp_path: Path) -> None:
+    complete(tmp_path, 1)
+    for name in (".model.tmp", ".index.old", "notes"):
+        (tmp_path / name).mkdir()
+    module.remove_leftovers(tmp_path)
+    module.remove_leftovers(tmp_path / "none")
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == [".index.old", ".model.tmp", "checkpoint-1", "notes"]
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
@@ -124,6 +133,31 @@ def test_index_by_reference_and_whole(tmp_path: Path) -> None:
     model.index.update(torch.tensor([0]), torch.ones(1, 16))
     assert module.read_index(model, tmp_path) == 9
     assert torch.equal(model.index.index_emb, expected)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_resume_refuses_an_altered_index(tmp_path: Path, where: str) -> None:
+    """Every size is right, so only the checksum tells; without it the run would go on astray."""
+
+    def trainer() -> RagTrainer:
+        model = tiny.rag_model(train_passage_encoder=True)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, use_cpu=True, disable_tqdm=True
+        )
+        return RagTrainer(model, arguments, tiny.collator(), tiny.questions(), refresh="every:2")
+
+    trainer().train()
+    checkpoint = tmp_path / "checkpoint-2"
+    file = checkpoint / module.INDEX_FOLDER / "vectors.npy"
+    whole = file.read_bytes()
+    altered = bytearray(whole)
+    altered[128 if where == "first" else -1] ^= 0x01  # the header has 128 bytes
+    file.write_bytes(altered)
+    message = r"checkpoint-2/index/vectors\.npy: expected SHA-256 [0-9a-f]{64}, got"
+    with pytest.raises(ValueError, match=message):
+        trainer().train(resume_from_checkpoint=str(checkpoint))
+    file.write_bytes(whole)
+    trainer().train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_damaged_json_names_the_line(tmp_path: Path) -> None:

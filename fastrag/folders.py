@@ -1,0 +1,242 @@
+"""Folders that appear whole or not at all.
+
+    begin                        .index.tmp-host-71-9f3c52ab    empty, beside the target `index`
+    (write into it)
+    commit   flush the tree      every file and folder of it is on the disk
+             rename aside        index -> .index.old            where there was an `index`
+             rename in           .index.tmp-... -> index
+             delete aside
+
+Whenever the process is killed, the old folder or the new one is there whole: between the two
+renames the old one is `.index.old`, and `recover` takes it back. Whoever opens such a folder calls
+`recover` first. Each step raises the audit event `fastrag.folders` (`sys.addaudithook`) with its
+name, so that a test can kill the process at any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import BinaryIO
+
+_ASIDE = ".old"
+_STAGING = ".tmp"
+# Readers that take the old folder back between the two renames: each costs one more attempt.
+_ATTEMPTS = 9
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def step(name: str, path: Path) -> None:
+    """Raise the audit event `fastrag.folders`: a step of a save is done.
+
+    Args:
+        name: "open", "synced", "aside", "in", "done", or a step of the caller's own.
+        path: the folder it concerns.
+    """
+    sys.audit("fastrag.folders", name, str(path))
+
+
+def staging_path(target: Path, *, shared: bool = False) -> Path:
+    """Name a hidden sibling of a folder to write into; nothing is made.
+
+    Args:
+        target: the folder to appear.
+        shared: one name for all processes, such as the ranks of one run, which must then agree on
+            who begins and who commits. Otherwise each call gives a name of its own, with this
+            machine and process in it.
+
+    Returns:
+        The path, in the target's folder: a rename does not cross file systems.
+
+    Example:
+        >>> staging_path(Path("runs/x/checkpoint-10"), shared=True).name
+        '.checkpoint-10.tmp'
+    """
+    if shared:
+        return target.with_name(f".{target.name}{_STAGING}")
+    return target.with_name(f".{target.name}{_owner()}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def begin(target: Path, *, shared: bool = False) -> Path:
+    """Make the empty staging folder that `commit` gives the target's name.
+
+    A target that a killed process left aside is taken back first, and staging folders of processes
+    that are gone are deleted; with `shared` also an earlier one of the same name.
+
+    Args:
+        target: the folder to appear, for example `runs/x/checkpoint-10`.
+        shared: see `staging_path`.
+
+    Returns:
+        The folder to write into.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    recover(target)
+    staging = staging_path(target, shared=shared)
+    if shared:
+        _delete(staging)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    _delete_stale(target.parent, glob.escape(target.name))
+    staging.mkdir()
+    step("open", staging)
+    return staging
+
+
+def commit(staging: Path, target: Path) -> None:
+    """Flush a staging folder to the disk and give it the target's name.
+
+    Args:
+        staging: what `begin` gave.
+        target: the folder to appear; an existing one stays whole until the new one is complete.
+
+    Raises:
+        OSError: the system refuses; before the new folder is in, the old one stands as it did.
+    """
+    flush_tree(staging)
+    step("synced", staging)
+    aside = _aside(target)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            if target.exists():
+                _discard(aside, target)
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    target.rename(aside)
+                step("aside", target)
+            staging.rename(target)
+            break
+        except OSError as error:
+            recover(target)
+            # A reader that came between the two renames took the old folder back: once more.
+            if attempt == _ATTEMPTS or error.errno not in _TAKEN:
+                raise
+    step("in", target)
+    _flush_folder(target.parent)
+    _delete(aside)
+    step("done", target)
+
+
+def recover(target: Path) -> None:
+    """Take back a folder whose replacement was killed between the two renames.
+
+    Args:
+        target: the folder; nothing happens where it is there.
+    """
+    aside = _aside(target)
+    if not target.exists() and aside.exists():
+        try:
+            aside.rename(target)
+        except FileNotFoundError:
+            pass  # another process was quicker
+        except OSError as error:
+            if error.errno not in _TAKEN:  # the writer was: the new folder is in
+                raise
+
+
+def clean(parent: Path, names: str = "*") -> None:
+    """Take back or delete what killed processes left of the targets in a folder.
+
+    Deletes staging folders with a shared name, whose writer cannot be told: not for a folder in
+    which another process may be writing.
+
+    Args:
+        parent: the folder the targets are in; it need not exist.
+        names: glob pattern of the targets' names.
+    """
+    for aside in sorted(parent.glob(f".{names}{_ASIDE}")):
+        recover(aside.with_name(aside.name[1 : -len(_ASIDE)]))
+        _delete(aside)  # where it is still there, its replacement is too
+    for staging in parent.glob(f".{names}{_STAGING}"):
+        _delete(staging)
+    _delete_stale(parent, names)
+
+
+def flush(file: BinaryIO) -> None:
+    """Force what was written to an open file to the disk.
+
+    Args:
+        file: open for writing.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_tree(folder: Path) -> None:
+    """Force a folder to the disk, with all files and folders in it.
+
+    Without it a rename may reach the disk before the data it is to reveal.
+
+    Args:
+        folder: its root.
+    """
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _flush_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}{_ASIDE}"
+
+
+def _owner() -> str:
+    return f"{_STAGING}-{socket.gethostname()}-"
+
+
+def _delete_stale(parent: Path, names: str) -> None:
+    """Delete staging folders whose process, on this machine, is gone."""
+    for folder in parent.glob(f".{names}{_owner()}*-*"):
+        before, pid, _ = folder.name.rsplit("-", 2)
+        here = f"{before}-".endswith(_owner())  # the machine `node` is not `node-2`
+        if here and pid.isdecimal() and not _is_alive(int(pid)):
+            _delete(folder)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _discard(aside: Path, target: Path) -> None:
+    """Clear the name that the target is about to be renamed to.
+
+    A swap that was killed before its last step leaves a folder there, and so does a network file
+    system that keeps deleted files as long as they are open; the latter can be renamed.
+    """
+    if aside.exists():
+        spare = staging_path(target)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            aside.rename(spare)
+        _delete(spare)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, or a link to one, as far as the system lets."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,285 @@
+"""Folders whole or absent: killed at every step, read while they are replaced, leftovers gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastrag import folders
+
+STEPS = ["open", "synced", "aside", "in", "done"]
+SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+
+SAVE = """
+import os, sys
+from pathlib import Path
+from fastrag import folders
+
+def die(event, args):
+    if event == "fastrag.folders":
+        print(args[0], flush=True)
+        if args[0] == sys.argv[2]:
+            os._exit(9)
+
+sys.addaudithook(die)
+target = Path(sys.argv[1])
+staging = folders.begin(target, shared=sys.argv[3] == "True")
+(staging / "part").mkdir()
+(staging / "file").write_text("new")
+(staging / "part" / "file").write_text("new")
+folders.commit(staging, target)
+"""
+
+
+def save_elsewhere(target: Path, killed_at: str, shared: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SAVE, str(target), killed_at, str(shared)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def save(target: Path, text: str, shared: bool = False) -> None:
+    staging = folders.begin(target, shared=shared)
+    (staging / "part").mkdir()
+    for file in (staging / "file", staging / "part" / "file"):
+        file.write_text(text)
+    folders.commit(staging, target)
+
+
+def read(target: Path) -> str:
+    """What stands in both files of a folder."""
+    text = (target / "file").read_text()
+    assert (target / "part" / "file").read_text() == text
+    return text
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    save(tmp_path / "f", "old")
+    return tmp_path / "f"
+
+
+def siblings(target: Path) -> list[str]:
+    return sorted(os.listdir(target.parent))
+
+
+@SHARED
+def test_a_save_has_the_steps_that_are_killed_below(target: Path, shared: bool) -> None:
+    done = save_elsewhere(target, "never", shared)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == STEPS
+    assert read(target) == "new" and siblings(target) == ["f"]
+
+
+@SHARED
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_old_or_new_is_whole(target: Path, step: str, shared: bool) -> None:
+    assert save_elsewhere(target, step, shared).returncode == 9
+    assert target.exists() == (step != "aside")
+    folders.recover(target)
+    assert read(target) == ("new" if step in ("in", "done") else "old")
+    save(target, "newer", shared)
+    assert read(target) == "newer" and siblings(target) == ["f"]
+
+
+@SHARED
+@pytest.mark.parametrize("step", ["open", "synced", "in", "done"])
+def test_killed_while_there_is_no_old_folder(tmp_path: Path, step: str, shared: bool) -> None:
+    target = tmp_path / "f"
+    assert save_elsewhere(target, step, shared).returncode == 9
+    folders.recover(target)
+    assert target.exists() == (step in ("in", "done"))
+    assert not target.exists() or read(target) == "new"
+    save(target, "newer", shared)
+    assert read(target) == "newer" and siblings(target) == ["f"]
+
+
+@SHARED
+@pytest.mark.parametrize("step", STEPS)
+def test_clean_leaves_the_targets_alone(target: Path, step: str, shared: bool) -> None:
+    """As at the start of a run: nothing is saved again, yet the leftovers are gone."""
+    other = target.with_name("g")
+    save(other, "other")
+    assert save_elsewhere(target, step, shared).returncode == 9
+    folders.clean(target.parent, "f*")
+    assert read(target) == ("new" if step in ("in", "done") else "old")
+    assert read(other) == "other" and siblings(target) == ["f", "g"]
+
+
+def test_clean_of_no_folder(tmp_path: Path) -> None:
+    folders.clean(tmp_path / "none")
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_staging_folder_for_all_ranks_and_one_for_each_writer(tmp_path: Path) -> None:
+    target = tmp_path / "f"
+    assert folders.staging_path(target, shared=True) == tmp_path / ".f.tmp"
+    assert folders.staging_path(target) != folders.staging_path(target)
+    assert folders.begin(target, shared=True) == folders.staging_path(target, shared=True)
+    first, second = folders.begin(target), folders.begin(target)
+    for staging, text in ((first, "first"), (second, "second")):
+        (staging / "file").write_text(text)
+    for staging, text in ((first, "first"), (second, "second")):
+        folders.commit(staging, target)
+        assert (target / "file").read_text() == text
+
+
+def test_a_begun_folder_is_empty(target: Path) -> None:
+    for _ in range(2):
+        staging = folders.begin(target, shared=True)
+        assert not any(staging.iterdir())
+        (staging / "half").write_text("x")
+    assert read(target) == "old"
+
+
+def test_all_is_on_the_disk_before_the_first_rename(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename that reaches the disk before the data shows an empty file after a power cut."""
+    events: list[str | tuple[int, int]] = []
+
+    def remember(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        events.append((status.st_dev, status.st_ino))
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(folders, "step", lambda name, path: events.append(name))
+    save(target, "new")
+    parts = [target, target / "file", target / "part", target / "part" / "file"]
+    on_disk = {(path.stat().st_dev, path.stat().st_ino) for path in parts}
+    assert on_disk <= set(events[: events.index("synced")])
+    parent = target.parent.stat()
+    at = events.index((parent.st_dev, parent.st_ino))
+    assert events.index("in") < at < events.index("done")  # the old one goes when the new one stays
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], None]) -> None:
+    monkeypatch.setattr(folders, "step", lambda name, path: act() if name == step else None)
+
+
+@SHARED
+@pytest.mark.parametrize("readers", [1, 3])
+def test_readers_between_the_renames_do_not_fail_the_save(
+    target: Path, monkeypatch: pytest.MonkeyPatch, shared: bool, readers: int
+) -> None:
+    seen: list[str] = []
+
+    def reader() -> None:
+        if len(seen) < readers:
+            folders.recover(target)
+            seen.append(read(target))
+
+    at_step(monkeypatch, "aside", reader)
+    save(target, "new", shared)
+    assert seen == ["old"] * readers
+    assert read(target) == "new" and siblings(target) == ["f"]
+
+
+def test_a_reader_that_never_lets_go_fails_the_save_and_not_the_folder(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, "aside", lambda: folders.recover(target))
+    with pytest.raises(OSError) as caught:
+        save(target, "new")
+    assert caught.value.errno in (errno.ENOTEMPTY, errno.EEXIST)
+    assert read(target) == "old"
+
+
+def test_a_refused_rename_brings_the_old_folder_back(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = folders.begin(target)
+    at_step(monkeypatch, "aside", lambda: staging.rmdir())
+    with pytest.raises(FileNotFoundError):
+        folders.commit(staging, target)
+    assert read(target) == "old" and siblings(target) == ["f"]
+
+
+def test_a_writer_quicker_than_recovery(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new folder comes in after the reader has seen none: it stays, the old one goes."""
+    target.rename(target.with_name(".f.old"))
+    rename = os.rename
+
+    def late(source: Path, destination: Path) -> None:
+        shutil.copytree(source, destination)
+        (Path(destination) / "file").write_text("new")
+        rename(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", late)
+        folders.recover(target)
+    assert (target / "file").read_text() == "new"
+    save(target, "newer")
+    assert read(target) == "newer" and siblings(target) == ["f"]
+
+
+@pytest.mark.parametrize("name", ["f", "a[1]*"], ids=["plain", "pattern"])
+def test_staging_folders_of_processes_that_are_gone_are_deleted(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    here = socket.gethostname()
+    gone = tmp_path / f".{name}.tmp-{here}-{child.pid}-0a1b2c3d"
+    stays = [
+        tmp_path / f".{name}.tmp-{here}-{os.getpid()}-0a1b2c3d",  # alive
+        tmp_path / f".{name}.tmp-{here}-2-{child.pid}-0a1b2c3d",  # the machine `<here>-2`
+        tmp_path / f".other.tmp-{here}-{child.pid}-0a1b2c3d",
+        tmp_path / f".{name}.tmp-{here}-notes-x",
+    ]
+    for folder in (gone, *stays):
+        folder.mkdir()
+    save(target, "new")
+    assert siblings(target) == sorted([name, *(each.name for each in stays)])
+
+
+def test_what_cannot_be_deleted_does_not_stop_the_next_save(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems keep the files of a deleted folder that somebody has open."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        for text in ("1", "2", "3"):
+            save(target, text)
+            assert read(target) == text
+    folders.clean(target.parent)
+    assert read(target) == "3"
+
+
+def test_a_linked_folder_is_replaced_more_than_once(target: Path) -> None:
+    link = target.with_name("link")
+    link.symlink_to(target)
+    for text in ("1", "2"):
+        save(link, text)
+        assert read(link) == text and not link.is_symlink()
+    assert read(target) == "old" and siblings(target) == ["f", "link"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fastrag import folders
+
+target = Path(sys.argv[1])
+for i in range(100):
+    staging = folders.begin(target)
+    for part in "ab":
+        (staging / part).write_text(sys.argv[2] + str(i))
+    folders.commit(staging, target)
+"""
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    target = tmp_path / "f"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, target, name]) for name in "xy"]
+    while any(writer.poll() is None for writer in writers):
+        folders.recover(target)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    last = (target / "a").read_text()
+    assert last in ("x99", "y99") and (target / "b").read_text() == last
+    assert siblings(target) == ["f"]
