@@ -77,7 +77,6 @@ def save_model(
             model.passages.save(folder / "passages")
         text = json.dumps(_settings(model, kept), indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        _flush(folder)
         writer.commit({})
 
 
@@ -100,10 +99,10 @@ def load_model(
 
     folder = Path(path)
     settings = _read_settings(folder)
-    question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", dtype="auto")
+    question_encoder = _load_encoder(folder / "question_encoder")
     passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
     if settings["passage_encoder"] == "own":
-        passage_encoder = TextEncoder.from_pretrained(folder / "passage_encoder", dtype="auto")
+        passage_encoder = _load_encoder(folder / "passage_encoder")
     generator = _load_generator(folder, settings, base_generator, generator_class)
     arguments = {name: settings[name] for name in _SETTINGS}
     arguments |= {
@@ -214,6 +213,14 @@ def _refuse_tied_merge(generator: Any) -> None:
         )
 
 
+def _load_encoder(folder: Path) -> TextEncoder:
+    try:
+        return TextEncoder.from_pretrained(folder, dtype="auto")
+    except ValueError as error:
+        # from_pretrained calls the folder what its argument is called
+        raise ValueError(f"{folder.name}: {str(error).removeprefix('path: ')}") from error
+
+
 def _load_generator(
     folder: Path,
     settings: dict[str, Any],
@@ -224,23 +231,39 @@ def _load_generator(
 
     automatic = AutoModelForSeq2SeqLM if settings["kind"] == "seq2seq" else AutoModelForCausalLM
     loader = generator_class or automatic
+    generator = folder / "generator"
     if settings["generator"] == "model":
-        return load_whole(loader, folder / "generator")
+        return load_whole(loader, _present(generator))
     from peft import PeftConfig, PeftModel
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        _present(generator / name)  # PEFT would look for it on the hub
+    try:
+        base_name = PeftConfig.from_pretrained(generator).base_model_name_or_path
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{generator / CONFIG_NAME}: expected the settings of an adapter: {error}"
+        ) from error
     base = base_generator
     if base is None and settings["generator"] == "adapter on generator_base":
-        base = load_whole(loader, folder / "generator_base")
+        base = load_whole(loader, _present(folder / "generator_base"))
     elif base is None:
-        name = PeftConfig.from_pretrained(folder / "generator").base_model_name_or_path
-        if not name:
+        if not base_name:
             raise ValueError(f"base_generator: expected the model under the adapter in {folder}")
-        base = load_whole(loader, name)
+        base = load_whole(loader, base_name)
     try:
-        adapted = PeftModel.from_pretrained(base, folder / "generator", is_trainable=True)
+        adapted = PeftModel.from_pretrained(base, generator, is_trainable=True)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder / 'generator'}: expected a readable adapter: {error}") from error
+        raise ValueError(f"{generator}: expected a readable adapter: {error}") from error
     return adapted.eval()
+
+
+def _present(path: Path) -> Path:
+    """Give back the path of what must be there; transformers would take it for a hub name."""
+    if not path.exists():
+        raise ValueError(f"{path}: expected a part of a saved RagModel, got no such file or folder")
+    return path
 
 
 def load_whole(
@@ -319,11 +342,3 @@ def _load_passages(folder: Path, passages: Any) -> Any:
     if not (folder / "passages").is_dir():
         raise ValueError(f"passages: expected a PassageStore, as {folder} holds none")
     return PassageStore.load(folder / "passages")
-
-
-def _flush(folder: Path) -> None:
-    """Force the files of a folder to the disk, so that a rename cannot come before their data."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())

@@ -257,7 +257,8 @@ def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
         raise ValueError(f"role: expected 'query', 'passage' or None, got {role!r}")
     if (folder / CONFIG_NAME).is_file():
         settings = _read_json(folder / CONFIG_NAME)
-        if settings.pop("format", None) != _FORMAT or settings.pop("version", None) != _VERSION:
+        known = isinstance(settings, dict) and settings.pop("format", None) == _FORMAT
+        if not known or settings.pop("version", None) != _VERSION:
             raise ValueError(
                 f"{folder / CONFIG_NAME}: expected format {_FORMAT!r}, version {_VERSION}"
             )
