@@ -142,17 +142,25 @@ def check(marginal: str) -> None:
             assert error < 1e-5, f"{name}, {marginal}: relative error {error:.1e}"
 
 
-def measure(marginal: str, shape: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Returns the median milliseconds of each provider; the first round is not counted."""
+def measure(marginal: str, shape: tuple[int, ...], rounds: int) -> dict[str, tuple[float, float]]:
+    """Returns median milliseconds of each provider, by the clock and of processor time.
+
+    The first round is not counted. Processor time, that of all threads, is what a busy machine
+    disturbs less.
+    """
     problem = Problem.random(shape)
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in PROVIDERS}
     for turn in range(rounds + 1):
         for name, provider in PROVIDERS.items():
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             provider(marginal, problem)
+            spent = (time.perf_counter() - start, time.process_time() - start_cpu)
             if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((1e3 * spent[0], 1e3 * spent[1]))
+    return {
+        name: (statistics.median(t for t, _ in values), statistics.median(t for _, t in values))
+        for name, values in times.items()
+    }
 
 
 def main() -> None:
@@ -166,11 +174,13 @@ def main() -> None:
         check(marginal)
         for text in args.shape:
             found = measure(marginal, tuple(map(int, text.split(","))), args.rounds)
-            ours = found["cpp"]
-            columns = "  ".join(
-                f"{name} {ms:.0f} ({ms / ours:.2f} of cpp)" for name, ms in found.items()
-            )
-            print(f"{marginal} {text}: {columns}; cpp is {ours / found['gemms']:.2f} of gemms")
+            print(f"{marginal} B,K,T,H,V = {text}")
+            for name, (clock, cpu) in found.items():
+                print(
+                    f"  {name:8s} {clock:7.0f} ms ({clock / found['cpp'][0]:.2f} of cpp, "
+                    f"{clock / found['gemms'][0]:.2f} of gemms)   processor time {cpu:7.0f} ms "
+                    f"({cpu / found['cpp'][1]:.2f}, {cpu / found['gemms'][1]:.2f})"
+                )
 
 
 if __name__ == "__main__":
