@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastrag.nn.arguments import check_ids
@@ -346,7 +346,11 @@ def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> 
 
     try:
         model, report = AutoModel.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            folder,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+            **({} if pooling == "pooler" else _without_missing_pooler(folder)),
         )
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"path: expected a readable model folder {folder}: {error}") from error
@@ -361,6 +365,27 @@ def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> 
     if report["missing_keys"]:  # a pooler that was not stored: random, and of no use
         model.pooler = None
     return model
+
+
+def _without_missing_pooler(folder: Path) -> dict[str, bool]:
+    """Return the argument that keeps transformers from making up a pooler that is not stored.
+
+    It would start from random values, with a report on the terminal, and nothing would read it.
+    Where the names of the weights cannot be had without the weights, the argument is left out.
+    """
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    if (folder / "model.safetensors.index.json").is_file():
+        names = list(_read_json(folder / "model.safetensors.index.json")["weight_map"])
+    elif (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            names = list(weights.keys())
+    else:
+        return {}
+    kind = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(folder, local_files_only=True)), None)
+    takes_it = isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
+    stored = any("pooler" in name.split(".") for name in names)
+    return {"add_pooling_layer": False} if takes_it and not stored else {}
 
 
 def _read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -219,6 +220,33 @@ def test_plain_folder(tmp_path):
     assert TextEncoder.from_pretrained(tmp_path / "bert").pooling == "mean"
     DPRQuestionEncoder(DPRConfig(**BERT)).save_pretrained(tmp_path / "dpr")
     assert TextEncoder.from_pretrained(tmp_path / "dpr").pooling == "pooler"
+
+
+@pytest.fixture
+def reports(caplog):
+    """What transformers warns of while it loads, whatever an earlier test told it."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "2KB"], ids=["one_file", "shards"])
+@pytest.mark.parametrize("stored", [False, True], ids=["without_pooler", "with_pooler"])
+def test_a_pooler_that_is_not_stored_is_not_made_up(tmp_path, reports, stored, shard):
+    model = bert(add_pooling_layer=stored)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    encoder = TextEncoder.from_pretrained(tmp_path, dtype="auto")
+    assert (encoder.model.pooler is not None) == stored
+    assert not reports.records
+    torch.testing.assert_close(encoder(IDS, MASK), TextEncoder(model)(IDS, MASK))
+    if not stored:  # asked for, it is missed, and transformers is not kept from saying so
+        with pytest.raises(ValueError, match=r"missing \['pooler.dense.bias'"):
+            TextEncoder.from_pretrained(tmp_path, pooling="pooler")
+        assert "pooler" in reports.text
 
 
 def test_peft_encoder_is_saved_merged(tmp_path):
