@@ -56,6 +56,16 @@ class ChunkLogits(ABC):
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
         """Bytes of workspace for each row, averaged over the K rows of a position."""
 
+    @classmethod
+    def token_logp(cls, head: LinearHead, x: Tensor, gold: Tensor) -> Tensor:
+        """Each row's log p(y), where no gradient will be asked for."""
+        return cls(head, x, gold).statistics().logp
+
+    @classmethod
+    def token_logp_bytes(cls, head: LinearHead, n_passages: int) -> float:
+        """Bytes of workspace for each row of `token_logp`."""
+        return cls.row_bytes(head, n_passages, mixture=False)
+
     @abstractmethod
     def statistics(self, *, with_mean: bool = False) -> RowStats:
         """Each row's log p(y), and mean_v log p(v) if asked for."""

@@ -43,7 +43,8 @@ def token_logp(
     with workspace.without_autocast(hidden.device):
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         out = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
-        for part in walk.parts:
+        # Backward makes its logits anew, so that the forward may do without any.
+        for part in walk.parts(walk.open_chunk.token_logp_bytes(walk.head, walk.n_passages)):
             walk.forward(part, out)
     return out[:-1].view(hidden.shape[:-1])
 
@@ -78,7 +79,8 @@ def token_logp_backward(
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         sums = HeadGradients(walk.head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
         padded = torch.nn.functional.pad(grad.reshape(-1).to(walk.head.dtype), (0, 1))
-        for part in walk.parts:
+        row_bytes = walk.open_chunk.row_bytes(walk.head, walk.n_passages, mixture=False)
+        for part in walk.parts(row_bytes):
             walk.backward(part, padded, sums)
         return sums.results()
 
@@ -126,15 +128,17 @@ class _Walk:
         labels = torch.where(bad, 0, labels)
         self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
         self.positions = Positions(hidden, labels, counted, None, None, operand)
-        row_bytes = self.open_chunk.row_bytes(self.head, self.n_passages, mixture=False)
-        limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
-        self.parts = workspace.even_slices(len(self.positions), limit)
+
+    def parts(self, row_bytes: float) -> list[slice]:
+        """Chunks of positions whose rows take row_bytes of workspace each."""
+        limit = workspace.rows_per_chunk(self.n_passages * row_bytes, self.positions.hidden.device)
+        return workspace.even_slices(len(self.positions), limit)
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
     def forward(self, part: slice, out: Tensor) -> None:
         chunk = self.positions.gather(part)
-        logp = self._open(chunk).statistics().logp
+        logp = self.open_chunk.token_logp(self.head, chunk.x, chunk.gold)
         logp = logp.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
         out[chunk.row] = torch.where(self.per_row(chunk.counts), logp, 0.0)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrag.kernels import mixture_pass, row_pass
+from fastrag.kernels import linear_logp, mixture_pass, row_pass
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats
 from fastrag.ops.linear_head import LinearHead, add_product
 
@@ -36,6 +36,18 @@ class TritonChunkLogits(ChunkLogits):
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
         operand = 0 if head.operand_dtype == torch.float32 else head.operand_dtype.itemsize
         return padded(head.vocab_size) * (4 + operand)
+
+    @classmethod
+    def token_logp(cls, head: LinearHead, x: Tensor, gold: Tensor) -> Tensor:
+        """The logits are never written: statistics in the epilogue of the product."""
+        n_splits = linear_logp.splits(x.shape[0], head.vocab_size, x.dtype)
+        settings = (head.bias, head.logit_scale, head.softcap, n_splits)
+        return linear_logp.linear_logp(x, head.weight_slices(), gold, *settings)
+
+    @classmethod
+    def token_logp_bytes(cls, head: LinearHead, n_passages: int) -> float:
+        # The rows themselves, gathered and on their way there; splits are for few rows.
+        return 2 * head.weight.shape[1] * head.operand_dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
         logp, mean, self._peak, self._log_sum = row_pass.row_statistics(

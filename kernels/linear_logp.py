@@ -1,0 +1,228 @@
+"""log p(y) of rows from hidden states and head, where no gradient will be asked for.
+
+    z_iv = c tanh(s (x_i . W_v + b_v) / c)         log p(y_i) = z_iy - logsumexp_v z_iv
+
+Forward only: the gradient needs the logits again (`row_pass`). A matrix product whose epilogue
+keeps the running maximum and sum of each row; the logits [n, V] exist in registers alone.
+
+Memory traffic, w bytes per number: w H (1 / BLOCK_V + 1 / BLOCK_M) bytes a logit are read, of which
+L2 serves most, and 12 bytes a row and split are written, where a product and a pass over what it
+left would write and read 8 bytes a logit.
+
+Each program takes one block of rows through one split of the vocabulary; a second kernel joins the
+splits in their order. No atomics: the same input gives the same bits. Products of half operands are
+added up in float32; float32 operands are multiplied without rounding them to TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from fastrag.kernels.aot import AotConfig
+from fastrag.kernels.launch import device_of
+from fastrag.kernels.row_pass import LOG2E, fold_logits, head_flags
+from torch import Tensor
+
+# Programs wanted, so that a few rows still fill a GPU; and the most splits that are joined.
+_WANTED_PROGRAMS = 264
+_MAX_SPLITS = 64
+_BLOCK_JOIN = 64
+
+
+def blocks(dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes, warps and stages: tensor cores for half operands, plain FMA for float32."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_V": 64, "BLOCK_H": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
+
+
+@triton.jit
+def _linear_logp_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    gold_ptr,
+    peak_ptr,
+    total_ptr,
+    hit_ptr,
+    N,
+    V,
+    H,
+    first,
+    split_size,
+    stride_weight_v,
+    stride_weight_h,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # One program owns BLOCK_M rows and the split_size words of one split, tile after tile. `first`
+    # is the word in which this slice of the weight, V rows of it, begins.
+    pid_m = tl.program_id(0)
+    pid_s = tl.program_id(1)
+    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_m = offs_m < N
+    gold = tl.load(gold_ptr + offs_m, mask=mask_m, other=-1)
+    gold = (gold - first).to(tl.int32)  # [BLOCK_M]; in 32 bits the comparisons need no more
+    peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    hit = tl.zeros((BLOCK_M,), dtype=tl.float32)  # z of the label, if it is in this split
+    x_ptrs = x_ptr + offs_m[:, None] * H + offs_h[None, :]
+    begin = pid_s * split_size
+    for start in range(begin, min(begin + split_size, V), BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        weight_ptrs = (
+            weight_ptr
+            + offs_v.to(tl.int64)[None, :] * stride_weight_v
+            + offs_h.to(tl.int64)[:, None] * stride_weight_h
+        )
+        raw = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
+        for h in range(0, H, BLOCK_H):
+            mask_h = h + offs_h < H
+            x = tl.load(x_ptrs + h, mask=mask_m[:, None] & mask_h[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=mask_h[:, None] & mask_v[None, :], other=0.0)
+            raw = tl.dot(x, weight, raw, input_precision="ieee")  # [BLOCK_M, BLOCK_V]
+            weight_ptrs += BLOCK_H * stride_weight_h
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + first + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+            raw += bias[None, :]
+        z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
+        at_gold = offs_v[None, :] == gold[:, None]
+        hit += tl.sum(tl.where(at_gold, z, 0.0), axis=1)
+        z = tl.where(mask_v[None, :], z, float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, axis=1))
+        # Until a logit is finite: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN.
+        center = tl.where(higher == float("-inf"), 0.0, higher)
+        part = tl.sum(tl.exp2((z - center[:, None]) * LOG2E), axis=1)
+        total = total * tl.exp2((peak - center) * LOG2E) + part
+        peak = higher
+
+    offs_out = pid_s.to(tl.int64) * N + offs_m
+    tl.store(peak_ptr + offs_out, peak, mask=mask_m)
+    tl.store(total_ptr + offs_out, total, mask=mask_m)
+    tl.store(hit_ptr + offs_out, hit, mask=mask_m)
+
+
+@triton.jit
+def _join_kernel(
+    peak_ptr,
+    total_ptr,
+    hit_ptr,
+    logp_ptr,
+    N,
+    S,
+    BLOCK_N: tl.constexpr,
+):
+    # One program owns BLOCK_N rows and joins their S splits.
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    peak = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    hit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for split in range(0, S):
+        offs = split * N + offs_n
+        part_peak = tl.load(peak_ptr + offs, mask=mask_n, other=0.0)
+        part_total = tl.load(total_ptr + offs, mask=mask_n, other=0.0)
+        hit += tl.load(hit_ptr + offs, mask=mask_n, other=0.0)
+        higher = tl.maximum(peak, part_peak)
+        center = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2((peak - center) * LOG2E)
+        total += part_total * tl.exp2((part_peak - center) * LOG2E)
+        peak = higher
+    center = tl.where(peak == float("-inf"), 0.0, peak)
+    tl.store(logp_ptr + offs_n, (hit - center) - tl.log(total), mask=mask_n)
+
+
+def linear_logp(
+    x: Tensor,
+    slices: Iterable[tuple[slice, Tensor]],
+    gold: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    n_splits: int,
+) -> Tensor:
+    """x [n, H] -> log p(gold) [n]. slices: (rows of W, those rows in the dtype of x), in order."""
+    n = x.shape[0]
+    sizes = blocks(x.dtype)
+    parts = []
+    with device_of(x):
+        for part, weight in slices:
+            found = x.new_empty(3, n_splits, n, dtype=torch.float32)
+            tiles = triton.cdiv(weight.shape[0], sizes["BLOCK_V"])
+            _linear_logp_kernel[(triton.cdiv(n, sizes["BLOCK_M"]), n_splits)](
+                x,
+                weight,
+                x if bias is None else bias,  # never read without HAS_BIAS
+                gold,
+                *found,
+                n,
+                weight.shape[0],
+                x.shape[1],
+                part.start,
+                triton.cdiv(tiles, n_splits) * sizes["BLOCK_V"],
+                *weight.stride(),
+                logit_scale,
+                1.0 if softcap is None else softcap,
+                HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=softcap is not None,
+                **sizes,
+            )
+            parts.append(found)
+        logp = x.new_empty(n, dtype=torch.float32)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        _join_kernel[(triton.cdiv(n, _BLOCK_JOIN),)](
+            *joined, logp, n, joined.shape[1], BLOCK_N=_BLOCK_JOIN, num_warps=2
+        )
+    return logp
+
+
+def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Returns in how many parts the vocabulary is split for n rows."""
+    sizes = blocks(dtype)
+    wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(n, sizes["BLOCK_M"]))
+    return max(1, min(wanted, _MAX_SPLITS, triton.cdiv(vocab_size, sizes["BLOCK_V"])))
+
+
+def aot_configs() -> list[AotConfig]:
+    """What the gate compiles: the weight contiguous and H a multiple of 16, as in every model."""
+    pointers = ("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr")
+    sizes = ("N", "V", "H", "S", "first", "split_size", "stride_weight_v")
+    types = {
+        **dict.fromkeys(pointers, "*fp32"),
+        **dict.fromkeys(sizes, "i32"),
+        **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
+        "gold_ptr": "*i64",
+    }
+    configs = [AotConfig(_join_kernel, types, {"BLOCK_N": _BLOCK_JOIN}, 2)]
+    aligned = ("H", "stride_weight_v")
+    for name, dtype in (
+        ("fp32", torch.float32),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+    ):
+        for flags in head_flags():
+            operands = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
+            block = blocks(dtype)
+            num_warps, num_stages = block.pop("num_warps"), block.pop("num_stages")
+            constants = {"stride_weight_h": 1, **flags, **block}
+            configs.append(
+                AotConfig(
+                    _linear_logp_kernel,
+                    types | operands,
+                    constants,
+                    num_warps,
+                    num_stages,
+                    aligned,
+                )
+            )
+    return configs

@@ -1,0 +1,193 @@
+"""The losses on a GPU: accuracy, no waiting, memory, graphs. Needs torch, triton and pytest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrag.functional as F
+from fastrag import reference
+from fastrag.ops import backends
+from fastrag.testing import assert_close
+
+pytestmark = pytest.mark.gpu
+
+IGNORE = -100
+LOSSES = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}
+ORACLES = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
+# B, K, T, H, V: one comment per regime
+SHAPES = {
+    "bart": (2, 5, 16, 256, 50265),  # an odd vocabulary
+    "odd": (3, 7, 9, 72, 1031),
+    "one": (1, 1, 1, 16, 33),
+}
+marginals = pytest.mark.parametrize("marginal", LOSSES)
+smoothed = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
+
+
+def problem(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> list[Tensor]:
+    """hidden, weight, bias, doc_scores as leaves, then labels."""
+    n_examples, n_passages, n_tokens, width, vocab = shape
+    hidden = torch.randn(n_examples, n_passages, n_tokens, width, device=device).to(dtype)
+    weight = (2.0 * width**-0.5 * torch.randn(vocab, width, device=device)).to(dtype)
+    bias = torch.randn(vocab, device=device).to(dtype)
+    scores = torch.randn(n_examples, n_passages, device=device)
+    labels = torch.randint(vocab, (n_examples, n_tokens), device=device)
+    if n_tokens > 1:
+        labels[0, -1] = IGNORE
+    if n_passages > 1:
+        scores[0, -1] = -torch.inf
+    return [*(x.requires_grad_() for x in (hidden, weight, bias, scores)), labels]
+
+
+def run(marginal: str, inputs: list[Tensor], **options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    hidden, weight, bias, scores, labels = inputs
+    loss = LOSSES[marginal](hidden, weight, labels, scores, bias=bias, **options)
+    return loss, torch.autograd.grad(loss, inputs[:4])
+
+
+@marginals
+@smoothed
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_accuracy(
+    marginal: str, smoothing: float, softcap: float | None, shape, dtype: torch.dtype
+) -> None:
+    inputs = problem(shape, dtype)
+    loss, found = run(marginal, inputs, label_smoothing=smoothing, softcap=softcap)
+    results = []
+    for to in (dtype, torch.float64):
+        *leaves, labels = inputs
+        hidden, weight, bias, scores = (x.detach().to(to).requires_grad_() for x in leaves)
+        head = {"bias": bias, "softcap": softcap, "label_smoothing": smoothing}
+        nll = ORACLES[marginal](hidden, weight, labels, scores, **head)[0]
+        value = reference.reduce(nll, labels)
+        results.append((value, torch.autograd.grad(value, (hidden, weight, bias, scores))))
+    (plain, plain_grads), (true, true_grads) = results
+    assert_close(loss, plain.float(), true, name="loss", scale=1.0)
+    names = ("hidden", "weight", "bias", "doc_scores")
+    for name, a, b, c in zip(names, found, plain_grads, true_grads, strict=True):
+        assert_close(a, b.to(a.dtype), c, name=name, scale=0.1 if name == "doc_scores" else 0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_token_logp(shape, dtype: torch.dtype) -> None:
+    """The product with its epilogue, against torch's, and the gradient of a vector."""
+    hidden, weight, bias, _, labels = problem(shape, dtype)
+    logp = F.token_logp(hidden, weight, labels, bias=bias)
+    upstream = torch.randn_like(logp)
+    found = torch.autograd.grad(logp, (hidden, weight, bias), upstream)
+    results = []
+    for to in (dtype, torch.float64):
+        leaves = [x.detach().to(to).requires_grad_() for x in (hidden, weight, bias)]
+        value = reference.token_logp(leaves[0], leaves[1], labels, leaves[2])
+        results.append((value, torch.autograd.grad(value, leaves, upstream.to(to))))
+    (plain, plain_grads), (true, true_grads) = results
+    assert_close(logp, plain.float(), true, name="token_logp", scale=1.0)
+    for name, a, b, c in zip(("h", "w", "b"), found, plain_grads, true_grads, strict=True):
+        assert_close(a, b, c, name=name)
+
+
+def test_is_the_backend_by_default() -> None:
+    for op in ("marginal_nll", "token_logp"):
+        assert backends.choose(op, torch.device("cuda"), torch.bfloat16) == "triton"
+        assert backends.choose(op, torch.device("cuda"), torch.float64) == "torch"
+
+
+@marginals
+@smoothed
+@pytest.mark.parametrize("listed", [False, True], ids=["all positions", "valid_rows"])
+def test_no_host_sync(marginal: str, smoothing: float, listed: bool) -> None:
+    inputs = problem(SHAPES["bart"])
+    rows = None
+    if listed:
+        valid = (inputs[4] != IGNORE).view(-1).nonzero().squeeze(1).int()
+        rows = torch.nn.functional.pad(valid, (0, 9), value=-1)
+
+    def step() -> None:
+        run(marginal, inputs, label_smoothing=smoothing, valid_rows=rows)
+        F.token_logp(inputs[0], inputs[1], inputs[4]).sum().backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@marginals
+@pytest.mark.parametrize("masters", [False, True], ids=["bf16", "float32 weight"])
+def test_peak_memory(marginal: str, masters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One workspace, one float32 dW and little else: never [B, K, T, V]."""
+    limit = 256 << 20
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(limit))
+    inputs = problem((8, 5, 64, 512, 50265))  # 515 MB of float32 logits
+    if masters:
+        inputs[1] = inputs[1].detach().float().requires_grad_()
+
+    def loss() -> Tensor:
+        hidden, weight, bias, scores, labels = inputs
+        return LOSSES[marginal](hidden, weight, labels, scores, bias=bias)
+
+    loss()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = loss()
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= limit + 4 * inputs[1].numel() + (64 << 20), used / 2**20
+    del kept
+
+
+@marginals
+def test_cuda_graph(marginal: str) -> None:
+    inputs = problem(SHAPES["odd"])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(marginal, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grads = run(marginal, inputs)
+    with torch.no_grad():
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+    graph.replay()
+    expected = run(marginal, inputs)
+    for a, b in zip((loss, *grads), (expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
+
+
+@marginals
+@smoothed
+def test_same_bits_every_time(marginal: str, smoothing: float) -> None:
+    """Also with float32, whose gradients overwrite the logits."""
+    for dtype, times in ((torch.bfloat16, 1000), (torch.float32, 200)):
+        inputs = problem(SHAPES["odd"], dtype)
+        loss, grads = run(marginal, inputs, label_smoothing=smoothing)
+        differs = torch.zeros((), dtype=torch.bool, device="cuda")
+        for _ in range(times):
+            again, found = run(marginal, inputs, label_smoothing=smoothing)
+            for a, b in zip((again, *found), (loss, *grads), strict=True):
+                differs |= (a != b).any()
+        assert not differs
+
+
+@marginals
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_current(marginal: str) -> None:
+    inputs = problem(SHAPES["odd"], device="cuda:1")
+    with torch.cuda.device(0):
+        loss, grads = run(marginal, inputs)
+    with torch.cuda.device(1):
+        expected, wanted = run(marginal, inputs)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
