@@ -36,6 +36,7 @@ _SETTINGS = (
     "explore_pool",
     "explore_tau",
 )
+_LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
 
 
 def save_model(
@@ -108,7 +109,7 @@ def load_model(
     arguments |= {
         "tau": settings["tau"],
         "learn_tau": settings["learn_tau"],
-        "label_smoothing": settings["label_smoothing"],
+        **{name: settings[name] for name in _LOSS_SETTINGS},
         "template": Template.from_dict(settings["template"]),
         "question_tokenizer": _load_tokenizer(folder / "question_encoder"),
         "generator_tokenizer": _load_tokenizer(folder / "generator"),
@@ -142,7 +143,7 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         **{name: getattr(model, name) for name in _SETTINGS},
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.log_tau is not None,
-        "label_smoothing": model.loss_fn.label_smoothing,
+        **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
         "template": model.builder.template.template.to_dict(),
         "index": {
             "dim": model.index.dim,
@@ -164,8 +165,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file}: expected the settings of a saved RagModel, got {error}"
         ) from error
-    needed = {*_SETTINGS, "kind", "generator", "passage_encoder", "tau", "learn_tau"}
-    needed |= {"label_smoothing", "template", "index", "fastrag"}
+    needed = {*_SETTINGS, *_LOSS_SETTINGS, "fastrag", "kind", "generator", "passage_encoder"}
+    needed |= {"tau", "learn_tau", "template", "index"}
     if not isinstance(settings, dict) or set(settings) != needed:
         got = sorted(settings) if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{file}: expected the keys {sorted(needed)}, got {got}")

@@ -264,6 +264,7 @@ def load_index(
         ValueError: a part is missing, damaged, or the two differ in length.
     """
     root = Path(folder)
+    folders.recover(root)
     for part in (INDEX_FOLDER, PASSAGES_FOLDER):
         if not (root / part).is_dir():
             raise ValueError(
@@ -350,6 +351,8 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
         explore_pool=config.explore_pool,
         explore_tau=config.explore_tau,
         label_smoothing=config.label_smoothing,
+        objective=config.objective,
+        tau_lm=config.tau_lm,
     )
     if config.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)

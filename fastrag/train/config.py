@@ -47,6 +47,7 @@ FREE_ON_RESUME = (
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
 MARGINALS = ("token", "sequence")
+OBJECTIVES = ("marginal", "emdr2", "pdist", "replug")
 ANSWER_CHOICES = ("first", "random")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
@@ -106,6 +107,8 @@ class RagConfig:
         warmup: warm-up steps when >= 1, else their share of all steps.
         max_grad_norm: gradient clipping; 0 switches it off.
         label_smoothing: epsilon of the marginal loss, in [0, 1).
+        objective: `marginal`, `emdr2`, `pdist` or `replug`, see `fastrag.RagLoss`.
+        tau_lm: temperature of the generator's say about the passages, in `pdist` and `replug`.
         steps: number of optimiser steps; None trains `epochs`.
         epochs: passes over the questions when `steps` is None.
         batch_size: questions per device and forward pass.
@@ -174,6 +177,8 @@ class RagConfig:
     warmup: float = 0.0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
+    objective: str = "marginal"
+    tau_lm: float = 1.0
     steps: int | None = None
     epochs: float = 3.0
     batch_size: int = 8
@@ -214,6 +219,7 @@ class RagConfig:
             value = getattr(self, name)
             _require(name, value is None or value >= 1, "an integer >= 1 or null", value)
         _choice("marginal", self.marginal, MARGINALS)
+        _choice("objective", self.objective, OBJECTIVES)
         _choice("precision", self.precision, PRECISIONS)
         _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
         _choice("device", self.device, ("auto", "cpu"))
@@ -224,6 +230,7 @@ class RagConfig:
             value = getattr(self, name)
             _require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
         _require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
+        _require("tau_lm", self.tau_lm > 0.0, "a number > 0", self.tau_lm)
         _require("explore_tau", self.explore_tau > 0.0, "a number > 0", self.explore_tau)
         pool = self.explore_pool
         _require(

@@ -422,6 +422,7 @@ class RagTrainer(Trainer):
         if resume is None or resume is False:
             return None
         folder = Path(self.args.output_dir if resume is True else resume)
+        folders.recover(folder)
         if (folder / STATE).is_file():
             return str(folder)
         remove_leftovers(folder)

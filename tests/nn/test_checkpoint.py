@@ -32,6 +32,13 @@ def reload(model: RagModel, folder: Path) -> RagModel:
     return RagModel.from_pretrained(folder, model.index, model.passages)
 
 
+def test_settings_of_the_loss_come_back(tmp_path: Path) -> None:
+    model = rag_model(objective="pdist", tau_lm=0.5, label_smoothing=0.1)
+    model.save_pretrained(tmp_path / "m")
+    loss_fn = reload(model, tmp_path / "m").loss_fn
+    assert (loss_fn.objective, loss_fn.tau_lm, loss_fn.label_smoothing) == ("pdist", 0.5, 0.1)
+
+
 @pytest.mark.parametrize(
     "part",
     ["generator/adapter_model.safetensors", "generator/adapter_config.json", "generator_base"],

@@ -73,6 +73,11 @@ def test_overrides(tmp_path: Path) -> None:
         ({"explore_pool": 4}, "explore_pool: expected an integer >= n_docs = 5 or null, got 4"),
         ({"explore_tau": 0.0}, "explore_tau: expected a number > 0, got 0.0"),
         ({"tau": 0.0}, "tau: expected a number > 0 or null, got 0.0"),
+        (
+            {"objective": "em"},
+            "objective: expected one of marginal, emdr2, pdist, replug, got 'em'",
+        ),
+        ({"tau_lm": 0.0}, r"tau_lm: expected a number > 0, got 0\.0"),
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1.0"),
         ({"refresh": "sometimes"}, "refresh: expected one of .* got 'sometimes'"),
         ({"refresh": "every:0"}, "refresh: expected one of .* got 'every:0'"),

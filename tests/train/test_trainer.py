@@ -115,6 +115,16 @@ def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
     assert changed == {"question_encoder", "generator"}
 
 
+def test_replug_trains_the_question_encoder_alone(tmp_path: Path) -> None:
+    model = tiny.rag_model(objective="replug", tau_lm=0.5)
+    trainer = RagTrainer(model, arguments(tmp_path), tiny.collator(), tiny.questions())
+    before = parameters(model)
+    trainer.train()
+    after = parameters(model)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"question_encoder"}
+
+
 def test_label_smoothing_goes_to_the_loss(tmp_path: Path) -> None:
     args = arguments(tmp_path, label_smoothing_factor=0.1)
     model = tiny.rag_model()
