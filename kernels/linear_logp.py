@@ -59,6 +59,7 @@ def _linear_logp_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -71,25 +72,31 @@ def _linear_logp_kernel(
     offs_h = tl.arange(0, BLOCK_H)
     mask_m = offs_m < N
     gold = tl.load(gold_ptr + offs_m, mask=mask_m, other=-1)
-    gold = (gold - first).to(tl.int32)  # [BLOCK_M]; in 32 bits the comparisons need no more
+    # In 32 bits the comparisons are cheap; a label of another slice must not meet a copied word.
+    gold = tl.where(gold - first < V, gold - first, -1).to(tl.int32)  # [BLOCK_M]
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     hit = tl.zeros((BLOCK_M,), dtype=tl.float32)  # z of the label, if it is in this split
-    x_ptrs = x_ptr + offs_m[:, None] * H + offs_h[None, :]
+    # Behind the last row and the last word stand copies of them: a mask would cost registers.
+    x_ptrs = x_ptr + tl.minimum(offs_m, N - 1)[:, None] * H + offs_h[None, :]
     begin = pid_s * split_size
     for start in range(begin, min(begin + split_size, V), BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
         weight_ptrs = (
             weight_ptr
-            + offs_v.to(tl.int64)[None, :] * stride_weight_v
+            + tl.minimum(offs_v, V - 1).to(tl.int64)[None, :] * stride_weight_v
             + offs_h.to(tl.int64)[:, None] * stride_weight_h
         )
         raw = tl.zeros((BLOCK_M, BLOCK_V), dtype=tl.float32)
         for h in range(0, H, BLOCK_H):
-            mask_h = h + offs_h < H
-            x = tl.load(x_ptrs + h, mask=mask_m[:, None] & mask_h[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_h[:, None] & mask_v[None, :], other=0.0)
+            if EVEN_H:
+                x = tl.load(x_ptrs + h)  # [BLOCK_M, BLOCK_H]
+                weight = tl.load(weight_ptrs)  # [BLOCK_H, BLOCK_V]
+            else:
+                mask_h = h + offs_h < H
+                x = tl.load(x_ptrs + h, mask=mask_h[None, :], other=0.0)
+                weight = tl.load(weight_ptrs, mask=mask_h[:, None], other=0.0)
             raw = tl.dot(x, weight, raw, input_precision="ieee")  # [BLOCK_M, BLOCK_V]
             weight_ptrs += BLOCK_H * stride_weight_h
         if HAS_BIAS:
@@ -175,6 +182,7 @@ def linear_logp(
                 1.0 if softcap is None else softcap,
                 HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=softcap is not None,
+                EVEN_H=x.shape[1] % sizes["BLOCK_H"] == 0,
                 **sizes,
             )
             parts.append(found)
@@ -194,7 +202,7 @@ def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: the weight contiguous and H a multiple of 16, as in every model."""
+    """What the gate compiles: the weight contiguous and H a multiple of BLOCK_H, as in models."""
     pointers = ("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr")
     sizes = ("N", "V", "H", "S", "first", "split_size", "stride_weight_v")
     types = {
@@ -214,7 +222,7 @@ def aot_configs() -> list[AotConfig]:
             operands = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
             block = blocks(dtype)
             num_warps, num_stages = block.pop("num_warps"), block.pop("num_stages")
-            constants = {"stride_weight_h": 1, **flags, **block}
+            constants = {"stride_weight_h": 1, **flags, "EVEN_H": True, **block}
             configs.append(
                 AotConfig(
                     _linear_logp_kernel,
