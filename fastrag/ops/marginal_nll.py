@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
-from fastrag.ops.chunk_logits import ChunkLogits, chunk_logits
+from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
 from fastrag.ops.grads import once_differentiable
 from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
 from fastrag.ops.linear_head import HeadGradients, LinearHead
@@ -184,7 +184,12 @@ class _Marginal:
             smoothing,
             head.vocab_size,
         )
-        row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
+        self.forward_only = not sums and not smoothing
+        row_bytes = (
+            open_chunk.token_logp_bytes(head, self.n_passages)
+            if self.forward_only
+            else open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
+        )
         self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
 
     def needs_mixture(self) -> bool:
@@ -221,6 +226,10 @@ class _Token(_Marginal):
         With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
         of the logits is upstream * (target_k p_kv - G_kv).
         """
+        if self.forward_only:
+            logp = self.open_chunk.token_logp(self.head, chunk.x, chunk.gold)
+            self.group.token(self.call, chunk, logp, None, self.found)
+            return
         logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         if not self.smoothing:
             weights = self.group.token(self.call, chunk, logits.statistics().logp, None, self.found)
@@ -261,7 +270,7 @@ class _Sequence(_Marginal):
             torch.zeros_like(self.log_prior),
         )
         for pieces, examples in self._groups():
-            if len(pieces) == 1:
+            if len(pieces) == 1 and self.sums:
                 self._resident(pieces[0], examples)
                 continue
             for part in pieces:
@@ -300,24 +309,25 @@ class _Sequence(_Marginal):
     def _resident(self, part: slice, examples: slice) -> None:
         chunk = self.positions.gather(part)
         logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-        self._rows(chunk, logits)
+        stats = logits.statistics(with_mean=bool(self.smoothing))
+        self.group.sequence_rows(self.call, chunk, stats, self.found)
         self.group.sequence_posterior(self.call, examples, self.found)
-        if self.sums:
-            self._gradients(chunk, logits)
+        self._gradients(chunk, logits)
 
     def _statistics(self, part: slice) -> None:
         chunk = self.positions.gather(part)
-        self._rows(chunk, self.open_chunk(self.head, chunk.x, chunk.gold))
+        if self.smoothing:
+            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+            stats = logits.statistics(with_mean=True)
+        else:
+            stats = RowStats(self.open_chunk.token_logp(self.head, chunk.x, chunk.gold), None)
+        self.group.sequence_rows(self.call, chunk, stats, self.found)
 
     def _recompute(self, part: slice) -> None:
         chunk = self.positions.gather(part)
         logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         logits.statistics()
         self._gradients(chunk, logits)
-
-    def _rows(self, chunk: Chunk, logits: ChunkLogits) -> None:
-        stats = logits.statistics(with_mean=bool(self.smoothing))
-        self.group.sequence_rows(self.call, chunk, stats, self.found)
 
     def _gradients(self, chunk: Chunk, logits: ChunkLogits) -> None:
         row_weight = self.group.sequence_weights(self.call, chunk, self.found)
@@ -394,10 +404,19 @@ def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> 
     found = {0: dhidden, 1: dweight, 2: dbias, 4: dscores}
     for place, grad in found.items():
         if ctx.needs_input_grad[place]:
-            # Never in place: a retained graph, or a second upstream gradient, needs it again.
-            scaled = grad if scale is None else grad * scale
-            result[place] = scaled.to(inputs[place].dtype)
+            result[place] = _scaled(grad, scale, inputs[place].dtype)
     return tuple(result)
+
+
+def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
+
+    Never in place: a retained graph, or a second upstream gradient, needs grad again.
+    """
+    if scale is None:
+        return grad.to(dtype)
+    out = workspace.advise(torch.empty_like(grad, dtype=dtype))
+    return torch.mul(grad, scale, out=out)
 
 
 marginal_nll.register_autograd(_backward, setup_context=_setup_context)
