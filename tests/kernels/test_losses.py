@@ -174,6 +174,17 @@ def test_nothing_counts(marginal: str) -> None:
 
 @marginals
 @smoothed
+def test_without_gradients(marginal: str, smoothing: float) -> None:
+    """No logits are written then: same values to rounding."""
+    args, head = problem(SHAPES["odd"], torch.float16)
+    expected = LOSSES[marginal](*args, **head, label_smoothing=smoothing)
+    with torch.no_grad():
+        loss = LOSSES[marginal](*args, **head, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+@marginals
+@smoothed
 def test_weight_of_another_dtype(
     marginal: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
