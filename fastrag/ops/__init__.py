@@ -8,6 +8,7 @@
     mips_topk     exact maximum inner product search
 
     chunk_logits  what token_logp and marginal_nll share: one chunk's logits and their gradients
+    group_pass    from a chunk's log-probabilities to marginal, posterior and row weights
     linear_head   and the language model head with the gradients that chunks add up to
     positions     what they share too: which labels count, and the rows behind them
     workspace     how large a chunk may be
