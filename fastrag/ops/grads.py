@@ -1,4 +1,4 @@
-"""Refusal of double backward: an opaque op with a hand-written backward would return zeros."""
+"""What a hand-written backward may do: never be differentiated, and sometimes work in place."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
         return guarded
 
     return decorate
+
+
+# Ours to ask since torch 2.6, and torch's own check of the buffers that a compiled graph donates.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def graph_is_freed(saved: Tensor) -> bool:
+    """True in a backward after which nobody reads its saved tensors: no retain_graph, no tracing.
+
+    What the backward saved is then its own, to overwrite and to return.
+    """
+    # A traced graph runs again, and its tensors are of a subclass, as fake ones are.
+    if _keeps_graph is None or type(saved) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not _keeps_graph()

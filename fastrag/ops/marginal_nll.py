@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
-from fastrag.ops.grads import once_differentiable
+from fastrag.ops.grads import graph_is_freed, once_differentiable
 from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
 from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
@@ -411,12 +411,14 @@ def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> 
 def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
 
-    Never in place: a retained graph, or a second upstream gradient, needs grad again.
+    In place where the graph is freed behind this backward, so that nobody needs grad again: a copy
+    of dW would cost more than the passes over the logits.
     """
     if scale is None:
         return grad.to(dtype)
-    out = workspace.advise(torch.empty_like(grad, dtype=dtype))
-    return torch.mul(grad, scale, out=out)
+    if grad.dtype == dtype and graph_is_freed(grad):
+        return grad.mul_(scale)
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
 
 marginal_nll.register_autograd(_backward, setup_context=_setup_context)

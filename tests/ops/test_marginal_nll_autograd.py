@@ -43,11 +43,30 @@ def test_frozen_parts(marginal: str) -> None:
 @both_marginals
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_retain_graph(marginal: str, reduction: str) -> None:
-    p = make()
-    loss = LOSSES[marginal](*p.args(), reduction=reduction).sum()
-    first = torch.autograd.grad(loss, p.hidden, retain_graph=True)[0]
-    second = torch.autograd.grad(2.0 * loss, p.hidden)[0]
-    torch.testing.assert_close(second, 2.0 * first, rtol=1e-14, atol=0)
+    """What the first backward returned stays as it is, whatever later ones do."""
+    p = make(head="bias")
+    leaves = list(p.leaves().values())
+    loss = LOSSES[marginal](*p.args(), **p.head(), reduction=reduction).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(2.0 * loss, leaves, retain_graph=True)
+    last = torch.autograd.grad(3.0 * loss, leaves)
+    for one, before, two, three in zip(first, kept, second, last, strict=True):
+        assert torch.equal(one, before)
+        torch.testing.assert_close(two, 2.0 * one, rtol=1e-14, atol=0)
+        torch.testing.assert_close(three, 3.0 * one, rtol=1e-14, atol=0)
+
+
+@both_marginals
+def test_backward_copies_no_gradient(marginal: str) -> None:
+    """Where the graph is freed, the gradients that the forward made are scaled in place."""
+    p = make((2, 3, 4, 64, 4099)).to(torch.float32)
+    dweight_bytes = p.weight.numel() * 4
+    loss = LOSSES[marginal](*p.args())
+    kept = cpu_memory(lambda: loss.backward(retain_graph=True))[0]
+    p.weight.grad = None
+    freed = cpu_memory(lambda: loss.backward())[0]
+    assert kept >= dweight_bytes > 4 * max(freed, 1)
 
 
 @both_marginals
