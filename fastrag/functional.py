@@ -197,7 +197,8 @@ def token_logp(
 
     Note:
         Maths in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the workspace.
-        On a GPU a label outside [0, V) gives NaN. Deterministic on a CPU. Backends: torch.
+        On a GPU a label outside [0, V) gives NaN. Deterministic on a CPU.
+        Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -290,7 +291,7 @@ def rag_token_nll(
         Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
         "none" recomputes the logits there. `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a
         GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
-        Backends: torch.
+        Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
         >>> import torch, fastrag.functional as F
