@@ -28,12 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, checks, workspace
+from fastrag.ops import backends, workspace
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
 from fastrag.ops.grads import graph_is_freed, once_differentiable
 from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
 from fastrag.ops.linear_head import HeadGradients, LinearHead
-from fastrag.ops.positions import Chunk, Positions, check_labels, check_valid_rows
+from fastrag.ops.positions import (
+    Chunk,
+    Positions,
+    check_labels,
+    check_scores,
+    check_valid_rows,
+)
 from fastrag.ops.token_logp import fake_head_gradients
 
 backends.register("marginal_nll", ("cpp", "triton", "torch"))
@@ -337,23 +343,6 @@ class _Sequence(_Marginal):
         shape = (self.n_examples, self.n_passages, self.n_tokens)
         found = self.found
         return found.nll, found.log_post, found.token_logp[:-1].view(shape), found.dscores
-
-
-def check_scores(scores: Tensor) -> None:
-    """Checks on a CPU, where looking costs nothing, that scores [B, K] are finite or -inf.
-
-    Raises:
-        ValueError: if one is NaN or +inf.
-    """
-    if not checks.readable(scores):
-        return
-    bad = scores.isnan() | (scores == torch.inf)
-    if bool(bad.any()):
-        b, k = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"doc_scores: expected finite values, or -inf for a missing passage, "
-            f"got {float(scores[b, k])} at [{b}, {k}]"
-        )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

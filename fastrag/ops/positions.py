@@ -101,6 +101,23 @@ def check_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
     return bad
 
 
+def check_scores(scores: Tensor) -> None:
+    """Checks on a CPU, where looking costs nothing, that scores [B, K] are finite or -inf.
+
+    Raises:
+        ValueError: if one is NaN or +inf.
+    """
+    if not checks.readable(scores):
+        return
+    bad = scores.isnan() | (scores == torch.inf)
+    if bool(bad.any()):
+        b, k = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"doc_scores: expected finite values, or -inf for a missing passage, "
+            f"got {float(scores[b, k])} at [{b}, {k}]"
+        )
+
+
 def check_valid_rows(valid_rows: Tensor, counted: Tensor) -> Tensor:
     """Returns the bool mask [B] of examples whose counted positions are not each listed once.
 
