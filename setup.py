@@ -25,11 +25,15 @@ ROOT = Path(__file__).resolve().parent
 BUILD_VARIABLE = "FASTRAG_BUILD_EXT"
 # What a source file is compiled with beyond the rest: the kernels of one instruction set each, of
 # which the module chooses one when it runs. Never -march=native: a wheel is built elsewhere.
+AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+# GCC bug 105593: its own header of intrinsics
+AVX512_FLAGS += ["-Wno-maybe-uninitialized"]
 SOURCE_FLAGS = {
-    "row_pass_avx2": ["-mavx2", "-mfma"],
-    "row_pass_avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-    # GCC bug 105593: its own header of intrinsics
-    + ["-Wno-maybe-uninitialized"],
+    "mips_avx2": AVX2_FLAGS,
+    "mips_avx512": AVX512_FLAGS,
+    "row_pass_avx2": AVX2_FLAGS,
+    "row_pass_avx512": AVX512_FLAGS,
 }
 
 

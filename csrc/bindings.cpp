@@ -8,79 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "row_pass.h"
 
 namespace py = pybind11;
 
 namespace fastrag {
 namespace {
-
-std::string shape_text(const std::vector<py::ssize_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    text += (i ? ", " : "") + (shape[i] < 0 ? "n" : std::to_string(shape[i]));
-  return text + "]";
-}
-
-template <class T>
-bool has_type(const py::buffer_info& info) {
-  if (info.itemsize != sizeof(T) || info.format.size() != 1) return false;
-  const char format = info.format[0];
-  return std::is_same<T, float>::value ? format == 'f' : format == 'l' || format == 'q';
-}
-
-template <class T>
-const char* type_name() {
-  return std::is_same<T, float>::value ? "float32" : "int64";
-}
-
-// A buffer of Python as a pointer. An extent of -1 in `shape` is any.
-template <class T>
-class Array {
- public:
-  Array(const char* name, const py::buffer& buffer, std::vector<py::ssize_t> shape,
-        bool writable = false, bool pitched = false)
-      : info_(buffer.request(writable)) {
-    bool good = has_type<T>(info_) && info_.shape.size() == shape.size();
-    for (size_t i = 0; good && i < shape.size(); ++i)
-      good = shape[i] < 0 || shape[i] == info_.shape[i];
-    if (!good)
-      throw py::value_error(std::string(name) + ": expected " + type_name<T>() + " " +
-                            shape_text(shape) + ", got format '" + info_.format + "' " +
-                            shape_text(info_.shape));
-    py::ssize_t dense = sizeof(T);
-    for (size_t i = shape.size(); i-- > 0;) {
-      const bool free = info_.shape[i] == 1 || (pitched && i == 0 && info_.strides[i] >= dense &&
-                                                info_.strides[i] % sizeof(T) == 0);
-      if (info_.strides[i] != dense && !free)
-        throw py::value_error(
-            std::string(name) + ": expected " +
-            (pitched ? "lines without gaps between numbers" : "numbers without gaps between them") +
-            ", got strides of " + shape_text(info_.strides) + " bytes for shape " +
-            shape_text(info_.shape));
-      dense *= info_.shape[i];
-    }
-  }
-
-  T* data() const { return static_cast<T*>(info_.ptr); }
-  int64_t size(size_t i) const { return info_.shape[i]; }
-  int64_t pitch() const { return info_.strides[0] / static_cast<py::ssize_t>(sizeof(T)); }
-
- private:
-  py::buffer_info info_;
-};
-
-Threads threads_of(int count, const std::string& isa) {
-  if (count < 1)
-    throw py::value_error("threads: expected at least 1, got " + std::to_string(count));
-  if (isa.empty()) return {count, best_isa()};
-  for (const Isa known : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
-    if (isa == isa_name(known)) {
-      if (!has_isa(known)) throw py::value_error("isa: this machine or this build lacks " + isa);
-      return {count, known};
-    }
-  throw py::value_error("isa: expected scalar, avx2 or avx512, got '" + isa + "'");
-}
 
 // What all passes over one buffer share; made once for each chunk.
 class Pass {
@@ -205,6 +139,9 @@ void advise_huge_pages(const py::buffer& buffer) {
 }
 
 }  // namespace
+
+void bind_mips(py::module_& m);
+
 }  // namespace fastrag
 
 PYBIND11_MODULE(_C, m) {
@@ -226,4 +163,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &fastrag::instruction_sets, "What runs here, the best one first.");
   m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
   m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));
+  fastrag::bind_mips(m);
 }

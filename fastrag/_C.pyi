@@ -1,4 +1,4 @@
-"""Compiled parts of fastrag, from csrc/. Arrays are float32 (labels: int64) and checked."""
+"""Compiled parts of fastrag, from csrc/. Arrays are float32 (labels, rows: int64) and checked."""
 
 from typing import Any
 
@@ -31,3 +31,18 @@ class RowPass:
 def instruction_sets() -> list[str]: ...
 def apply(name: str, x: _Array, y: _Array, isa: str = "") -> None: ...
 def advise_huge_pages(buffer: _Array) -> None: ...
+def mips_topk(
+    query_emb: _Array,
+    index_emb: _Array,
+    scores: _Array,
+    rows: _Array,
+    *,
+    removed: _Array | None = None,
+    exclude: _Array | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """The k best rows of each query, k being the width of scores and rows; csrc/mips.h."""
+
+def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
+    """Answers [parts, B, k] of several searches as one."""

@@ -1,0 +1,103 @@
+// What the bindings share: buffers of Python as checked pointers, and the choice of threads.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "row_pass.h"
+
+namespace fastrag {
+
+inline std::string shape_text(const std::vector<pybind11::ssize_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i)
+    text += (i ? ", " : "") + (shape[i] < 0 ? "n" : std::to_string(shape[i]));
+  return text + "]";
+}
+
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static constexpr const char* kName = "float32";
+  static constexpr const char* kFormats = "f";
+};
+
+template <>
+struct Element<int64_t> {
+  static constexpr const char* kName = "int64";
+  static constexpr const char* kFormats = "lq";
+};
+
+template <>
+struct Element<bool> {
+  static constexpr const char* kName = "bool";
+  static constexpr const char* kFormats = "?";
+};
+
+template <class T>
+bool has_type(const pybind11::buffer_info& info) {
+  return info.itemsize == sizeof(T) && info.format.size() == 1 &&
+         std::strchr(Element<T>::kFormats, info.format[0]);
+}
+
+// A buffer of Python as a pointer. An extent of -1 in `shape` is any.
+template <class T>
+class Array {
+ public:
+  Array(const char* name, const pybind11::buffer& buffer, std::vector<pybind11::ssize_t> shape,
+        bool writable = false, bool pitched = false)
+      : info_(buffer.request(writable)) {
+    bool good = has_type<T>(info_) && info_.shape.size() == shape.size();
+    for (size_t i = 0; good && i < shape.size(); ++i)
+      good = shape[i] < 0 || shape[i] == info_.shape[i];
+    if (!good)
+      throw pybind11::value_error(std::string(name) + ": expected " + Element<T>::kName + " " +
+                                  shape_text(shape) + ", got format '" + info_.format + "' " +
+                                  shape_text(info_.shape));
+    if (reinterpret_cast<uintptr_t>(info_.ptr) % alignof(T) != 0)
+      throw pybind11::value_error(std::string(name) +
+                                  ": expected an address that is a multiple of " +
+                                  std::to_string(alignof(T)) + ", got one that is not");
+    if (info_.size == 0) return;  // strides say nothing
+    pybind11::ssize_t dense = sizeof(T);
+    for (size_t i = shape.size(); i-- > 0;) {
+      const bool free = info_.shape[i] == 1 || (pitched && i == 0 && info_.strides[i] >= dense &&
+                                                info_.strides[i] % sizeof(T) == 0);
+      if (info_.strides[i] != dense && !free)
+        throw pybind11::value_error(
+            std::string(name) + ": expected " +
+            (pitched ? "lines without gaps between numbers" : "numbers without gaps between them") +
+            ", got strides of " + shape_text(info_.strides) + " bytes for shape " +
+            shape_text(info_.shape));
+      dense *= info_.shape[i];
+    }
+  }
+
+  T* data() const { return static_cast<T*>(info_.ptr); }
+  int64_t size(size_t i) const { return info_.shape[i]; }
+  int64_t pitch() const { return info_.strides[0] / static_cast<pybind11::ssize_t>(sizeof(T)); }
+
+ private:
+  pybind11::buffer_info info_;
+};
+
+inline Threads threads_of(int count, const std::string& isa) {
+  if (count < 1)
+    throw pybind11::value_error("threads: expected at least 1, got " + std::to_string(count));
+  if (isa.empty()) return {count, best_isa()};
+  for (const Isa known : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    if (isa == isa_name(known)) {
+      if (!has_isa(known))
+        throw pybind11::value_error("isa: this machine or this build lacks " + isa);
+      return {count, known};
+    }
+  throw pybind11::value_error("isa: expected scalar, avx2 or avx512, got '" + isa + "'");
+}
+
+}  // namespace fastrag

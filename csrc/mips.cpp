@@ -1,0 +1,354 @@
+// Queries in panels, rows in blocks, candidates of each thread, and what joins them.
+#include "mips.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mips_kernels.h"
+#include "thread_pool.h"
+
+namespace fastrag {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
+
+constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 while panels pass over them
+constexpr int64_t kChunkRows = 1024;        // rows that a thread takes at a time, at most
+constexpr int64_t kGroupBytes = 24 << 20;   // of queries and their candidates
+constexpr int64_t kGroupQueries = 1024;     // more at once gain nothing
+constexpr int64_t kFewCandidates = 32;      // room for so many costs nothing either
+constexpr double kWorkOfAThread = 1 << 20;  // multiplications that are worth waking one up
+
+const MipsKernels& kernels(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return *avx512_mips_kernels();
+    case Isa::kAvx2:
+      return *avx2_mips_kernels();
+    default:
+      return *scalar_mips_kernels();
+  }
+}
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+bool is_finite(const float* x, int64_t n) {
+  return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
+}
+
+// A score above the complement of a row, both so that the better candidate is the larger number.
+uint64_t key_of(float score, int64_t row) {
+  score += 0.0f;  // -0 ties with 0
+  uint32_t bits;
+  std::memcpy(&bits, &score, 4);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(row);
+}
+
+float score_of(uint64_t key) {
+  uint32_t bits = static_cast<uint32_t>(key >> 32);
+  bits = bits >> 31 ? bits & 0x7fffffffu : ~bits;
+  float score;
+  std::memcpy(&score, &bits, 4);
+  return score;
+}
+
+int64_t row_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
+
+// The best k rows of each query among those that one thread has seen, and some more. A thread sees
+// rows in ascending order, so one that only equals the k-th best has lost.
+class Candidates {
+ public:
+  static int64_t room(int64_t k, int64_t n_rows) {
+    return std::min(std::max(k > n_rows ? n_rows : 2 * k, kFewCandidates), n_rows);
+  }
+
+  // n_lanes: with those without a query.
+  Candidates(int64_t n_queries, int64_t n_lanes, int64_t k, int64_t n_rows)
+      : k_(k),
+        room_(room(k, n_rows)),
+        keys_(new uint64_t[n_queries * room_]),
+        count_(n_queries),
+        threshold_(n_lanes, kInfinity) {
+    std::fill_n(threshold_.begin(), n_queries, -kInfinity);
+  }
+
+  const float* thresholds() const { return threshold_.data(); }
+  bool wants(int64_t query, float score) const { return score > threshold_[query]; }
+  const uint64_t* begin(int64_t query) const { return &keys_[query * room_]; }
+  const uint64_t* end(int64_t query) const { return begin(query) + count_[query]; }
+
+  void add(int64_t query, float score, int64_t row) {
+    uint64_t* keys = &keys_[query * room_];
+    if (count_[query] == room_) {
+      std::nth_element(keys, keys + k_ - 1, keys + room_, std::greater<uint64_t>());
+      count_[query] = k_;
+      threshold_[query] = score_of(keys[k_ - 1]);
+      if (!wants(query, score)) return;
+    }
+    keys[count_[query]++] = key_of(score, row);
+  }
+
+ private:
+  const int64_t k_, room_;
+  std::unique_ptr<uint64_t[]> keys_;
+  std::vector<int64_t> count_;
+  std::vector<float> threshold_;
+};
+
+// What one thread keeps while it takes chunk after chunk.
+struct Worker {
+  Candidates candidates;
+  TileScores scores;
+  std::vector<float> tail;  // the last rows, with zeros to fill the tile
+  int64_t first_bad = kNoRow;
+};
+
+// A group of queries against the whole matrix.
+class Search {
+ public:
+  Search(const MipsQuestion& question, int64_t first_query, int64_t n_queries,
+         const MipsMatrix& matrix, Threads threads)
+      : question_(question),
+        first_query_(first_query),
+        n_queries_(n_queries),
+        matrix_(matrix),
+        kernels_(kernels(threads.isa)) {
+    pack();
+    sort_exclusions();
+    const int64_t row_bytes = std::max<int64_t>(1, question.dim) * sizeof(float);
+    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / kernels_.rows) * kernels_.rows;
+    const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
+    chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
+    const double work = 1.0 * question.dim * n_queries * matrix.n_rows;
+    const int64_t n_chunks = (matrix.n_rows + chunk_rows_ - 1) / chunk_rows_;
+    n_workers_ = std::max<int64_t>(
+        1,
+        std::min<int64_t>({threads.count, n_chunks, static_cast<int64_t>(work / kWorkOfAThread)}));
+  }
+
+  void run(const MipsAnswer& answer) {
+    workers_.reserve(n_workers_);
+    for (int64_t i = 0; i < n_workers_; ++i)
+      workers_.push_back({{n_queries_, n_lanes_, question_.k, matrix_.n_rows}, {}, {}});
+    const int n_threads = static_cast<int>(n_workers_);
+    std::atomic<int64_t> next{0};
+    parallel_for(n_threads, n_workers_, [&](int64_t i) {
+      Worker& worker = workers_[i];
+      while (worker.first_bad == kNoRow) {
+        const int64_t begin = next.fetch_add(chunk_rows_);
+        if (begin >= matrix_.n_rows) return;
+        scan(begin, std::min(begin + chunk_rows_, matrix_.n_rows), &worker);
+      }
+    });
+    // Chunks are taken in ascending order, so the lowest bad row has been met.
+    int64_t bad = kNoRow;
+    for (const Worker& worker : workers_) bad = std::min(bad, worker.first_bad);
+    if (bad != kNoRow) refuse(bad);
+    parallel_for(n_threads, n_workers_, [&](int64_t i) {
+      std::vector<uint64_t> keys;
+      for (int64_t q = n_queries_ * i / n_workers_; q < n_queries_ * (i + 1) / n_workers_; ++q)
+        join(q, answer, &keys);
+    });
+  }
+
+ private:
+  struct PanelPlace {
+    int64_t first_lane;
+    int n_vectors;
+  };
+
+  void pack() {
+    const int64_t dim = question_.dim, width = kernels_.width;
+    n_lanes_ = round_up(n_queries_, width);
+    queries_.resize(n_lanes_ * dim);
+    int64_t left = n_lanes_ / width, lane = 0;
+    while (left > 0) {
+      const int n_vectors = left == 1 ? 1 : left == 3 ? 3 : 2;
+      panels_.push_back({lane, n_vectors});
+      const int64_t lanes = n_vectors * width;
+      float* packed = &queries_[lane * dim];
+      for (int64_t i = 0; i < std::min(lanes, n_queries_ - lane); ++i) {
+        const float* query = question_.query_emb + (first_query_ + lane + i) * dim;
+        for (int64_t d = 0; d < dim; ++d) packed[d * lanes + i] = query[d];
+      }
+      lane += lanes;
+      left -= n_vectors;
+    }
+  }
+
+  void sort_exclusions() {
+    const int64_t n = question_.n_exclude;
+    excluded_.resize(n_queries_ * n);
+    if (n == 0) return;
+    std::copy_n(question_.exclude + first_query_ * n, n_queries_ * n, excluded_.begin());
+    for (int64_t q = 0; q < n_queries_; ++q)
+      std::sort(excluded_.begin() + q * n, excluded_.begin() + (q + 1) * n);
+  }
+
+  bool may_have(int64_t query, int64_t row) const {
+    if (question_.removed && question_.removed[row]) return false;
+    const auto begin = excluded_.begin() + query * question_.n_exclude;
+    return !std::binary_search(begin, begin + question_.n_exclude, row);
+  }
+
+  const float* row_data(int64_t row) const { return matrix_.data + row * matrix_.pitch; }
+
+  // Rows [begin, end), in blocks over which one panel passes after another.
+  void scan(int64_t begin, int64_t end, Worker* worker) const {
+    for (int64_t block = begin; block < end; block += block_rows_) {
+      const int64_t block_end = std::min(block + block_rows_, end);
+      for (size_t p = 0; p < panels_.size(); ++p) {
+        const bool last = p + 1 == panels_.size();
+        // The last panel fetches the next block, and so does the only one, row after row.
+        const int64_t step = panels_.size() == 1 ? kernels_.rows : last ? block_rows_ : 0;
+        for (int64_t row = block; row < block_end; row += kernels_.rows)
+          scan_tile(panels_[p], row, row + step, worker);
+      }
+    }
+  }
+
+  void scan_tile(const PanelPlace& place, int64_t row, int64_t ahead, Worker* worker) const {
+    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
+    TileRows rows{row_data(row), matrix_.pitch, question_.dim, nullptr};
+    if (n < kernels_.rows) {
+      if (worker->tail.empty()) copy_tail(row, n, worker);
+      rows.data = worker->tail.data();
+      rows.pitch = question_.dim;
+    }
+    rows.ahead = ahead + kernels_.rows <= matrix_.n_rows ? row_data(ahead) : rows.data;
+    const Panel panel{queries_.data() + place.first_lane * question_.dim,
+                      worker->candidates.thresholds() + place.first_lane};
+    switch (kernels_.tile[place.n_vectors - 1](panel, rows, &worker->scores)) {
+      case TileResult::kNoHit:
+        return;
+      case TileResult::kHits:
+        return take_hits(place, row, n, worker);
+      case TileResult::kNotFinite:
+        return find_bad(place, row, n, worker);
+    }
+  }
+
+  void copy_tail(int64_t row, int64_t n, Worker* worker) const {
+    worker->tail.resize(std::max<int64_t>(1, kernels_.rows * question_.dim));
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(row_data(row + i), question_.dim, &worker->tail[i * question_.dim]);
+  }
+
+  void take_hits(const PanelPlace& place, int64_t row, int64_t n, Worker* worker) const {
+    Candidates& candidates = worker->candidates;
+    for (int64_t i = 0; i < n; ++i) {
+      const float* scores = worker->scores.scores + i * place.n_vectors * kernels_.width;
+      for (uint64_t hits = worker->scores.hits[i]; hits; hits &= hits - 1) {
+        const int lane = __builtin_ctzll(hits);
+        const int64_t query = place.first_lane + lane;
+        if (candidates.wants(query, scores[lane]) && may_have(query, row + i))
+          candidates.add(query, scores[lane], row + i);
+      }
+    }
+  }
+
+  void find_bad(const PanelPlace& place, int64_t row, int64_t n, Worker* worker) const {
+    const int64_t lanes = place.n_vectors * kernels_.width;
+    for (int64_t i = 0; i < n; ++i)
+      if (!is_finite(worker->scores.scores + i * lanes, lanes))
+        worker->first_bad = std::min(worker->first_bad, row + i);
+  }
+
+  [[noreturn]] void refuse(int64_t row) const {
+    if (is_finite(row_data(row), question_.dim))
+      throw std::invalid_argument(
+          "index_emb: expected inner products within float32 range, got an overflow in row " +
+          std::to_string(row));
+    throw std::invalid_argument("index_emb: expected finite values, got NaN or infinity in row " +
+                                std::to_string(row));
+  }
+
+  void join(int64_t query, const MipsAnswer& answer, std::vector<uint64_t>* keys) const {
+    keys->clear();
+    for (const Worker& worker : workers_)
+      keys->insert(keys->end(), worker.candidates.begin(query), worker.candidates.end(query));
+    const int64_t k = question_.k, n = std::min<int64_t>(k, keys->size());
+    std::partial_sort(keys->begin(), keys->begin() + n, keys->end(), std::greater<uint64_t>());
+    float* scores = answer.scores + (first_query_ + query) * k;
+    int64_t* rows = answer.rows + (first_query_ + query) * k;
+    for (int64_t i = 0; i < n; ++i) {
+      scores[i] = score_of((*keys)[i]);
+      rows[i] = row_of((*keys)[i]);
+    }
+    std::fill(scores + n, scores + k, -kInfinity);
+    std::fill(rows + n, rows + k, -1);
+  }
+
+  const MipsQuestion& question_;
+  const int64_t first_query_, n_queries_;
+  const MipsMatrix& matrix_;
+  const MipsKernels& kernels_;
+  int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
+  std::vector<PanelPlace> panels_;
+  std::vector<float> queries_;     // panel after panel
+  std::vector<int64_t> excluded_;  // [n_queries, n_exclude], each line sorted
+  std::vector<Worker> workers_;
+};
+
+}  // namespace
+
+void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const MipsAnswer& answer,
+               Threads threads) {
+  for (int64_t b = 0; b < question.n_queries; ++b)
+    if (!is_finite(question.query_emb + b * question.dim, question.dim))
+      throw std::invalid_argument("query_emb: expected finite values, got NaN or infinity in row " +
+                                  std::to_string(b));
+  const int64_t candidates = threads.count * Candidates::room(question.k, matrix.n_rows);
+  const int64_t query_bytes =
+      question.dim * sizeof(float) + (candidates + question.n_exclude) * sizeof(uint64_t) + 1;
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / query_bytes, 1, kGroupQueries);
+  const int64_t panel = 2 * kernels(threads.isa).width;
+  const int64_t group = most < panel ? most : most / panel * panel;
+  for (int64_t first = 0; first < question.n_queries; first += group) {
+    const int64_t n = std::min(group, question.n_queries - first);
+    Search(question, first, n, matrix, threads).run(answer);
+  }
+}
+
+void merge_topk(const float* scores, const int64_t* rows, int64_t n_parts, int64_t n_queries,
+                int64_t k, const MipsAnswer& answer) {
+  struct Hit {
+    float score;
+    int64_t row;
+  };
+  const auto better = [](const Hit& a, const Hit& b) {
+    return a.score > b.score || (a.score == b.score && a.row < b.row);
+  };
+  std::vector<Hit> hits;
+  for (int64_t b = 0; b < n_queries; ++b) {
+    hits.clear();
+    for (int64_t part = 0; part < n_parts; ++part) {
+      const int64_t begin = (part * n_queries + b) * k;
+      for (int64_t i = begin; i < begin + k; ++i) {
+        if (rows[i] < 0) continue;
+        if (std::isnan(scores[i]))
+          throw std::invalid_argument("scores: expected numbers, got NaN at [" +
+                                      std::to_string(part) + ", " + std::to_string(b) + ", " +
+                                      std::to_string(i - begin) + "]");
+        hits.push_back({scores[i], rows[i]});
+      }
+    }
+    const int64_t n = std::min<int64_t>(k, hits.size());
+    std::partial_sort(hits.begin(), hits.begin() + n, hits.end(), better);
+    for (int64_t i = 0; i < k; ++i) {
+      answer.scores[b * k + i] = i < n ? hits[i].score : -kInfinity;
+      answer.rows[b * k + i] = i < n ? hits[i].row : -1;
+    }
+  }
+}
+
+}  // namespace fastrag

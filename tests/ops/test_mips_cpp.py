@@ -1,0 +1,342 @@
+"""The search in C++: bits, candidates, memory it is handed, threads, bad input.
+
+test_mips_topk.py runs it beside the torch backend; tests/csrc compares it with one std::fma after
+another, and runs it under sanitizers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastrag import reference
+
+_C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
+
+ISAS = _C.instruction_sets()
+each_isa = pytest.mark.parametrize("isa", ISAS)
+
+Found = tuple[Tensor, Tensor]
+
+
+def search(query: Tensor, index: Tensor | np.ndarray, k: int, **options: object) -> Found:
+    scores = torch.full((len(query), k), torch.nan)
+    rows = torch.full((len(query), k), -7)
+    index = index.numpy() if isinstance(index, Tensor) else index
+    options = {name: x.numpy() if isinstance(x, Tensor) else x for name, x in options.items()}
+    _C.mips_topk(query.numpy(), index, scores.numpy(), rows.numpy(), **options)
+    return scores, rows
+
+
+def merge(parts: list[Found]) -> Found:
+    scores, rows = (torch.stack(each) for each in zip(*parts, strict=True))
+    best = torch.full_like(scores[0], torch.nan), torch.full_like(rows[0], -7)
+    _C.merge_topk(scores.numpy(), rows.numpy(), best[0].numpy(), best[1].numpy())
+    return best
+
+
+def same(found: Found, expected: Found) -> bool:
+    """The same rows and scores of the same bits."""
+    bits = [scores.view(torch.int32) for scores, _ in (found, expected)]
+    return torch.equal(bits[0], bits[1]) and torch.equal(found[1], expected[1])
+
+
+def by_score(scores: Tensor, rows: Tensor, k: int) -> Found:
+    """The first k of each line by (score descending, row ascending), missing ones last."""
+    scores, rows = scores + torch.zeros(()), rows.clone()
+    pad = max(0, k - scores.shape[1])
+    scores = torch.nn.functional.pad(scores, (0, pad), value=-torch.inf)
+    rows = torch.nn.functional.pad(rows, (0, pad), value=-1)
+    order = rows.sort(dim=1, stable=True)[1]
+    scores, rows = scores.gather(1, order), rows.gather(1, order)
+    order = scores.sort(dim=1, descending=True, stable=True)[1][:, :k]
+    scores, rows = scores.gather(1, order), rows.gather(1, order)
+    return scores, rows.masked_fill(scores == -torch.inf, -1)
+
+
+def all_scores(query: Tensor, index: Tensor) -> Tensor:
+    """[B, N], each query and each row alone, one std::fma after another."""
+    rows = [
+        torch.cat([search(q[None], x[None], 1, isa="scalar")[0] for x in index], 1) for q in query
+    ]
+    return torch.cat(rows)
+
+
+# --------------------------------------------------------------------------------------- the result
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.data())
+def test_equals_brute_force(data: st.DataObject) -> None:
+    n, dim = data.draw(st.integers(1, 45)), data.draw(st.integers(1, 40))
+    n_queries, k = data.draw(st.integers(1, 100)), data.draw(st.integers(1, 60))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    query = torch.randn(n_queries, dim, generator=generator)
+    index = torch.randn(n, dim, generator=generator)
+    options: dict[str, Tensor] = {}
+    barred = torch.zeros(n_queries, n, dtype=torch.bool)
+    if data.draw(st.booleans()):
+        options["removed"] = torch.rand(n, generator=generator) < 0.4
+        barred |= options["removed"]
+    if data.draw(st.booleans()):
+        width = data.draw(st.integers(0, 6))
+        exclude = torch.randint(-1, n, (n_queries, width), generator=generator)
+        options["exclude"] = exclude
+        barred |= (exclude[:, :, None] == torch.arange(n)).any(1)
+    found = search(
+        query,
+        index,
+        k,
+        isa=data.draw(st.sampled_from(ISAS)),
+        threads=data.draw(st.integers(1, 3)),
+        **options,
+    )
+    exact = (query.double() @ index.double().T).masked_fill(barred, -torch.inf)
+    expected = by_score(exact, torch.arange(n).expand(n_queries, -1), k)
+    assert torch.equal(found[1], expected[1])
+    # gamma_D |q| |x| in float32, for all D roundings of a sum in order
+    norms = query.double().abs() @ index.double().abs().T
+    bound = (dim * 2.0**-24 / (1 - dim * 2.0**-24) * norms).max()
+    there = found[1] >= 0
+    error = (found[0].double() - expected[0])[there].abs()
+    assert error.numel() == 0 or error.max() <= bound
+    assert found[0][~there].eq(-torch.inf).all()
+
+
+@each_isa
+@pytest.mark.parametrize("dim", [1, 15, 16, 37, 64])
+def test_bits_do_not_depend_on_company(isa: str, dim: int) -> None:
+    """Whatever else is searched, on whatever: a score is one std::fma after another."""
+    query, index = torch.randn(101, dim), torch.randn(75, dim)
+    few = 3
+    expected = by_score(all_scores(query[:few], index), torch.arange(75).expand(few, -1), 9)
+    for n_queries in (few, 16, 17, 40, 101):
+        for threads in (1, 2, 5):
+            found = search(query[:n_queries], index, 9, isa=isa, threads=threads)
+            assert same((found[0][:few], found[1][:few]), expected)
+
+
+@each_isa
+def test_shards_merge_to_the_whole(isa: str) -> None:
+    query, index = torch.randn(5, 24), torch.randn(500, 24)
+    index[400:450] = index[100:150]  # ties across shards
+    whole = search(query, index, 12, isa=isa)
+    parts = []
+    for start, stop in ((0, 3), (3, 130), (130, 131), (131, 500)):
+        scores, rows = search(query, index[start:stop], 12, isa=isa, threads=2)
+        parts.append((scores, torch.where(rows < 0, -1, rows + start)))
+    assert same(merge(parts), whole)
+    assert same(merge(parts[::-1]), whole)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.data())
+def test_merge(data: st.DataObject) -> None:
+    shape = [
+        data.draw(st.integers(0, 5)),
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(1, 6)),
+    ]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    scores = torch.randint(-2, 3, shape, generator=generator).float()
+    rows = torch.randint(0, 2**40, shape, generator=generator)
+    missing = torch.rand(shape, generator=generator) < 0.3
+    scores, rows = scores.masked_fill(missing, -torch.inf), rows.masked_fill(missing, -1)
+    found = torch.full(shape[1:], torch.nan), torch.full(shape[1:], -7)
+    _C.merge_topk(scores.numpy(), rows.numpy(), found[0].numpy(), found[1].numpy())
+    line = shape[0] * shape[2]
+    flat = [x.transpose(0, 1).reshape(shape[1], line) for x in (scores, rows)]
+    assert same(found, by_score(flat[0], flat[1], shape[2]))
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+@each_isa
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "shuffled"])
+@pytest.mark.parametrize("k", [1, 40])
+def test_any_order_of_scores(isa: str, order: str, k: int) -> None:
+    """Ascending: every row is a candidate. Equal: none is after the first k."""
+    n = 3000
+    values = {
+        "ascending": torch.arange(n),
+        "descending": torch.arange(n).flip(0),
+        "equal": torch.zeros(n),
+        "shuffled": torch.randperm(n),
+    }[order]
+    index, query = values[:, None].float() + 1, torch.tensor([[1.0], [-2.0], [0.0]])
+    for threads in (1, 3):
+        found = search(query, index, k, isa=isa, threads=threads)
+        assert same(found, reference.mips_topk(query, index, k))
+
+
+@each_isa
+def test_more_queries_than_one_pass_takes(isa: str) -> None:
+    query, index = torch.randint(-3, 4, (2100, 3)).float(), torch.randint(-3, 4, (40, 3)).float()
+    exclude = torch.randint(-1, 40, (2100, 2))
+    found = search(query, index, 7, isa=isa, threads=2, exclude=exclude)
+    assert same(found, reference.mips_topk(query, index, 7, exclude))
+
+
+@each_isa
+def test_almost_all_removed(isa: str) -> None:
+    query, index = torch.randn(3, 5), torch.randn(4000, 5)
+    kept = torch.tensor([3, 1999, 3999])
+    removed = torch.ones(4000, dtype=torch.bool)
+    removed[kept] = False
+    scores, rows = search(query, index, 4, isa=isa, threads=2, removed=removed)
+    assert torch.equal(rows[:, :3].sort(1)[0], kept.expand(3, -1))
+    assert rows[:, 3].eq(-1).all() and scores[:, 3].eq(-torch.inf).all()
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+@each_isa
+def test_reads_the_matrix_where_it_lies(isa: str, tmp_path: Path) -> None:
+    """A read-only map, rows with a pitch, an address that only a float divides."""
+    query, index = torch.randn(4, 30), torch.randn(200, 30)
+    expected = search(query, index, 8, isa=isa)
+    wide = np.full((201, 37), np.nan, dtype=np.float32)
+    wide[:200, 3:33] = index.numpy()
+    assert same(search(query, wide[:200, 3:33], 8, isa=isa), expected)
+    (tmp_path / "odd").write_bytes(b"1234" + index.numpy().tobytes())
+    mapped = np.memmap(tmp_path / "odd", np.float32, "r", offset=4, shape=(200, 30))
+    assert same(search(query, mapped, 8, isa=isa), expected)
+
+
+# ------------------------------------------------------------------------------------ not finite
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("row", [0, 13, 1500, 3998])
+def test_names_the_first_row_that_is_not_finite(isa: str, bad: float, row: int) -> None:
+    query, index = torch.randn(20, 18), torch.randn(3999, 18)
+    index[row, 17] = bad
+    index[row + 1 :: 7, 3] = bad
+    removed = torch.ones(3999, dtype=torch.bool)
+    for threads in (1, 3):
+        for options in ({}, {"removed": removed}):
+            with pytest.raises(ValueError, match=f"index_emb: .* NaN or infinity in row {row}$"):
+                search(query, index, 2, isa=isa, threads=threads, **options)
+    query[11, 0] = bad
+    with pytest.raises(ValueError, match="query_emb: .* NaN or infinity in row 11$"):
+        search(query, index, 2, isa=isa)
+
+
+@each_isa
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_names_the_first_row_that_overflows(isa: str, sign: float) -> None:
+    query, index = torch.ones(90, 2), torch.ones(300, 2)
+    query[77] = 1e30
+    index[130] = index[250] = sign * 1e30
+    message = "index_emb: .* within float32 range, got an overflow in row 130$"
+    for threads in (1, 3):
+        with pytest.raises(ValueError, match=message):
+            search(query, index, 2, isa=isa, threads=threads)
+
+
+def test_the_largest_numbers() -> None:
+    largest = torch.finfo(torch.float32).max
+    scores, rows = search(torch.ones(1, 1), torch.tensor([[-largest], [largest]]), 3)
+    assert scores.tolist() == [[largest, -largest, -torch.inf]] and rows.tolist() == [[1, 0, -1]]
+
+
+# --------------------------------------------------------------------------------------- threads
+
+
+def _in_child(query: Tensor, index: Tensor, expected: Found, answer: object) -> None:
+    answer.put(same(search(query, index, 5, threads=3), expected))
+
+
+def test_same_bits_after_a_fork() -> None:
+    query, index = torch.randn(9, 64), torch.randn(5000, 64)
+    expected = search(query, index, 5, threads=3)
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_in_child, args=(query, index, expected, answer))
+    child.start()
+    try:
+        assert answer.get(timeout=60)
+    finally:
+        child.join(10)
+    assert child.exitcode == 0
+    assert same(search(query, index, 5, threads=3), expected)
+
+
+def test_searches_from_several_threads() -> None:
+    query, index = torch.randn(9, 64), torch.randn(5000, 64)
+    expected = search(query, index, 5)
+    good = []
+
+    def work() -> None:
+        good.append(all(same(search(query, index, 5, threads=2), expected) for _ in range(20)))
+
+    callers = [threading.Thread(target=work) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert good == [True] * 4
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_emb": torch.zeros(3)}, r"query_emb: expected float32 \[n, n\], .*'f' \[3\]"),
+        ({"index_emb": torch.zeros(5, 4)}, r"index_emb: expected float32 \[n, 3\], .* \[5, 4\]"),
+        ({"index_emb": torch.zeros(5, 3).double()}, "index_emb: expected float32 .* format 'd'"),
+        ({"index_emb": torch.zeros(3, 5).t()}, "index_emb: expected lines without gaps"),
+        ({"rows": torch.zeros(2, 5).long()}, r"rows: expected int64 \[2, 4\], .* \[2, 5\]"),
+        ({"scores": torch.zeros(2, 0)}, "scores: expected at least one column, got none"),
+        ({"removed": torch.zeros(4).bool()}, r"removed: expected bool \[5\], got .* \[4\]"),
+        ({"removed": torch.zeros(5).byte()}, r"removed: expected bool \[5\], got format 'B'"),
+        ({"exclude": torch.zeros(1, 2).long()}, r"exclude: expected int64 \[2, n\], .* \[1, 2\]"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"isa": "sse9"}, "isa: expected scalar, avx2 or avx512, got 'sse9'"),
+    ],
+)
+def test_rejects_bad_buffers(change: dict[str, object], message: str) -> None:
+    options: dict[str, object] = {
+        "query_emb": torch.zeros(2, 3),
+        "index_emb": torch.zeros(5, 3),
+        "scores": torch.zeros(2, 4),
+        "rows": torch.zeros(2, 4).long(),
+        **change,
+    }
+    if options["scores"].shape[1] == 0:
+        options["rows"] = torch.zeros(2, 0).long()
+    options = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in options.items()}
+    with pytest.raises(ValueError, match=message):
+        _C.mips_topk(**options)
+
+
+def test_rejects_an_address_between_floats() -> None:
+    memory = memoryview(bytearray(61))[1:]
+    with pytest.raises(ValueError, match="index_emb: expected an address that is a multiple of 4"):
+        search(torch.zeros(2, 3), memory.cast("f", (5, 3)), 1)
+    as_numpy = np.frombuffer(memory, dtype=np.float32).reshape(5, 3)
+    with pytest.raises(ValueError, match="index_emb: expected float32 .* got format '=f'"):
+        search(torch.zeros(2, 3), as_numpy, 1)
+
+
+def test_merge_rejects_nan_and_other_shapes() -> None:
+    scores, rows = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).long()
+    out = torch.zeros(3, 4).numpy(), torch.zeros(3, 4).long().numpy()
+    scores[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"scores: expected numbers, got NaN at \[1, 2, 3\]"):
+        _C.merge_topk(scores.numpy(), rows.numpy(), *out)
+    with pytest.raises(ValueError, match=r"part_rows: expected int64 \[2, 3, 4\], .* \[1, 3, 4\]"):
+        _C.merge_topk(scores.numpy(), rows[:1].numpy(), *out)
