@@ -424,8 +424,8 @@ def mips_topk(
 
         scores[b], rows[b] = top-k over n of query_emb[b] . index_emb[n], ties by lowest row
 
-    No gradient: score the rows again with `doc_scores` to train. Memory: scores of one block of
-    passages at a time; `[B, N]` is never stored.
+    No gradient: score the rows again with `doc_scores` to train. Memory: at most the scores of one
+    block of passages; `[B, N]` is never stored.
 
     Args:
         query_emb: questions. `[B, D]`, floating point.
@@ -445,8 +445,9 @@ def mips_topk(
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
 
     Note:
-        Inner products in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the block.
-        Backends: torch.
+        Inner products in float32, also under autocast. Backends: cpp (float32 on a CPU), torch.
+        With cpp a score has the same bits for any batch, number of threads, processor and way to
+        cut the index; `FASTRAG_WORKSPACE_BYTES` bounds the block of torch.
 
     Example:
         >>> import torch, fastrag.functional as F

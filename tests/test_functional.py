@@ -63,8 +63,9 @@ def test_a_training_step_through_all_of_it() -> None:
 @pytest.mark.parametrize("value", ["0", "-5", "1e6", "many"])
 def test_workspace_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(workspace.WORKSPACE_VARIABLE, value)
+    one = torch.ones(1, 1, dtype=torch.float64)  # which torch searches, by blocks
     with pytest.raises(ValueError, match="FASTRAG_WORKSPACE_BYTES: expected a positive number"):
-        F.mips_topk(torch.ones(1, 1), torch.ones(1, 1), 1)
+        F.mips_topk(one, one, 1)
 
 
 def test_even_slices() -> None:

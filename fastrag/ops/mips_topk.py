@@ -1,10 +1,14 @@
-"""Exact maximum inner product search by blocks of passages, with a running top-k.
+"""Exact maximum inner product search, with a running top-k.
 
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
 
-Score and row are packed into one int64, the score's bits in an order-preserving form above the
-complement of the row. All keys differ, so the selection is exact, ties go to the lowest row, and
-the order in which blocks are merged cannot change the answer. Only [B, block] scores ever exist.
+cpp, for float32 on the CPU, sums each product in the order of its elements (csrc/mips.h), so that a
+score has the same bits whatever it is searched with; no block of scores exists.
+
+torch goes by blocks of passages. Score and row are packed into one int64, the score's bits in an
+order-preserving form above the complement of the row. All keys differ, so the selection is exact,
+ties go to the lowest row, and the order in which blocks are merged cannot change the answer. Only
+[B, block] scores ever exist; their rounding is that of the matrix product.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
 
-backends.register("mips_topk", ("torch",))
+backends.register("mips_topk", ("cpp", "torch"))
 
 _ROW_MASK = 0xFFFFFFFF
 _NOTHING = torch.iinfo(torch.int64).min
@@ -31,19 +35,13 @@ def mips_topk(
     query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k] int64."""
-    backends.choose("mips_topk", query_emb.device, query_emb.dtype)
     dtype = workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, index_emb.dtype))
     query = query_emb.to(dtype)
-    check_finite("query_emb", query)
-    best = torch.full((query.shape[0], k), _NOTHING, dtype=torch.int64, device=query.device)
-    row_bytes = max(1, query.shape[0]) * _BYTES_PER_SCORE + index_emb.shape[1] * dtype.itemsize
-    limit = workspace.rows_per_chunk(row_bytes, query.device)
-    with workspace.without_autocast(query.device):
-        for part in workspace.even_slices(index_emb.shape[0], limit):
-            keys = _keys(query, index_emb, part, exclude)
-            keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
-            best = torch.cat([best, keys], 1).topk(k, dim=1).values
-    return _unpack(best)
+    if backends.choose("mips_topk", query.device, dtype, _unfit(index_emb)) == "cpp":
+        from fastrag.ops.cpp_mips import search
+
+        return search(query, index_emb, k, exclude)
+    return _torch_search(query, index_emb, k, exclude)
 
 
 @mips_topk.register_fake
@@ -55,6 +53,31 @@ def _(
         query_emb.new_empty(shape, dtype=torch.float32),
         query_emb.new_empty(shape, dtype=torch.int64),
     )
+
+
+def _unfit(index_emb: Tensor) -> dict[str, str]:
+    if index_emb.dtype != torch.float32:
+        return {"cpp": f"it searches float32, got an index of {checks.show(index_emb)}"}
+    n, dim = index_emb.shape
+    if (dim > 1 and index_emb.stride(1) != 1) or (n > 1 and index_emb.stride(0) < dim):
+        return {"cpp": f"it reads rows in place, got an index with strides {index_emb.stride()}"}
+    return {}
+
+
+def _torch_search(
+    query: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    check_finite("query_emb", query)
+    best = torch.full((query.shape[0], k), _NOTHING, dtype=torch.int64, device=query.device)
+    row_bytes = max(1, query.shape[0]) * _BYTES_PER_SCORE
+    row_bytes += index_emb.shape[1] * query.dtype.itemsize
+    limit = workspace.rows_per_chunk(row_bytes, query.device)
+    with workspace.without_autocast(query.device):
+        for part in workspace.even_slices(index_emb.shape[0], limit):
+            keys = _keys(query, index_emb, part, exclude)
+            keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
+            best = torch.cat([best, keys], 1).topk(k, dim=1).values
+    return _unpack(best)
 
 
 def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:

@@ -6,12 +6,21 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
+from fastrag.ops import backends
 from fastrag.ops.mips_topk import mips_topk
 
 
-@pytest.fixture(params=["", "3000", "1"], ids=["one block", "some", "row by row"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
+@pytest.fixture(
+    params=["", "3000", "1", "cpp"],
+    ids=["torch, one block", "torch, some", "torch, row by row", "cpp where it can"],
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "cpp":
+        if reason := backends.why_not("cpp"):
+            pytest.skip(reason)
+    else:
+        monkeypatch.setenv(backends.BACKEND_VARIABLE, "torch")
+        monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
 
 
 def whole_numbers(n: int, width: int = 6, high: int = 3) -> Tensor:
@@ -26,12 +35,12 @@ def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 60, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_against_the_full_matrix(k: int, dtype: torch.dtype, blocks: None) -> None:
+def test_against_the_full_matrix(k: int, dtype: torch.dtype, backend: None) -> None:
     query, index = whole_numbers(4).to(dtype), whole_numbers(60).to(dtype)
     same(F.mips_topk(query, index, k), reference.mips_topk(query, index, k))
 
 
-def test_real_numbers(blocks: None) -> None:
+def test_real_numbers(backend: None) -> None:
     query, index = torch.randn(7, 33), torch.randn(200, 33)
     scores, rows = F.mips_topk(query, index, 9)
     expected = reference.mips_topk(query.double(), index.double(), 9)
@@ -40,7 +49,7 @@ def test_real_numbers(blocks: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rows", "mask", "everything"])
-def test_exclude(kind: str, blocks: None) -> None:
+def test_exclude(kind: str, backend: None) -> None:
     query, index = whole_numbers(4), whole_numbers(30)
     if kind == "rows":
         exclude = torch.randint(-1, 30, (4, 12))
@@ -50,36 +59,40 @@ def test_exclude(kind: str, blocks: None) -> None:
          reference.mips_topk(query, index, 8, exclude))  # fmt: skip
 
 
-def test_ties_go_to_the_lowest_row(blocks: None) -> None:
+def test_ties_go_to_the_lowest_row(backend: None) -> None:
     index = torch.ones(50, 3)
     index[20] = 2.0
     _, rows = F.mips_topk(torch.ones(2, 3), index, 4)
     assert rows.tolist() == [[20, 0, 1, 2]] * 2
 
 
-def test_both_zeros_tie(blocks: None) -> None:
+def test_both_zeros_tie(backend: None) -> None:
     """float64 products that round to -0.0 in float32 equal those that are 0."""
     index = torch.tensor([[-1e-300], [0.0], [-1e-300], [-1.0]], dtype=torch.float64)
     scores, rows = F.mips_topk(torch.ones(1, 1, dtype=torch.float64), index, 4)
     assert rows.tolist() == [[0, 1, 2, 3]] and scores[0, :3].eq(0).all()
 
 
-def test_fewer_rows_than_k(blocks: None) -> None:
+def test_fewer_rows_than_k(backend: None) -> None:
     scores, rows = F.mips_topk(torch.ones(1, 2), torch.ones(2, 2), 4)
     assert rows.tolist() == [[0, 1, -1, -1]]
     assert scores.tolist() == [[2.0, 2.0, -torch.inf, -torch.inf]]
 
 
-def test_batch_of_one_and_strides(blocks: None) -> None:
+def test_batch_of_one_and_strides(backend: None) -> None:
     query, index = whole_numbers(5), whole_numbers(40)
     expected = F.mips_topk(query, index, 6)
     strided = [x.t().contiguous().t() for x in (query, index)]
     same(F.mips_topk(*strided, 6), expected)
+    wide = [torch.nn.functional.pad(x, (1, 2), value=torch.nan)[:, 1:-2] for x in (query, index)]
+    same(F.mips_topk(*wide, 6), expected)
+    rows = F.mips_topk(query, index[:1].expand(40, -1), 6)[1]
+    assert torch.equal(rows, torch.arange(6).expand(5, -1))
     for b in range(5):
         same(F.mips_topk(query[b : b + 1], index, 6), tuple(x[b : b + 1] for x in expected))
 
 
-def test_under_autocast(blocks: None) -> None:
+def test_under_autocast(backend: None) -> None:
     query, index = torch.randn(7, 33), torch.randn(200, 33)
     expected = F.mips_topk(query, index, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -99,7 +112,7 @@ def test_opcheck_and_compile() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_names_the_row_that_is_not_finite(bad: float, blocks: None) -> None:
+def test_names_the_row_that_is_not_finite(bad: float, backend: None) -> None:
     query, index = whole_numbers(3), whole_numbers(20)
     index[13, 2] = bad
     with pytest.raises(ValueError, match="index_emb: .* got NaN or infinity in row 13"):
@@ -109,7 +122,7 @@ def test_names_the_row_that_is_not_finite(bad: float, blocks: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_names_an_overflow(dtype: torch.dtype, blocks: None) -> None:
+def test_names_an_overflow(dtype: torch.dtype, backend: None) -> None:
     """A score of -inf would be taken for a missing passage, also where only float32 overflows."""
     index = torch.tensor([[1.0], [-1e30]], dtype=dtype)
     with pytest.raises(ValueError, match="inner products within float32 range, got an overflow"):
