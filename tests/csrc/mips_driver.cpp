@@ -1,0 +1,215 @@
+// Searches without Python, each against one std::fma after another: what test_sanitizers.py builds
+// with sanitizers and runs. Buffers end where the data does, so that a step beyond is seen.
+//
+//     mips_driver shapes | threads | fork
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "mips.h"
+
+namespace {
+
+using fastrag::Isa;
+using fastrag::Threads;
+
+void expect(bool good, const std::string& what) {
+  if (good) return;
+  std::fprintf(stderr, "failed: %s\n", what.c_str());
+  std::exit(1);
+}
+
+struct Answer {
+  std::vector<float> scores;
+  std::vector<int64_t> rows;
+
+  bool operator==(const Answer& other) const {
+    return rows == other.rows &&
+           !std::memcmp(scores.data(), other.scores.data(), scores.size() * sizeof(float));
+  }
+};
+
+struct Problem {
+  int64_t n_queries, n_rows, dim, pitch, k, n_exclude;
+  std::vector<float> query_emb;
+  std::unique_ptr<float[]> index_emb;
+  std::unique_ptr<bool[]> removed;
+  std::vector<int64_t> exclude;
+
+  Problem(std::mt19937* random, int64_t n_queries, int64_t n_rows, int64_t dim, int64_t gap,
+          int64_t k, int64_t n_exclude, bool whole)
+      : n_queries(n_queries),
+        n_rows(n_rows),
+        dim(dim),
+        pitch(dim + gap),
+        k(k),
+        n_exclude(n_exclude),
+        query_emb(n_queries * dim),
+        index_emb(new float[(n_rows - 1) * pitch + dim]),
+        removed(new bool[n_rows]),
+        exclude(n_queries * n_exclude) {
+    std::normal_distribution<float> normal;
+    const auto number = [&] {
+      return whole ? std::round(2.0f * normal(*random)) : normal(*random);
+    };
+    std::generate(query_emb.begin(), query_emb.end(), number);
+    std::fill_n(index_emb.get(), (n_rows - 1) * pitch + dim,
+                std::numeric_limits<float>::quiet_NaN());
+    for (int64_t i = 0; i < n_rows; ++i) std::generate_n(&index_emb[i * pitch], dim, number);
+    std::generate_n(removed.get(), n_rows, [&] { return (*random)() % 4 == 0; });
+    std::generate(exclude.begin(), exclude.end(),
+                  [&] { return static_cast<int64_t>((*random)() % (n_rows + 1)) - 1; });
+  }
+
+  Answer search(Threads threads) const {
+    Answer found{std::vector<float>(n_queries * k), std::vector<int64_t>(n_queries * k)};
+    fastrag::mips_topk(
+        {query_emb.data(), n_queries, dim, k, removed.get(), exclude.data(), n_exclude},
+        {index_emb.get(), n_rows, pitch}, {found.scores.data(), found.rows.data()}, threads);
+    return found;
+  }
+
+  Answer expected() const {
+    Answer best;
+    for (int64_t b = 0; b < n_queries; ++b) {
+      std::vector<std::pair<float, int64_t>> hits;
+      const auto begin = exclude.begin() + b * n_exclude;
+      for (int64_t i = 0; i < n_rows; ++i) {
+        if (removed[i] || std::find(begin, begin + n_exclude, i) != begin + n_exclude) continue;
+        float score = 0.0f;
+        for (int64_t d = 0; d < dim; ++d)
+          score = std::fma(query_emb[b * dim + d], index_emb[i * pitch + d], score);
+        hits.emplace_back(-score, i);
+      }
+      std::sort(hits.begin(), hits.end());
+      hits.resize(k, {std::numeric_limits<float>::infinity(), -1});
+      for (const auto& [minus_score, row] : hits) {
+        best.scores.push_back(0.0f - minus_score);
+        best.rows.push_back(row);
+      }
+    }
+    return best;
+  }
+};
+
+std::vector<Isa> instruction_sets() {
+  std::vector<Isa> found;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    if (fastrag::has_isa(isa)) found.push_back(isa);
+  return found;
+}
+
+void run_shapes() {
+  std::mt19937 random(0);
+  const auto draw = [&](int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(random() % (high - low + 1));
+  };
+  for (int i = 0; i < 150; ++i) {
+    const Problem problem(&random, draw(1, i % 10 ? 20 : 120), draw(1, i % 9 ? 60 : 3000),
+                          draw(1, 40), draw(0, 3), draw(1, i % 7 ? 12 : 200), draw(0, 4), i % 2);
+    const Answer expected = problem.expected();
+    for (const Isa isa : instruction_sets())
+      for (const int count : {1, 3})
+        expect(problem.search({count, isa}) == expected,
+               "problem " + std::to_string(i) + " with " + fastrag::isa_name(isa));
+  }
+}
+
+void run_not_finite() {
+  std::mt19937 random(0);
+  for (const int64_t row : {0, 29, 500, 999}) {
+    Problem problem(&random, 40, 1000, 17, 1, 3, 0, false);
+    problem.index_emb[row * problem.pitch + 16] = std::numeric_limits<float>::infinity();
+    for (const Isa isa : instruction_sets()) {
+      std::string message;
+      try {
+        problem.search({3, isa});
+      } catch (const std::invalid_argument& error) {
+        message = error.what();
+      }
+      const std::string ending = "in row " + std::to_string(row);
+      expect(message.size() > ending.size() &&
+                 message.compare(message.size() - ending.size(), ending.size(), ending) == 0,
+             "the row that is not finite: " + message);
+    }
+  }
+}
+
+void run_merge() {
+  std::mt19937 random(0);
+  const Problem problem(&random, 5, 900, 8, 0, 10, 0, true);
+  const Answer expected = problem.expected();
+  Answer parts, found = expected;
+  for (int64_t begin = 0; begin < problem.n_rows; begin += 300) {
+    Answer part{std::vector<float>(50), std::vector<int64_t>(50)};
+    fastrag::mips_topk(
+        {problem.query_emb.data(), 5, 8, 10, problem.removed.get() + begin, nullptr, 0},
+        {&problem.index_emb[begin * 8], 300, 8}, {part.scores.data(), part.rows.data()},
+        {1, Isa::kScalar});
+    for (int64_t& row : part.rows) row += row < 0 ? 0 : begin;
+    parts.scores.insert(parts.scores.end(), part.scores.begin(), part.scores.end());
+    parts.rows.insert(parts.rows.end(), part.rows.begin(), part.rows.end());
+  }
+  std::fill(found.rows.begin(), found.rows.end(), -7);
+  fastrag::merge_topk(parts.scores.data(), parts.rows.data(), 3, 5, 10,
+                      {found.scores.data(), found.rows.data()});
+  expect(found == expected, "merge");
+}
+
+// Callers share the pool and the matrix; each has its own answer.
+void run_threads() {
+  std::mt19937 random(0);
+  const Problem problem(&random, 20, 6000, 24, 0, 7, 2, false);
+  const Answer expected = problem.expected();
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([&, i] {
+      for (int repeat = 0; repeat < 10; ++repeat)
+        expect(problem.search({1 + i, fastrag::best_isa()}) == expected, "search beside others");
+    });
+  for (std::thread& caller : callers) caller.join();
+}
+
+void run_fork() {
+  std::mt19937 random(0);
+  const Problem problem(&random, 20, 6000, 24, 0, 7, 2, false);
+  const Threads threads{3, fastrag::best_isa()};
+  const Answer expected = problem.expected();
+  expect(problem.search(threads) == expected, "search before the fork");
+  const pid_t child = fork();
+  if (child == 0) _exit(problem.search(threads) == expected ? 0 : 1);
+  int status = -1;
+  waitpid(child, &status, 0);
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "search in the child");
+  expect(problem.search(threads) == expected, "search after the fork");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc == 2 ? argv[1] : "";
+  if (what == "shapes") {
+    run_shapes();
+    run_not_finite();
+    run_merge();
+  } else if (what == "threads") {
+    run_threads();
+  } else if (what == "fork") {
+    run_fork();
+  } else {
+    expect(false, "expected shapes, threads or fork");
+  }
+  std::printf("%s: good\n", what.c_str());
+}
