@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import checks
+from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
 from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
@@ -45,6 +46,8 @@ def doc_scores(
     *,
     rows: Tensor | None = ...,
     tau: float | Tensor = ...,
+    scale: Tensor | None = ...,
+    offset: Tensor | None = ...,
     return_log_prior: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -56,6 +59,8 @@ def doc_scores(
     *,
     rows: Tensor | None = ...,
     tau: float | Tensor = ...,
+    scale: Tensor | None = ...,
+    offset: Tensor | None = ...,
     return_log_prior: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -66,6 +71,8 @@ def doc_scores(
     *,
     rows: Tensor | None = None,
     tau: float | Tensor = 1.0,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
     return_log_prior: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scores each question's K passages by inner product, differentiably.
@@ -74,16 +81,22 @@ def doc_scores(
         log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
 
     Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and likewise for
-    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored.
+    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored, nor those
+    that int8 codes stand for.
 
     Args:
         query_emb: question embeddings. `[B, D]`, floating point, differentiable.
         passage_emb: passage embeddings. Either fresh `[B, K, D]`, or the whole index matrix
-            `[N, D]` together with `rows`. Floating point, differentiable.
+            `[N, D]` together with `rows`. Floating point, differentiable; or int8 codes of the
+            vectors `offset + scale * code`, which get no gradient.
         rows: positions in the index. `[B, K]`, int64. A missing hit is -1: it scores -inf, takes
             no mass and no gradient, and its vector is never read. Required with `[N, D]`; with
             `[B, K, D]` only its signs matter.
         tau: temperature, a positive number or a 0-d tensor, which then receives a gradient.
+        scale: what each component of an int8 code counts. `[D]`, float32, not differentiable.
+            Required with int8, None otherwise.
+        offset: what is added to every int8 vector, such as the mean of the corpus. `[D]`, float32,
+            not differentiable; None for none.
         return_log_prior: whether to return log p(z|x) as well.
 
     Returns:
@@ -91,7 +104,8 @@ def doc_scores(
         (doc_scores, log_prior). A question without any passage has log_prior -inf throughout.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, K = 0, tau is not positive (a tensor: on a
+        ValueError: shapes, dtypes or devices disagree, K = 0, int8 without scale, scale or offset
+            that requires grad or goes with another dtype, tau is not positive (a tensor: on a
             CPU), or (on a CPU) a row is outside [-1, N).
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
             forward-mode differentiation.
@@ -106,37 +120,16 @@ def doc_scores(
         >>> F.doc_scores(query, index, rows=torch.tensor([[2, 0, -1]]))
         tensor([[3., 1., -inf]])
     """
-    checks.check_floating("query_emb", query_emb)
-    checks.check_floating("passage_emb", passage_emb)
-    checks.check_ndim("query_emb", query_emb, "[B, D]")
-    n_examples, width = query_emb.shape
-    if passage_emb.dim() == 3:
-        checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
-        n_passages = passage_emb.shape[1]
-    else:
-        checks.check_shape("passage_emb", passage_emb, (None, width), "[N, D], or [B, K, D]")
-        if rows is None:
-            raise ValueError(
-                f"rows: expected [B, K] because passage_emb is the index matrix "
-                f"{checks.show(passage_emb)}, got None"
-            )
-        n_passages = -1
-    if rows is not None:
-        checks.check_integer("rows", rows)
-        expected = (n_examples, None if n_passages < 0 else n_passages)
-        checks.check_shape("rows", rows, expected, "[B, K]")
-        n_passages = rows.shape[1]
-        rows = rows.long()
-    if n_passages == 0:
-        name = "passage_emb" if passage_emb.dim() == 3 else "rows"
-        sizes = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
-        if rows is not None:
-            sizes += f", rows {checks.show(rows)}"
-        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
-    checks.check_device(query_emb=query_emb, passage_emb=passage_emb, rows=rows)
+    _check_doc_scores(query_emb, passage_emb, rows, scale, offset)
+    rows = None if rows is None else rows.long()
     checks.check_tau(tau)
     checks.check_no_tangent(
-        "doc_scores", query_emb, passage_emb, tau if isinstance(tau, Tensor) else None
+        "doc_scores",
+        query_emb,
+        passage_emb,
+        scale,
+        offset,
+        tau if isinstance(tau, Tensor) else None,
     )
     if isinstance(tau, Tensor):
         dtype = torch.promote_types(torch.float32, query_emb.dtype)
@@ -154,7 +147,7 @@ def doc_scores(
             passage_emb = passage_emb[rows.clamp(0, n_rows - 1)]
             # Only a GPU gets here with such a row; NaN as in the op, not a fault.
             passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
-    scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau))
+    scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau), scale, offset)
     return (scores, log_prior) if return_log_prior else scores
 
 
