@@ -167,7 +167,8 @@ def token_logp(
         token_logp[b,k,t] = log_softmax_v(logits[b,k,t])[labels[b,t]] = log p(y_t | x, z_k, y_<t)
 
     Gradient: d logits[b,k,t,v] = d token_logp[b,k,t] (1[v = labels[b,t]] - softmax_v). Memory: one
-    workspace of logits; `[B, K, T, V]` is never stored, backward recomputes it chunk by chunk.
+    workspace of logits; `[B, K, T, V]` is never stored, backward makes it again by slices of V
+    (unless the head is frozen: then the forward makes the gradient of hidden).
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]`, floating point, any
@@ -209,7 +210,11 @@ def token_logp(
         )
     checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
     checks.check_no_tangent("token_logp", hidden, weight, bias)
-    return _token_logp(hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index)
+    need = (_needs_grad(x) for x in (hidden, weight, bias))
+    logp, *_ = _token_logp(
+        hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index, *need
+    )
+    return logp
 
 
 def rag_token_nll(

@@ -65,6 +65,9 @@ class Positions:
     def __len__(self) -> int:
         return self.index.numel()
 
+    def everything(self) -> Chunk:
+        return self.gather(slice(0, len(self)))
+
     def gather(self, part: slice) -> Chunk:
         """Returns the positions `part` with a copy of their hidden states."""
         _, n_passages, n_tokens, width = self.hidden.shape

@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from fastrag.ops import backends, checks
+from fastrag.ops import backends, checks, vocab_major
 
-# Bytes: everything in one chunk; a few positions a chunk; one position a chunk (and a Sequence
-# example cut in pieces, hence recomputed).
-WORKSPACES = {"whole": "", "some": "2000", "one": "1"}
+# Bytes, and rows below which a chunk is not worth its dW: everything in one chunk; a few positions
+# a chunk; one position a chunk (a Sequence example that does not fit: slices of the vocabulary);
+# and slices of the vocabulary, of several words and of one.
+WORKSPACES = {
+    "whole": ("", 1),
+    "some": ("2000", 1),
+    "one": ("1", 1),
+    "some words": ("2000", 10**6),
+    "one word": ("1", 10**6),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +30,10 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=WORKSPACES.values(), ids=WORKSPACES.keys())
 def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each size of workspace."""
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
-    return request.param
+    size, least_rows = request.param
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", size)
+    monkeypatch.setattr(vocab_major, "LEAST_ROWS", {"cpu": least_rows})
+    return size
 
 
 @pytest.fixture(params=["cpp", "torch"])
