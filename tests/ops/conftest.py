@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from fastrag.ops import backends, checks, vocab_major
+from fastrag.ops import backends, checks, late_errors, vocab_major
 
 # Bytes, and rows below which a chunk is not worth its dW: everything in one chunk; a few positions
 # a chunk; one position a chunk (a Sequence example that does not fit: slices of the vocabulary);
@@ -22,9 +24,18 @@ def _poisoned(poisoned_memory: None) -> None:
 
 
 @pytest.fixture
-def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs what runs on a GPU, where no value may be looked at: other walks, NaN for ValueError."""
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs what runs on a GPU, where no value may be looked at: other walks, NaN, a late error."""
     monkeypatch.setattr(checks, "readable", lambda x: False)
+    late_errors.forget()
+    yield
+    late_errors.forget()
+
+
+@pytest.fixture
+def blind(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as long as no finding has reached the host: NaN, and no error for it yet."""
+    monkeypatch.setattr(late_errors, "raise_late", lambda device: None)
 
 
 @pytest.fixture(params=WORKSPACES.values(), ids=WORKSPACES.keys())
