@@ -287,8 +287,8 @@ def rag_token_nll(
 
     Note:
         Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
-        "none" recomputes the logits there. `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a
-        GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
+        "none" makes the logits again there, unless the head is frozen.
+        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
         Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
@@ -347,8 +347,8 @@ def rag_sequence_nll(
 
     Gradient: with the posterior w[b,k] = softmax_k(log_prior + sum_t token_logp),
     d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = prior - w.
-    Memory: as `rag_token_nll`; an example whose K*T rows of logits do not fit the workspace is cut
-    and its logits are computed twice.
+    Memory: as `rag_token_nll`; where the K*T rows of logits of an example do not fit the workspace,
+    logits are computed twice, by slices of V.
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's
