@@ -29,8 +29,9 @@ def doc_scores(
         tensor([[1., 0.],
                 [1., -inf]])
     """
-    fresh = rows is None or passage_emb.dim() == 3
-    vectors = passage_emb if fresh else passage_emb[rows.clamp(min=0)]
+    vectors = passage_emb
+    if rows is not None and passage_emb.dim() == 2:
+        vectors = passage_emb[rows.clamp(min=0)]
     if scale is not None:
         vectors = scale * vectors if offset is None else offset + scale * vectors
     if rows is None:
