@@ -101,10 +101,9 @@ def marginal_nll(
         unfit["triton"] = f"its kernels take K of at most {limit} here, got {n_passages}"
     backend = backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit)
     open_chunk = chunk_logits(backend)
-    later = _left_to_backward(deferred, need_dw, need_db)
-    if later:
+    keep_log_z = _keeps_log_z(marginal, label_smoothing, deferred, need_dw, need_db)
+    if _left_to_backward(deferred, need_dw, need_db):
         need_dx = need_dw = need_db = False
-    keep_log_z = later and not (marginal == "token" and label_smoothing)
     with workspace.without_autocast(hidden.device):
         dtype = workspace.accumulate_dtype(hidden.dtype)
         operand = open_chunk.operand_dtype(hidden.dtype)
@@ -142,13 +141,20 @@ def _left_to_backward(deferred: bool, need_dw: bool, need_db: bool) -> bool:
     return deferred and (need_dw or need_db)
 
 
+def _keeps_log_z(
+    marginal: str, smoothing: float, deferred: bool, need_dw: bool, need_db: bool
+) -> bool:
+    """Whether backward starts from log Z. Smoothed RAG-Token is no function of token_logp."""
+    smoothed_token = marginal == "token" and smoothing > 0.0
+    return _left_to_backward(deferred, need_dw, need_db) and not smoothed_token
+
+
 @marginal_nll.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     marginal, smoothing, (deferred, *need) = rest[5], rest[8], rest[10:]
-    later = _left_to_backward(deferred, *need[1:3])
-    if later:
+    keep_log_z = _keeps_log_z(marginal, smoothing, deferred, *need[1:3])
+    if _left_to_backward(deferred, *need[1:3]):
         need[:3] = [False] * 3
-    keep_log_z = later and not (marginal == "token" and smoothing)
     n_examples, n_passages, n_tokens, _ = hidden.shape
     dtype = workspace.accumulate_dtype(hidden.dtype)
     post = (n_examples, n_passages, n_tokens) if marginal == "token" else (n_examples, n_passages)
@@ -224,6 +230,8 @@ class _Marginal:
         return workspace.rows_per_chunk(self.n_passages * row_bytes, device)
 
     def better_by_words(self) -> bool:
+        if self.sums.dweight is None:
+            return False
         n_rows, device = len(self.positions) * self.n_passages, self.positions.hidden.device
         return vocab_major.is_better(n_rows, self.limit * self.n_passages, device)
 
@@ -435,7 +443,7 @@ def _head_gradients(
     hidden, weight, bias, labels, scores = inputs
     marginal, softcap, logit_scale, smoothing, ignore_index, *_ = ctx.settings
     need = [ctx.needed[place] for place in _NEEDS[:3]]
-    if marginal == "token" and smoothing:
+    if not _keeps_log_z(marginal, smoothing, True, *need[1:]):
         again = marginal_nll(*inputs, upstream, valid_rows, *ctx.settings[:5], False, *need, False)
         return again[4], again[5], again[6]
     posterior = log_posterior.exp()  # [B, K, T], or of a sequence [B, K]

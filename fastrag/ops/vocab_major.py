@@ -21,9 +21,9 @@ from fastrag.ops.linear_head import HeadGradients, add_product
 from fastrag.ops.positions import Chunk
 
 # Rows of a chunk below which reading and writing dW for each chunk costs more than a fourth GEMM.
-# With a GPU's 790 TFLOP/s and 3 TB/s it costs 351 / rows of three GEMMs; on a CPU products of few
-# rows do not get faster, and stop being worth it.
-LEAST_ROWS = {"cuda": 1024, "cpu": 32}
+# With 790 TFLOP/s and 3 TB/s, a large GPU's, it costs 351 / rows of three GEMMs; on a CPU, whose
+# arithmetic is slower by more than its memory is, both ways were found equal at about 10 rows.
+LEAST_ROWS = {"cuda": 1024, "cpu": 12}
 
 
 def is_better(n_rows: int, rows_per_chunk: int, device: torch.device) -> bool:
