@@ -287,8 +287,9 @@ def rag_token_nll(
 
     Note:
         Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
-        "none" makes the logits again there, unless the head is frozen.
-        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
+        "none" makes the logits again there, unless the head is frozen. Deterministic on a CPU.
+        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU a bad label or score makes its
+        example's loss NaN, and a later call raises.
         Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
