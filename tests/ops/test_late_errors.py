@@ -232,12 +232,18 @@ def test_threads_share_the_records(late: None) -> None:
 
 
 def test_a_flag_without_a_fault_raises_nothing(late: None) -> None:
-    """As two streams at one record could leave it."""
-    p = make()
+    """As two streams at one record could leave it, or a copy that was on its way at the error."""
+    p, bad = make(), make()
+    bad.labels[1, 2] = 7
     expected = F.rag_token_nll(*p.args())
-    late_errors._devices[CPU].seen[0] = True
+    F.rag_token_nll(*bad.args())
+    with pytest.raises(ValueError, match=r"got 7 at \[1, 2\]"):
+        F.rag_token_nll(*p.args())
+    here = late_errors._devices[CPU]
+    assert not here.seen.any()
+    here.seen.fill_(True)
     assert torch.equal(F.rag_token_nll(*p.args()), expected)
-    assert not late_errors._devices[CPU].seen.any()
+    assert not here.seen.any()
 
 
 @pytest.mark.usefixtures("late")
