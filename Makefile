@@ -72,6 +72,10 @@ demo: $(INSTALLED) ## train retriever and generator from scratch, 5 minutes on t
 demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
 	@$(BIN)/python -m examples.demo.ablation
 
+.PHONY: bench
+bench: $(INSTALLED) ## time the loss against its peers, 5 minutes on two cores (BENCH_ARGS="--op token_logp")
+	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op marginal_loss)
+
 .PHONY: clean
 clean: ## remove build outputs and caches; .venv and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

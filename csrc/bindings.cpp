@@ -36,60 +36,66 @@ class Pass {
                static_cast<float>(softcap),
                gold_.data()};
     for (int64_t i = 0; i < logits_.n_rows; ++i)
-      if (logits_.gold[i] < 0 || logits_.gold[i] >= logits_.n_words)
+      if (logits_.gold[i] < -1 || logits_.gold[i] >= logits_.n_words)
         throw py::value_error("gold: expected labels in [0, " + std::to_string(logits_.n_words) +
-                              "), got " + std::to_string(logits_.gold[i]) + " at [" +
-                              std::to_string(i) + "]");
-    shift_.resize(logits_.n_rows);
-    log_sum_.resize(logits_.n_rows);
-    gold_z0_.resize(logits_.n_rows);
+                              "), or -1 for none, got " + std::to_string(logits_.gold[i]) +
+                              " at [" + std::to_string(i) + "]");
   }
 
-  void statistics(const py::buffer& logp, const std::optional<py::buffer>& mean_logp) {
+  void statistics(const py::buffer& logp, const py::buffer& log_z,
+                  const std::optional<py::buffer>& mean_logp) {
     const Array<float> out("logp", logp, {logits_.n_rows}, true);
+    const Array<float> sums("log_z", log_z, {2, logits_.n_rows}, true);
     std::optional<Array<float>> mean;
     if (mean_logp)
       mean.emplace("mean_logp", *mean_logp, std::vector<py::ssize_t>{logits_.n_rows}, true);
-    RowStats stats{shift_.data(), log_sum_.data(), out.data(), gold_z0_.data(),
-                   mean ? mean->data() : nullptr};
+    const RowStats stats{halves(sums), out.data(), mean ? mean->data() : nullptr};
     const py::gil_scoped_release nogil;
     row_statistics(logits_, stats, threads_);
   }
 
-  void gradient(const py::buffer& logp, const py::buffer& weight, double smoothing) {
-    const Array<float> in("logp", logp, {logits_.n_rows});
+  void gradient(const py::buffer& log_z, const py::buffer& weight, double smoothing,
+                std::optional<int64_t> vocab_size) {
+    const Array<float> sums("log_z", log_z, {2, logits_.n_rows});
     const Array<float> weights("weight", weight, {logits_.n_rows});
-    const RowStats stats{shift_.data(), log_sum_.data(), in.data(), gold_z0_.data(), nullptr};
+    const Smoothing target{static_cast<float>(smoothing), vocab_size.value_or(logits_.n_words)};
+    if (target.vocab_size < logits_.n_words)
+      throw py::value_error("vocab_size: expected at least the " + std::to_string(logits_.n_words) +
+                            " words of z0, got " + std::to_string(target.vocab_size));
     const py::gil_scoped_release nogil;
-    row_gradient(logits_, stats, weights.data(), static_cast<float>(smoothing), threads_);
+    row_gradient(logits_, halves(sums), weights.data(), target, threads_);
   }
 
-  void mixture_statistics(const py::buffer& log_prior, const py::buffer& mean_mixture,
-                          const py::buffer& mean_share) {
+  void mixture_statistics(const py::buffer& log_z, const py::buffer& log_prior,
+                          const py::buffer& mean_mixture, const py::buffer& mean_share) {
+    const Array<float> sums("log_z", log_z, {2, logits_.n_rows});
     const Array<float> prior("log_prior", log_prior, {-1, -1});
     const py::ssize_t n_positions = positions(prior), n_passages = prior.size(1);
     const Array<float> mixtures("mean_mixture", mean_mixture, {n_positions}, true);
     const Array<float> shares("mean_share", mean_share, {n_positions, n_passages}, true);
-    const RowStats stats{shift_.data(), log_sum_.data(), nullptr, gold_z0_.data(), nullptr};
     const py::gil_scoped_release nogil;
-    fastrag::mixture_statistics(logits_, stats, {prior.data(), n_passages}, mixtures.data(),
+    fastrag::mixture_statistics(logits_, halves(sums), {prior.data(), n_passages}, mixtures.data(),
                                 shares.data(), threads_);
   }
 
-  void mixture_gradient(const py::buffer& log_prior, const py::buffer& hit,
+  void mixture_gradient(const py::buffer& log_z, const py::buffer& log_prior, const py::buffer& hit,
                         const py::buffer& target, const py::buffer& spread) {
+    const Array<float> sums("log_z", log_z, {2, logits_.n_rows});
     const Array<float> prior("log_prior", log_prior, {-1, -1});
     const py::ssize_t n_positions = positions(prior), n_passages = prior.size(1);
     const Array<float> hits("hit", hit, {n_positions, n_passages});
     const Array<float> targets("target", target, {n_positions, n_passages});
     const Array<float> spreads("spread", spread, {n_positions});
-    const RowStats stats{shift_.data(), log_sum_.data(), nullptr, gold_z0_.data(), nullptr};
     const py::gil_scoped_release nogil;
-    fastrag::mixture_gradient(logits_, stats, {prior.data(), n_passages}, hits.data(),
+    fastrag::mixture_gradient(logits_, halves(sums), {prior.data(), n_passages}, hits.data(),
                               targets.data(), spreads.data(), threads_);
   }
 
  private:
+  static LogZ halves(const Array<float>& log_z) {
+    return {log_z.data(), log_z.data() + log_z.size(1)};
+  }
+
   py::ssize_t positions(const Array<float>& prior) const {
     const int64_t n_rows = prior.size(0) * prior.size(1);
     if (n_rows != logits_.n_rows)
@@ -104,7 +110,6 @@ class Pass {
   std::optional<Array<float>> bias_;
   Threads threads_;
   Logits logits_;
-  std::vector<float> shift_, log_sum_, gold_z0_;
 };
 
 std::vector<std::string> instruction_sets() {
@@ -153,13 +158,14 @@ PYBIND11_MODULE(_C, m) {
            py::arg("z0"), py::arg("gold"), py::kw_only(), py::arg("bias") = py::none(),
            py::arg("logit_scale") = 1.0, py::arg("softcap") = 0.0, py::arg("threads") = 1,
            py::arg("isa") = "")
-      .def("statistics", &Pass::statistics, py::arg("logp"), py::arg("mean_logp") = py::none())
-      .def("gradient", &Pass::gradient, py::arg("logp"), py::arg("weight"),
-           py::arg("smoothing") = 0.0)
-      .def("mixture_statistics", &Pass::mixture_statistics, py::arg("log_prior"),
+      .def("statistics", &Pass::statistics, py::arg("logp"), py::arg("log_z"),
+           py::arg("mean_logp") = py::none())
+      .def("gradient", &Pass::gradient, py::arg("log_z"), py::arg("weight"),
+           py::arg("smoothing") = 0.0, py::arg("vocab_size") = py::none())
+      .def("mixture_statistics", &Pass::mixture_statistics, py::arg("log_z"), py::arg("log_prior"),
            py::arg("mean_mixture"), py::arg("mean_share"))
-      .def("mixture_gradient", &Pass::mixture_gradient, py::arg("log_prior"), py::arg("hit"),
-           py::arg("target"), py::arg("spread"));
+      .def("mixture_gradient", &Pass::mixture_gradient, py::arg("log_z"), py::arg("log_prior"),
+           py::arg("hit"), py::arg("target"), py::arg("spread"));
   m.def("instruction_sets", &fastrag::instruction_sets, "What runs here, the best one first.");
   m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
   m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));

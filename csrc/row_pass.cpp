@@ -51,8 +51,28 @@ double slope_of(const Logits& logits, float z0, int64_t word) {
   return logits.logit_scale / (cosh * cosh);
 }
 
+// The row has a label.
 float* gold_of(const Logits& logits, int64_t row) {
   return logits.z0 + logits.gold[row] * logits.pitch + row;
+}
+
+// What a gradient pass overwrites before it is done with it: z0 of the label of each row, 0 for a
+// row without one.
+std::vector<float> gold_z0(const Logits& logits) {
+  std::vector<float> found(logits.n_rows);
+  for (int64_t i = 0; i < logits.n_rows; ++i)
+    if (logits.gold[i] >= 0) found[i] = *gold_of(logits, i);
+  return found;
+}
+
+// The logits of the labels, as the passes have them.
+std::vector<float> gold_logits(const Logits& logits, const std::vector<float>& z0,
+                               const KernelTable& table) {
+  std::vector<float> found(logits.n_rows);
+  for (int64_t i = 0; i < logits.n_rows; ++i)
+    if (logits.gold[i] >= 0) found[i] = argument_of(logits, z0[i], logits.gold[i]);
+  if (logits.softcap > 0.0f) table.softcap(logits.softcap, found.data(), logits.n_rows);
+  return found;
 }
 
 }  // namespace
@@ -92,12 +112,7 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
     table.statistics(logits, block_words(logits, block), &max[block * n], &sum[block * n],
                      with_mean ? &centred[block * n] : nullptr);
   });
-  std::vector<float> gold_logit(n);
-  for (int64_t i = 0; i < n; ++i) {
-    out.gold_z0[i] = *gold_of(logits, i);
-    gold_logit[i] = argument_of(logits, out.gold_z0[i], logits.gold[i]);
-  }
-  if (logits.softcap > 0.0f) table.softcap(logits.softcap, gold_logit.data(), n);
+  const std::vector<float> gold_logit = gold_logits(logits, gold_z0(logits), table);
   for_row_blocks(n, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       float top = -std::numeric_limits<float>::infinity();
@@ -115,41 +130,45 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
         }
       }
       const double log_sum = std::log(total);
-      out.shift[i] = top;
-      out.log_sum[i] = static_cast<float>(log_sum);
-      out.logp[i] = static_cast<float>(double{gold_logit[i]} - top - log_sum);
+      out.log_z.shift[i] = top;
+      out.log_z.log_sum[i] = static_cast<float>(log_sum);
+      out.logp[i] = logits.gold[i] < 0 ? std::numeric_limits<float>::quiet_NaN()
+                                       : static_cast<float>(double{gold_logit[i]} - top - log_sum);
       if (with_mean) out.mean_logp[i] = static_cast<float>(mean / logits.n_words - log_sum);
     }
   });
 }
 
-void row_gradient(const Logits& logits, const RowStats& stats, const float* weight, float smoothing,
+void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, Smoothing smoothing,
                   Threads threads) {
   const KernelTable& table = *kernels(threads.isa);
   const int64_t n = logits.n_rows;
-  const float share = smoothing / static_cast<float>(logits.n_words);
+  const float share = smoothing.smoothing / static_cast<float>(smoothing.vocab_size);
+  const std::vector<float> z0 = gold_z0(logits), gold_logit = gold_logits(logits, z0, table);
   std::vector<float> factor(n), constant(n);
   for (int64_t i = 0; i < n; ++i) {
-    factor[i] = weight[i] * static_cast<float>(std::exp(-static_cast<double>(stats.log_sum[i])));
+    factor[i] = weight[i] * static_cast<float>(std::exp(-static_cast<double>(log_z.log_sum[i])));
     constant[i] = weight[i] * share;
   }
-  const GradientRows rows{stats.shift, factor.data(), constant.data()};
+  const GradientRows rows{log_z.shift, factor.data(), constant.data()};
   parallel_for(threads.count, blocks(logits.n_words, kBlockWords),
                [&](int64_t block) { table.gradient(logits, block_words(logits, block), rows); });
   for (int64_t i = 0; i < n; ++i) {
+    if (logits.gold[i] < 0) continue;
     // p - 1 = expm1(log p): no cancellation where the label is all but certain.
-    const double dz = std::expm1(static_cast<double>(stats.logp[i])) + smoothing - share;
-    const double slope = slope_of(logits, stats.gold_z0[i], logits.gold[i]);
+    const double logp = double{gold_logit[i]} - log_z.shift[i] - log_z.log_sum[i];
+    const double dz = std::expm1(logp) + smoothing.smoothing - share;
+    const double slope = slope_of(logits, z0[i], logits.gold[i]);
     *gold_of(logits, i) = static_cast<float>(weight[i] * dz * slope);
   }
 }
 
-void mixture_statistics(const Logits& logits, const RowStats& stats, const Mixture& mixture,
+void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                         float* mean_mixture, float* mean_share, Threads threads) {
   const KernelTable& table = *kernels(threads.isa);
   const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_words, kBlockWords);
   const int64_t n_positions = n / mixture.n_passages;
-  const MixtureRows rows{stats.shift, stats.log_sum, mixture.log_prior,
+  const MixtureRows rows{log_z.shift, log_z.log_sum, mixture.log_prior,
                          nullptr,     nullptr,       mixture.n_passages};
   const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
   std::vector<float> mixtures(n_blocks * n_positions), shares(n_blocks * n);
@@ -171,21 +190,23 @@ void mixture_statistics(const Logits& logits, const RowStats& stats, const Mixtu
   mean(shares, n, mean_share);
 }
 
-void mixture_gradient(const Logits& logits, const RowStats& stats, const Mixture& mixture,
+void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                       const float* hit, const float* target, const float* spread, Threads threads) {
   const KernelTable& table = *kernels(threads.isa);
   const int64_t n = logits.n_rows;
   std::vector<float> spread_of_row(n);
   for (int64_t i = 0; i < n; ++i) spread_of_row[i] = spread[i / mixture.n_passages];
-  const MixtureRows rows{stats.shift, stats.log_sum,        mixture.log_prior,
+  const MixtureRows rows{log_z.shift, log_z.log_sum,        mixture.log_prior,
                          target,      spread_of_row.data(), mixture.n_passages};
+  const std::vector<float> z0 = gold_z0(logits);
   const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
   parallel_for(threads.count, blocks(logits.n_words, kBlockWords), [&](int64_t block) {
     std::vector<float> scratch(scratch_size);
     table.mixture_gradient(logits, block_words(logits, block), rows, scratch.data());
   });
   for (int64_t i = 0; i < n; ++i) {
-    const double slope = slope_of(logits, stats.gold_z0[i], logits.gold[i]);
+    if (logits.gold[i] < 0) continue;
+    const double slope = slope_of(logits, z0[i], logits.gold[i]);
     *gold_of(logits, i) -= static_cast<float>(hit[i] * slope);
   }
 }

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import checks
+from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
 from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
@@ -45,6 +46,8 @@ def doc_scores(
     *,
     rows: Tensor | None = ...,
     tau: float | Tensor = ...,
+    scale: Tensor | None = ...,
+    offset: Tensor | None = ...,
     return_log_prior: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -56,6 +59,8 @@ def doc_scores(
     *,
     rows: Tensor | None = ...,
     tau: float | Tensor = ...,
+    scale: Tensor | None = ...,
+    offset: Tensor | None = ...,
     return_log_prior: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -66,6 +71,8 @@ def doc_scores(
     *,
     rows: Tensor | None = None,
     tau: float | Tensor = 1.0,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
     return_log_prior: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scores each question's K passages by inner product, differentiably.
@@ -74,16 +81,22 @@ def doc_scores(
         log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
 
     Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and likewise for
-    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored.
+    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored, nor those
+    that int8 codes stand for.
 
     Args:
         query_emb: question embeddings. `[B, D]`, floating point, differentiable.
         passage_emb: passage embeddings. Either fresh `[B, K, D]`, or the whole index matrix
-            `[N, D]` together with `rows`. Floating point, differentiable.
+            `[N, D]` together with `rows`. Floating point, differentiable; or int8 codes of the
+            vectors `offset + scale * code`, which get no gradient.
         rows: positions in the index. `[B, K]`, int64. A missing hit is -1: it scores -inf, takes
             no mass and no gradient, and its vector is never read. Required with `[N, D]`; with
             `[B, K, D]` only its signs matter.
         tau: temperature, a positive number or a 0-d tensor, which then receives a gradient.
+        scale: what each component of an int8 code counts. `[D]`, float32, not differentiable.
+            Required with int8, None otherwise.
+        offset: what is added to every int8 vector, such as the mean of the corpus. `[D]`, float32,
+            not differentiable; None for none.
         return_log_prior: whether to return log p(z|x) as well.
 
     Returns:
@@ -91,7 +104,8 @@ def doc_scores(
         (doc_scores, log_prior). A question without any passage has log_prior -inf throughout.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, K = 0, tau is not positive (a tensor: on a
+        ValueError: shapes, dtypes or devices disagree, K = 0, int8 without scale, scale or offset
+            that requires grad or goes with another dtype, tau is not positive (a tensor: on a
             CPU), or (on a CPU) a row is outside [-1, N).
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
             forward-mode differentiation.
@@ -106,37 +120,16 @@ def doc_scores(
         >>> F.doc_scores(query, index, rows=torch.tensor([[2, 0, -1]]))
         tensor([[3., 1., -inf]])
     """
-    checks.check_floating("query_emb", query_emb)
-    checks.check_floating("passage_emb", passage_emb)
-    checks.check_ndim("query_emb", query_emb, "[B, D]")
-    n_examples, width = query_emb.shape
-    if passage_emb.dim() == 3:
-        checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
-        n_passages = passage_emb.shape[1]
-    else:
-        checks.check_shape("passage_emb", passage_emb, (None, width), "[N, D], or [B, K, D]")
-        if rows is None:
-            raise ValueError(
-                f"rows: expected [B, K] because passage_emb is the index matrix "
-                f"{checks.show(passage_emb)}, got None"
-            )
-        n_passages = -1
-    if rows is not None:
-        checks.check_integer("rows", rows)
-        expected = (n_examples, None if n_passages < 0 else n_passages)
-        checks.check_shape("rows", rows, expected, "[B, K]")
-        n_passages = rows.shape[1]
-        rows = rows.long()
-    if n_passages == 0:
-        name = "passage_emb" if passage_emb.dim() == 3 else "rows"
-        sizes = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
-        if rows is not None:
-            sizes += f", rows {checks.show(rows)}"
-        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
-    checks.check_device(query_emb=query_emb, passage_emb=passage_emb, rows=rows)
+    _check_doc_scores(query_emb, passage_emb, rows, scale, offset)
+    rows = None if rows is None else rows.long()
     checks.check_tau(tau)
     checks.check_no_tangent(
-        "doc_scores", query_emb, passage_emb, tau if isinstance(tau, Tensor) else None
+        "doc_scores",
+        query_emb,
+        passage_emb,
+        scale,
+        offset,
+        tau if isinstance(tau, Tensor) else None,
     )
     if isinstance(tau, Tensor):
         dtype = torch.promote_types(torch.float32, query_emb.dtype)
@@ -154,7 +147,7 @@ def doc_scores(
             passage_emb = passage_emb[rows.clamp(0, n_rows - 1)]
             # Only a GPU gets here with such a row; NaN as in the op, not a fault.
             passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
-    scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau))
+    scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau), scale, offset)
     return (scores, log_prior) if return_log_prior else scores
 
 
@@ -174,7 +167,8 @@ def token_logp(
         token_logp[b,k,t] = log_softmax_v(logits[b,k,t])[labels[b,t]] = log p(y_t | x, z_k, y_<t)
 
     Gradient: d logits[b,k,t,v] = d token_logp[b,k,t] (1[v = labels[b,t]] - softmax_v). Memory: one
-    workspace of logits; `[B, K, T, V]` is never stored, backward recomputes it chunk by chunk.
+    workspace of logits; `[B, K, T, V]` is never stored, backward makes it again by slices of V
+    (unless the head is frozen: then the forward makes the gradient of hidden).
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]`, floating point, any
@@ -216,7 +210,11 @@ def token_logp(
         )
     checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
     checks.check_no_tangent("token_logp", hidden, weight, bias)
-    return _token_logp(hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index)
+    need = (_needs_grad(x) for x in (hidden, weight, bias))
+    logp, *_ = _token_logp(
+        hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index, *need
+    )
+    return logp
 
 
 def rag_token_nll(
@@ -289,8 +287,9 @@ def rag_token_nll(
 
     Note:
         Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
-        "none" recomputes the logits there. `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a
-        GPU a bad label or score makes its example's loss NaN. Deterministic on a CPU.
+        "none" makes the logits again there, unless the head is frozen. Deterministic on a CPU.
+        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU a bad label or score makes its
+        example's loss NaN, and a later call raises.
         Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
@@ -349,8 +348,8 @@ def rag_sequence_nll(
 
     Gradient: with the posterior w[b,k] = softmax_k(log_prior + sum_t token_logp),
     d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = prior - w.
-    Memory: as `rag_token_nll`; an example whose K*T rows of logits do not fit the workspace is cut
-    and its logits are computed twice.
+    Memory: as `rag_token_nll`; where the K*T rows of logits of an example do not fit the workspace,
+    logits are computed twice, by slices of V.
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's

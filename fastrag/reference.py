@@ -12,9 +12,16 @@ from torch import Tensor
 
 
 def doc_scores(
-    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None = None, tau: float | Tensor = 1.0
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None = None,
+    tau: float | Tensor = 1.0,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """s[b,k] = q_b . d_bk / tau, -inf where rows is -1.  [B, D] and [B, K, D] or [N, D] -> [B, K].
+
+    With scale [D] (and offset [D]) passage_emb holds codes c: d = offset + scale c, in their dtype.
 
     Example:
         >>> import torch
@@ -22,10 +29,14 @@ def doc_scores(
         tensor([[1., 0.],
                 [1., -inf]])
     """
+    vectors = passage_emb
+    if rows is not None and passage_emb.dim() == 2:
+        vectors = passage_emb[rows.clamp(min=0)]
+    if scale is not None:
+        vectors = scale * vectors if offset is None else offset + scale * vectors
     if rows is None:
-        return torch.einsum("bd,bkd->bk", query_emb, passage_emb) / tau
+        return torch.einsum("bd,bkd->bk", query_emb, vectors) / tau
     missing = rows < 0
-    vectors = passage_emb if passage_emb.dim() == 3 else passage_emb[rows.clamp(min=0)]
     vectors = vectors.masked_fill(missing.unsqueeze(2), 0.0)
     scores = torch.einsum("bd,bkd->bk", query_emb, vectors) / tau
     return scores.masked_fill(missing, -torch.inf)

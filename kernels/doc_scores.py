@@ -6,14 +6,21 @@
     ds[b,k] = g_s[b,k] + g_a[b,k] - exp(a[b,k]) sum_j g_a[b,j]   (upstream g_s of s, g_a of a)
     dq_b = sum_k ds_bk d_bk / tau,   dd_bk = ds_bk q_b / tau
 
-Passages are fresh, [B, K, D], or rows of the index matrix [N, D] gathered by `rows` [B, K].
+Passages are fresh, [B, K, D], or rows of the index matrix [N, D] gathered by `rows` [B, K]. Stored
+as int8 codes c with a scale r and an offset m of each component, d = m + r c, and
 
-Memory traffic, w bytes per stored number: forward w B D (K + 1) + 8 B K read, 8 B K written;
-backward to q the same vectors once more. Not materialised: the gathered [B, K, D], which a
-framework writes and reads again (3 times the traffic), and any [B, K] between product and softmax.
+    s[b,k] = (sum_i (q_bi r_i) c_bki + sum_i q_bi m_i) / tau
+    dq_b   = (r sum_k ds_bk c_bk + m sum_k ds_bk) / tau           (no gradient to c, r, m)
 
-Storage float32, float16 or bfloat16, converted on load; products and sums in float32. Every sum has
-a fixed order and there are no atomics: the same input gives the same bits.
+Memory traffic, w bytes per stored number of a passage, u of a query: forward B D (w K + u) + 8 B K
+read, 8 B K written; backward to q the same vectors once more, u B D written. With int8 w = 1, a
+quarter of float32, and 8 D more for scale and offset, which every question finds in cache. Not
+materialised: the gathered [B, K, D], which a framework writes and reads again (3 times the traffic;
+with int8 9 times, since what it writes are float32 vectors), and any [B, K] between product and
+softmax.
+
+Storage float32, float16, bfloat16 or int8, converted on load; products and sums in float32. Every
+sum has a fixed order and there are no atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -51,6 +58,8 @@ def _doc_scores_fwd_kernel(
     query_ptr,
     passage_ptr,
     rows_ptr,
+    scale_ptr,
+    offset_ptr,
     scores_ptr,
     prior_ptr,
     K,
@@ -66,6 +75,8 @@ def _doc_scores_fwd_kernel(
     tau,
     HAS_ROWS: tl.constexpr,
     GATHER: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -87,16 +98,23 @@ def _doc_scores_fwd_kernel(
             offs_passage = row * stride_passage_k
 
     acc = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    base = tl.zeros((BLOCK_D,), dtype=tl.float32)  # q . offset, the same for all passages
     for start in range(0, D, BLOCK_D):
         mask_d = start + offs_d < D
         offs_query = pid_b * stride_query_b + (start + offs_d).to(tl.int64) * stride_query_d
-        query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0)  # [BLOCK_D]
+        query = tl.load(query_ptr + offs_query, mask=mask_d, other=0.0).to(tl.float32)  # [BLOCK_D]
+        if HAS_OFFSET:
+            base += query * tl.load(offset_ptr + start + offs_d, mask=mask_d, other=0.0)
+        if HAS_SCALE:
+            query *= tl.load(scale_ptr + start + offs_d, mask=mask_d, other=0.0)
         offs_column = (start + offs_d).to(tl.int64) * stride_passage_d
         offs_tile = offs_passage[:, None] + offs_column[None, :]
         mask_tile = readable[:, None] & mask_d[None, :]
-        passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
-        acc += passage.to(tl.float32) * query.to(tl.float32)[None, :]
+        passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0)  # [BLOCK_K, BLOCK_D]
+        acc += passage.to(tl.float32) * query[None, :]
 
+    if HAS_OFFSET:
+        acc += base[None, :]
     scores = tl.div_rn(tl.sum(acc, axis=1), tau)  # [BLOCK_K]
     scores = tl.where(present, scores, float("-inf"))
     if GATHER:
@@ -132,6 +150,8 @@ def _doc_scores_dquery_kernel(
     prior_ptr,
     passage_ptr,
     rows_ptr,
+    scale_ptr,
+    offset_ptr,
     dquery_ptr,
     K,
     D,
@@ -143,6 +163,8 @@ def _doc_scores_dquery_kernel(
     stride_rows_k,
     tau,
     GATHER: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     HAS_DPRIOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -166,8 +188,12 @@ def _doc_scores_dquery_kernel(
         offs_passage = row * stride_passage_k
     offs_tile = offs_passage[:, None] + offs_d[None, :] * stride_passage_d
     mask_tile = readable[:, None] & mask_d[None, :]
-    passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0.0)  # [BLOCK_K, BLOCK_D]
+    passage = tl.load(passage_ptr + offs_tile, mask=mask_tile, other=0)  # [BLOCK_K, BLOCK_D]
     dquery = tl.sum(ds[:, None] * passage.to(tl.float32), axis=0)  # [BLOCK_D]
+    if HAS_SCALE:
+        dquery *= tl.load(scale_ptr + offs_d, mask=mask_d, other=0.0)
+    if HAS_OFFSET:
+        dquery += tl.sum(ds, axis=0) * tl.load(offset_ptr + offs_d, mask=mask_d, other=0.0)
     tl.store(dquery_ptr + pid_b * D + offs_d, dquery, mask=mask_d)
 
 
@@ -205,9 +231,17 @@ def _doc_scores_dpassage_kernel(
 
 
 def doc_scores_fwd(
-    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows [B, K] -> s, log_prior."""
+    """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows [B, K] -> s, log_prior.
+
+    int8 passages come with a scale [D] and perhaps an offset [D], both float32.
+    """
     n_examples, n_passages = passage_emb.shape[:2] if rows is None else rows.shape
     scores = query_emb.new_empty((n_examples, n_passages), dtype=torch.float32)
     log_prior = torch.empty_like(scores)
@@ -216,6 +250,7 @@ def doc_scores_fwd(
             query_emb,
             passage_emb,
             rows if rows is not None else query_emb,  # never read without HAS_ROWS
+            *_affine(scale, offset, query_emb),
             scores,
             log_prior,
             n_passages,
@@ -227,6 +262,8 @@ def doc_scores_fwd(
             float(tau),
             HAS_ROWS=rows is not None,
             GATHER=passage_emb.dim() == 2,
+            HAS_SCALE=scale is not None,
+            HAS_OFFSET=offset is not None,
             **blocks(n_passages),
         )
     return scores, log_prior
@@ -242,6 +279,8 @@ def doc_scores_bwd(
     tau: float,
     need_dq: bool,
     need_dp: bool,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
     n_examples, n_passages = log_prior.shape
@@ -264,6 +303,7 @@ def doc_scores_bwd(
                 *upstream,
                 passage_emb,
                 rows if gather else query_emb,  # never read without GATHER
+                *_affine(scale, offset, query_emb),
                 dquery,
                 n_passages,
                 width,
@@ -272,6 +312,8 @@ def doc_scores_bwd(
                 *(rows.stride() if rows is not None and gather else (0, 0)),
                 float(tau),
                 GATHER=gather,
+                HAS_SCALE=scale is not None,
+                HAS_OFFSET=offset is not None,
                 **options,
             )
         if need_dp:
@@ -291,29 +333,38 @@ def doc_scores_bwd(
 def aot_configs() -> list[AotConfig]:
     """What the gate compiles: unit strides along D; queries in float32 or the passages' dtype.
 
-    The backward is compiled for equal dtypes alone: a conversion on load is all that others add.
+    The backward is compiled for equal dtypes alone, and for int8 with queries in float32: a
+    conversion on load is all that others add.
     """
     configs = []
     for n_passages in _BLOCKS_K:
-        for dtype in ("fp32", "fp16", "bf16"):
-            # Queries of any dtype meet an index of any other: conversion on load.
-            configs += [
-                _config(_doc_scores_fwd_kernel, n_passages, query, dtype, **flags)
-                for query, flags in (
-                    ("fp32", {"HAS_ROWS": True, "GATHER": True}),
-                    (dtype, {"HAS_ROWS": True, "GATHER": False}),
-                    (dtype, {"HAS_ROWS": False, "GATHER": False}),
-                )
-            ]
-            for has_dprior in (False, True):
-                flags = {"HAS_DPRIOR": has_dprior}
+        for stored in ("fp32", "fp16", "bf16", "i8"):
+            int8 = stored == "i8"
+            dtype = "fp32" if int8 else stored  # of queries and gradients
+            for has_offset in (False, True) if int8 else (False,):
+                codes = {"HAS_SCALE": int8, "HAS_OFFSET": has_offset}
+                # Queries of any dtype meet an index of any other: conversion on load.
                 configs += [
-                    _config(_doc_scores_dquery_kernel, n_passages, dtype, dtype, GATHER=g, **flags)
-                    for g in (False, True)
+                    _config(_doc_scores_fwd_kernel, n_passages, query, stored, **flags, **codes)
+                    for query, flags in (
+                        ("fp32", {"HAS_ROWS": True, "GATHER": True}),
+                        (dtype, {"HAS_ROWS": True, "GATHER": False}),
+                        (dtype, {"HAS_ROWS": False, "GATHER": False}),
+                    )
                 ]
-                configs.append(
-                    _config(_doc_scores_dpassage_kernel, n_passages, dtype, dtype, **flags)
-                )
+                configs += [
+                    _config(_doc_scores_dquery_kernel, n_passages, dtype, stored, **flags, **codes)
+                    for flags in (
+                        {"GATHER": gather, "HAS_DPRIOR": has_dprior}
+                        for gather in (False, True)
+                        for has_dprior in (False, True)
+                    )
+                ]
+            if not int8:
+                configs += [
+                    _config(_doc_scores_dpassage_kernel, n_passages, dtype, dtype, HAS_DPRIOR=has)
+                    for has in (False, True)
+                ]
     return configs
 
 
@@ -326,6 +377,7 @@ def _config(
         **dict.fromkeys(("query_ptr", "dquery_ptr"), f"*{query}"),
         **dict.fromkeys(("passage_ptr", "dpassage_ptr"), f"*{passage}"),
         **dict.fromkeys(("scores_ptr", "prior_ptr", "dscores_ptr", "dprior_ptr"), "*fp32"),
+        **dict.fromkeys(("scale_ptr", "offset_ptr"), "*fp32"),
         **dict.fromkeys(("K", "D", "stride_rows_b", "stride_rows_k"), "i32"),
         # The widest and least aligned that a caller can bring: small strides compile to less.
         **dict.fromkeys(("N", "stride_query_b", "stride_passage_b", "stride_passage_k"), "i64"),
@@ -341,3 +393,8 @@ def _passage_strides(passage_emb: Tensor) -> tuple[int, ...]:
     """Strides of question, passage and component; every question sees the same index matrix."""
     strides = passage_emb.stride()
     return strides if passage_emb.dim() == 3 else (0, *strides)
+
+
+def _affine(scale: Tensor | None, offset: Tensor | None, unread: Tensor) -> tuple[Tensor, ...]:
+    """Scale and offset for the kernels, which never read what stands in for a missing one."""
+    return tuple(unread if x is None else x.contiguous() for x in (scale, offset))

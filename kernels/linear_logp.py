@@ -125,6 +125,7 @@ def _join_kernel(
     total_ptr,
     hit_ptr,
     logp_ptr,
+    log_z_ptr,
     N,
     S,
     BLOCK_N: tl.constexpr,
@@ -146,7 +147,10 @@ def _join_kernel(
         total += part_total * tl.exp2((part_peak - center) * LOG2E)
         peak = higher
     center = tl.where(peak == float("-inf"), 0.0, peak)
-    tl.store(logp_ptr + offs_n, (hit - center) - tl.log(total), mask=mask_n)
+    log_sum = tl.log(total)
+    tl.store(logp_ptr + offs_n, (hit - center) - log_sum, mask=mask_n)
+    tl.store(log_z_ptr + offs_n, center, mask=mask_n)
+    tl.store(log_z_ptr + N + offs_n, log_sum, mask=mask_n)
 
 
 def linear_logp(
@@ -157,8 +161,11 @@ def linear_logp(
     logit_scale: float,
     softcap: float | None,
     n_splits: int,
-) -> Tensor:
-    """x [n, H] -> log p(gold) [n]. slices: (rows of W, those rows in the dtype of x), in order."""
+) -> tuple[Tensor, Tensor]:
+    """x [n, H] -> log p(gold) [n] and (max z, log sum exp(z - max z)) [2, n].
+
+    slices: (rows of W, those rows in the dtype of x), in order.
+    """
     n = x.shape[0]
     sizes = blocks(x.dtype)
     parts = []
@@ -187,11 +194,12 @@ def linear_logp(
             )
             parts.append(found)
         logp = x.new_empty(n, dtype=torch.float32)
+        log_z = x.new_empty(2, n, dtype=torch.float32)
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         _join_kernel[(triton.cdiv(n, _BLOCK_JOIN),)](
-            *joined, logp, n, joined.shape[1], BLOCK_N=_BLOCK_JOIN, num_warps=2
+            *joined, logp, log_z, n, joined.shape[1], BLOCK_N=_BLOCK_JOIN, num_warps=2
         )
-    return logp
+    return logp, log_z
 
 
 def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
@@ -203,7 +211,7 @@ def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
 
 def aot_configs() -> list[AotConfig]:
     """What the gate compiles: the weight contiguous and H a multiple of BLOCK_H, as in models."""
-    pointers = ("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr")
+    pointers = ("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr", "log_z_ptr")
     sizes = ("N", "V", "H", "S", "first", "split_size", "stride_weight_v")
     types = {
         **dict.fromkeys(pointers, "*fp32"),

@@ -7,7 +7,8 @@
     dr_v = w (p_v - e / V - (1 - e) 1[v = y]) s (1 - tanh^2(s (r_v + b_v) / c))
 
 the gradient of -w ((1 - e) log p(y) + e mean_v log p(v)), which is that of -log p(z|x,y) of Lewis
-et al. 2020, sec. 2.1, when w is the posterior of the row's passage.
+et al. 2020, sec. 2.1, when w is the posterior of the row's passage. It may be asked for a slice of
+the vocabulary, with the statistics of all of it; a label outside is -1.
 
 Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 (bf16, fp16) or 4 written.
 Not materialised: z and p, which exist in registers alone, and the tanh that the chain rule needs.
@@ -133,6 +134,7 @@ def _row_gradient_kernel(
     logit_scale,
     softcap,
     smoothing,
+    share,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -149,7 +151,7 @@ def _row_gradient_kernel(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
     z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
-    d = tl.exp2((z - peak) * LOG2E) * scale - weight * (smoothing / V)
+    d = tl.exp2((z - peak) * LOG2E) * scale - weight * share
     # In float32: a probability near 1 would round to 1 in the operand dtype, and its gradient to 0.
     d -= tl.where(offs_v == gold, weight * (1.0 - smoothing), 0.0)
     d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
@@ -165,16 +167,22 @@ def row_statistics(
     softcap: float | None,
     *,
     with_mean: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """raw [n, V] float32, gold [n] -> log p(y), mean_v log p(v), max z and log sum, all [n]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """raw [n, V] float32, gold [n] -> log p(y) [n], log_z [2, n], mean_v log p(v) [n].
+
+    log_z: max z and log sum exp(z - max z).
+    """
     n, vocab_size = raw.shape
-    found = raw.new_empty(4, n)
+    logp, mean = raw.new_empty(2, n)
+    log_z = raw.new_empty(2, n)
     with device_of(raw):
         _row_statistics_kernel[(n,)](
             raw,
             raw if bias is None else bias,
             gold,
-            *found,
+            logp,
+            mean,
+            *log_z,
             vocab_size,
             raw.stride(0),
             logit_scale,
@@ -184,8 +192,7 @@ def row_statistics(
             WITH_MEAN=with_mean,
             **_statistics_block(with_mean),
         )
-    logp, mean, peak, log_sum = found
-    return logp, mean if with_mean else None, peak, log_sum
+    return logp, log_z, mean if with_mean else None
 
 
 def row_gradient(
@@ -194,29 +201,32 @@ def row_gradient(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
-    peak: Tensor,
-    log_sum: Tensor,
+    log_z: Tensor,
     weight: Tensor,
     smoothing: float,
+    vocab_size: int,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of raw [n, V] to out [n, V] of any dtype, or over raw itself."""
-    n, vocab_size = raw.shape
+    """Writes the gradient of raw [n, words] to out [n, words] of any dtype, or over raw itself.
+
+    log_z [2, n] of row_statistics. vocab_size: V, of which raw may hold a slice.
+    """
+    n, n_words = raw.shape
     with device_of(raw):
-        _row_gradient_kernel[(n, triton.cdiv(vocab_size, BLOCK_V))](
+        _row_gradient_kernel[(n, triton.cdiv(n_words, BLOCK_V))](
             raw,
             raw if bias is None else bias,
             gold,
             weight,
-            peak,
-            log_sum,
+            *log_z,
             out,
-            vocab_size,
+            n_words,
             raw.stride(0),
             out.stride(0),
             logit_scale,
             1.0 if softcap is None else softcap,
             smoothing,
+            smoothing / vocab_size,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             BLOCK_V=BLOCK_V,
@@ -243,7 +253,7 @@ def head_flags() -> list[dict[str, bool]]:
 HEAD_TYPES = {
     **dict.fromkeys(("raw_ptr", "peak_ptr", "log_sum_ptr", "logp_ptr", "mean_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr",), "*fp32"),
-    **dict.fromkeys(("logit_scale", "softcap", "smoothing"), "fp32"),
+    **dict.fromkeys(("logit_scale", "softcap", "smoothing", "share"), "fp32"),
     **dict.fromkeys(("V", "K", "stride_raw", "stride_draw"), "i32"),
     "gold_ptr": "*i64",
 }

@@ -23,6 +23,13 @@ def show(x: object) -> str:
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {show(x)}")
+    # By name, because importing torch.distributed.tensor takes long.
+    if type(x).__name__ == "DTensor":
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor {show(x)} with placements "
+            f"{getattr(x, 'placements', ())}. Call the loss inside the forward of the module whose "
+            f"root group holds the head, where FSDP has gathered it, or pass {name}.full_tensor()"
+        )
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -96,6 +103,7 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f"normalizer: expected None with reduction {reduction!r}, got a value")
     if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer)
         if normalizer.numel() != 1 or normalizer.dim() > 1:
             raise ValueError(
                 f"normalizer: expected a number or a 0-d tensor, got {show(normalizer)}"
@@ -109,6 +117,7 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
 
 def check_tau(tau: float | Tensor) -> None:
     if isinstance(tau, Tensor):
+        check_tensor("tau", tau)
         if tau.dim() or not tau.is_floating_point():
             raise ValueError(f"tau: expected a positive number or a 0-d tensor, got {show(tau)}")
         if torch.compiler.is_compiling() or not readable(tau):

@@ -14,6 +14,9 @@ chosen backend; all of them answer the same two pairs of questions:
 
 with M_v = log sum_k exp(a_k + log p_kv), the marginal distribution, and r_kv = exp(a_k + log p_kv
 - M_v), the share of passage k in it.
+
+A chunk may also hold all rows of a slice of the vocabulary. It is told log_z, which the statistics
+of the whole vocabulary have found, by `resume`, and asked for the gradient alone.
 """
 
 from __future__ import annotations
@@ -30,10 +33,13 @@ from fastrag.ops.linear_head import LinearHead
 
 @dataclass(frozen=True, slots=True)
 class RowStats:
-    """What the softmax of each row says, all [n]."""
+    """What the softmax of each row says."""
 
-    logp: Tensor  # log p(y)
-    mean_logp: Tensor | None  # mean_v log p(v), where asked for
+    logp: Tensor  # [n], log p(y)
+    # [2, n]: max_v z and log sum_v exp(z - max_v z), of which log Z is the sum; kept apart, because
+    # where logits are large the sum would lose the digits of the second.
+    log_z: Tensor
+    mean_logp: Tensor | None = None  # [n], mean_v log p(v), where asked for
 
 
 class ChunkLogits(ABC):
@@ -41,6 +47,9 @@ class ChunkLogits(ABC):
 
     Ask for the statistics of one kind, then, at most once, for the gradient of the same kind: it
     takes the place of the logits, and lives as long as this object does.
+
+    For a slice of the vocabulary (`LinearHead.words`) labels count from its first word, -1 for one
+    outside; `resume` comes in the place of `statistics`, and there are no mixtures.
     """
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
@@ -57,18 +66,24 @@ class ChunkLogits(ABC):
         """Bytes of workspace for each row, averaged over the K rows of a position."""
 
     @classmethod
-    def token_logp(cls, head: LinearHead, x: Tensor, gold: Tensor) -> Tensor:
-        """Each row's log p(y), where no gradient will be asked for."""
-        return cls(head, x, gold).statistics().logp
+    def forward(
+        cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
+    ) -> RowStats:
+        """`statistics` where these logits will not be asked for a gradient."""
+        return cls(head, x, gold).statistics(with_mean=with_mean)
 
     @classmethod
-    def token_logp_bytes(cls, head: LinearHead, n_passages: int) -> float:
-        """Bytes of workspace for each row of `token_logp`."""
+    def forward_bytes(cls, head: LinearHead, n_passages: int, *, with_mean: bool) -> float:
+        """Bytes of workspace for each row of `forward`."""
         return cls.row_bytes(head, n_passages, mixture=False)
 
     @abstractmethod
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        """Each row's log p(y), and mean_v log p(v) if asked for."""
+        """Each row's log p(y) and log Z, and mean_v log p(v) if asked for."""
+
+    @abstractmethod
+    def resume(self, log_z: Tensor) -> None:
+        """Takes the log_z [2, n] of `statistics`, made before and of the whole vocabulary."""
 
     @abstractmethod
     def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -98,7 +113,7 @@ class TorchChunkLogits(ChunkLogits):
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         super().__init__(head, x, gold)
-        z = x.new_empty(x.shape[0], head.vocab_size)
+        z = x.new_empty(x.shape[0], head.n_words)
         for part, weight in head.weight_slices():
             torch.mm(x, weight.t(), out=z[:, part])
         if head.bias is not None:
@@ -116,26 +131,33 @@ class TorchChunkLogits(ChunkLogits):
         # tanh, for the chain rule, is a buffer; the mixture is one row of V numbers for each
         # position, and the share of one passage in it another.
         buffers = (1 if head.softcap is None else 2) + (2 / n_passages if mixture else 0)
-        return buffers * head.vocab_size * head.dtype.itemsize
+        return buffers * head.n_words * head.dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        z, picked = self._z, self._center()
+        z, (peak, picked) = self._z, self._center()
         mean = z.mean(1) if with_mean else None
         self._log_sum = z.exp_().sum(1).log_()
-        return RowStats(picked - self._log_sum, None if mean is None else mean - self._log_sum)
+        log_z = torch.stack([peak, self._log_sum])
+        logp = picked - self._log_sum
+        return RowStats(logp, log_z, None if mean is None else mean - self._log_sum)
+
+    def resume(self, log_z: Tensor) -> None:
+        peak, self._log_sum = log_z
+        self._z.sub_(peak.unsqueeze(1)).exp_()
 
     def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
         e = self._z  # exp(z - max z)
         e.mul_((weight * torch.exp(-self._log_sum)).unsqueeze(1))
         if smoothing:
-            e.sub_((weight * (smoothing / e.shape[1])).unsqueeze(1))
-        e.scatter_add_(1, self.gold.unsqueeze(1), (weight * (smoothing - 1.0)).unsqueeze(1))
+            e.sub_((weight * (smoothing / self.head.vocab_size)).unsqueeze(1))
+        hit = torch.where(self.gold < 0, 0.0, weight * (smoothing - 1.0))
+        e.scatter_add_(1, self.gold.clamp(min=0).unsqueeze(1), hit.unsqueeze(1))
         return self._chain(e)
 
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         n_passages = log_prior.shape[1]
         # z becomes log softmax(z), which, unlike exp(z - max z), never underflows.
-        z, picked = self._z, self._center()
+        z, (peak, picked) = self._z, self._center()
         log_sum = torch.empty_like(picked)
         for k in range(n_passages):
             log_sum[k::n_passages] = z[k::n_passages].exp().sum(1).log_()
@@ -147,7 +169,8 @@ class TorchChunkLogits(ChunkLogits):
             torch.logaddexp(mixture, logp[:, k] + log_prior[:, k : k + 1], out=mixture)
         self._mixture = mixture
         share = [self._share(log_prior, k).mean(1) for k in range(n_passages)]
-        return RowStats(picked - log_sum, None), mixture.mean(1), torch.stack(share, 1)
+        stats = RowStats(picked - log_sum, torch.stack([peak, log_sum]))
+        return stats, mixture.mean(1), torch.stack(share, 1)
 
     def mixture_gradient(
         self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
@@ -160,14 +183,15 @@ class TorchChunkLogits(ChunkLogits):
         z.scatter_add_(1, self.gold.unsqueeze(1), -hit.reshape(-1, 1))
         return self._chain(z)
 
-    def _center(self) -> Tensor:
-        """z -= max_v z in place; returns the centred logit of the label [n].
+    def _center(self) -> tuple[Tensor, Tensor]:
+        """z -= max_v z in place; returns that maximum and the centred logit of the label, [n].
 
         Centring before anything is added up is what keeps log p exact for logits around 1e4.
         """
         z = self._z
-        z.sub_(z.amax(1, keepdim=True))
-        return z.gather(1, self.gold.unsqueeze(1)).squeeze(1)
+        peak = z.amax(1, keepdim=True)
+        z.sub_(peak)
+        return peak.squeeze(1), z.gather(1, self.gold.unsqueeze(1)).squeeze(1)
 
     def _share(self, log_prior: Tensor, k: int) -> Tensor:
         """r_k [G, V]; z holds log p."""

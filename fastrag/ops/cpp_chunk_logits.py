@@ -27,7 +27,7 @@ class CppChunkLogits(ChunkLogits):
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         super().__init__(head, x, gold)
-        shape = (head.vocab_size, x.shape[0])
+        shape = (head.n_words, x.shape[0])
         self._buffer = workspace.take(shape[0] * shape[1])
         self._z0 = self._buffer[: shape[0] * shape[1]].view(shape)
         for part, weight in head.weight_slices():
@@ -49,28 +49,34 @@ class CppChunkLogits(ChunkLogits):
 
     @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
-        return head.vocab_size * head.dtype.itemsize
+        return head.n_words * head.dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        self._logp = self.x.new_empty(len(self.x))
-        mean = torch.empty_like(self._logp) if with_mean else None
-        self._pass.statistics(self._logp.numpy(), None if mean is None else mean.numpy())
-        return RowStats(self._logp, mean)
+        logp, log_z = self.x.new_empty(len(self.x)), self.x.new_empty(2, len(self.x))
+        mean = torch.empty_like(logp) if with_mean else None
+        self._pass.statistics(logp.numpy(), log_z.numpy(), None if mean is None else mean.numpy())
+        self.resume(log_z)
+        return RowStats(logp, log_z, mean)
+
+    def resume(self, log_z: Tensor) -> None:
+        self._log_z = _array(log_z)
 
     def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
-        self._pass.gradient(self._logp.numpy(), _array(weight), smoothing)
+        self._pass.gradient(self._log_z, _array(weight), smoothing, self.head.vocab_size)
         return self._z0.t()
 
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         stats = self.statistics()
         mean_mixture, mean_share = log_prior.new_empty(len(log_prior)), torch.empty_like(log_prior)
-        self._pass.mixture_statistics(_array(log_prior), mean_mixture.numpy(), mean_share.numpy())
+        means = (mean_mixture.numpy(), mean_share.numpy())
+        self._pass.mixture_statistics(self._log_z, _array(log_prior), *means)
         return stats, mean_mixture, mean_share
 
     def mixture_gradient(
         self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
     ) -> Tensor:
-        self._pass.mixture_gradient(*(_array(part) for part in (log_prior, hit, target, spread)))
+        parts = (_array(part) for part in (log_prior, hit, target, spread))
+        self._pass.mixture_gradient(self._log_z, *parts)
         return self._z0.t()
 
 

@@ -6,7 +6,11 @@
     dq_b = sum_k ds_bk d_bk / tau,   dd_bk = ds_bk q_b / tau
 
 Maths in float32 (float64 for float64), whatever the storage dtype and under autocast. Passages are
-either fresh, [B, K, D], or rows of the index matrix [N, D], which gets no gradient.
+either fresh, [B, K, D], or rows of the index matrix [N, D], which gets no gradient. int8 passages
+are codes c of vectors d = offset + scale c, scale and offset [D]; none of the three gets one:
+
+    s[b,k] = ((q_b scale) . c_bk + q_b . offset) / tau
+    dq_b = (scale sum_k ds_bk c_bk + offset sum_k ds_bk) / tau
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, workspace
+from fastrag.ops import backends, checks, workspace
 from fastrag.ops.grads import once_differentiable
 
 backends.register("doc_scores", ("triton", "torch"))
@@ -25,26 +29,109 @@ backends.register("doc_scores", ("triton", "torch"))
 TRITON_MAX_PASSAGES = 1024
 
 
+def check_arguments(
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """Raises ValueError where shapes, dtypes or devices do not make a call of the op."""
+    checks.check_floating("query_emb", query_emb)
+    checks.check_ndim("query_emb", query_emb, "[B, D]")
+    _check_storage(passage_emb, scale, offset)
+    n_examples, width = query_emb.shape
+    if passage_emb.dim() == 3:
+        checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
+        n_passages = passage_emb.shape[1]
+    else:
+        checks.check_shape("passage_emb", passage_emb, (None, width), "[N, D], or [B, K, D]")
+        if rows is None:
+            raise ValueError(
+                f"rows: expected [B, K] because passage_emb is the index matrix "
+                f"{checks.show(passage_emb)}, got None"
+            )
+        n_passages = -1
+    if rows is not None:
+        checks.check_integer("rows", rows)
+        expected = (n_examples, None if n_passages < 0 else n_passages)
+        checks.check_shape("rows", rows, expected, "[B, K]")
+        n_passages = rows.shape[1]
+    if n_passages == 0:
+        name = "passage_emb" if passage_emb.dim() == 3 else "rows"
+        sizes = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
+        if rows is not None:
+            sizes += f", rows {checks.show(rows)}"
+        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
+    for name, x in (("scale", scale), ("offset", offset)):
+        if x is not None:
+            checks.check_shape(name, x, (width,), "[D]")
+    checks.check_device(
+        query_emb=query_emb, passage_emb=passage_emb, rows=rows, scale=scale, offset=offset
+    )
+
+
+def _check_storage(passage_emb: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
+    """Refuses scale and offset that do not go with how the passages are stored."""
+    checks.check_tensor("passage_emb", passage_emb)
+    stored = f"passage_emb {checks.show(passage_emb)}"
+    if passage_emb.dtype != torch.int8:
+        if not passage_emb.is_floating_point():
+            shown = checks.show(passage_emb)
+            raise ValueError(f"passage_emb: expected a floating point dtype or int8, got {shown}")
+        for name, x in (("scale", scale), ("offset", offset)):
+            if x is not None:
+                raise ValueError(
+                    f"{name}: expected None, since only int8 passages have one, "
+                    f"got {checks.show(x)} with {stored}"
+                )
+        return
+    if scale is None:
+        raise ValueError(f"scale: expected [D] float32 for the codes of {stored}, got None")
+    for name, x in (("scale", scale), ("offset", offset)):
+        if x is None:
+            continue
+        checks.check_tensor(name, x)
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name}: expected float32, got {checks.show(x)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor without requires_grad, since int8 storage is not "
+                f"trained, got {checks.show(x)} with requires_grad=True"
+            )
+
+
 @torch.library.custom_op(
     "fastrag::doc_scores",
     mutates_args=(),
-    schema="(Tensor query_emb, Tensor passage_emb, Tensor? rows, float tau) -> (Tensor, Tensor)",
+    schema="(Tensor query_emb, Tensor passage_emb, Tensor? rows, float tau, Tensor? scale=None, "
+    "Tensor? offset=None) -> (Tensor, Tensor)",
 )
 def doc_scores(
-    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
     n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
     if _backend(query_emb.device, _dtype(query_emb, passage_emb), n_passages) == "triton":
         from fastrag.kernels.doc_scores import doc_scores_fwd
 
-        return doc_scores_fwd(query_emb, passage_emb, rows, tau)
-    return _torch_forward(query_emb, passage_emb, rows, tau)
+        return doc_scores_fwd(query_emb, passage_emb, rows, tau, scale, offset)
+    return _torch_forward(query_emb, passage_emb, rows, tau, scale, offset)
 
 
 @doc_scores.register_fake
 def _(
-    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = passage_emb.shape[:2] if rows is None else rows.shape
     scores = query_emb.new_empty(shape, dtype=_dtype(query_emb, passage_emb))
@@ -55,7 +142,8 @@ def _(
     "fastrag::doc_scores_backward",
     mutates_args=(),
     schema="(Tensor? dscores, Tensor? dlog_prior, Tensor log_prior, Tensor query_emb, "
-    "Tensor passage_emb, Tensor? rows, float tau, bool need_dq, bool need_dp) -> (Tensor, Tensor)",
+    "Tensor passage_emb, Tensor? rows, float tau, bool need_dq, bool need_dp, "
+    "Tensor? scale=None, Tensor? offset=None) -> (Tensor, Tensor)",
 )
 def doc_scores_backward(
     dscores: Tensor | None,
@@ -67,9 +155,12 @@ def doc_scores_backward(
     tau: float,
     need_dq: bool,
     need_dp: bool,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
-    args = (dscores, dlog_prior, log_prior, query_emb, passage_emb, rows, tau, need_dq, need_dp)
+    upstream = (dscores, dlog_prior, log_prior)
+    args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     if _backend(query_emb.device, log_prior.dtype, log_prior.shape[1]) == "triton":
         from fastrag.kernels.doc_scores import doc_scores_bwd
 
@@ -88,6 +179,8 @@ def _(
     tau: float,
     need_dq: bool,
     need_dp: bool,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         query_emb.new_empty(query_emb.shape if need_dq else 0),
@@ -107,7 +200,7 @@ def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
 
 
 def _gather(passage_emb: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The K passages of each query [B, K, D] in `dtype`, zero where missing."""
+    """The K passages (or codes) of each query [B, K, D] in `dtype`, zero where missing."""
     if rows is None:
         return passage_emb.to(dtype)
     index = rows.clamp(0, passage_emb.shape[-2] - 1)
@@ -117,14 +210,23 @@ def _gather(passage_emb: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Ten
 
 
 def _torch_forward(
-    query_emb: Tensor, passage_emb: Tensor, rows: Tensor | None, tau: float
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    scale: Tensor | None,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = _dtype(query_emb, passage_emb)
     with workspace.without_autocast(query_emb.device):
         vectors = _gather(passage_emb, rows, dtype)
         query = query_emb.to(dtype)
+        weights = query if scale is None else query * scale
         # No matrix product: one would round to TF32 or bfloat16 where the user allows that.
-        scores = (vectors * query.unsqueeze(1)).sum(2) / tau
+        scores = (vectors * weights.unsqueeze(1)).sum(2)
+        if offset is not None:
+            scores += (query * offset).sum(1, keepdim=True)
+        scores = scores / tau
         if rows is None:
             return scores, scores.log_softmax(1)
         missing = rows < 0
@@ -146,6 +248,8 @@ def _torch_backward(
     tau: float,
     need_dq: bool,
     need_dp: bool,
+    scale: Tensor | None,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = log_prior.dtype
     with workspace.without_autocast(query_emb.device):
@@ -160,16 +264,21 @@ def _torch_backward(
         dq, dp = query_emb.new_empty(0), passage_emb.new_empty(0)
         if need_dq:
             vectors = _gather(passage_emb, rows, dtype)
-            dq = (ds.unsqueeze(2) * vectors).sum(1).to(query_emb.dtype)
+            dq = (ds.unsqueeze(2) * vectors).sum(1)
+            if scale is not None:
+                dq *= scale
+            if offset is not None:
+                dq += ds.sum(1, keepdim=True) * offset
+            dq = dq.to(query_emb.dtype)
         if need_dp:
             dp = (ds.unsqueeze(2) * query_emb.to(dtype).unsqueeze(1)).to(passage_emb.dtype)
         return dq, dp
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query_emb, passage_emb, rows, ctx.tau = inputs
+    query_emb, passage_emb, rows, ctx.tau, scale, offset = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], query_emb, passage_emb, rows)
+    ctx.save_for_backward(output[1], query_emb, passage_emb, rows, scale, offset)
 
 
 @once_differentiable("doc_scores")
@@ -177,15 +286,27 @@ def _backward(
     ctx: Any, dscores: Tensor | None, dlog_prior: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dscores is None and dlog_prior is None:
-        return None, None, None, None
-    log_prior, query_emb, passage_emb, rows = ctx.saved_tensors
+        return (None,) * 6
+    log_prior, query_emb, passage_emb, rows, scale, offset = ctx.saved_tensors
     need_dq, need_dp = ctx.needs_input_grad[:2]
     if need_dp and passage_emb.dim() == 2:
         raise RuntimeError("fastrag::doc_scores gives no gradient to the index matrix")
+    if any(ctx.needs_input_grad[4:]):
+        raise RuntimeError("fastrag::doc_scores gives no gradient to scale and offset")
     dq, dp = doc_scores_backward(
-        dscores, dlog_prior, log_prior, query_emb, passage_emb, rows, ctx.tau, need_dq, need_dp
+        dscores,
+        dlog_prior,
+        log_prior,
+        query_emb,
+        passage_emb,
+        rows,
+        ctx.tau,
+        need_dq,
+        need_dp,
+        scale,
+        offset,
     )
-    return dq if need_dq else None, dp if need_dp else None, None, None
+    return dq if need_dq else None, dp if need_dp else None, None, None, None, None
 
 
 doc_scores.register_autograd(_backward, setup_context=_setup_context)

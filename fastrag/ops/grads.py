@@ -69,3 +69,14 @@ def graph_is_freed(saved: Tensor) -> bool:
     if _keeps_graph is None or type(saved) is not Tensor or torch.compiler.is_compiling():
         return False
     return not _keeps_graph()
+
+
+def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
+
+    In place where the graph is freed behind this backward, so that nobody needs grad again: a copy
+    of dW would cost more than the passes over the logits.
+    """
+    if grad.dtype == dtype and graph_is_freed(grad):
+        return grad.mul_(scale)
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))

@@ -13,24 +13,30 @@ With the posterior w (softmax_k of the same exponents):
 **Group-resident chunks.** All rows of one group lie in one chunk: the K rows of a position (token)
 or the K*T rows of an example (sequence). So w is known while the chunk's logits are alive, and
 the gradients of sum_b e_b nll_b (e = example_weight) cost three GEMMs; nothing of size
-[B, K, T, V] ever exists. A Sequence example larger than the workspace is cut: a statistics pass
-over its pieces, then a gradient pass that recomputes their logits.
+[B, K, T, V] ever exists.
+
+**Vocabulary-major.** Where a Sequence example is larger than the workspace, or chunks would have so
+few rows that reading and writing dW for each of them costs more than a GEMM, all statistics come
+first, then all weights, then the gradients by slices of the vocabulary (`vocab_major`).
 
 **Late scale.** Gradients are saved without upstream gradient and normalizer, and multiplied by them
-in backward, out of place. A vector upstream gradient (reduction "none", `deferred=True`) is an
-example weight: backward runs the op once more with example_weight = upstream.
+in backward, out of place. With a vector upstream gradient (reduction "none", `deferred=True`) only
+dX and the gradient of doc_scores can be scaled so, example by example. Gradients of the head are
+made in backward: d nll / d token_logp = -w, and token_logp_backward goes on from there. Smoothed
+RAG-Token is no function of token_logp: it runs once more with example_weight = upstream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, workspace
+from fastrag.ops import backends, vocab_major, workspace
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
-from fastrag.ops.grads import graph_is_freed, once_differentiable
+from fastrag.ops.grads import once_differentiable, scaled
 from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
 from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import (
@@ -40,7 +46,7 @@ from fastrag.ops.positions import (
     check_scores,
     check_valid_rows,
 )
-from fastrag.ops.token_logp import fake_head_gradients
+from fastrag.ops.token_logp import fake_head_gradients, token_logp_backward
 
 backends.register("marginal_nll", ("cpp", "triton", "torch"))
 
@@ -59,7 +65,7 @@ _NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: inputs that backward 
     "Tensor? example_weight, Tensor? valid_rows, str marginal, float? softcap, "
     "float logit_scale, float label_smoothing, int ignore_index, bool deferred, bool need_dx, "
     "bool need_dw, bool need_db, bool need_ds) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def marginal_nll(
     hidden: Tensor,
@@ -80,12 +86,13 @@ def marginal_nll(
     need_db: bool,
     need_ds: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns (total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores).
+    """Returns total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores, log_z.
 
     total [] = sum_b example_weight_b nll_b and nll [B] are the loss; the first is differentiable
     unless `deferred`, the second if `deferred`. The gradients are those of total; what is not
-    needed comes back empty, and all of them if `deferred`. token_logp [B, K, T] is what the
-    marginal was made of, without gradient, and 0 where the label does not count.
+    needed, or left to backward, comes back empty. token_logp [B, K, T] is what the marginal was
+    made of, without gradient, and 0 where the label does not count. log_z [2, B, K, T] are the
+    halves of log Z (RowStats), for a backward that needs them.
     """
     unfit = {}
     n_passages = hidden.shape[1]
@@ -94,8 +101,9 @@ def marginal_nll(
         unfit["triton"] = f"its kernels take K of at most {limit} here, got {n_passages}"
     backend = backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit)
     open_chunk = chunk_logits(backend)
-    if deferred:
-        need_dx = need_dw = need_db = need_ds = False
+    keep_log_z = _keeps_log_z(marginal, label_smoothing, deferred, need_dw, need_db)
+    if _left_to_backward(deferred, need_dw, need_db):
+        need_dx = need_dw = need_db = False
     with workspace.without_autocast(hidden.device):
         dtype = workspace.accumulate_dtype(hidden.dtype)
         operand = open_chunk.operand_dtype(hidden.dtype)
@@ -114,6 +122,7 @@ def marginal_nll(
             valid_rows,
             label_smoothing,
             ignore_index,
+            keep_log_z,
         )
         run.run()
         nll, log_posterior, token_logp, ddoc_scores = run.results()
@@ -121,14 +130,31 @@ def marginal_nll(
             nll = nll.masked_fill(run.unlisted, torch.nan)
         weighted = nll if example_weight is None else nll * run.example_weight
         dscores = ddoc_scores if need_ds else ddoc_scores.new_empty(0)
-        return (weighted.sum(), nll, log_posterior, token_logp, *sums.results(), dscores)
+        log_z = nll.new_empty(0)
+        if keep_log_z:
+            log_z = run.log_z[:, :-1].contiguous().view(2, *hidden.shape[:3])
+        return (weighted.sum(), nll, log_posterior, token_logp, *sums.results(), dscores, log_z)
+
+
+def _left_to_backward(deferred: bool, need_dw: bool, need_db: bool) -> bool:
+    """Whether the gradients of hidden and head are: rows of dX can be scaled later, dW cannot."""
+    return deferred and (need_dw or need_db)
+
+
+def _keeps_log_z(
+    marginal: str, smoothing: float, deferred: bool, need_dw: bool, need_db: bool
+) -> bool:
+    """Whether backward starts from log Z. Smoothed RAG-Token is no function of token_logp."""
+    smoothed_token = marginal == "token" and smoothing > 0.0
+    return _left_to_backward(deferred, need_dw, need_db) and not smoothed_token
 
 
 @marginal_nll.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    marginal, (deferred, *need) = rest[5], rest[10:]
-    if deferred:
-        need = [False] * 4
+    marginal, smoothing, (deferred, *need) = rest[5], rest[8], rest[10:]
+    keep_log_z = _keeps_log_z(marginal, smoothing, deferred, *need[1:3])
+    if _left_to_backward(deferred, *need[1:3]):
+        need[:3] = [False] * 3
     n_examples, n_passages, n_tokens, _ = hidden.shape
     dtype = workspace.accumulate_dtype(hidden.dtype)
     post = (n_examples, n_passages, n_tokens) if marginal == "token" else (n_examples, n_passages)
@@ -139,6 +165,7 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         hidden.new_empty((n_examples, n_passages, n_tokens), dtype=dtype),
         *fake_head_gradients(hidden, weight, *need[:3]),
         hidden.new_empty((n_examples, n_passages) if need[3] else (0,), dtype=dtype),
+        hidden.new_empty((2, *hidden.shape[:3]) if keep_log_z else (0,), dtype=dtype),
     )
 
 
@@ -158,6 +185,7 @@ class _Marginal:
         valid_rows: Tensor | None,
         smoothing: float,
         ignore_index: int,
+        keep_log_z: bool,
     ) -> None:
         self.open_chunk, self.group, self.head, self.sums = open_chunk, group, head, sums
         self.smoothing = smoothing
@@ -190,17 +218,42 @@ class _Marginal:
             smoothing,
             head.vocab_size,
         )
-        self.forward_only = not sums and not smoothing
-        row_bytes = (
-            open_chunk.token_logp_bytes(head, self.n_passages)
-            if self.forward_only
-            else open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
-        )
-        self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
+        row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
+        self.limit = self.positions_per_chunk(row_bytes)
+        # And then gradients, if any, by slices of the vocabulary.
+        self.statistics_first = not self.needs_mixture() and (not sums or self.better_by_words())
+        keep_log_z = keep_log_z or bool(sums and self.statistics_first)
+        self.log_z = scores.new_zeros(2, hidden.shape[:3].numel() + 1 if keep_log_z else 0)
+
+    def positions_per_chunk(self, row_bytes: float) -> int:
+        device = self.positions.hidden.device
+        return workspace.rows_per_chunk(self.n_passages * row_bytes, device)
+
+    def better_by_words(self) -> bool:
+        if self.sums.dweight is None:
+            return False
+        n_rows, device = len(self.positions) * self.n_passages, self.positions.hidden.device
+        return vocab_major.is_better(n_rows, self.limit * self.n_passages, device)
 
     def needs_mixture(self) -> bool:
         """Whether the marginal distribution is wanted at every word, and not at the label only."""
         return False
+
+    def forward(self, *, with_mean: bool = False) -> Iterator[tuple[Chunk, RowStats]]:
+        """Yields the statistics of all chunks; no gradient will be asked of these."""
+        row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=with_mean)
+        limit = self.positions_per_chunk(row_bytes)
+        for part in workspace.even_slices(len(self.positions), limit):
+            chunk = self.positions.gather(part)
+            stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold, with_mean=with_mean)
+            if self.log_z.numel():
+                self.log_z[:, chunk.row] = stats.log_z
+            yield chunk, stats
+
+    def add_gradients(self, chunk: Chunk, weight: Tensor, smoothing: float = 0.0) -> None:
+        """All gradients at once, from the chunk of all positions."""
+        log_z = self.log_z[:, chunk.row]
+        vocab_major.add_gradients(self.sums, self.open_chunk, chunk, log_z, weight, smoothing)
 
     def dense(self, *shape: int) -> Tensor:
         """Zeros with one entry for each position and one that the padding of valid_rows hits."""
@@ -221,8 +274,16 @@ class _Token(_Marginal):
     def run(self) -> None:
         by_passage = [self.dense(self.n_passages) for _ in range(3)]
         self.found = TokenSums(self.dense(), *by_passage)
-        for part in workspace.even_slices(len(self.positions), self.limit):
-            self._chunk(self.positions.gather(part))
+        if not self.statistics_first:
+            for part in workspace.even_slices(len(self.positions), self.limit):
+                self._chunk(self.positions.gather(part))
+            return
+        hits = []
+        for chunk, stats in self.forward():
+            weights = self.group.token(self.call, chunk, stats.logp, None, self.found)
+            hits.append(weights.hit.view(-1))
+        if self.sums and hits:
+            self.add_gradients(self.positions.everything(), torch.cat(hits))
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
@@ -232,10 +293,6 @@ class _Token(_Marginal):
         With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
         of the logits is upstream * (target_k p_kv - G_kv).
         """
-        if self.forward_only:
-            logp = self.open_chunk.token_logp(self.head, chunk.x, chunk.gold)
-            self.group.token(self.call, chunk, logp, None, self.found)
-            return
         logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         if not self.smoothing:
             weights = self.group.token(self.call, chunk, logits.statistics().logp, None, self.found)
@@ -275,40 +332,40 @@ class _Sequence(_Marginal):
             self.log_prior.clone(),
             torch.zeros_like(self.log_prior),
         )
-        for pieces, examples in self._groups():
-            if len(pieces) == 1 and self.sums:
-                self._resident(pieces[0], examples)
-                continue
-            for part in pieces:
-                self._statistics(part)
-            self.group.sequence_posterior(self.call, examples, self.found)
-            if self.sums:
-                for part in pieces:
-                    self._recompute(part)
+        if not len(self.positions):
+            return  # the prior stands
+        if not self.statistics_first:
+            for part, examples in self._chunks():
+                self._resident(part, examples)
+            return
+        for chunk, stats in self.forward(with_mean=bool(self.smoothing)):
+            self.group.sequence_rows(self.call, chunk, stats, self.found)
+        self.group.sequence_posterior(self.call, slice(0, self.n_examples), self.found)
+        if self.sums:
+            chunk = self.positions.everything()
+            weight = self.group.sequence_weights(self.call, chunk, self.found)
+            self.add_gradients(chunk, weight, self.smoothing)
 
-    def _groups(self) -> list[tuple[list[slice], slice]]:
-        """Slices of positions, and the examples that they complete.
+    def better_by_words(self) -> bool:
+        per_example = self.positions.per_example
+        # Where only the device knows where an example ends, all of them are one chunk.
+        largest = len(self.positions) if per_example is None else max(per_example, default=0)
+        return largest > self.limit or super().better_by_words()
 
-        Whole examples are packed into chunks; one that does not fit is a list of pieces.
-        """
-        if self.positions.per_example is None:  # only the device knows where an example ends
-            pieces = workspace.even_slices(len(self.positions), self.limit)
-            return [(pieces, slice(0, self.n_examples))] if pieces else []
-        groups: list[tuple[list[slice], slice]] = []
+    def _chunks(self) -> list[tuple[slice, slice]]:
+        """Slices of positions, and the examples, whole ones, that lie in them."""
+        if self.positions.per_example is None:
+            return [(slice(0, len(self.positions)), slice(0, self.n_examples))]
+        chunks: list[tuple[slice, slice]] = []
         start = stop = first = 0
         for example, count in enumerate(self.positions.per_example):
             if stop > start and stop + count - start > self.limit:
-                groups.append(([slice(start, stop)], slice(first, example)))
+                chunks.append((slice(start, stop), slice(first, example)))
                 start, first = stop, example
             stop += count
-            if stop - start > self.limit:
-                parts = workspace.even_slices(stop - start, self.limit)
-                pieces = [slice(start + p.start, start + p.stop) for p in parts]
-                groups.append((pieces, slice(first, example + 1)))
-                start, first = stop, example + 1
         if stop > start:
-            groups.append(([slice(start, stop)], slice(first, self.n_examples)))
-        return groups
+            chunks.append((slice(start, stop), slice(first, self.n_examples)))
+        return chunks
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
@@ -318,26 +375,8 @@ class _Sequence(_Marginal):
         stats = logits.statistics(with_mean=bool(self.smoothing))
         self.group.sequence_rows(self.call, chunk, stats, self.found)
         self.group.sequence_posterior(self.call, examples, self.found)
-        self._gradients(chunk, logits)
-
-    def _statistics(self, part: slice) -> None:
-        chunk = self.positions.gather(part)
-        if self.smoothing:
-            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-            stats = logits.statistics(with_mean=True)
-        else:
-            stats = RowStats(self.open_chunk.token_logp(self.head, chunk.x, chunk.gold), None)
-        self.group.sequence_rows(self.call, chunk, stats, self.found)
-
-    def _recompute(self, part: slice) -> None:
-        chunk = self.positions.gather(part)
-        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-        logits.statistics()
-        self._gradients(chunk, logits)
-
-    def _gradients(self, chunk: Chunk, logits: ChunkLogits) -> None:
-        row_weight = self.group.sequence_weights(self.call, chunk, self.found)
-        self.sums.add(logits.gradient(row_weight, self.smoothing), chunk.x, chunk.row)
+        weight = self.group.sequence_weights(self.call, chunk, self.found)
+        self.sums.add(logits.gradient(weight, self.smoothing), chunk.x, chunk.row)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (self.n_examples, self.n_passages, self.n_tokens)
@@ -347,22 +386,23 @@ class _Sequence(_Marginal):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, scores, example_weight, valid_rows, *settings = inputs
-    total, nll, log_posterior, token_logp, *grads = output
+    total, nll, log_posterior, *rest = output
     ctx.settings = settings
     ctx.deferred = settings[5]
     ctx.needed = dict(zip(_NEEDS, settings[6:], strict=True))
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, token_logp, *grads)
-    # The inputs are kept so that double backward can be refused, and for the deferred pass.
+    ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, *rest)
+    # The inputs are kept so that double backward can be refused, and for what is left to backward.
+    _, *grads = rest
     ctx.save_for_backward(
-        hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, *grads
+        hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, log_posterior, *grads
     )
 
 
 @once_differentiable("marginal_nll")
 def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> Any:
     result: list[Tensor | None] = [None] * _N_INPUTS
-    hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, *grads = (
+    hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, log_posterior, *grads = (
         ctx.saved_tensors
     )
     upstream = dnll if ctx.deferred else dtotal
@@ -371,43 +411,64 @@ def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> 
     for place, needed in ctx.needed.items():
         if ctx.needs_input_grad[place] and not needed:
             raise RuntimeError(f"fastrag::marginal_nll was told not to differentiate input {place}")
-    if ctx.deferred:
-        *_, dhidden, dweight, dbias, dscores = marginal_nll(
-            hidden,
-            weight,
-            bias,
-            labels,
-            scores,
-            upstream,
-            valid_rows,
-            *ctx.settings[:5],
-            False,
-            *ctx.needed.values(),
-        )
-        scale = None
-    else:
-        (dhidden, dweight, dbias, dscores), scale = grads, upstream
-        if example_weight is not None and ctx.needs_input_grad[5]:
-            result[5] = (nll * scale).to(example_weight.dtype)
-    inputs = {0: hidden, 1: weight, 2: bias, 4: scores}
-    found = {0: dhidden, 1: dweight, 2: dbias, 4: dscores}
+    *grads, log_z = grads
+    inputs = (hidden, weight, bias, labels, scores)
+    found = dict(zip(_NEEDS, grads, strict=True))
+    if _left_to_backward(ctx.deferred, ctx.needed[1], ctx.needed[2]):
+        late = _head_gradients(ctx, inputs, valid_rows, upstream, nll, log_posterior, log_z)
+        for place, grad in zip(_NEEDS, late, strict=False):
+            if ctx.needs_input_grad[place]:
+                result[place] = grad.to(inputs[place].dtype)
+            del found[place]
     for place, grad in found.items():
         if ctx.needs_input_grad[place]:
-            result[place] = _scaled(grad, scale, inputs[place].dtype)
+            # One number for each example, or one for all.
+            scale = upstream.view(-1, *[1] * (grad.dim() - 1)) if ctx.deferred else upstream
+            result[place] = scaled(grad, scale, inputs[place].dtype)
+    if example_weight is not None and ctx.needs_input_grad[5]:
+        result[5] = (nll * upstream).to(example_weight.dtype)
     return tuple(result)
 
 
-def _scaled(grad: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
-
-    In place where the graph is freed behind this backward, so that nobody needs grad again: a copy
-    of dW would cost more than the passes over the logits.
-    """
-    if scale is None:
-        return grad.to(dtype)
-    if grad.dtype == dtype and graph_is_freed(grad):
-        return grad.mul_(scale)
-    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+def _head_gradients(
+    ctx: Any,
+    inputs: tuple[Tensor, ...],
+    valid_rows: Tensor | None,
+    upstream: Tensor,
+    nll: Tensor,
+    log_posterior: Tensor,
+    log_z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for upstream [B]."""
+    hidden, weight, bias, labels, scores = inputs
+    marginal, softcap, logit_scale, smoothing, ignore_index, *_ = ctx.settings
+    need = [ctx.needed[place] for place in _NEEDS[:3]]
+    if not _keeps_log_z(marginal, smoothing, True, *need[1:]):
+        again = marginal_nll(*inputs, upstream, valid_rows, *ctx.settings[:5], False, *need, False)
+        return again[4], again[5], again[6]
+    posterior = log_posterior.exp()  # [B, K, T], or of a sequence [B, K]
+    if posterior.dim() == 2:
+        posterior = posterior.unsqueeze(2)
+    # A loss that is NaN has no gradient that a number could stand for.
+    scale = torch.where(nll.isnan(), torch.nan, upstream)
+    grad = (scale.view(-1, 1, 1) * -posterior).expand(hidden.shape[:3])
+    present = scores != -torch.inf
+    labels = torch.where(present.any(1, keepdim=True), labels, ignore_index)
+    return token_logp_backward(
+        grad,
+        log_z,
+        hidden,
+        weight,
+        bias,
+        labels,
+        present,
+        valid_rows,
+        softcap,
+        logit_scale,
+        smoothing,
+        ignore_index,
+        *need,
+    )
 
 
 marginal_nll.register_autograd(_backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrag.ops import checks
+from fastrag.ops import checks, late_errors
 
 # The label that does not count, where no other is given: as in torch's cross_entropy and in the
 # batches of transformers. The oracle in fastrag/reference.py, which imports nothing, has its own.
@@ -65,6 +65,9 @@ class Positions:
     def __len__(self) -> int:
         return self.index.numel()
 
+    def everything(self) -> Chunk:
+        return self.gather(slice(0, len(self)))
+
     def gather(self, part: slice) -> Chunk:
         """Returns the positions `part` with a copy of their hidden states."""
         _, n_passages, n_tokens, width = self.hidden.shape
@@ -88,34 +91,27 @@ class Positions:
 def check_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
     """Returns the bool mask [B, T] of counted labels outside [0, V).
 
+    The last of the checks of every op: what they found goes out here, if the host may not look.
+
     Raises:
-        ValueError: on a CPU, where looking costs nothing, if there is any.
+        ValueError: on a CPU, where looking costs nothing, if there is any; on a GPU if an earlier
+            call found a label, a score or a list of rows that it should have refused.
     """
-    bad = counted & ((labels < 0) | (labels >= vocab_size))
-    if checks.readable(labels) and bool(bad.any()):
-        b, t = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"labels: expected values in [0, {vocab_size}) or ignore_index, "
-            f"got {int(labels[b, t])} at [{b}, {t}]"
-        )
+    bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
+    # A bad label is not 0, which is a word of every vocabulary.
+    late_errors.check(labels * bad, _label_error, vocab_size)
+    late_errors.send(labels.device)
     return bad
 
 
 def check_scores(scores: Tensor) -> None:
-    """Checks on a CPU, where looking costs nothing, that scores [B, K] are finite or -inf.
+    """Checks that scores [B, K] are finite or -inf.
 
     Raises:
-        ValueError: if one is NaN or +inf.
+        ValueError: on a CPU, where looking costs nothing, if one is NaN or +inf.
     """
-    if not checks.readable(scores):
-        return
-    bad = scores.isnan() | (scores == torch.inf)
-    if bool(bad.any()):
-        b, k = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"doc_scores: expected finite values, or -inf for a missing passage, "
-            f"got {float(scores[b, k])} at [{b}, {k}]"
-        )
+    # Keeps what is not at most the largest number: +inf and NaN.
+    late_errors.check(torch.threshold(scores, torch.finfo(scores.dtype).max, 0.0), _score_error)
 
 
 def check_valid_rows(valid_rows: Tensor, counted: Tensor) -> Tensor:
@@ -124,19 +120,36 @@ def check_valid_rows(valid_rows: Tensor, counted: Tensor) -> Tensor:
     Raises:
         ValueError: on a CPU, if valid_rows is not the counted positions in ascending order.
     """
-    if not checks.readable(valid_rows):
-        listed = _padded(valid_rows, counted.numel())
-        times = torch.zeros(counted.numel() + 1, dtype=torch.int32, device=counted.device)
-        times.scatter_add_(0, listed, torch.ones_like(listed, dtype=torch.int32))
-        return ((times[:-1].view(counted.shape) != 1) & counted).any(1)
-    listed = valid_rows[valid_rows >= 0].long()
-    expected = counted.reshape(-1).nonzero().squeeze(1)
-    if not torch.equal(listed, expected):
-        raise ValueError(
-            f"valid_rows: expected the ascending positions b * T + t of the {expected.numel()} "
-            f"labels that count, padded with -1, got {listed.numel()} positions that differ"
-        )
-    return torch.zeros_like(counted[:, 0])
+    listed = _padded(valid_rows, counted.numel())
+    times = torch.zeros(counted.numel() + 1, dtype=torch.int32, device=counted.device)
+    times.scatter_add_(0, listed, torch.ones_like(listed, dtype=torch.int32))
+    wrong = (times[:-1].view(counted.shape) - 1) * counted
+    late_errors.check(wrong, _valid_rows_error)
+    if checks.readable(valid_rows):
+        expected = counted.reshape(-1).nonzero().squeeze(1)
+        if not torch.equal(valid_rows[valid_rows >= 0].long(), expected):
+            raise ValueError(f"{_VALID_ROWS}, got these and others, or in another order")
+    return (wrong != 0).any(1)
+
+
+_VALID_ROWS = (
+    "valid_rows: expected the ascending positions b * T + t of all labels that count, each once, "
+    "padded with -1"
+)
+
+
+def _label_error(place: list[int], value: int, vocab_size: int) -> str:
+    return f"labels: expected values in [0, {vocab_size}) or ignore_index, got {value} at {place}"
+
+
+def _score_error(place: list[int], value: float) -> str:
+    return (
+        f"doc_scores: expected finite values, or -inf for a missing passage, got {value} at {place}"
+    )
+
+
+def _valid_rows_error(place: list[int], value: int) -> str:
+    return f"{_VALID_ROWS}, got that of {place} {value + 1} times"
 
 
 def _padded(valid_rows: Tensor, n_positions: int) -> Tensor:

@@ -3,9 +3,12 @@
     token_logp[b,k,t] = logits[b,k,t,y_bt] - logsumexp_v logits[b,k,t,v]
     d logits[b,k,t,v] = g[b,k,t] * (1[v = y_bt] - softmax_v)
 
-Forward and backward run over the same chunks of positions. The backward recomputes the logits of a
-chunk, because the weight g of a row is not known while the forward holds them: four GEMMs where
-`marginal_nll`, which knows its weights, needs three.
+The weight g of a row is not known while the forward holds its logits. So the forward keeps log Z of
+each row, and the backward makes the logits anew, slice by slice of the vocabulary
+(`vocab_major`): four GEMMs where `marginal_nll`, which knows its weights, needs three.
+
+With a frozen head there is no need: a row of dX is g times what it is for g = 1, which the forward
+makes, in two GEMMs where it would take three.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, workspace
-from fastrag.ops.chunk_logits import ChunkLogits, chunk_logits
-from fastrag.ops.grads import once_differentiable
+from fastrag.ops import backends, vocab_major, workspace
+from fastrag.ops.chunk_logits import chunk_logits
+from fastrag.ops.grads import once_differentiable, scaled
 from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
 from fastrag.ops.positions import Chunk, Positions, check_labels
 
@@ -28,41 +31,10 @@ backends.register("token_logp", ("cpp", "triton", "torch"))
     "fastrag::token_logp",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float? softcap, "
-    "float logit_scale, int ignore_index) -> Tensor",
+    "float logit_scale, int ignore_index, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def token_logp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-) -> Tensor:
-    """hidden [B, K, T, H], labels [B, T] -> [B, K, T], zero where the label is ignored."""
-    with workspace.without_autocast(hidden.device):
-        walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
-        out = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
-        # Backward makes its logits anew, so that the forward may do without any.
-        for part in walk.parts(walk.open_chunk.token_logp_bytes(walk.head, walk.n_passages)):
-            walk.forward(part, out)
-    return out[:-1].view(hidden.shape[:-1])
-
-
-@token_logp.register_fake
-def _(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[:-1], dtype=workspace.accumulate_dtype(hidden.dtype))
-
-
-@torch.library.custom_op(
-    "fastrag::token_logp_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "float? softcap, float logit_scale, int ignore_index, bool need_dx, bool need_dw, "
-    "bool need_db) -> (Tensor, Tensor, Tensor)",
-)
-def token_logp_backward(
-    grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,26 +46,97 @@ def token_logp_backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias given grad [B, K, T]; empty where not needed."""
+    """hidden [B, K, T, H], labels [B, T] -> token_logp, log_z, dhidden.
+
+    token_logp [B, K, T] is zero where the label is ignored. log_z [2, B, K, T] are the halves of
+    log Z (RowStats), for a backward that needs them; dhidden is the gradient of the sum of
+    token_logp, where the head is frozen. Else they are empty.
+    """
+    at_once = need_dx and not (need_dw or need_db)
     with workspace.without_autocast(hidden.device):
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
-        sums = HeadGradients(walk.head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
+        sums = HeadGradients(walk.head, hidden, need_dx=at_once, need_dw=False, need_db=False)
+        logp = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
+        log_z = logp.new_zeros(2, walk.n_rows + 1)
+        for part in walk.parts(at_once):
+            walk.forward(part, logp, log_z, sums)
+    keep = need_dw or need_db
+    return (
+        logp[:-1].view(hidden.shape[:-1]),
+        log_z[:, :-1].contiguous().view(2, *hidden.shape[:-1]) if keep else logp.new_empty(0),
+        sums.results()[0],
+    )
+
+
+@token_logp.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dw, need_db = rest[-3:]
+    logp = hidden.new_empty(hidden.shape[:-1], dtype=workspace.accumulate_dtype(hidden.dtype))
+    keep = need_dw or need_db
+    dhidden, *_ = fake_head_gradients(hidden, weight, need_dx and not keep, False, False)
+    return logp, logp.new_empty((2, *logp.shape) if keep else (0,)), dhidden
+
+
+@torch.library.custom_op(
+    "fastrag::token_logp_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor log_z, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor labels, Tensor? present, Tensor? valid_rows, float? softcap, float logit_scale, "
+    "float label_smoothing, int ignore_index, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def token_logp_backward(
+    grad: Tensor,
+    log_z: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    present: Tensor | None,
+    valid_rows: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in their dtypes, from grad [B, K, T]; empty if unneeded.
+
+    present [B, K] bool: passages that exist (None: all). valid_rows: as in Positions. With
+    label_smoothing, token_logp was (1 - label_smoothing) log p(y) + label_smoothing mean_v log p.
+    """
+    with workspace.without_autocast(hidden.device):
+        settings = (softcap, logit_scale, ignore_index)
+        walk = _Walk(hidden, weight, bias, labels, *settings, present, valid_rows)
+        need = {"need_dx": need_dx, "need_dw": need_dw, "need_db": need_db}
+        sums = HeadGradients(walk.head, hidden, **need, late=False)
+        chunk = walk.positions.everything()
         padded = torch.nn.functional.pad(grad.reshape(-1).to(walk.head.dtype), (0, 1))
-        row_bytes = walk.open_chunk.row_bytes(walk.head, walk.n_passages, mixture=False)
-        for part in walk.parts(row_bytes):
-            walk.backward(part, padded, sums)
-        return sums.results()
+        log_z = torch.nn.functional.pad(log_z.reshape(2, -1), (0, 1))[:, chunk.row]
+        row_weight = walk.mask(chunk, -padded[chunk.row])
+        vocab_major.add_gradients(sums, walk.open_chunk, chunk, log_z, row_weight, label_smoothing)
+        dhidden, dweight, dbias = sums.results()
+        return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
 
 
 @token_logp_backward.register_fake
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_head_gradients(hidden, weight, *rest[-3:])
+def _(
+    grad: Tensor, log_z: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dw, need_db = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if need_dx else 0),
+        weight.new_empty(weight.shape if need_dw else 0),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if need_db else 0),
+    )
 
 
 def fake_head_gradients(
     hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns empty tensors shaped as HeadGradients.results() returns them."""
+    """Returns empty tensors shaped as HeadGradients.results() returns them, `late`."""
     dtype = workspace.accumulate_dtype(hidden.dtype)
     empty = [weight.new_empty(0, dtype=dtype) for _ in range(3)]
     if need_dx:
@@ -106,7 +149,7 @@ def fake_head_gradients(
 
 
 class _Walk:
-    """The chunks of one call: what forward and backward share."""
+    """The rows of one call: what forward and backward share."""
 
     def __init__(
         self,
@@ -117,6 +160,8 @@ class _Walk:
         softcap: float | None,
         logit_scale: float,
         ignore_index: int,
+        present: Tensor | None = None,
+        valid_rows: Tensor | None = None,
     ) -> None:
         dtype = workspace.accumulate_dtype(hidden.dtype)
         self.open_chunk = chunk_logits(backends.choose("token_logp", hidden.device, hidden.dtype))
@@ -127,57 +172,65 @@ class _Walk:
         bad = check_labels(labels, counted, weight.shape[0])
         labels = torch.where(bad, 0, labels)
         self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
-        self.positions = Positions(hidden, labels, counted, None, None, operand)
+        self.positions = Positions(hidden, labels, counted, present, valid_rows, operand)
 
-    def parts(self, row_bytes: float) -> list[slice]:
-        """Chunks of positions whose rows take row_bytes of workspace each."""
+    def parts(self, with_gradient: bool) -> list[slice]:
+        """Chunks of positions for the forward."""
+        if with_gradient:
+            row_bytes = self.open_chunk.row_bytes(self.head, self.n_passages, mixture=False)
+        else:
+            row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=False)
         limit = workspace.rows_per_chunk(self.n_passages * row_bytes, self.positions.hidden.device)
         return workspace.even_slices(len(self.positions), limit)
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
-    def forward(self, part: slice, out: Tensor) -> None:
+    def forward(self, part: slice, logp: Tensor, log_z: Tensor, sums: HeadGradients) -> None:
         chunk = self.positions.gather(part)
-        logp = self.open_chunk.token_logp(self.head, chunk.x, chunk.gold)
-        logp = logp.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
-        out[chunk.row] = torch.where(self.per_row(chunk.counts), logp, 0.0)
+        if sums:
+            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+            stats = logits.statistics()
+            weight = self.mask(chunk, torch.full_like(stats.logp, -1.0))
+            sums.add(logits.gradient(weight), chunk.x, chunk.row)
+        else:
+            stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold)
+        logp[chunk.row] = self.mask(chunk, stats.logp)
+        log_z[:, chunk.row] = stats.log_z
 
-    def backward(self, part: slice, grad: Tensor, sums: HeadGradients) -> None:
-        chunk = self.positions.gather(part)
-        logits = self._open(chunk)
-        logits.statistics()
-        row_weight = torch.where(self.per_row(chunk.counts), -grad[chunk.row], 0.0)
-        row_weight = row_weight.masked_fill(self.per_row(self.bad[chunk.position]), torch.nan)
-        sums.add(logits.gradient(row_weight), chunk.x, chunk.row)
-
-    def _open(self, chunk: Chunk) -> ChunkLogits:
-        return self.open_chunk(self.head, chunk.x, chunk.gold)
-
-    def per_row(self, per_position: Tensor) -> Tensor:
-        """[G] -> [G * K]."""
-        return per_position.repeat_interleave(self.n_passages)
+    def mask(self, chunk: Chunk, per_row: Tensor) -> Tensor:
+        """per_row [n], 0 where the label does not count and NaN where it is none."""
+        bad = self.bad[chunk.position].repeat_interleave(self.n_passages)
+        counts = chunk.counts.repeat_interleave(self.n_passages)
+        return torch.where(counts, per_row.masked_fill(bad, torch.nan), 0.0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *ctx.settings = inputs
+    _, log_z, dhidden = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels)
+    ctx.mark_non_differentiable(log_z, dhidden)
+    ctx.save_for_backward(hidden, weight, bias, labels, log_z, dhidden)
 
 
 @once_differentiable("token_logp")
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 7
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    softcap, logit_scale, ignore_index, *asked = ctx.settings
+    result: list[Tensor | None] = [None] * (4 + len(ctx.settings))
     if grad is None:
-        return nothing
-    hidden, weight, bias, labels = ctx.saved_tensors
+        return tuple(result)
+    hidden, weight, bias, labels, log_z, dhidden = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    found = token_logp_backward(grad, hidden, weight, bias, labels, *ctx.settings, *need)
-    dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
-    grads = [
-        dx.to(dtype) if wanted else None
-        for dx, dtype, wanted in zip(found, dtypes, need, strict=True)
-    ]
-    return (*grads, *nothing[3:])
+    for place, (needed, was_asked) in enumerate(zip(need, asked, strict=True)):
+        if needed and not was_asked:
+            raise RuntimeError(f"fastrag::token_logp was told not to differentiate input {place}")
+    if asked[1] or asked[2]:
+        head = (softcap, logit_scale, 0.0, ignore_index)
+        inputs = (hidden, weight, bias, labels, None, None)
+        found = token_logp_backward(grad, log_z, *inputs, *head, *need)
+        result[:3] = [x if needed else None for x, needed in zip(found, need, strict=True)]
+    elif need[0]:
+        result[0] = scaled(dhidden, grad.unsqueeze(-1), hidden.dtype)
+    return tuple(result)
 
 
 token_logp.register_autograd(_backward, setup_context=_setup_context)

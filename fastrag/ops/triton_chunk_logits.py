@@ -35,25 +35,34 @@ class TritonChunkLogits(ChunkLogits):
     @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
         operand = 0 if head.operand_dtype == torch.float32 else head.operand_dtype.itemsize
-        return padded(head.vocab_size) * (4 + operand)
+        return padded(head.n_words) * (4 + operand)
 
     @classmethod
-    def token_logp(cls, head: LinearHead, x: Tensor, gold: Tensor) -> Tensor:
+    def forward(
+        cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
+    ) -> RowStats:
         """The logits are never written: statistics in the epilogue of the product."""
-        n_splits = linear_logp.splits(x.shape[0], head.vocab_size, x.dtype)
+        if with_mean:
+            return super().forward(head, x, gold, with_mean=True)
+        n_splits = linear_logp.splits(x.shape[0], head.n_words, x.dtype)
         settings = (head.bias, head.logit_scale, head.softcap, n_splits)
-        return linear_logp.linear_logp(x, head.weight_slices(), gold, *settings)
+        return RowStats(*linear_logp.linear_logp(x, head.weight_slices(), gold, *settings))
 
     @classmethod
-    def token_logp_bytes(cls, head: LinearHead, n_passages: int) -> float:
+    def forward_bytes(cls, head: LinearHead, n_passages: int, *, with_mean: bool) -> float:
+        if with_mean:
+            return super().forward_bytes(head, n_passages, with_mean=True)
         # The rows themselves, gathered and on their way there; splits are for few rows.
         return 2 * head.weight.shape[1] * head.operand_dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        logp, mean, self._peak, self._log_sum = row_pass.row_statistics(
+        logp, self._log_z, mean = row_pass.row_statistics(
             self._raw, self.gold, *self._head, with_mean=with_mean
         )
-        return RowStats(logp, mean)
+        return RowStats(logp, self._log_z, mean)
+
+    def resume(self, log_z: Tensor) -> None:
+        self._log_z = log_z
 
     def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
         out = self._gradient_buffer()
@@ -61,10 +70,10 @@ class TritonChunkLogits(ChunkLogits):
             self._raw,
             self.gold,
             *self._head,
-            self._peak,
-            self._log_sum,
+            self._log_z,
             weight.contiguous(),
             smoothing,
+            self.head.vocab_size,
             out,
         )
         return out
@@ -72,7 +81,7 @@ class TritonChunkLogits(ChunkLogits):
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         stats = self.statistics()
         smooth, share = mixture_pass.mixture_statistics(
-            self._raw, *self._head, self._peak, self._log_sum, log_prior.contiguous()
+            self._raw, *self._head, *self._log_z, log_prior.contiguous()
         )
         return stats, smooth, share
 
@@ -84,17 +93,16 @@ class TritonChunkLogits(ChunkLogits):
             self._raw,
             self.gold,
             *self._head,
-            self._peak,
-            self._log_sum,
+            *self._log_z,
             *(x.contiguous() for x in (log_prior, hit, target, spread)),
             out,
         )
         return out
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
-        """[n, V], its rows padded; what stands behind column V is never read."""
-        n, vocab_size = self.x.shape[0], self.head.vocab_size
-        return self.x.new_empty(n, padded(vocab_size), dtype=dtype)[:, :vocab_size]
+        """[n, words], its rows padded; what stands behind the last word is never read."""
+        n, n_words = self.x.shape[0], self.head.n_words
+        return self.x.new_empty(n, padded(n_words), dtype=dtype)[:, :n_words]
 
     def _gradient_buffer(self) -> Tensor:
         # Numbers of one size may overwrite each other: each is read and written by one thread.
@@ -102,6 +110,6 @@ class TritonChunkLogits(ChunkLogits):
         return self._raw if same else self._buffer(self.x.dtype)
 
 
-def padded(vocab_size: int) -> int:
+def padded(n_words: int) -> int:
     """Numbers from one row to the next."""
-    return -(-vocab_size // PITCH) * PITCH
+    return -(-n_words // PITCH) * PITCH

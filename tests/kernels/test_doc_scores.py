@@ -11,6 +11,7 @@ from fastrag import reference
 from fastrag.ops import backends
 from fastrag.ops.doc_scores import TRITON_MAX_PASSAGES
 from fastrag.testing import assert_close
+from tests.ops.codes import Codes, random_codes
 
 triton = pytest.importorskip("triton")
 if not backends.interpreting():
@@ -26,7 +27,8 @@ SHAPES = {
     "two blocks of D": (2, 9, 70, 20),  # BLOCK_K = 32, BLOCK_D = 64
     "many passages": (2, 130, 9, 200),  # BLOCK_K = 1024, three blocks of D
 }
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+offsets = pytest.mark.parametrize("with_offset", [True, False], ids=["offset", "no offset"])
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
@@ -39,6 +41,13 @@ def inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor
         rows[0, -1] = -1
         rows[-1, 0] = rows[-1, 1]
     return query, index, rows
+
+
+def int8_inputs(
+    shape: tuple[int, int, int, int], with_offset: bool = True
+) -> tuple[Tensor, Codes, Tensor]:
+    query, index, rows = inputs(shape, torch.float32)
+    return query, random_codes(*index.shape, with_offset), rows
 
 
 def finite(x: Tensor) -> Tensor:
@@ -88,6 +97,112 @@ def test_backward(dtype: torch.dtype, shape: tuple[int, int, int, int], upstream
     assert_close(dp, plain[1], true[1], name="passages")
     gathered, nothing = doc_scores_bwd(ds, da, prior, query, index, rows, TAU, True, False)
     assert torch.equal(gathered, dq) and nothing.numel() == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_query_meets_reduced_storage(stored: torch.dtype) -> None:
+    query, index, rows = inputs(SHAPES["two blocks of D"], torch.float32)
+    index = index.to(stored)
+    expected = doc_scores_fwd(query, index.float(), rows, TAU)
+    found = doc_scores_fwd(query, index, rows, TAU)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    up = torch.randn_like(found[0])
+    dq = [doc_scores_bwd(up, up, found[1], query, x, rows, TAU, True, False)[0]
+          for x in (index, index.float())]  # fmt: skip
+    assert dq[0].dtype == torch.float32 and torch.equal(*dq)
+
+
+@offsets
+@shapes
+@pytest.mark.parametrize("mode", ["gathered", "fresh", "fresh with rows"])
+def test_int8(shape: tuple[int, int, int, int], mode: str, with_offset: bool) -> None:
+    query, stored, rows = int8_inputs(shape, with_offset)
+    stored = stored if mode == "gathered" else stored.fresh(rows)
+    rows = None if mode == "fresh" else rows
+    more = stored.options().values()
+    scores, prior = doc_scores_fwd(query, stored.codes, rows, TAU, *more)
+    up = torch.randn(2, *prior.shape)
+
+    def oracle(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q = query.to(dtype).requires_grad_()
+        s = stored.scores(q, rows, TAU)
+        a = reference.log_prior(s)
+        loss = (finite(s) * up[0].to(dtype)).sum() + (finite(a) * up[1].to(dtype)).sum()
+        return s, a, torch.autograd.grad(loss, q)[0]
+
+    args = (*up, prior, query, stored.codes, rows, TAU, True, False, *more)
+    dq, nothing = doc_scores_bwd(*args)
+    assert nothing.numel() == 0
+    found, plain, true = (scores, prior, dq), oracle(torch.float32), oracle(torch.float64)
+    for name, a, b, c in zip(("scores", "prior", "query"), found, plain, true, strict=True):
+        # The prior is a difference of scores, and terms of the gradient may cancel.
+        assert_close(a, b, c, name=name, scale=0.0 if name == "scores" else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_int8_meets_a_query_in_16_bits(dtype: torch.dtype) -> None:
+    query, stored, rows = int8_inputs(SHAPES["two blocks of D"])
+    query, more = query.to(dtype), tuple(stored.options().values())
+    found = doc_scores_fwd(query, stored.codes, rows, TAU, *more)
+    expected = doc_scores_fwd(query.float(), stored.codes, rows, TAU, *more)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    up = torch.randn_like(found[0])
+    dq = [
+        doc_scores_bwd(None, up, found[1], q, stored.codes, rows, TAU, True, False, *more)[0]
+        for q in (query, query.float())
+    ]
+    assert dq[0].dtype == dtype
+    # The interpreter cuts digits off where it stores bfloat16, up to a unit in the last place.
+    rtol = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(dq[0].float(), dq[1].to(dtype).float(), rtol=rtol, atol=0.0)
+
+
+def test_int8_missing_takes_no_offset_and_a_row_beyond_the_index_is_nan() -> None:
+    query, stored, rows = int8_inputs(SHAPES["plain"])
+    more = tuple(stored.options().values())
+    rows[1], rows[2, 2] = -1, 1 << 40
+    scores, prior = doc_scores_fwd(query, stored.codes, rows, TAU, *more)
+    assert scores[:2].isneginf().equal(rows[:2] < 0) and prior[1].isneginf().all()
+    assert scores[2, 2].isnan() and prior[2].isnan().all() and not prior[:2].isnan().any()
+    up = torch.ones_like(prior)
+    args = (prior, query, stored.codes, rows, TAU, True, False, *more)
+    dq, _ = doc_scores_bwd(None, up, *args)
+    assert (dq[1] == 0).all() and dq[0].isfinite().all() and dq[2].isnan().all()
+    dq, _ = doc_scores_bwd(up, None, *args)
+    dense = (stored.offset + stored.scale * stored.codes)[rows[0, :-1]].sum(0) / TAU
+    torch.testing.assert_close(dq[0], dense, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_strided_inputs() -> None:
+    query, stored, rows = int8_inputs(SHAPES["two blocks of D"])
+    stored.scale = stored.scale[:1].expand(70)  # one scale for all components
+    stored.offset = torch.randn(140)[::2]
+    turned, strided = stored.codes.t().contiguous().t(), tuple(stored.options().values())
+    dense = tuple(x.contiguous() for x in strided)
+    expected = doc_scores_fwd(query, stored.codes, rows, TAU, *dense)
+    found = doc_scores_fwd(query, turned, rows, TAU, *strided)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    up = torch.randn_like(found[0])
+    dq = [
+        doc_scores_bwd(up, up, found[1], query, codes, rows, TAU, True, False, *more)[0]
+        for codes, more in ((turned, strided), (stored.codes, dense))
+    ]
+    assert torch.equal(*dq)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5, 4), (2, 3, 0, 4)], ids=["no question", "no width"])
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_nothing_to_do(sizes: tuple[int, int, int, int], int8: bool) -> None:
+    n_examples, n_passages, width, n = sizes
+    query, rows = torch.randn(n_examples, width), torch.zeros(n_examples, n_passages).long()
+    passages, more = torch.randn(n, width), ()
+    if int8:
+        stored = random_codes(n, width)
+        passages, more = stored.codes, tuple(stored.options().values())
+    scores, prior = doc_scores_fwd(query, passages, rows, TAU, *more)
+    assert scores.shape == prior.shape == rows.shape and (scores == 0).all()
+    dq, _ = doc_scores_bwd(scores, prior, prior, query, passages, rows, TAU, True, False, *more)
+    assert dq.shape == query.shape
 
 
 def test_all_missing() -> None:
@@ -184,13 +299,27 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert (dq == 4.0).all()
 
 
+def test_int8_offsets_beyond_two_to_the_31() -> None:
+    n, stride = 2050, 1 << 20
+    storage = torch.UntypedStorage(n * stride + 8)
+    codes = torch.tensor([], dtype=torch.int8).set_(storage, 0, (n, 8), (stride, 1))
+    codes[0], codes[n - 1] = 1, -3
+    query, rows, scale = torch.ones(1, 8), torch.tensor([[n - 1, 0]]), torch.full((8,), 0.5)
+    scores, prior = doc_scores_fwd(query, codes, rows, 1.0, scale)
+    assert scores.tolist() == [[-12.0, 4.0]]
+    ones = torch.ones_like(prior)
+    dq, _ = doc_scores_bwd(ones, None, prior, query, codes, rows, 1.0, True, False, scale)
+    assert (dq == -1.0).all()
+
+
 def test_more_passages_than_the_largest_block() -> None:
     assert blocks(TRITON_MAX_PASSAGES)["BLOCK_K"] == TRITON_MAX_PASSAGES
     with pytest.raises(ValueError, match="expected K of at most 1024, got 1025"):
         blocks(1025)
 
 
-def test_forced_backend_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_forced_backend_runs_the_kernel(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """FASTRAG_BACKEND=triton sends the public function, forward and backward, through it."""
     import fastrag.kernels.doc_scores as module
 
@@ -201,10 +330,14 @@ def test_forced_backend_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
             module, name, lambda *a, _f=launcher, _n=name: (calls.append(_n), _f(*a))[1]
         )
     query, index, rows = inputs(SHAPES["plain"], torch.float32)
+    more = {}
+    if int8:
+        stored = random_codes(*index.shape)
+        index, more = stored.codes, stored.options()
     query.requires_grad_()
 
     def run() -> tuple[Tensor, Tensor]:
-        prior = F.doc_scores(query, index, rows=rows, tau=TAU, return_log_prior=True)[1]
+        prior = F.doc_scores(query, index, rows=rows, tau=TAU, return_log_prior=True, **more)[1]
         return prior, torch.autograd.grad(finite(prior).square().sum(), query)[0]
 
     expected = run()
@@ -214,4 +347,4 @@ def test_forced_backend_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
     assert calls == ["doc_scores_fwd", "doc_scores_bwd"]
     with pytest.raises(RuntimeError, match="compute in float32, got float64"):
-        F.doc_scores(query.double(), index.double(), rows=rows)
+        F.doc_scores(query.double(), index if int8 else index.double(), rows=rows, **more)

@@ -9,6 +9,7 @@ from torch import Tensor
 import fastrag.functional as F
 from fastrag import reference
 from fastrag.testing import assert_close
+from tests.ops.codes import random_codes
 
 pytestmark = pytest.mark.gpu
 
@@ -65,25 +66,65 @@ def test_accuracy(dtype: torch.dtype, shape: tuple[int, int, int, int], fresh: b
         assert_close(a, b, c, name=name)
 
 
-def test_runs_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", STORED, ids=str)  # of the query
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("fresh", [False, True], ids=["gathered", "fresh"])
+@pytest.mark.parametrize("with_offset", [True, False], ids=["offset", "no offset"])
+def test_int8_accuracy(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], fresh: bool, with_offset: bool
+) -> None:
+    query, index, rows = inputs(shape, dtype)
+    stored = random_codes(*index.shape, with_offset, device="cuda")
+    stored = stored.fresh(rows) if fresh else stored
+    more = stored.options()
+    scores, prior = F.doc_scores(
+        query, stored.codes, rows=rows, tau=TAU, return_log_prior=True, **more
+    )
+    upstream = torch.randn_like(prior)
+
+    def oracle(to: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q = query.detach().to(to).requires_grad_()
+        s = stored.scores(q, rows, TAU)
+        a = reference.log_prior(s)
+        return s, a, torch.autograd.grad((finite(a) * upstream.to(to)).sum(), q)[0]
+
+    # Dequantised by plain torch in float32, whatever the query: so is the kernel's arithmetic.
+    plain, true = oracle(torch.float32), oracle(torch.float64)
+    found = torch.autograd.grad((finite(prior) * upstream).sum(), query)[0]
+    assert_close(scores, plain[0], true[0], name="scores")
+    assert_close(prior, plain[1], true[1], name="prior", scale=1.0)
+    assert_close(found, plain[2].to(dtype), true[2], name="query", scale=1.0)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_runs_the_triton_kernel(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch computes and what the kernel computes differ in bits, so both have run."""
     query, index, rows = inputs(SHAPES["minilm"], torch.float32)
+    more = {}
+    if int8:
+        stored = random_codes(*index.shape, device="cuda")
+        index, more = stored.codes, stored.options()
     found = {}
     for name in ("torch", "triton"):
         monkeypatch.setenv("FASTRAG_BACKEND", name)
-        found[name] = F.doc_scores(query, index, rows=rows, tau=TAU).detach()
+        found[name] = F.doc_scores(query, index, rows=rows, tau=TAU, **more).detach()
     monkeypatch.delenv("FASTRAG_BACKEND")
-    default = F.doc_scores(query, index, rows=rows, tau=TAU)
+    default = F.doc_scores(query, index, rows=rows, tau=TAU, **more)
     assert torch.equal(default, found["triton"])
     torch.testing.assert_close(found["torch"], found["triton"], rtol=1e-4, atol=1e-3)
 
 
-def test_no_host_sync() -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+def test_no_host_sync(int8: bool) -> None:
     query, index, rows = inputs(SHAPES["dpr"], torch.bfloat16)
     tau = torch.tensor(TAU, device="cuda", requires_grad=True)
+    more = {}
+    if int8:
+        stored = random_codes(*index.shape, device="cuda")
+        index, more = stored.codes, stored.options()
 
     def step() -> None:
-        prior = F.doc_scores(query, index, rows=rows, tau=tau, return_log_prior=True)[1]
+        prior = F.doc_scores(query, index, rows=rows, tau=tau, return_log_prior=True, **more)[1]
         finite(prior).square().sum().backward()
 
     step()  # compiles
@@ -107,11 +148,16 @@ def test_device_that_is_not_current() -> None:
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_same_bits_every_time() -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+def test_same_bits_every_time(int8: bool) -> None:
     query, index, rows = inputs(SHAPES["odd"], torch.bfloat16)
+    more = {}
+    if int8:
+        stored = random_codes(*index.shape, device="cuda")
+        index, more = stored.codes, stored.options()
 
     def step() -> tuple[Tensor, Tensor]:
-        prior = F.doc_scores(query, index, rows=rows, return_log_prior=True)[1]
+        prior = F.doc_scores(query, index, rows=rows, return_log_prior=True, **more)[1]
         return prior, torch.autograd.grad(finite(prior).square().sum(), query)[0]
 
     first = step()
@@ -119,15 +165,26 @@ def test_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
 
 
-def test_memory_holds_no_gathered_vectors() -> None:
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_memory_holds_no_gathered_vectors(int8: bool) -> None:
     query, index, rows = inputs((64, 100, 768, 20000), torch.float32)
-    F.doc_scores(query, index, rows=rows)
+    more = {}
+    if int8:
+        stored = random_codes(*index.shape, device="cuda")
+        index, more = stored.codes, stored.options()
+    up = torch.ones(64, 100, device="cuda")
+
+    def step() -> None:
+        prior = F.doc_scores(query, index, rows=rows, return_log_prior=True, **more)[1]
+        torch.autograd.grad(prior, query, up)
+
+    step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    F.doc_scores(query, index, rows=rows).detach()
+    step()
     used = torch.cuda.max_memory_allocated() - before
-    assert used < 64 * 100 * 768 * 4 / 10
+    assert used < 64 * 100 * 768 * index.itemsize / 10
 
 
 def test_bad_row_is_nan_not_a_fault() -> None:

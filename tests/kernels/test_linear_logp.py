@@ -42,18 +42,20 @@ def test_values(shape, head, dtype: torch.dtype, n_splits: int) -> None:
     gold = torch.randint(vocab, (n,))
     gold[0], gold[-1] = min(127, vocab - 1), vocab - 1
 
-    def oracle(to: torch.dtype) -> Tensor:
+    def oracle(to: torch.dtype) -> tuple[Tensor, Tensor]:
         cast_bias = None if bias is None else bias.to(to)
         z = reference.logits(x.to(to), weight.to(to), cast_bias, softcap, logit_scale)
-        return z.log_softmax(1).gather(1, gold.unsqueeze(1)).squeeze(1)
+        return z.log_softmax(1).gather(1, gold.unsqueeze(1)).squeeze(1), z.logsumexp(1)
 
-    logp = linear_logp(x, whole(weight), gold, bias, logit_scale, softcap, n_splits)
-    assert_close(logp, oracle(torch.float32), oracle(torch.float64), scale=1.0)
+    logp, log_z = linear_logp(x, whole(weight), gold, bias, logit_scale, softcap, n_splits)
+    plain, true = oracle(torch.float32), oracle(torch.float64)
+    assert_close(logp, plain[0], true[0], scale=1.0)
+    assert_close(log_z.sum(0), plain[1], true[1], name="log Z", scale=1.0)
     assert 1 <= splits(n, vocab, dtype) <= 64
     if vocab > 64:
         cut = [(slice(0, 64), weight[:64]), (slice(64, vocab), weight[64:])]
-        again = linear_logp(x, cut, gold, bias, logit_scale, softcap, n_splits)
-        assert_close(again, logp, oracle(torch.float64), scale=1.0)
+        again, _ = linear_logp(x, cut, gold, bias, logit_scale, softcap, n_splits)
+        assert_close(again, logp, true[0], scale=1.0)
 
 
 def test_strided_weight_forbidden_words_and_nan() -> None:
@@ -63,8 +65,8 @@ def test_strided_weight_forbidden_words_and_nan() -> None:
     gold = torch.tensor([130, 140, 199])
     expected = (x @ weight.t() + bias).log_softmax(1).gather(1, gold.unsqueeze(1)).squeeze(1)
     strided = weight.t().contiguous().t()
-    logp = linear_logp(x, whole(strided), gold, bias, 1.0, None, 2)
+    logp, _ = linear_logp(x, whole(strided), gold, bias, 1.0, None, 2)
     torch.testing.assert_close(logp, expected)
     x[1, 3] = torch.nan
-    found = linear_logp(x, whole(weight), gold, bias, 1.0, None, 2)
+    found, _ = linear_logp(x, whole(weight), gold, bias, 1.0, None, 2)
     assert found[1].isnan() and torch.equal(found[[0, 2]], logp[[0, 2]])

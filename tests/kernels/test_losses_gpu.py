@@ -1,4 +1,4 @@
-"""The losses on a GPU: accuracy, no waiting, memory, graphs. Needs torch, triton and pytest."""
+"""The losses on a GPU: accuracy, no waiting, memory, graphs, late errors; torch, triton, pytest."""
 
 from __future__ import annotations
 
@@ -191,3 +191,83 @@ def test_device_that_is_not_current(marginal: str) -> None:
         expected, wanted = run(marginal, inputs)
     assert torch.equal(loss, expected)
     assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+def spoil(inputs: list[Tensor], what: str) -> tuple[dict[str, Tensor], str]:
+    """Puts a fault into the second example; returns options of the call and the error to come."""
+    valid = (inputs[4] != IGNORE).view(-1).nonzero().squeeze(1).int()
+    if what == "label":
+        inputs[4][1, 2] = 1031
+        return {}, r"labels: expected values in \[0, 1031\) .* got 1031 at \[1, 2\]"
+    if what == "score":
+        with torch.no_grad():
+            inputs[3][1, 0] = torch.nan
+        return {}, r"doc_scores: expected finite values, .* got nan at \[1, 0\]"
+    n_tokens = inputs[4].shape[1]
+    valid = valid[valid != n_tokens + 2]
+    return {"valid_rows": valid}, r"valid_rows: expected .* got that of \[1, 2\] 0 times"
+
+
+@marginals
+@pytest.mark.parametrize("what", ["label", "score", "valid_rows"])
+def test_late_error(marginal: str, what: str) -> None:
+    """NaN at once and without waiting; the next call raises, and the one after that works."""
+    inputs = problem(SHAPES["odd"])
+    *leaves, labels = inputs
+    bad = [*(x.detach().clone().requires_grad_() for x in leaves), labels.clone()]
+    options, message = spoil(bad, what)
+    expected, grads = run(marginal, inputs)  # compiles, and makes the records
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hidden, weight, bias, scores, labels = bad
+        with torch.no_grad():
+            loss = LOSSES[marginal](
+                hidden, weight, labels, scores, bias=bias, reduction="none", **options
+            )
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=message + r" \(in an earlier call, on cuda:0\)$"):
+            run(marginal, inputs)
+        for _ in range(2):
+            again, found = run(marginal, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isnan().tolist() == [False, True, False]
+    assert torch.equal(again, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
+
+
+def test_late_error_of_a_graph() -> None:
+    """A replay has no Python in it; the next call that has tells what the replay found."""
+    inputs = problem(SHAPES["odd"])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run("token", inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, _ = run("token", inputs)
+    kept = inputs[4].clone()
+    inputs[4][1, 2] = 1031
+    graph.replay()
+    inputs[4].copy_(kept)
+    graph.replay()  # a good one does not hide what the bad one found
+    torch.cuda.synchronize()
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match=r"labels: .* got 1031 at \[1, 2\] \(in an earlier call"):
+        run("token", inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    run("token", inputs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_late_errors_are_those_of_a_device() -> None:
+    inputs, others = (problem(SHAPES["odd"], device=f"cuda:{i}") for i in range(2))
+    spoil(others, "label")
+    run("token", others)
+    for i in range(2):
+        torch.cuda.synchronize(i)
+    run("token", inputs)
+    with pytest.raises(ValueError, match=r"got 1031 at \[1, 2\] \(in an earlier call, on cuda:1\)"):
+        run("token", others)

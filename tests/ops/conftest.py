@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from fastrag.ops import backends, checks
+from fastrag.ops import backends, checks, late_errors, vocab_major
 
-# Bytes: everything in one chunk; a few positions a chunk; one position a chunk (and a Sequence
-# example cut in pieces, hence recomputed).
-WORKSPACES = {"whole": "", "some": "2000", "one": "1"}
+# Bytes, and rows below which a chunk is not worth its dW: everything in one chunk; a few positions
+# a chunk; one position a chunk (a Sequence example that does not fit: slices of the vocabulary);
+# and slices of the vocabulary, of several words and of one.
+WORKSPACES = {
+    "whole": ("", 1),
+    "some": ("2000", 1),
+    "one": ("1", 1),
+    "some words": ("2000", 10**6),
+    "one word": ("1", 10**6),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -15,16 +24,27 @@ def _poisoned(poisoned_memory: None) -> None:
 
 
 @pytest.fixture
-def blind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs what runs on a GPU, where no value may be looked at: other walks, NaN for ValueError."""
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs what runs on a GPU, where no value may be looked at: other walks, NaN, a late error."""
     monkeypatch.setattr(checks, "readable", lambda x: False)
+    late_errors.forget()
+    yield
+    late_errors.forget()
+
+
+@pytest.fixture
+def blind(late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as long as no finding has reached the host: NaN, and no error for it yet."""
+    monkeypatch.setattr(late_errors, "raise_late", lambda device: None)
 
 
 @pytest.fixture(params=WORKSPACES.values(), ids=WORKSPACES.keys())
 def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with each size of workspace."""
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", request.param)
-    return request.param
+    size, least_rows = request.param
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", size)
+    monkeypatch.setattr(vocab_major, "LEAST_ROWS", {"cpu": least_rows})
+    return size
 
 
 @pytest.fixture(params=["cpp", "torch"])

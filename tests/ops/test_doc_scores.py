@@ -8,9 +8,14 @@ import fastrag.functional as F
 from fastrag import reference
 from fastrag.ops import backends
 from fastrag.ops.doc_scores import TRITON_MAX_PASSAGES, doc_scores, doc_scores_backward
-from fastrag.testing import assert_close
+from fastrag.testing import assert_close, cpu_memory
+
+from .codes import Codes, random_codes
 
 TAU = 0.5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODES = ["gathered", "fresh", "fresh without rows"]
+offsets = pytest.mark.parametrize("with_offset", [True, False], ids=["offset", "no offset"])
 
 
 def inputs(
@@ -25,8 +30,22 @@ def inputs(
     return query, index, rows
 
 
-def both(query: Tensor, passages: Tensor, rows: Tensor | None, tau: object = TAU) -> tuple:
-    return F.doc_scores(query, passages, rows=rows, tau=tau, return_log_prior=True)
+def int8_inputs(
+    dtype: torch.dtype = torch.float64,
+    sizes: tuple[int, int, int, int] = (3, 4, 5, 9),
+    with_offset: bool = True,
+) -> tuple[Tensor, Codes, Tensor]:
+    n_examples, n_passages, width, n = sizes
+    query = torch.randn(n_examples, width, dtype=dtype).requires_grad_()
+    rows = torch.randint(n, (n_examples, n_passages))
+    rows[0, -1] = -1
+    return query, random_codes(n, width, with_offset), rows
+
+
+def both(
+    query: Tensor, passages: Tensor, rows: Tensor | None, tau: object = TAU, **more: object
+) -> tuple:
+    return F.doc_scores(query, passages, rows=rows, tau=tau, return_log_prior=True, **more)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -65,7 +84,22 @@ def test_index_gradcheck() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@offsets
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_int8_gradcheck(with_rows: bool, with_offset: bool) -> None:
+    query, stored, rows = int8_inputs(with_offset=with_offset)
+    tau = torch.tensor(TAU, dtype=torch.float64, requires_grad=True)
+    fresh = stored.fresh(rows)
+
+    def f(q: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        chosen = rows if with_rows else None
+        passages = stored.codes if with_rows else fresh.codes
+        return tuple(finite(x) for x in both(q, passages, chosen, t, **stored.options()))
+
+    assert torch.autograd.gradcheck(f, (query, tau))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["gathered", "fresh"])
 def test_three_way(dtype: torch.dtype, mode: str) -> None:
     query, index, rows = inputs(dtype, (16, 10, 96, 50))
@@ -85,6 +119,121 @@ def test_three_way(dtype: torch.dtype, mode: str) -> None:
     expected = torch.autograd.grad(sums[2], exact)[0]
     assert found.dtype == dtype
     assert_close(found, base, expected, name="query")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_query_meets_reduced_storage(stored: torch.dtype) -> None:
+    """The usual mix: the index in 16 bits, the query in 32, and nothing rounded to 16 again."""
+    query, index, rows = inputs(torch.float32, (16, 10, 96, 50))
+    index = index.to(stored)
+
+    def grad(scores: Tensor, q: Tensor) -> Tensor:
+        return torch.autograd.grad(finite(reference.log_prior(scores)).square().sum(), q)[0]
+
+    exact = query.detach().double().requires_grad_()
+    found = F.doc_scores(query, index, rows=rows, tau=TAU)
+    plain = reference.doc_scores(query, index.float(), rows, TAU)
+    true = reference.doc_scores(exact, index.double(), rows, TAU)
+    assert found.dtype == torch.float32
+    assert_close(found, plain, true, name="scores")
+    assert_close(grad(found, query), grad(plain, query), grad(true, exact), name="query")
+
+
+@offsets
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(16, 10, 96, 50), (3, 7, 33, 9), (4, 1, 5, 9), (2, 3, 1, 4)],
+    ids=["plain", "odd D", "one passage", "one component"],
+)
+def test_int8_three_way(sizes: tuple[int, int, int, int], mode: str, with_offset: bool) -> None:
+    """Against the dequantised vectors in float64; plain torch dequantises them in float32."""
+    query, stored, rows = int8_inputs(torch.float32, sizes, with_offset)
+    stored = stored if mode == "gathered" else stored.fresh(rows)
+    chosen = None if mode == "fresh without rows" else rows
+    exact = query.detach().double().requires_grad_()
+    up = torch.randn(2, *rows.shape)
+
+    def run(q: Tensor, scores: Tensor, prior: Tensor) -> tuple[Tensor, ...]:
+        total = (finite(scores) * up[0]).sum() + (finite(prior) * up[1]).sum()
+        return scores, prior, torch.autograd.grad(total, q)[0]
+
+    plain, true = (stored.scores(q, chosen, TAU) for q in (query, exact))
+    found = run(query, *both(query, stored.codes, chosen, **stored.options()))
+    plain = run(query, plain, reference.log_prior(plain))
+    true = run(exact, true, reference.log_prior(true))
+    for name, a, b, c in zip(("scores", "prior", "query"), found, plain, true, strict=True):
+        # The prior is a difference of scores, and terms of the gradient may cancel.
+        assert_close(a, b, c, name=name, scale=0.0 if name == "scores" else 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_rounds_the_gradient_once(dtype: torch.dtype) -> None:
+    """A query in 16 bits meets int8 codes in float32, and its gradient goes back to 16 bits."""
+    query, stored, rows = int8_inputs(dtype, (8, 5, 33, 20))
+    wide = query.detach().float().requires_grad_()
+    found, expected = (both(q, stored.codes, rows, **stored.options()) for q in (query, wide))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    grads = [
+        torch.autograd.grad(finite(prior).square().sum(), q)[0]
+        for (_, prior), q in ((found, query), (expected, wide))
+    ]
+    assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1].to(dtype))
+
+
+def test_int8_index_is_not_dequantised() -> None:
+    query, stored, rows = int8_inputs(torch.float32, (2, 3, 64, 20_000))
+    peak, _ = cpu_memory(lambda: both(query, stored.codes, rows, **stored.options()))
+    assert peak < stored.codes.numel() / 4
+
+
+def test_int8_missing_takes_no_offset() -> None:
+    """A missing passage is the zero vector, not the offset: no gradient comes from it."""
+    query, stored, rows = int8_inputs()
+    rows[1] = -1
+    scores, prior = both(query, stored.codes, rows, **stored.options())
+    assert scores.isneginf().equal(rows < 0) and prior.isneginf().equal(rows < 0)
+    up = torch.full_like(scores, 3.0)
+    found = torch.autograd.grad((scores, prior), query, (up, up))[0]
+    assert (found[1] == 0).all() and found.isfinite().all()
+    kept = torch.autograd.grad(
+        both(query, stored.codes, rows[:, :-1], **stored.options()), query, (up[:, :-1],) * 2
+    )[0]
+    torch.testing.assert_close(found[0], kept[0])
+
+
+def test_int8_blind_row_beyond_the_index_is_nan(blind: None) -> None:
+    query, stored, rows = int8_inputs()
+    rows[1, 2] = len(stored.codes) + 7
+    prior = both(query, stored.codes, rows, **stored.options())[1]
+    assert prior[1].isnan().all() and not prior[[0, 2]].isnan().any()
+    grad = torch.autograd.grad(finite(prior).square().sum(), query)[0]
+    assert grad[[0, 2]].isfinite().all() and grad[1].isnan().all()
+
+
+def test_int8_index_takes_no_gradient_from_a_scale_that_wants_one() -> None:
+    """The public function refuses it; called past that, the op must not drop it in silence."""
+    query, stored, rows = int8_inputs()
+    for name, x in stored.options().items():
+        more = stored.options() | {name: x.clone().requires_grad_()}
+        with torch.no_grad():  # where nobody asks for a gradient, nothing is refused
+            F.doc_scores(query, stored.codes, rows=rows, **more)
+        scores = doc_scores(query, stored.codes, rows, TAU, *more.values())[0]
+        with pytest.raises(RuntimeError, match="gives no gradient to scale and offset"):
+            finite(scores).sum().backward()
+
+
+@pytest.mark.parametrize("stored", ["float32", "int8"])
+def test_no_questions(stored: str) -> None:
+    query = torch.zeros(0, 5, requires_grad=True)
+    rows = torch.zeros(0, 4).long()
+    passages, more = torch.randn(9, 5), {}
+    if stored == "int8":
+        codes = random_codes(9, 5)
+        passages, more = codes.codes, codes.options()
+    scores, prior = both(query, passages, rows, **more)
+    assert scores.shape == prior.shape == (0, 4)
+    assert torch.autograd.grad(prior.sum(), query)[0].shape == (0, 5)
 
 
 def test_missing_is_minus_infinity_and_never_read() -> None:
@@ -196,6 +345,28 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(found, want)
 
 
+def test_int8_strided_inputs() -> None:
+    query, stored, rows = int8_inputs()
+    stored.scale = stored.scale[:1].expand(5)  # one scale for all components
+    stored.offset = torch.randn(10)[::2]
+    dense = {name: x.contiguous() for name, x in stored.options().items()}
+    expected = both(query, stored.codes, rows, **dense)
+    turned = stored.codes.t().contiguous().t()
+    for found, want in zip(both(query, turned, rows, **stored.options()), expected, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@offsets
+def test_int8_opcheck(with_offset: bool) -> None:
+    query, stored, rows = int8_inputs(torch.float32, with_offset=with_offset)
+    more = tuple(stored.options().values())
+    torch.library.opcheck(doc_scores, (query, stored.codes, rows, TAU, *more))
+    prior = both(query, stored.codes, rows, **stored.options())[1].detach()
+    args = (None, torch.randn_like(prior), prior, query.detach(), stored.codes, rows, TAU,
+            True, False, *more)  # fmt: skip
+    torch.library.opcheck(doc_scores_backward, args)
+
+
 @pytest.mark.parametrize("gathered", [True, False])
 def test_opcheck(gathered: bool) -> None:
     query, index, rows = inputs()
@@ -215,6 +386,17 @@ def test_compile() -> None:
         torch.testing.assert_close(a, b)
     grads = [torch.autograd.grad(finite(x[1]).square().sum(), query)[0] for x in (found, expected)]
     torch.testing.assert_close(*grads)
+
+
+@offsets
+def test_int8_compile(with_offset: bool) -> None:
+    query, stored, rows = int8_inputs(torch.float32, with_offset=with_offset)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, both):
+        scores, prior = run(query, stored.codes, rows, **stored.options())
+        results.append((scores, prior, *torch.autograd.grad(finite(prior).square().sum(), query)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compile_with_changing_tau() -> None:
@@ -237,9 +419,24 @@ def test_forward_mode_is_refused(place: int) -> None:
         torch.func.jvp(f, (args[place],), (torch.ones_like(args[place]),))
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("name", ["scale", "offset"])
+def test_int8_forward_mode_is_refused(name: str) -> None:
+    query, stored, rows = int8_inputs(torch.float32)
+    more = stored.options()
+
+    def f(x: Tensor) -> Tensor:
+        return F.doc_scores(query.detach(), stored.codes, rows=rows, **more | {name: x})
+
+    with pytest.raises(RuntimeError, match="doc_scores does not support forward-mode"):
+        torch.func.jvp(f, (more[name],), (torch.ones(5),))
+
+
+@pytest.mark.parametrize("stored", ["float64", "int8"])
+def test_double_backward_is_refused(stored: str) -> None:
     query, index, rows = inputs()
-    scores = finite(F.doc_scores(query, index, rows=rows))
+    codes = random_codes(9, 5)
+    passages = (index, {}) if stored == "float64" else (codes.codes, codes.options())
+    scores = finite(F.doc_scores(query, passages[0], rows=rows, **passages[1]))
     grad = torch.autograd.grad(scores.square().sum(), query, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="doc_scores does not support double backward"):
         torch.autograd.grad(grad.sum(), query)
@@ -280,3 +477,47 @@ def test_rejects_bad_input(changes: dict[str, object], message: str) -> None:
     args = {"query_emb": query, "passage_emb": index, "rows": rows, **changes}
     with pytest.raises(ValueError, match=message):
         F.doc_scores(args.pop("query_emb"), args.pop("passage_emb"), **args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": None}, r"scale: expected \[D\] float32 .* passage_emb \[9, 5\] int8, got None"),
+        ({"scale": 0.1}, "scale: expected a tensor, got float"),
+        ({"scale": torch.ones(4)}, r"scale: expected \[D\] with sizes \[5\], got \[4\] float32"),
+        ({"scale": torch.tensor(0.1)}, r"scale: expected \[D\] with sizes \[5\], got \[\] float32"),
+        ({"scale": torch.ones(9, 1)}, r"scale: expected \[D\] with sizes \[5\], got \[9, 1\]"),
+        ({"scale": torch.ones(5).half()}, r"scale: expected float32, got \[5\] float16"),
+        ({"scale": torch.ones(5).double()}, r"scale: expected float32, got \[5\] float64"),
+        ({"scale": torch.ones(5, device="meta")}, "one device, got .*scale on meta"),
+        (
+            {"scale": torch.ones(5, requires_grad=True)},
+            r"scale: expected a tensor without requires_grad.* got \[5\] float32 with",
+        ),
+        ({"offset": torch.ones(6)}, r"offset: expected \[D\] with sizes \[5\], got \[6\] float32"),
+        ({"offset": torch.ones(5).long()}, r"offset: expected float32, got \[5\] int64"),
+        ({"offset": torch.ones(5, device="meta")}, "one device, got .*offset on meta"),
+        (
+            {"offset": torch.ones(5, requires_grad=True)},
+            r"offset: expected a tensor without requires_grad",
+        ),
+        (
+            {"passage_emb": torch.zeros(9, 5)},
+            r"scale: expected None, .* int8 .* got \[5\] float32 with passage_emb \[9, 5\]",
+        ),
+        (
+            {"passage_emb": torch.zeros(9, 5), "scale": None},
+            r"offset: expected None, .* int8 .* got \[5\] float32 with passage_emb \[9, 5\]",
+        ),
+        (
+            {"passage_emb": torch.zeros(9, 5, dtype=torch.uint8)},
+            r"passage_emb: expected a floating point dtype or int8, got \[9, 5\] uint8",
+        ),
+        ({"passage_emb": None}, "passage_emb: expected a tensor, got NoneType"),
+    ],
+)
+def test_int8_rejects_bad_input(changes: dict[str, object], message: str) -> None:
+    query, stored, rows = int8_inputs(torch.float32)
+    args = {"passage_emb": stored.codes, "rows": rows, **stored.options(), **changes}
+    with pytest.raises(ValueError, match=message):
+        F.doc_scores(query, args.pop("passage_emb"), **args)

@@ -128,6 +128,16 @@ class Rows:
         head = LinearHead(self.weight, self.bias, self.softcap, self.logit_scale, self.x.dtype)
         return kind(head, self.x, self.gold)
 
+    def by_words(self, kind: type[ChunkLogits], log_z: Tensor, smoothing: float) -> Tensor:
+        """The gradient from slices of the vocabulary."""
+        head, parts = self.open(kind).head, []
+        for part in head.word_slices(70):
+            gold = torch.where(part.start <= self.gold, self.gold - part.start, -1)
+            words = kind(head.words(part), self.x, gold.masked_fill(self.gold >= part.stop, -1))
+            words.resume(log_z)
+            parts.append(words.gradient(self.row_weight, smoothing).clone())
+        return torch.cat(parts, 1)
+
     def run(self, kind: type[ChunkLogits]) -> dict[str, Tensor]:
         """All that a chunk can be asked, the buffers copied."""
         plain, smooth, mixed = (self.open(kind) for _ in range(3))
@@ -136,6 +146,7 @@ class Rows:
         found["gradient"] = plain.gradient(self.row_weight).clone()
         smooth.statistics()
         found["smoothed gradient"] = smooth.gradient(self.row_weight, 0.1).clone()
+        found["gradient of slices"] = self.by_words(kind, stats.log_z, 0.1)
         stats, found["mean mixture"], found["mean share"] = mixed.mixture_statistics(self.log_prior)
         target = (self.log_prior + stats.logp.view_as(self.log_prior)).softmax(1)
         upstream = self.row_weight.view_as(self.log_prior)[:, :1]
@@ -236,7 +247,7 @@ def test_bad_rows_stay_alone(isa: str, value: float) -> None:
     clean = problem.run(CppChunkLogits)
     problem.x[7, 3] = value  # +inf: logits of both infinities
     found, plain = problem.run(CppChunkLogits), problem.run(TorchChunkLogits)
-    for name in ("logp", "mean", "gradient", "smoothed gradient"):
+    for name in ("logp", "mean", "gradient", "smoothed gradient", "gradient of slices"):
         assert found[name][7].isnan().all() and plain[name][7].isnan().all()
         rest = torch.arange(len(problem.x)) != 7
         assert torch.equal(found[name][rest], clean[name][rest])
@@ -367,7 +378,7 @@ def test_a_chunk_gives_its_buffer_back() -> None:
         ({"z0": torch.zeros(5, 3).double()}, r"z0: expected float32 .* got format 'd' \[5, 3\]"),
         ({"z0": torch.zeros(3, 5).t()}, r"z0: expected lines without gaps .* strides of \[4, 20\]"),
         ({"gold": torch.zeros(4).long()}, r"gold: expected int64 \[3\], got format 'l' \[4\]"),
-        ({"gold": torch.tensor([0, 5, 0])}, r"gold: expected labels in \[0, 5\), got 5 at \[1\]"),
+        ({"gold": torch.tensor([0, 5, 0])}, r"gold: .* in \[0, 5\), or -1 .*, got 5 at \[1\]"),
         ({"bias": torch.zeros(3)}, r"bias: expected float32 \[5\], got format 'f' \[3\]"),
         ({"softcap": -1.0}, "softcap: expected 0 .none. or more, got -1"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
@@ -383,20 +394,24 @@ def test_rejects_bad_buffers(change: dict[str, object], message: str) -> None:
 
 def test_rejects_bad_parts() -> None:
     found = _C.RowPass(torch.zeros(5, 6).numpy(), torch.zeros(6).long().numpy())
-    with pytest.raises(ValueError, match=r"logp: expected float32 \[6\], got format 'f' \[5\]"):
-        found.statistics(torch.zeros(5).numpy())
-    one = torch.zeros(2, 2).numpy()
+    log_z, logp, one = (torch.zeros(*shape).numpy() for shape in ((2, 6), (6,), (2, 2)))
+    with pytest.raises(ValueError, match=r"logp: expected float32 \[6\], got format 'f' \[2, 6\]"):
+        found.statistics(log_z, log_z)
+    with pytest.raises(ValueError, match=r"log_z: expected float32 \[2, 6\], got format 'f' \[6\]"):
+        found.statistics(logp, logp)
+    with pytest.raises(ValueError, match="vocab_size: expected at least the 5 words of z0, got 4"):
+        found.gradient(log_z, logp, 0.1, 4)
     with pytest.raises(ValueError, match=r"log_prior: .* of the 6 rows of z0, got 2 \* 2"):
-        found.mixture_statistics(one, one, one)
+        found.mixture_statistics(log_z, one, one, one)
     with pytest.raises(ValueError, match="name: expected exp, log, tanh or sech2, got 'sin'"):
         _C.apply("sin", torch.zeros(1).numpy(), torch.zeros(1).numpy())
 
 
 def test_a_pitch_between_lines() -> None:
     wide = torch.randn(9, 12)
-    logp = torch.empty(7)
+    logp, log_z = torch.empty(7), torch.empty(2, 7)
     gold = torch.randint(9, (7,))
-    _C.RowPass(wide[:, :7].numpy(), gold.numpy()).statistics(logp.numpy())
+    _C.RowPass(wide[:, :7].numpy(), gold.numpy()).statistics(logp.numpy(), log_z.numpy())
     expected = wide[:, :7].t().log_softmax(1).gather(1, gold[:, None]).squeeze(1)
     torch.testing.assert_close(logp, expected)
 

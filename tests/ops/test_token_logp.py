@@ -6,6 +6,7 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
+from fastrag.ops import vocab_major
 from fastrag.ops.token_logp import token_logp, token_logp_backward
 from fastrag.testing import assert_close, cpu_memory
 
@@ -142,13 +143,41 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_opcheck() -> None:
     p = problem(head="softcap")
-    settings = (2.0, 0.7, IGNORE)
-    torch.library.opcheck(token_logp, (p.hidden, p.weight, p.bias, p.labels, *settings))
-    grad = torch.randn(p.hidden.shape[:-1], dtype=torch.float64)
-    args = (grad, p.hidden, p.weight, p.bias, p.labels, *settings, True, False, True)
+    args = (p.hidden, p.weight, p.bias, p.labels, 2.0, 0.7, IGNORE)
+    for need in ((True, True, True), (True, False, False), (False, False, False)):
+        # What is not needed is told so by its tensor too.
+        leaves = [
+            x.detach().requires_grad_(needed) for x, needed in zip(args[:3], need, strict=True)
+        ]
+        # The last check compares outputs after a backward that may have scaled them, its own.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        if need[1] or not need[0]:
+            checks += ("test_aot_dispatch_dynamic",)
+        torch.library.opcheck(token_logp, (*leaves, *args[3:], *need), test_utils=checks)
     with torch.no_grad():
-        detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
-        torch.library.opcheck(token_logp_backward, tuple(detached))
+        hidden, weight, bias, labels = (x.detach() for x in args[:4])
+        _, log_z, _ = token_logp(*args, True, True, True)
+        grad = torch.randn(p.hidden.shape[:-1], dtype=torch.float64)
+        present = torch.rand(p.hidden.shape[:2]) < 0.8
+        head = (hidden, weight, bias, labels, present, None, 2.0, 0.7, 0.1, IGNORE)
+        torch.library.opcheck(token_logp_backward, (grad, log_z, *head, True, False, True))
+
+
+@pytest.mark.parametrize("head", ["plain", "softcap"])
+def test_frozen_head(head: str, workspace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward makes dX, which backward scales: the logits are made once."""
+    p = problem(head=head)
+    upstream = torch.randn(p.hidden.shape[:-1], dtype=torch.float64)
+    expected = head_grads(run(p), p, upstream)["hidden"]
+    for x in (p.weight, p.bias):
+        if x is not None:
+            x.requires_grad_(False)
+    out = run(p)
+    monkeypatch.setattr(vocab_major, "add_gradients", None)
+    (found,) = torch.autograd.grad(out, p.hidden, upstream, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    (again,) = torch.autograd.grad(out, p.hidden, upstream)
+    assert torch.equal(found, again)
 
 
 def test_compile() -> None:

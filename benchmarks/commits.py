@@ -1,0 +1,77 @@
+"""Our providers at another commit beside those of this checkout, in alternating turns."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import ROOT
+from benchmarks.turns import Case, Result, time_cases
+
+
+class CommitError(Exception):
+    """The other commit cannot be had; the message says why."""
+
+
+@dataclass
+class Pair:
+    """One case at the other commit and now."""
+
+    before: Result
+    now: Result
+
+    @property
+    def ratio(self) -> float | None:
+        """Median over rounds of now / before: a machine that slows down falls on both."""
+        if not (self.before.ok and self.now.ok):
+            return None
+        pairs = zip(self.before.turns, self.now.turns, strict=True)
+        return statistics.median(now.wall / before.wall for before, now in pairs)
+
+
+@contextmanager
+def checkout(ref: str) -> Iterator[Path]:
+    """A worktree of commit `ref` with its extension built, in a temporary folder, then removed."""
+    try:
+        commit = _run("git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", cwd=ROOT)
+    except CommitError as error:
+        raise CommitError(f"--base: no commit is called {ref!r} here") from error
+    with tempfile.TemporaryDirectory(prefix="fastrag-base-") as folder:
+        tree = Path(folder) / "tree"
+        try:
+            _run("git", "worktree", "add", "--detach", str(tree), commit.strip(), cwd=ROOT)
+            if (tree / "csrc").is_dir():
+                build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+                _run(*build, cwd=tree)
+            yield tree
+        finally:
+            subprocess.run(
+                ["git", "worktree", "remove", "--force", str(tree)],
+                cwd=ROOT,
+                capture_output=True,
+                check=False,
+            )
+
+
+def compare(cases: Sequence[Case], tree: Path, rounds: int) -> list[Pair]:
+    """Times every case with fastrag from `tree` and with that of this checkout."""
+    twice = [case for case in cases for _ in range(2)]
+    results = time_cases(twice, rounds, [tree, ROOT] * len(cases))
+    return [Pair(*results[i : i + 2]) for i in range(0, len(results), 2)]
+
+
+def _run(*command: str, cwd: Path) -> str:
+    # Where git runs a hook it says through these which repository it is about.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise CommitError(f"{' '.join(command)}: {said[-1] if said else 'failed'}")
+    return done.stdout

@@ -1,0 +1,246 @@
+"""Forward and backward of the RAG marginal loss, from hidden states and scores.
+
+Outputs: the loss summed over examples, and the gradients of hidden, weight and doc_scores. The
+labels of the timed problem all count, so that every provider has the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops.heads import HEADS, PAD, Head, compiled, gather
+from benchmarks.registry import HALF, Goal, Op, Provider, Shape, needs, ours
+
+
+@dataclass
+class Problem:
+    hidden: Tensor  # [B, K, T, H]
+    weight: Tensor  # [V, H]
+    doc_scores: Tensor  # [B, K], at least float32
+    labels: Tensor  # [B, T]; PAD does not count
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.doc_scores
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype, as fresh leaves."""
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden, weight, scores = (
+            x.detach().to(kind, copy=True).requires_grad_()
+            for x, kind in zip(self.leaves(), (dtype, dtype, wide), strict=True)
+        )
+        return replace(self, hidden=hidden, weight=weight, doc_scores=scores)
+
+    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return (loss.detach(), *torch.autograd.grad(loss, self.leaves()))
+
+
+def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+    n_examples, n_passages, n_tokens, width, vocab = shape
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=kind)
+
+    hidden = normal(n_examples, n_passages, n_tokens, width).requires_grad_()
+    weight = (normal(vocab, width) / width**0.5).requires_grad_()
+    wide = torch.promote_types(dtype, torch.float32)
+    scores = normal(n_examples, n_passages, kind=wide).requires_grad_()
+    labels = torch.randint(
+        PAD + 1, vocab, (n_examples, n_tokens), generator=generator, device=device
+    )
+    return Problem(hidden, weight, scores, labels)
+
+
+def make_checked(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+    """The last label is ignored: Hugging Face's loss loses it anyway."""
+    problem = make(shape, dtype, seed, device)
+    problem.labels[:, -1] = PAD
+    return problem
+
+
+def oracle(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    from fastrag import reference
+
+    loss = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}[mode]
+    nll, _ = loss(p.hidden, p.weight, p.labels, p.doc_scores, ignore_index=PAD)
+    return p.backward(nll.sum())
+
+
+def fastrag_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    import fastrag.functional as F
+
+    loss = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}[mode]
+    return p.backward(
+        loss(p.hidden, p.weight, p.labels, p.doc_scores, reduction="sum", ignore_index=PAD)
+    )
+
+
+def marginal(mode: str, token_logp: Tensor, doc_scores: Tensor, labels: Tensor) -> Tensor:
+    """[B, K, T] -> the loss summed over examples, in torch."""
+    prior = doc_scores.log_softmax(1)
+    counts = labels != PAD
+    if mode == "token":
+        per_token = (prior.unsqueeze(2) + token_logp).logsumexp(1)
+        return -torch.where(counts, per_token, 0.0).sum()
+    seq_logp = torch.where(counts.unsqueeze(1), token_logp, 0.0).sum(2)
+    return -(prior + seq_logp).logsumexp(1).sum()
+
+
+def with_head(head: Head) -> Callable[[str, Problem], tuple[Tensor, ...]]:
+    def run(mode: str, p: Problem) -> tuple[Tensor, ...]:
+        token_logp = head(p.hidden, p.weight, p.labels)
+        return p.backward(marginal(mode, token_logp, p.doc_scores, p.labels))
+
+    return run
+
+
+def _gather_loss(
+    mode: str, hidden: Tensor, weight: Tensor, doc_scores: Tensor, labels: Tensor
+) -> Tensor:
+    return marginal(mode, gather(hidden, weight, labels), doc_scores, labels)
+
+
+_compiled_loss = compiled(_gather_loss)
+
+
+def gather_compiled(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    return p.backward(_compiled_loss(mode, *p.leaves(), p.labels))
+
+
+def transformers_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    from transformers.models.rag import modeling_rag
+
+    n_passages = p.hidden.shape[1]
+    generator = SimpleNamespace(pad_token_id=PAD, bos_token_id=None)
+    config = SimpleNamespace(n_docs=n_passages, bos_token_id=None, generator=generator)
+    stub = SimpleNamespace(config=config)
+    kind = modeling_rag.RagSequenceForGeneration
+    if mode == "token":
+        kind = modeling_rag.RagTokenForGeneration
+        stub.marginalize = lambda *args: kind.marginalize(stub, *args)
+    # get_nll shifts its targets left by one and fills up with a pad: the last label is lost to it.
+    target = torch.cat([p.labels.new_ones(len(p.labels), 1), p.labels[:, :-1]], 1)
+    logits = p.hidden.flatten(0, 1) @ p.weight.t()
+    return p.backward(kind.get_nll(stub, logits, p.doc_scores, target).sum())
+
+
+def transformers_autocast(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    with torch.autocast(p.hidden.device.type, dtype=p.hidden.dtype):
+        return transformers_loss(mode, p)
+
+
+def gemms(mode: str, p: Problem) -> tuple[Tensor, ...]:
+    x, weight = p.hidden.detach().flatten(0, 2), p.weight.detach()
+    if x.device.type == "cuda":
+        # A row pitch of 128 bytes: an odd vocabulary loses the fast products otherwise.
+        z = x.new_empty(len(x), -(-len(weight) // 64) * 64)[:, : len(weight)]
+        torch.mm(x, weight.t(), out=z)
+        return z @ weight, z.t() @ x
+    from fastrag.ops import workspace
+
+    if x.dtype != torch.float32:  # the workspace is float32
+        z = weight @ x.t()
+        return z.t() @ weight, z @ x
+    buffer = workspace.take(len(weight) * len(x))
+    z = buffer[: len(weight) * len(x)].view(len(weight), len(x))
+    torch.mm(weight, x.t(), out=z)
+    dweight = workspace.advise(torch.empty_like(weight))
+    torch.mm(z, x, out=dweight)
+    dhidden = z.t() @ weight
+    workspace.give_back(buffer)
+    return dhidden, dweight
+
+
+def flops(mode: str, shape: Shape) -> float:
+    """Three products: logits, d hidden, d weight."""
+    n_examples, n_passages, n_tokens, width, vocab = shape
+    return 6.0 * n_examples * n_passages * n_tokens * width * vocab
+
+
+def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
+    """hidden and weight are read, their gradients written; the rest is nothing beside them."""
+    n_examples, n_passages, n_tokens, width, vocab = shape
+    return 2.0 * itemsize * width * (n_examples * n_passages * n_tokens + vocab)
+
+
+def workspace_bytes(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
+    """The logits of all rows in float32, where the limit lets them be one chunk."""
+    from fastrag.ops import workspace
+
+    n_examples, n_passages, n_tokens, _, vocab = shape
+    limit = workspace.workspace_bytes(device)
+    return min(4 * n_examples * n_passages * n_tokens * vocab, limit), limit
+
+
+PEERS = tuple(
+    Provider(name, with_head(head), f"{about}, marginal in torch", **limits)
+    for name, (head, about, limits) in HEADS.items()
+)
+
+OP = Op(
+    name="marginal_loss",
+    about="loss and gradients of RAG-Token and RAG-Sequence from hidden states",
+    dims=("B", "K", "T", "H", "V"),
+    modes=("token", "sequence"),
+    outputs=("loss", "dhidden", "dweight", "ddoc_scores"),
+    make=make,
+    make_checked=make_checked,
+    oracle=oracle,
+    providers=(
+        Provider("gemms", gemms, "the three products alone, no passes", kind="ceiling"),
+        ours("cpp", fastrag_loss, "fastrag, passes in C++", devices=("cpu",), dtypes=("float32",)),
+        ours("triton", fastrag_loss, "fastrag, passes in Triton", devices=("cuda",)),
+        ours("torch", fastrag_loss, "fastrag, passes of torch"),
+        *PEERS,
+        Provider(
+            "gather-compile", gather_compiled, "torch.compile of gather and marginal", compiles=True
+        ),
+        Provider(
+            "hf",
+            transformers_loss,
+            "the loss of transformers' RAG classes",
+            missing=needs("transformers"),
+        ),
+        Provider(
+            "hf-autocast",
+            transformers_autocast,
+            "the same under torch.autocast",
+            dtypes=HALF,
+            missing=needs("transformers"),
+        ),
+    ),
+    ceiling="gemms",
+    checked=(
+        (3, 4, 5, 16, 131),  # nothing divides anything
+        (2, 3, 4, 64, 50265),  # a real vocabulary
+    ),
+    shapes={
+        "cpu": (
+            (2, 5, 32, 512, 50265),  # BART's vocabulary, a short answer
+            (4, 8, 16, 576, 49152),  # SmolLM2-135M
+        ),
+        "cuda": (
+            (8, 5, 64, 1024, 50265),  # S1: BART-large, the paper's training batch
+            (8, 5, 64, 1024, 50304),  # S1 with a vocabulary that is a multiple of 64
+            (8, 10, 128, 1024, 50265),  # S2: BART-large, K = 10, long answers
+            (8, 10, 128, 1024, 50304),  # S2, likewise
+            (4, 8, 256, 2048, 128256),  # S3: Llama 3.2 1B
+        ),
+    },
+    small=(2, 5, 16, 256, 8192),
+    flops=flops,
+    bytes=least_bytes,
+    goals=(
+        Goal("gemms", at_most=1.15),
+        Goal("hf", at_least=1.9),
+        Goal("gather", at_least=1.5),
+        Goal("best peer", at_least=1.2),
+    ),
+    workspace=workspace_bytes,
+)

@@ -1,0 +1,161 @@
+"""Results as a table for a person and as rows of CSV."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.registry import DTYPES, Goal, Op
+from benchmarks.turns import Result
+
+COLUMNS = ["op", "provider", "mode", "dtype", "shape", "ms_p50", "ms_p20", "ms_p80", "peak_mib"]
+COLUMNS += ["gbps", "tflops", "device", "driver", "threads", "torch", "triton", "commit", "date"]
+COLUMNS += ["status"]
+MIB = 1 << 20
+WORKSPACE_ALLOWANCE = 16 * MIB
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return ",".join(map(str, shape))
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Returns p20, p50, p80."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def median(result: Result) -> float:
+    return statistics.median(turn.wall for turn in result.turns)
+
+
+def rates(op: Op, result: Result) -> tuple[float, float]:
+    """Returns GB/s and TFLOP/s of the least bytes and work, at the median time."""
+    case, seconds = result.case, median(result) / 1e3
+    itemsize = DTYPES[case.dtype].itemsize
+    gbps = op.bytes(case.mode, case.shape, itemsize) / seconds / 1e9
+    return gbps, op.flops(case.mode, case.shape) / seconds / 1e12
+
+
+def row(op: Op, result: Result, facts: dict[str, str]) -> dict[str, str]:
+    """One row of the CSV; what was not measured is empty."""
+    case = result.case
+    found = dict.fromkeys(COLUMNS, "") | {
+        "op": case.op,
+        "provider": case.provider,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "shape": shape_text(case.shape),
+        "status": result.status,
+        **facts,
+    }
+    if result.ok:
+        p20, p50, p80 = percentiles([turn.wall for turn in result.turns])
+        gbps, tflops = rates(op, result)
+        found |= {"ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}"}
+        found |= {"gbps": f"{gbps:.3f}", "tflops": f"{tflops:.5f}"}
+        if result.extra_bytes is not None:
+            found["peak_mib"] = f"{result.extra_bytes / MIB:.1f}"
+    return found
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _best_peer(op: Op, results: Sequence[Result]) -> Result | None:
+    peers = set(op.names("peer"))
+    return min((r for r in results if r.ok and r.case.provider in peers), key=median, default=None)
+
+
+def _base(op: Op, results: Sequence[Result]) -> Result | None:
+    """The ceiling if it was timed, else the first that was."""
+    timed = [r for r in results if r.ok]
+    return next((r for r in timed if r.case.provider == op.ceiling), timed[0] if timed else None)
+
+
+def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
+    """The results of one mode and shape."""
+    case = results[0].case
+    base, peer = _base(op, results), _best_peer(op, results)
+    title = (
+        f"{case.op} {case.mode}  {','.join(op.dims)} = {shape_text(case.shape)}  {case.dtype}  "
+        f"{facts['device']}"
+    )
+    if case.device == "cpu":
+        title += f", {facts['threads']} threads"
+    if base is None:
+        heads = ["provider"]
+    else:
+        heads = ["provider", "p50 ms", "p20", "p80", "cpu ms", f"/ {base.case.provider}"]
+        heads += ["vs peer", "extra MiB", "GFLOP/s", "GB/s"]
+        if base.case.provider == op.ceiling:
+            heads.append(f"% {op.ceiling}")
+    lines = [[head] for head in heads]
+    notes = []
+    for result in results:
+        if not result.ok or base is None:
+            notes.append(f"{result.case.provider}: {result.status}")
+            continue
+        p20, p50, p80 = percentiles([turn.wall for turn in result.turns])
+        gbps, tflops = rates(op, result)
+        extra = result.extra_bytes
+        cells = [result.case.provider, *(f"{ms:.4g}" for ms in (p50, p20, p80))]
+        cells.append(f"{statistics.median(turn.processor for turn in result.turns):.4g}")
+        cells.append(f"{p50 / median(base):.2f}")
+        cells.append("" if peer is None else f"{median(peer) / p50:.2f}")
+        cells.append("?" if extra is None else f"{extra / MIB:.0f}")
+        cells += [f"{1e3 * tflops:.4g}", f"{gbps:.4g}", f"{100 * median(base) / p50:.0f}"]
+        for column, cell in zip(lines, cells, strict=False):
+            column.append(cell)
+    widths = [max(map(len, column)) for column in lines]
+    body = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in zip(*lines, strict=True)
+    ]
+    if peer is not None:
+        notes.insert(0, f"best peer: {peer.case.provider}")
+    return "\n".join([title, *(f"  {line}" for line in [*body, *notes])])
+
+
+def foot(op: Op, results: Sequence[Result]) -> str:
+    """What was measured beside the goals, for the first of ours that was timed."""
+    own = next((r for r in results if r.ok and r.case.provider in op.names("ours")), None)
+    if own is None:
+        return ""
+    lines = [f"goals, to be compared by eye ({own.case.provider}):"]
+    by_name = {r.case.provider: r for r in results if r.ok}
+    peer = _best_peer(op, results)
+    if peer is not None:
+        by_name["best peer"] = peer
+    for goal in op.goals:
+        lines.append(f"  {_beside(goal, own, by_name.get(goal.against))}")
+    if op.workspace is not None and own.extra_bytes is not None:
+        case = own.case
+        takes, limit = op.workspace(case.mode, case.shape, torch.device(case.device))
+        lines.append(
+            f"  extra memory {own.extra_bytes / MIB:.0f} MiB: at most "
+            f"{(takes + WORKSPACE_ALLOWANCE) / MIB:.0f} (workspace {takes / MIB:.0f} of at most "
+            f"{limit / MIB:.0f}, and {WORKSPACE_ALLOWANCE / MIB:.0f})"
+        )
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def _beside(goal: Goal, own: Result, other: Result | None) -> str:
+    if goal.at_most is not None:
+        now = "not timed" if other is None else f"{median(own) / median(other):.2f}"
+        return f"time / {goal.against} {now}: at most {goal.at_most}"
+    now = "not timed" if other is None else f"{median(other) / median(own):.2f}"
+    return f"times as fast as {goal.against} {now}: at least {goal.at_least}"

@@ -1,0 +1,194 @@
+"""Times the providers of an operation against each other.
+
+    python -m benchmarks.run --op marginal_loss [--providers cpp,hf] [--shape 2,5,32,512,50265]
+
+Exit code: 0; 1 if one of ours is wrong, fails, or is slower than --base allows; 2 for a bad
+argument; 130 when interrupted. docs/benchmarks.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from benchmarks import report
+from benchmarks.commits import CommitError, Pair, checkout, compare
+from benchmarks.measure import facts
+from benchmarks.ops import OPS
+from benchmarks.registry import DEVICES, DTYPES, Op, Shape
+from benchmarks.turns import Case, Result, time_cases
+
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}")
+    parser.add_argument("--providers", help="names with commas between them; default: all")
+    parser.add_argument("--shape", nargs="+", help="such as 2,5,32,512,50265; default: the sweep")
+    parser.add_argument("--mode", "--marginal", nargs="+", help="default: all of the op's")
+    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; default: {DEFAULT_DTYPE}")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--rounds", type=int, help=f"turns that count; default: {DEFAULT_ROUNDS}")
+    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    parser.add_argument("--base", metavar="GIT_REF", help="compare ours with another commit")
+    parser.add_argument(
+        "--max-regression",
+        type=float,
+        default=1.10,
+        help="with --base: exit code 1 if ours takes more than this times as long (default: 1.10)",
+    )
+    args = parser.parse_args(argv)
+    if args.op not in OPS:
+        parser.error(f"no op is called {args.op!r}; ops: {', '.join(OPS)}")
+    op = OPS[args.op]
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device not in DEVICES:
+        parser.error(f"--device: expected {' or '.join(DEVICES)}, got {args.device!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no CUDA device")
+    args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
+    if args.dtype not in DTYPES:
+        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    known = op.names("ours") if args.base else op.names()
+    args.providers = args.providers.split(",") if args.providers else known
+    for name in args.providers:
+        if name not in known:
+            which = "provider of ours" if args.base else "provider"
+            parser.error(f"{op.name} has no {which} {name!r}; known: {', '.join(known)}")
+    args.mode = args.mode or list(op.modes)
+    for mode in args.mode:
+        if mode not in op.modes:
+            parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
+    shapes = [_shape(parser, op, text) for text in args.shape or ()]
+    args.shape = shapes or list(op.shapes[args.device])
+    args.rounds = DEFAULT_ROUNDS[args.device] if args.rounds is None else args.rounds
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        parser.error(f"--csv: {args.csv.parent} is not a folder")
+    if args.csv and args.base:
+        parser.error("--csv: a comparison with --base has no rows of this form")
+    _check_backend(parser)
+    return args
+
+
+def _shape(parser: _Parser, op: Op, text: str) -> Shape:
+    numbers = text.split(",")
+    if len(numbers) != len(op.dims) or not all(n.isascii() and n.isdigit() for n in numbers):
+        parser.error(f"--shape: expected {','.join(op.dims)}, got {text!r}")
+    shape = tuple(map(int, numbers))
+    if 0 in shape:
+        parser.error(f"--shape: expected positive numbers, got {text!r}")
+    return shape
+
+
+def _check_backend(parser: _Parser) -> None:
+    from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
+
+    asked = os.environ.get(BACKEND_VARIABLE, "")
+    if asked and asked not in NAMES:
+        parser.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
+
+
+def _cases(args: argparse.Namespace, mode: str, shape: Shape) -> list[Case]:
+    return [Case(args.op, name, mode, shape, args.dtype, args.device) for name in args.providers]
+
+
+def _time(cases: Sequence[Case], rounds: int) -> list[Result]:
+    """Results in the order of the cases; who cannot run here needs no process to say so."""
+    reasons = {
+        case: OPS[case.op].provider(case.provider).why_not(case.device, case.dtype)
+        for case in cases
+    }
+    timed = time_cases([case for case in cases if not reasons[case]], rounds)
+    done = {result.case: result for result in timed}
+    return [done.get(case) or Result(case, f"unavailable: {reasons[case]}") for case in cases]
+
+
+def _broken(op: Op, results: Iterable[Result]) -> bool:
+    """Whether one of ours is wrong or failed; that a peer is stands in its row."""
+    return any(
+        not r.ok and not r.status.startswith("unavailable") and r.case.provider in op.names("ours")
+        for r in results
+    )
+
+
+def _providers(args: argparse.Namespace) -> int:
+    op, machine = OPS[args.op], facts(torch.device(args.device))
+    rows: list[dict[str, str]] = []
+    code = 0
+    for mode in args.mode:
+        for shape in args.shape:
+            _say(f"{op.name} {mode} {report.shape_text(shape)}")
+            results = _time(_cases(args, mode, shape), args.rounds)
+            rows += [report.row(op, result, machine) for result in results]
+            if args.csv:  # at once: what is done is kept if a later case is interrupted
+                report.write_csv(args.csv, rows)
+            parts = (report.table(op, results, machine), report.foot(op, results))
+            print("\n".join(filter(None, parts)) + "\n", flush=True)
+            code = max(code, int(_broken(op, results)))
+    return code
+
+
+def _commits(args: argparse.Namespace) -> int:
+    op = OPS[args.op]
+    code = 0
+    with checkout(args.base) as tree:
+        for mode in args.mode:
+            for shape in args.shape:
+                _say(f"{op.name} {mode} {report.shape_text(shape)}")
+                cases = [
+                    case
+                    for case in _cases(args, mode, shape)
+                    if not op.provider(case.provider).why_not(case.device, case.dtype)
+                ]
+                print(f"{op.name} {mode} {report.shape_text(shape)} {args.dtype}")
+                for pair in compare(cases, tree, args.rounds):
+                    print(f"  {_verdict(pair, args.base, args.max_regression)}", flush=True)
+                    slower = pair.ratio is not None and pair.ratio > args.max_regression
+                    code = max(code, int(slower or _broken(op, [pair.now])))
+    return code
+
+
+def _verdict(pair: Pair, ref: str, allowed: float) -> str:
+    name, ratio = pair.now.case.provider, pair.ratio
+    if ratio is None:
+        return f"{name}: {ref}: {pair.before.status}; now: {pair.now.status}"
+    times = f"{report.median(pair.before):.4g} ms at {ref}, {report.median(pair.now):.4g} ms now"
+    verdict = f"SLOWER, at most {allowed:.2f}" if ratio > allowed else f"at most {allowed:.2f}"
+    return f"{name}: {times}, ratio {ratio:.3f}: {verdict}"
+
+
+def _say(text: str) -> None:
+    print(f"timing {text} ...", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    # The default action would leave the workers and the temporary checkout behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _commits(args) if args.base else _providers(args)
+    except KeyboardInterrupt:
+        return 130
+    except CommitError as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

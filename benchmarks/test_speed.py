@@ -1,0 +1,63 @@
+"""The registry under pytest-benchmark, at one small shape per operation.
+
+    pytest benchmarks --benchmark-only -q
+
+All providers share this process here, and nobody waits for another to settle: a look at what
+changed, where `benchmarks.run` is the measurement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="installed by the extra `bench`")
+
+from benchmarks import measure
+from benchmarks.ops import OPS
+from benchmarks.registry import DTYPES, Op, Provider, error_of
+from benchmarks.run import DEFAULT_DTYPE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = DEFAULT_DTYPE[DEVICE]
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "provider"),
+    [
+        pytest.param(op, mode, provider, id=f"{op.name}-{mode}-{provider.name}")
+        for op in OPS.values()
+        for mode in op.modes
+        for provider in op.providers
+    ],
+)
+def test_speed(benchmark: Any, op: Op, mode: str, provider: Provider) -> None:
+    reason = provider.why_not(DEVICE, DTYPE)
+    if reason:
+        pytest.skip(f"{provider.name}: {reason}")
+    device = torch.device(DEVICE)
+    wrong = error_of(op, provider, mode, op.checked[0], DTYPE, device)
+    assert not wrong, f"{provider.name}: {wrong}"
+    problem = op.make(op.small, DTYPES[DTYPE], 0, device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return provider.run(mode, problem)
+
+    def timed() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    if provider.compiles:
+        call()
+    extra = measure.extra_bytes(call, device)
+    benchmark.group = f"{op.name} {mode} {','.join(map(str, op.small))} {DTYPE}"
+    n_calls = measure.calls_per_turn(call, device)
+    benchmark.pedantic(timed, rounds=5, warmup_rounds=1, iterations=n_calls)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["peak_mib"] = None if extra is None else extra / 2**20
+    itemsize = DTYPES[DTYPE].itemsize
+    benchmark.extra_info["gbps"] = op.bytes(mode, op.small, itemsize) / seconds / 1e9
+    benchmark.extra_info["tflops"] = op.flops(mode, op.small) / seconds / 1e12

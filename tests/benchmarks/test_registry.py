@@ -1,0 +1,168 @@
+"""Every entry of the benchmark registry is whole, and what is wrong is found before it is timed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.ops import OPS
+from benchmarks.registry import DEVICES, Op, Provider, error_of, forced_backend, needs
+from benchmarks.worker import Timed, reply_to
+from fastrag.ops.backends import BACKEND_VARIABLE
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def of_every_provider() -> list[Any]:
+    return [
+        pytest.param(
+            op,
+            mode,
+            provider,
+            id=f"{op.name}-{mode}-{provider.name}",
+            marks=[pytest.mark.slow] if provider.compiles else [],
+        )
+        for op in OPS.values()
+        for mode in op.modes
+        for provider in op.providers
+        if provider.kind != "ceiling"
+    ]
+
+
+@every_op
+def test_an_entry_is_whole(op: Op) -> None:
+    assert len(set(op.names())) == len(op.providers)
+    assert op.provider(op.ceiling).kind == "ceiling"
+    assert op.names("ours") and op.names("peer")
+    assert {p.kind for p in op.providers} == {"ours", "peer", "ceiling"}
+    assert {goal.against for goal in op.goals} <= {*op.names(), "best peer"}
+    for shape in (*op.checked, op.small, *(s for name in DEVICES for s in op.shapes[name])):
+        assert len(shape) == len(op.dims)
+    for mode in op.modes:
+        assert op.flops(mode, op.small) > 0 and op.bytes(mode, op.small, 4) > 0
+
+
+@pytest.mark.parametrize(("op", "mode", "provider"), of_every_provider())
+def test_a_provider_agrees_with_the_oracle(op: Op, mode: str, provider: Provider) -> None:
+    reason = provider.why_not("cpu", "float32")
+    if reason:
+        pytest.skip(reason)
+    assert error_of(op, provider, mode, op.checked[0], "float32", CPU) == ""
+
+
+@every_op
+def test_half_precision_is_held_to_plain_torch(op: Op) -> None:
+    ours = op.provider("torch")
+    for mode in op.modes:
+        assert error_of(op, ours, mode, op.checked[0], "bfloat16", CPU) == ""
+
+
+@pytest.mark.parametrize("place", range(4), ids=OPS["marginal_loss"].outputs)
+def test_a_wrong_output_is_named(place: int) -> None:
+    op = OPS["marginal_loss"]
+    right = op.provider("gather")
+
+    def wrong(mode: str, problem: Any) -> tuple[torch.Tensor, ...]:
+        found = list(right.run(mode, problem))
+        found[place] = 1.001 * found[place]
+        return tuple(found)
+
+    message = error_of(op, replace(right, run=wrong), "sequence", op.checked[0], "float32", CPU)
+    assert message.startswith(f"{op.outputs[place]}: ")
+
+
+def test_flops_and_bytes_of_the_loss() -> None:
+    op = OPS["marginal_loss"]
+    # 2*3*5 rows: three products of 2 * 30 * 7 * 11; hidden, weight and their gradients once
+    assert op.flops("token", (2, 3, 5, 7, 11)) == 3 * 2 * 30 * 7 * 11
+    assert op.bytes("token", (2, 3, 5, 7, 11), 2) == 2 * 2 * (30 * 7 + 11 * 7)
+
+
+def test_the_backend_is_forced_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    with forced_backend("torch"):
+        assert os.environ[BACKEND_VARIABLE] == "torch"
+    assert BACKEND_VARIABLE not in os.environ
+
+
+def test_a_users_backend_leaves_only_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    op = OPS["marginal_loss"]
+    assert op.provider("torch").why_not("cpu", "float32") == ""
+    assert "FASTRAG_BACKEND=torch" in op.provider("cpp").why_not("cpu", "float32")
+
+
+def test_why_not_names_device_dtype_and_package() -> None:
+    op = OPS["marginal_loss"]
+    assert op.provider("cce").why_not("cpu", "bfloat16") == "runs on cuda only, not on cpu"
+    assert "not float32" in op.provider("hf-autocast").why_not("cpu", "float32")
+    assert needs("no_such_package")() == "no_such_package is not installed"
+
+
+# -------------------------------------------------------------------------- worker and memory
+
+
+def request(provider: str) -> dict[str, Any]:
+    case = {"op": "marginal_loss", "mode": "token", "shape": [2, 2, 3, 8, 50], "dtype": "float32"}
+    return {"do": "prepare", "provider": provider, "device": "cpu", "seed": 0, **case}
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["marginal_loss"]
+    wrong = replace(
+        op.provider("gather"),
+        run=lambda mode, p: tuple(2 * x for x in op.provider("torch").run(mode, p)),
+    )
+    monkeypatch.setitem(OPS, op.name, replace(op, providers=(wrong,)))
+    timed = Timed()
+    assert reply_to(timed, request("gather"))["status"].startswith("wrong: loss: ")
+    assert reply_to(timed, {"do": "go"})["status"].startswith("failed: AttributeError")
+
+
+def test_what_a_provider_raises_is_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(mode: str, problem: Any) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("two\nlines")
+
+    op = OPS["marginal_loss"]
+    broken = replace(op.provider("gather"), run=fail)
+    monkeypatch.setitem(OPS, op.name, replace(op, providers=(broken,)))
+    reply = reply_to(Timed(), request("gather"))
+    assert reply == {"status": "failed: RuntimeError: two lines"}
+
+
+def test_memory_is_what_stands_above_the_outputs() -> None:
+    def call() -> tuple[torch.Tensor, ...]:
+        passing = torch.ones(64 * MIB, dtype=torch.uint8)
+        return (passing[: 16 * MIB].clone(),)
+
+    found = measure.extra_bytes(call, CPU)
+    if found is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert abs(found - 64 * MIB) < 4 * MIB
+
+
+def test_memory_kept_for_the_next_call_counts() -> None:
+    kept: list[torch.Tensor] = []
+
+    def call() -> tuple[torch.Tensor, ...]:
+        if not kept:
+            kept.append(torch.ones(32 * MIB, dtype=torch.uint8))
+        return ()
+
+    found = measure.extra_bytes(call, CPU)
+    if found is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert abs(found - 32 * MIB) < 4 * MIB
+
+
+def test_outputs_that_share_memory_count_once() -> None:
+    x = torch.zeros(10)
+    assert measure.nbytes((x, x[2:], x.view(2, 5))) == 40

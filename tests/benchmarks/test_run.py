@@ -1,0 +1,283 @@
+"""The command: its arguments, its rows, its turns, and that it leaves no process behind."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import commits, report, run, turns
+from benchmarks.measure import Turn
+from benchmarks.ops import OPS
+from benchmarks.turns import Case, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+OP = OPS["marginal_loss"]
+COLUMNS = (
+    "op provider mode dtype shape ms_p50 ms_p20 ms_p80 peak_mib gbps tflops device driver threads "
+    "torch triton commit date status"
+)
+SHAPE = (2, 2, 3, 8, 50)
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.run", *args]
+
+
+def result(provider: str, *milliseconds: float, status: str = "ok", mib: float = 1.0) -> Result:
+    case = Case("marginal_loss", provider, "token", SHAPE, "float32", "cpu")
+    found = [Turn(ms, 2 * ms) for ms in milliseconds]
+    return Result(case, status, int(mib * report.MIB) if found else None, found)
+
+
+FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", "commit": "abc"}
+
+
+# ----------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--op", "nope"], ["'nope'", "marginal_loss", "doc_scores"]),
+        (["--op", "marginal_loss", "--providers", "cpp,ccp"], ["'ccp'", "gemms", "hf"]),
+        (["--op", "marginal_loss", "--marginal", "both"], ["'both'", "token, sequence"]),
+        (["--op", "marginal_loss", "--shape", "2,5,32"], ["B,K,T,H,V", "'2,5,32'"]),
+        (["--op", "marginal_loss", "--shape", "2,5,0,8,9"], ["positive", "'2,5,0,8,9'"]),
+        (["--op", "marginal_loss", "--dtype", "int8"], ["float32", "'int8'"]),
+        (["--op", "marginal_loss", "--device", "tpu"], ["cpu or cuda", "'tpu'"]),
+        (["--op", "marginal_loss", "--rounds", "0"], ["at least 1", "got 0"]),
+        (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
+        ([], ["--op"]),
+    ],
+)
+def test_a_bad_argument_is_one_line(
+    args: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run.main(args)
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    for text in named:
+        assert text in said.err
+
+
+def test_an_unknown_backend_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTRAG_BACKEND", "tourch")
+    with pytest.raises(SystemExit):
+        run.main(["--op", "marginal_loss"])
+    assert "'tourch'; torch, cpp, triton" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ rows and tables
+
+
+def test_the_columns_of_the_csv(tmp_path: Path) -> None:
+    row = report.row(OP, result("gather", 5.0, 1.0, 2.0, 3.0, 4.0), FACTS)
+    report.write_csv(tmp_path / "rows.csv", [row])
+    text = (tmp_path / "rows.csv").read_text()
+    assert text.splitlines()[0] == COLUMNS.replace(" ", ",")
+    (found,) = csv.DictReader(text.splitlines())
+    assert found["shape"] == "2,2,3,8,50" and found["status"] == "ok"
+    assert [float(found[f"ms_p{p}"]) for p in (20, 50, 80)] == pytest.approx([1.8, 3.0, 4.2])
+    flops = 3 * 2 * 12 * 8 * 50  # 12 rows
+    assert float(found["tflops"]) == pytest.approx(flops / 3e-3 / 1e12, abs=1e-5)
+    assert float(found["gbps"]) == pytest.approx(2 * 4 * 8 * (12 + 50) / 3e-3 / 1e9, abs=1e-3)
+    assert found["peak_mib"] == "1.0"
+
+
+def test_a_provider_that_cannot_run_has_a_row() -> None:
+    (found,) = run._time([Case("marginal_loss", "cce", "token", SHAPE, "float32", "cpu")], 1)
+    row = report.row(OP, found, FACTS)
+    assert row["status"] == "unavailable: runs on cuda only, not on cpu"
+    assert row["ms_p50"] == row["peak_mib"] == row["tflops"] == ""
+    assert "cce: unavailable: runs on cuda only" in report.table(OP, [found], FACTS)
+
+
+def test_ratios_of_the_table() -> None:
+    results = [
+        result("gemms", 10.0),
+        result("cpp", 11.0),
+        result("gather", 22.0),
+        result("hf", 44.0),
+        result("cce", status="failed: its process ended with code -9"),
+    ]
+    lines = report.table(OP, results, FACTS).splitlines()
+    cells = {line.split()[0]: line.split() for line in lines}
+    # p50, p20, p80, processor, / gemms, vs peer, MiB, GFLOP/s, GB/s, % of gemms
+    assert cells["cpp"][1:8] == ["11", "11", "11", "22", "1.10", "2.00", "1"]
+    assert cells["hf"][5:7] == ["4.40", "0.50"]
+    assert [cells[name][-1] for name in ("gemms", "cpp", "gather")] == ["100", "91", "45"]
+    assert cells["best"] == ["best", "peer:", "gather"]
+    assert "  cce: failed: its process ended with code -9" in lines
+
+
+def test_goals_stand_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(64 * report.MIB))
+    text = report.foot(OP, [result("gemms", 10.0), result("cpp", 11.0, mib=3), result("hf", 33.0)])
+    assert "time / gemms 1.10: at most 1.15" in text
+    assert "times as fast as hf 3.00: at least 1.9" in text
+    assert "times as fast as gather not timed" in text
+    assert "extra memory 3 MiB: at most 16 (workspace 0 of at most 64, and 16)" in text
+
+
+def test_only_ours_breaks_the_run() -> None:
+    assert run._broken(OP, [result("torch", status="wrong: loss")])
+    assert not run._broken(OP, [result("hf", status="wrong: loss"), result("torch", 1.0)])
+    assert not run._broken(OP, [result("triton", status="unavailable: no GPU")])
+
+
+# --------------------------------------------------------------------------------------- turns
+
+
+def test_turns_rotate_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, bool]] = []
+
+    class Fake:
+        def __init__(self, case: Case) -> None:
+            self.result = Result(case)
+
+        def prepare(self) -> None:
+            if self.result.case.provider == "hf":
+                self.result.status = "wrong: loss"
+
+        def go(self, count: bool) -> None:
+            taken.append((self.result.case.provider, count))
+
+    @contextmanager
+    def fake(case: Case, tree: Path | None) -> Iterator[Fake]:
+        yield Fake(case)
+
+    monkeypatch.setattr(turns, "started", fake)
+    turns.time_cases([result(name).case for name in ("cpp", "torch", "hf")], 2)
+    assert taken == [
+        *[("cpp", False), ("torch", False)],
+        *[("torch", True), ("cpp", True)],
+        *[("cpp", True), ("torch", True)],
+    ]
+
+
+def test_a_worker_that_dies_is_a_status() -> None:
+    case = result("gather").case
+    with turns.started(case, None) as worker:
+        os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.prepare()
+    assert worker.result.status == "failed: its process ended with code -9"
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """Three providers are timed in processes of their own; another says why not."""
+    done = subprocess.run(
+        command(
+            *("--op", "doc_scores", "--providers", "copy,torch,bmm,triton", "--rounds", "2"),
+            *("--mode", "forward", "--shape", "3,4,50,17", "--csv", str(tmp_path / "out.csv")),
+            *("--device", "cpu"),
+        ),
+        cwd=ROOT,
+        env={**os.environ, "FASTRAG_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    rows = {row["provider"]: row for row in csv.DictReader(lines)}
+    assert list(rows) == ["copy", "torch", "bmm", "triton"]
+    for name in ("copy", "torch", "bmm"):
+        assert rows[name]["status"] == "ok" and float(rows[name]["ms_p50"]) > 0
+    assert rows["triton"]["status"] == "unavailable: runs on cuda only, not on cpu"
+    assert "best peer: bmm" in done.stdout and "Traceback" not in done.stderr
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+def test_an_interrupt_ends_all_children() -> None:
+    args = ("--op", "doc_scores", "--providers", "copy,torch", "--device", "cpu")
+    process = subprocess.Popen(
+        command(*args, "--rounds", "1000000", "--shape", "3,4,50,17"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers: set[int] = set()
+    while len(workers) < 2:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        workers = children(process.pid)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+# -------------------------------------------------------------------------------- other commits
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, before: Result, now: Result) -> int:
+    @contextmanager
+    def fake(ref: str) -> Iterator[Path]:
+        yield ROOT
+
+    pairs: Any = [commits.Pair(before, now)]
+    monkeypatch.setattr(run, "checkout", fake)
+    monkeypatch.setattr(run, "compare", lambda *args: pairs)
+    shape = report.shape_text(SHAPE)
+    arguments = ["--op", "marginal_loss", "--base", "HEAD", "--device", "cpu", "--shape", shape]
+    return run.main([*arguments, "--marginal", "token", "--providers", "torch"])
+
+
+def test_a_regression_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = result("torch", 10.0, 20.0, 10.0)
+    # By round: 1.05, 1.2, 1.2. The machine was slow for both in the second one.
+    assert compared(monkeypatch, before, result("torch", 10.5, 24.0, 12.0)) == 1
+    assert "ratio 1.200: SLOWER, at most 1.10" in capsys.readouterr().out
+    assert compared(monkeypatch, before, result("torch", 10.5, 21.0, 10.5)) == 0
+    assert "ratio 1.050: at most 1.10" in capsys.readouterr().out
+
+
+def test_what_the_other_commit_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = result("torch", status="failed: ImportError: no such op")
+    assert compared(monkeypatch, missing, result("torch", 1.0)) == 0
+    assert "HEAD: failed: ImportError: no such op; now: ok" in capsys.readouterr().out
+    assert compared(monkeypatch, result("torch", 1.0), missing) == 1
+
+
+def test_an_unknown_commit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--op", "doc_scores", "--base", "no-such-ref", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_the_other_commit_is_built_and_removed() -> None:
+    with commits.checkout("HEAD") as tree:
+        assert (tree / "fastrag" / "functional.py").exists()
+        case = Case("doc_scores", "torch", "forward", (3, 4, 50, 17), "float32", "cpu")
+        (pair,) = commits.compare([case], tree, 1)
+        assert pair.before.ok and pair.now.ok, (pair.before.status, pair.now.status)
+        where = subprocess.run(
+            ["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert str(tree) in where.stdout
+    where = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True)
+    assert str(tree) not in where.stdout and not tree.exists()
