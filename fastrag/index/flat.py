@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,17 +12,21 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastrag import functional
+from fastrag.index import codec, inputs
+from fastrag.index.codec import Codec
+from fastrag.index.inputs import Vectors
 from fastrag.index.lock import ReadWriteLock
-from fastrag.index.storage import as_tensor, read_folder, write_folder
+from fastrag.index.storage import FolderWriter, as_tensor, read_folder
 from fastrag.ops import checks
 
 FORMAT = "fastrag.FlatIndex"
-VERSION = 1
-DTYPES = ("float32",)
-
-Vectors = torch.Tensor | np.ndarray[Any, Any]
+# 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
+VERSION = 2
+# Of the blocks of an iterable, so many rows are looked at before int8 codes are chosen.
+SAMPLE_ROWS = 16384
 
 
 class FlatIndex:
@@ -32,13 +37,18 @@ class FlatIndex:
     Row numbers never shift: `remove` leaves a tombstone, and `len` counts it. A search runs beside
     other searches and sees a changing row old or new, never half of each.
 
+    int8 stores `x = offset + scale * code`, a quarter of the memory; the search is exact for those
+    x. Scale and offset, of each dimension, come from the vectors of the first `add` (of an iterable
+    of blocks, its first 16,384 rows) and stand until `replace`: values further out are clamped, and
+    `n_clamped` counts them. `astype` and `replace` measure all rows.
+
     Memory: a loaded index is mapped, read-only, and costs no memory of its own until it is changed;
     the first change (`add`, `update`) copies all vectors into memory. Nothing on disk ever
     changes but by `save`.
 
     Args:
         dim: D, the width of a vector.
-        dtype: how vectors are stored; `"float32"`.
+        dtype: how vectors are stored: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
         device: where they are stored and searched.
 
     Raises:
@@ -56,16 +66,16 @@ class FlatIndex:
     def __init__(
         self, dim: int, dtype: str = "float32", device: torch.device | str = "cpu"
     ) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim: expected a whole number of at least 1, got {dim!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {list(DTYPES)} (no other yet), got {dtype!r}")
-        self.dim = dim
+        self.dim = inputs.check_dim(dim)
+        if dtype not in codec.DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(codec.DTYPES)}, got {dtype!r}")
         self.dtype = dtype
+        self._codec = Codec(dtype)
         self._n = 0
-        self._data = torch.empty(0, dim, device=device)  # [capacity, D]
+        self._data = codec.allocate(0, dim, dtype, device)  # [capacity, pitch]
         self._removed = torch.zeros(0, dtype=torch.bool, device=device)  # [N]
         self._n_removed = 0
+        self._n_clamped = 0
         self._mapped = False
         self._version = 0
         self._source: Path | None = None
@@ -89,6 +99,11 @@ class FlatIndex:
         return self._n - self._n_removed
 
     @property
+    def n_clamped(self) -> int:
+        """How many values were stored that lay outside the range of the int8 codes."""
+        return self._n_clamped
+
+    @property
     def device(self) -> torch.device:
         """Where the vectors are."""
         return self._data.device
@@ -104,66 +119,89 @@ class FlatIndex:
         return self._source
 
     @property
-    def index_emb(self) -> torch.Tensor:
-        """The matrix `[N, D]`, tombstones included, as a view: read it, do not write to it."""
-        return self._data[: self._n]
+    def index_emb(self) -> Tensor:
+        """What is stored `[N, D]`, tombstones included, as a view: read it, do not write to it."""
+        return self._data[: self._n, : self.dim]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What a component of an int8 code counts `[D]` float32; `None` for the other dtypes."""
+        return self._codec.scale
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to every int8 vector `[D]` float32; `None` for the other dtypes."""
+        return self._codec.offset
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one row to the next: a multiple of 64, but in an old file that is mapped."""
+        return self._data.stride(0) * self._data.itemsize
 
     def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
         """Appends rows; all of them or, on an error, none.
 
         Args:
-            vectors: `[n, D]`, or an iterable of such blocks (a generator keeps memory bounded: room
-                grows by doubling, and no block is kept).
+            vectors: `[n, D]`, in memory or mapped from a file (`numpy.load(..., mmap_mode="r")`),
+                or an iterable of such blocks. They are read block by block, and none is kept;
+                where their number is not known beforehand, room grows by doubling.
 
         Returns:
             The new rows' numbers.
 
         Raises:
-            ValueError: another width, not floating point, or a NaN or infinity (the row is named).
+            ValueError: another width, not floating point, a NaN or infinity, or a number beyond the
+                range of the dtype (the row is named).
         """
         with self._writer.write():
             start = stop = self._n
-            whole = isinstance(vectors, torch.Tensor | np.ndarray)
-            for block in _blocks(vectors):
-                checked = self._checked(block, "vectors", first_row=stop - start)
-                self._reserve(stop + len(checked), keep=stop, exact=whole)
-                self._data[stop : stop + len(checked)] = checked
-                stop += len(checked)
+            whole = inputs.whole_length(vectors)
+            chosen, blocks = self._encoding(vectors)
+            n_clamped = 0
+            for block in blocks:
+                stored, n = chosen.encode(block, stop - start)
+                self._reserve(
+                    max(stop + len(block), start + (whole or 0)),
+                    keep=stop,
+                    exact=whole is not None,
+                )
+                self._data[stop : stop + len(block), : self.dim] = stored
+                stop += len(block)
+                n_clamped += n
             if stop > start:
                 new = torch.zeros(stop - start, dtype=torch.bool, device=self.device)
                 with self._lock.write():
                     self._removed = torch.cat([self._removed, new])
+                    self._codec = chosen
                     self._n = stop
+                    self._n_clamped += n_clamped
                     self._changed()
         return range(start, stop)
 
-    def update(self, rows: torch.Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
+    def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
         """Overwrites rows in place. A memory-mapped index is first copied into memory.
 
         Args:
             rows: `[n]` whole numbers, each once; removed rows stay removed.
-            vectors: `[n, D]`.
+            vectors: `[n, D]`; int8 codes keep their scale and offset.
 
         Raises:
             ValueError: unknown or repeated rows, another shape, NaN or infinity; nothing changes.
         """
         with self._writer.write():
-            rows = self._checked_rows(rows)
-            checked = self._checked(vectors, "vectors")
-            if len(rows) != len(checked):
-                raise ValueError(
-                    f"vectors: expected [{len(rows)}, {self.dim}] for {len(rows)} rows, got "
-                    f"{list(checked.shape)}"
-                )
+            rows = inputs.checked_rows(rows, self._n, self.device)
+            checked = inputs.checked_update(rows, vectors, self.dim, self.device)
             if len(rows) == 0:
                 return
+            stored, n_clamped = self._codec.encode(checked)
             if self._mapped:
                 self._reserve(self._n, keep=self._n, exact=True)
             with self._lock.write():
-                self._data[rows] = checked
+                self.index_emb[rows] = stored
+                self._n_clamped += n_clamped
                 self._changed()
 
-    def remove(self, rows: torch.Tensor | np.ndarray[Any, Any]) -> None:
+    def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
         """Takes rows out of every later search; their numbers are not used again.
 
         Args:
@@ -173,7 +211,7 @@ class FlatIndex:
             ValueError: unknown or repeated rows.
         """
         with self._writer.write():
-            rows = self._checked_rows(rows)
+            rows = inputs.checked_rows(rows, self._n, self.device)
             if len(rows) == 0:
                 return
             removed = self._removed.clone()
@@ -187,32 +225,37 @@ class FlatIndex:
         """Swaps all vectors at once (a rebuilt index); tombstones are kept.
 
         Args:
-            vectors: `[N, D]`, or blocks that add up to N rows.
+            vectors: `[N, D]`, or blocks that add up to N rows. An int8 index reads them twice, so
+                that scale and offset are those of all of them, and takes no generator.
 
         Raises:
             ValueError: another number of rows or width, NaN or infinity; nothing changes.
         """
         with self._writer.write():
-            fresh = torch.empty(self._n, self.dim, device=self.device)
+            chosen, n_clamped = self._codec, 0
+            if self.dtype == "int8":
+                inputs.reject_one_shot(vectors, "an int8 index reads them twice")
+                if self._n:
+                    chosen = codec.fit_int8(self._checked_blocks(vectors))
+            fresh = codec.allocate(self._n, self.dim, self.dtype, self.device)
             stop = 0
-            for block in _blocks(vectors):
-                checked = self._checked(block, "vectors", first_row=stop)
-                if stop + len(checked) > self._n:
-                    stop += len(checked)
+            for block in self._checked_blocks(vectors):
+                stored, n = chosen.encode(block, stop)
+                stop += len(block)
+                if stop > self._n:
                     break
-                fresh[stop : stop + len(checked)] = checked
-                stop += len(checked)
-            if stop != self._n:
-                more = "or more " if stop > self._n else ""
-                raise ValueError(f"vectors: expected {self._n} rows, got {stop} {more}".rstrip())
+                fresh[stop - len(block) : stop, : self.dim] = stored
+                n_clamped += n
+            inputs.check_length(stop, self._n)
             with self._lock.write():
                 self._data, self._mapped = fresh, False
+                self._codec, self._n_clamped = chosen, n_clamped
                 self._changed()
 
     @torch.no_grad()
     def search(
-        self, query_emb: torch.Tensor, k: int, exclude: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Finds the k rows with the largest inner product; no gradient.
 
         Args:
@@ -227,33 +270,26 @@ class FlatIndex:
         Raises:
             ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
         """
-        self._check_query(query_emb, k)
+        inputs.check_query(query_emb, self.dim, k)
         with self._lock.read():
             query = query_emb.to(self.device, torch.float32)
             mask = self._removed if self._n_removed else None
             if exclude is not None:
-                exclude = self._checked_exclude(exclude, len(query))
+                exclude = inputs.checked_exclude(exclude, len(query), self._n, self.device)
             if self._n == 0:
-                scores = query.new_full((len(query), k), -torch.inf)
-                rows = torch.full((len(query), k), -1, dtype=torch.int64, device=self.device)
+                scores, rows = inputs.missing(len(query), k, self.device)
             elif exclude is None or mask is None:
-                scores, rows = functional.mips_topk(
-                    query, self.index_emb, k, exclude=mask if exclude is None else exclude
-                )
+                scores, rows = self._topk(query, k, mask if exclude is None else exclude)
             elif exclude.dtype == torch.bool:
-                scores, rows = functional.mips_topk(
-                    query, self.index_emb, k, exclude=mask | exclude
-                )
+                scores, rows = self._topk(query, k, mask | exclude)
             else:
                 # At most E of the best k + E live rows are excluded, so the best k are among them.
-                wide = functional.mips_topk(
-                    query, self.index_emb, k + exclude.shape[1], exclude=mask
-                )
-                scores, rows = _drop(*wide, exclude, k)
+                wide = self._topk(query, k + exclude.shape[1], mask)
+                scores, rows = inputs.drop_excluded(*wide, exclude, k)
         return scores.to(query_emb.device), rows.to(query_emb.device)
 
     @torch.no_grad()
-    def vectors(self, rows: torch.Tensor) -> torch.Tensor:
+    def vectors(self, rows: Tensor) -> Tensor:
         """The stored vectors of rows.
 
         Args:
@@ -276,10 +312,39 @@ class FlatIndex:
             if self._n == 0:
                 found = torch.zeros(*at.shape, self.dim, device=self.device)
             else:
-                found = self._data[at.clamp(0, self._n - 1)]
+                found = self._codec.decode(self.index_emb[at.clamp(0, self._n - 1)])
             found = found.masked_fill((at < 0)[..., None], 0.0)
             found = found.masked_fill(outside[..., None], torch.nan)
         return found.to(rows.device)
+
+    @torch.no_grad()
+    def astype(self, dtype: str) -> Self:
+        """Makes an index of the same rows and tombstones in another dtype, block by block.
+
+        Args:
+            dtype: as for the class; int8 measures all rows first.
+
+        Raises:
+            ValueError: an unknown dtype, or a number beyond its range (the row is named).
+        """
+        made = type(self)(self.dim, dtype, self.device)
+        with self._lock.read():
+            room = codec.allocate(self._n, self.dim, dtype, self.device)
+            if dtype == self.dtype:
+                made._codec, made._n_clamped = self._codec, self._n_clamped
+                room[:, : self.dim] = self.index_emb
+            else:
+                if dtype == "int8" and self._n:
+                    made._codec = codec.fit_int8(map(self._codec.decode, self._stored_blocks()))
+                stop = 0
+                for block in map(self._codec.decode, self._stored_blocks()):
+                    stored, _ = made._codec.encode(block, stop)
+                    room[stop : stop + len(block), : self.dim] = stored
+                    stop += len(block)
+            made._data, made._n = room, self._n
+            made._removed, made._n_removed = self._removed.clone(), self._n_removed
+            made._version = self._version
+        return made
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the vectors; returns the index itself.
@@ -291,6 +356,7 @@ class FlatIndex:
             moved = self._data[: self._n].to(device)
             self._mapped = self._mapped and moved.device == self._data.device
             self._data, self._removed = moved, self._removed.to(device)
+            self._codec = self._codec.to(device)
         return self
 
     def checksum(self) -> str:
@@ -304,8 +370,8 @@ class FlatIndex:
         with self._lock.read():
             if self._checksum is None:
                 sha = hashlib.sha256()
-                for block in self.index_emb.split(65536):
-                    sha.update(block.cpu().contiguous().numpy().data.cast("B"))
+                for block in self._stored_blocks():
+                    sha.update(_bytes_of(block))
                 self._checksum = self._checksum_of(sha.hexdigest())
             return self._checksum
 
@@ -318,22 +384,33 @@ class FlatIndex:
         Raises:
             ValueError: the path is taken by something else, or cannot be written.
         """
-        with self._lock.read():
-            manifest = write_folder(
-                dir,
-                {
-                    "vectors": self.index_emb.cpu().numpy(),
-                    "removed": self._removed_rows(),
-                },
-                {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    "dim": self.dim,
-                    "dtype": self.dtype,
-                    "index_version": self._version,
-                },
-            )
-            self._checksum = self._checksum_of(manifest["files"]["vectors.npy"]["sha256"])
+        with (
+            self._lock.read(),
+            FolderWriter(dir, format=FORMAT, version=VERSION) as writer,
+        ):
+            pitch = codec.pitch_of(self.dim, self.dtype)
+            stream = writer.stream("vectors", codec.numpy_dtype(self.dtype), (pitch,))
+            content = hashlib.sha256() if pitch > self.dim else None
+            for block in self._stored_blocks():
+                if content is not None:
+                    content.update(_bytes_of(block))
+                    block = torch.nn.functional.pad(block, (0, pitch - self.dim))
+                stream.append(codec.to_numpy(block))
+            writer.put("removed", self._removed_rows())
+            for name, array in self._codec.arguments.items():
+                writer.put(name, array.cpu().numpy())
+            described = {
+                "dim": self.dim,
+                "dtype": self.dtype,
+                "count": self._n,
+                "pitch": pitch * self._data.itemsize,
+                "index_version": self._version,
+                "n_clamped": self._n_clamped,
+            }
+            if content is not None:
+                described["content_sha256"] = content.hexdigest()
+            manifest = writer.commit(described)
+            self._checksum = self._checksum_of(_content_sha256(manifest))
             self._source = Path(dir).absolute()
 
     @classmethod
@@ -344,12 +421,12 @@ class FlatIndex:
         verify: bool = False,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Opens a saved index.
+        """Opens a saved index, of this or an earlier format version.
 
         Args:
             dir: the folder.
             mmap: map the vectors (CPU only) instead of reading them.
-            verify: check every byte against the manifest's SHA-256.
+            verify: check every byte against the manifest's checksums.
             device: where the vectors go.
 
         Raises:
@@ -360,25 +437,27 @@ class FlatIndex:
             dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
         )
         index = cls(_entry(manifest, "dim", dir), _entry(manifest, "dtype", dir))
-        vectors, removed = _entry(arrays, "vectors", dir), _entry(arrays, "removed", dir)
-        if vectors.ndim != 2 or vectors.shape[1] != index.dim or vectors.dtype != np.float32:
+        stored, removed = _entry(arrays, "vectors", dir), _entry(arrays, "removed", dir)
+        _check_stored(stored, manifest, dir)
+        if removed.size and (removed.min() < 0 or removed.max() >= len(stored)):
             raise ValueError(
-                f"{dir}: vectors.npy: expected float32 [N, {index.dim}], got {vectors.dtype} "
-                f"{list(vectors.shape)}"
-            )
-        index._data = as_tensor(vectors)
-        index._n = len(vectors)
-        index._mapped = mmap
-        index._removed = torch.zeros(index._n, dtype=torch.bool)
-        if removed.size and (removed.min() < 0 or removed.max() >= index._n):
-            raise ValueError(
-                f"{dir}: removed.npy: expected rows 0 to {index._n - 1}, got "
+                f"{dir}: removed.npy: expected rows 0 to {len(stored) - 1}, got "
                 f"{removed.min()} to {removed.max()}"
             )
+        index._n = len(stored)
+        # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
+        raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
+        index._data = as_tensor(raw).view(codec.DTYPES[index.dtype])
+        index._mapped = mmap
+        if index.dtype == "int8" and index._n:
+            factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
+            index._codec = Codec("int8", *factors)
+        index._removed = torch.zeros(index._n, dtype=torch.bool)
         index._removed[torch.from_numpy(np.array(removed))] = True
         index._n_removed = int(index._removed.sum())
+        index._n_clamped = manifest.get("n_clamped", 0)
         index._version = _entry(manifest, "index_version", dir)
-        index._checksum = index._checksum_of(manifest["files"]["vectors.npy"]["sha256"])
+        index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)
 
@@ -386,14 +465,43 @@ class FlatIndex:
         self._version += 1
         self._source = self._checksum = None
 
+    def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
+        return inputs.checked_blocks(vectors, self.dim, self.device)
+
+    def _encoding(self, vectors: Vectors | Iterable[Vectors]) -> tuple[Codec, Iterable[Tensor]]:
+        """How the rows to be added are stored, and their blocks."""
+        blocks = self._checked_blocks(vectors)
+        if self.dtype != "int8" or self._n:
+            return self._codec, blocks
+        if inputs.whole_length(vectors) is not None:
+            sample = list(itertools.islice(self._checked_blocks(vectors), 1))
+            measured: Iterable[Tensor] = self._checked_blocks(vectors)
+        else:
+            sample, n = [], 0
+            for block in blocks:
+                sample.append(block)
+                n += len(block)
+                if n >= SAMPLE_ROWS:
+                    break
+            measured, blocks = sample, itertools.chain(sample, blocks)
+        return codec.fit_int8(measured) if sample else self._codec, blocks
+
+    def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        # Until the operation itself takes scale and offset, it searches what the codes stand for.
+        return functional.mips_topk(query, self._codec.decode(self.index_emb), k, exclude=exclude)
+
+    def _stored_blocks(self) -> Iterator[Tensor]:
+        n_rows = max(1, inputs.BLOCK_BYTES // (self.dim * self._data.itemsize))
+        return iter(self.index_emb.split(n_rows)) if self._n else iter(())
+
     def _reserve(self, n: int, *, keep: int, exact: bool) -> None:
         """Makes room for n rows in memory of our own and copies the first `keep`."""
         capacity = self._data.shape[0]
         if n <= capacity and not self._mapped:
             return
         room = n if exact and capacity == 0 else max(n, 2 * capacity if n > capacity else n)
-        grown = torch.empty(room, self.dim, device=self.device)
-        grown[:keep] = self._data[:keep]
+        grown = codec.allocate(room, self.dim, self.dtype, self.device)
+        grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
             self._data, self._mapped = grown, False
 
@@ -402,94 +510,48 @@ class FlatIndex:
 
     def _checksum_of(self, vectors_sha256: str) -> str:
         removed = hashlib.sha256(self._removed_rows().tobytes()).hexdigest()
-        described = json.dumps([self.dim, self.dtype, self._n, vectors_sha256, removed])
-        return hashlib.sha256(described.encode("ascii")).hexdigest()[:32]
+        parts = [self.dim, self.dtype, self._n, vectors_sha256, removed]
+        for factor in self._codec.arguments.values():
+            parts.append(hashlib.sha256(factor.cpu().numpy().tobytes()).hexdigest())
+        return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:32]
 
-    def _checked(self, vectors: Any, name: str, first_row: int = 0) -> torch.Tensor:
-        """Vectors as fp32 on the index's device."""
-        if isinstance(vectors, np.ndarray):
-            vectors = torch.from_numpy(np.array(vectors))
-        if not isinstance(vectors, torch.Tensor):
-            raise ValueError(f"{name}: expected a tensor or an array, got {type(vectors).__name__}")
-        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(f"{name}: expected [n, {self.dim}], got {list(vectors.shape)}")
-        if not vectors.dtype.is_floating_point:
-            raise ValueError(f"{name}: expected floating point, got {vectors.dtype}")
-        vectors = vectors.detach().to(self.device, torch.float32)
-        finite = vectors.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            bad = vectors[row][~vectors[row].isfinite()][0].item()
-            raise ValueError(
-                f"{name}: expected finite fp32 numbers, got {bad} in row {first_row + row}"
-            )
-        return vectors
 
-    def _checked_rows(self, rows: Any) -> torch.Tensor:
-        try:
-            rows = torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"rows: expected [n] int64, got {rows!r}") from error
-        if rows.numel() == 0:
-            return torch.zeros(0, dtype=torch.int64, device=self.device)
-        if rows.ndim != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
-            raise ValueError(f"rows: expected [n] int64, got {list(rows.shape)} {rows.dtype}")
-        rows = rows.to(self.device, torch.int64)
-        low, high = int(rows.min()), int(rows.max())
-        if low < 0 or high >= self._n:
-            raise ValueError(f"rows: expected 0 to {self._n - 1}, got {low if low < 0 else high}")
-        if len(rows.unique()) != len(rows):
-            values, counts = rows.unique(return_counts=True)
-            raise ValueError(f"rows: expected each once, got {int(values[counts > 1][0])} again")
-        return rows
+def _bytes_of(block: Tensor) -> memoryview:
+    """The memory of stored rows without what lies between them."""
+    return codec.to_numpy(block.contiguous()).data.cast("B")
 
-    def _check_query(self, query_emb: Any, k: int) -> None:
-        if not isinstance(query_emb, torch.Tensor) or not query_emb.dtype.is_floating_point:
-            got = getattr(query_emb, "dtype", type(query_emb).__name__)
-            raise ValueError(f"query_emb: expected a floating-point tensor, got {got}")
-        if query_emb.ndim != 2 or query_emb.shape[1] != self.dim:
-            raise ValueError(f"query_emb: expected [B, {self.dim}], got {list(query_emb.shape)}")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
 
-    def _checked_exclude(self, exclude: torch.Tensor, n_queries: int) -> torch.Tensor:
-        checks.check_tensor("exclude", exclude)
-        exclude = exclude.to(self.device)
-        if exclude.dtype == torch.bool and exclude.shape == (self._n,):
-            return exclude
-        if exclude.dtype in (torch.int64, torch.int32) and (
-            exclude.ndim == 2 and exclude.shape[0] == n_queries
-        ):
-            return exclude.to(torch.int64)
+def _content_sha256(manifest: dict[str, Any]) -> str:
+    """Of the vectors without what lies between the rows: of the whole file where nothing does."""
+    whole = manifest["files"]["vectors.npy"]["sha256"]
+    return str(manifest.get("content_sha256", whole))
+
+
+def _check_stored(
+    stored: np.ndarray[Any, Any], manifest: dict[str, Any], dir: str | os.PathLike[str]
+) -> None:
+    dim, dtype = manifest["dim"], codec.numpy_dtype(manifest["dtype"])
+    first = manifest["version"] == 1
+    pitch = dim * dtype.itemsize if first else _entry(manifest, "pitch", dir)
+    count = len(stored) if first else _entry(manifest, "count", dir)
+    if (
+        stored.dtype != dtype
+        or stored.shape != (count, pitch // dtype.itemsize)
+        or (pitch < dim * dtype.itemsize)
+    ):
         raise ValueError(
-            f"exclude: expected int64 [{n_queries}, E] or bool [{self._n}], got {exclude.dtype} "
-            f"{list(exclude.shape)}"
+            f"{dir}: vectors.npy: expected {dtype} [{count}, {pitch // dtype.itemsize}] for "
+            f"{manifest['dtype']} vectors of width {dim}, got {stored.dtype} {list(stored.shape)}"
         )
 
 
-def _blocks(vectors: Any) -> Iterator[Any]:
-    if isinstance(vectors, torch.Tensor | np.ndarray):
-        yield vectors
-    elif isinstance(vectors, Iterable):
-        yield from vectors
-    else:
+def _factor(arrays: Any, name: str, dim: int, dir: str | os.PathLike[str]) -> Tensor:
+    factor = _entry(arrays, name, dir)
+    if factor.dtype != np.float32 or factor.shape != (dim,):
         raise ValueError(
-            f"vectors: expected [n, D] or an iterable of blocks, got {type(vectors).__name__}"
+            f"{dir}: {name}.npy: expected float32 [{dim}], got {factor.dtype} {list(factor.shape)}"
         )
-
-
-def _drop(
-    scores: torch.Tensor, rows: torch.Tensor, exclude: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keeps the first k hits whose row is not excluded; `[B, k + E]` to `[B, k]`."""
-    if exclude.shape[1] == 0:
-        return scores, rows
-    barred = exclude.sort(dim=1).values
-    at = torch.searchsorted(barred, rows).clamp(max=barred.shape[1] - 1)
-    dropped = barred.gather(1, at) == rows
-    order = dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
-    scores = scores.masked_fill(dropped, -torch.inf).gather(1, order)
-    return scores, rows.masked_fill(dropped, -1).gather(1, order)
+    return torch.from_numpy(np.array(factor))
 
 
 def _entry(found: Any, key: str, dir: str | os.PathLike[str]) -> Any:

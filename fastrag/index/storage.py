@@ -1,7 +1,8 @@
 """Folders of arrays on disk: written whole or not at all, checked when read, no pickle.
 
-A folder holds one `.npy` file per array and `manifest.json` (format name, format version, and for
-each file its dtype, shape, size and the SHA-256 of its data; the manifest carries its own SHA-256).
+A folder holds one `.npy` file per array and `manifest.json`: format name, format version, and for
+each file its dtype, shape, size, the SHA-256 of its data, and the CRC-32 of each 16 MiB of them,
+which says where a damaged file is damaged. The manifest carries its own SHA-256.
 
 How a folder comes to be whole, whenever the process is killed, is in `fastrag/folders.py`;
 `read_folder` takes back a folder that was left aside, and reads the old one or the new one where it
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +44,37 @@ def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
     return b"\x93NUMPY\x01\x00" + n_text.to_bytes(2, "little") + text.ljust(n_text - 1) + b"\n"
 
 
+class _Digests:
+    """SHA-256 of all bytes fed, and CRC-32 of each block of them; found in one pass."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self._sha = hashlib.sha256()
+        self._block_bytes = block_bytes
+        self._room = block_bytes
+        self._crc = 0
+        self.blocks: list[str] = []
+
+    def update(self, data: memoryview | bytes) -> None:
+        self._sha.update(data)
+        rest = memoryview(data)
+        while rest:
+            part, rest = rest[: self._room], rest[self._room :]
+            self._crc = zlib.crc32(part, self._crc)
+            self._room -= len(part)
+            if self._room == 0:
+                self._end_block()
+
+    def sha256(self) -> str:
+        """Ends the last block."""
+        if self._room < self._block_bytes:
+            self._end_block()
+        return self._sha.hexdigest()
+
+    def _end_block(self) -> None:
+        self.blocks.append(f"{self._crc:08x}")
+        self._crc, self._room = 0, self._block_bytes
+
+
 class ArrayStream:
     """Appends blocks to one `.npy` file, so that an array need never be whole in memory.
 
@@ -55,7 +88,7 @@ class ArrayStream:
         self._path, self._dtype, self._tail = path, dtype, tail
         self._file: BinaryIO = path.open("wb")
         self._file.write(b"\0" * _HEADER_BYTES)
-        self._sha = hashlib.sha256()
+        self._digests = _Digests(_BLOCK_BYTES)
         self.n_rows = 0
 
     def append(self, block: np.ndarray[Any, Any]) -> None:
@@ -77,7 +110,8 @@ class ArrayStream:
             for start in range(0, block.shape[0], step):
                 data = np.ascontiguousarray(block[start : start + step]).data.cast("B")
                 self._file.write(data)
-                self._sha.update(data)
+                self._digests.update(data)
+                folders.step(f"block {self._path.stem}", self._path.parent)
         self.n_rows += block.shape[0]
 
     def close(self) -> dict[str, Any]:
@@ -92,7 +126,9 @@ class ArrayStream:
             "dtype": np.lib.format.dtype_to_descr(self._dtype),
             "shape": list(shape),
             "bytes": n_bytes,
-            "sha256": self._sha.hexdigest(),
+            "sha256": self._digests.sha256(),
+            "block_bytes": _BLOCK_BYTES,
+            "crc32": self._digests.blocks,
         }
 
     def abort(self) -> None:
@@ -234,7 +270,7 @@ def read_folder(
         format: the format name that must stand in the manifest.
         version: the newest format version that the caller can read.
         mmap: map the files (read-only) instead of reading them.
-        verify: check the SHA-256 of every file's data too; reads everything once.
+        verify: check the checksums of every file's data too; reads everything once.
 
     Returns:
         manifest, and arrays by name.
@@ -345,19 +381,42 @@ def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _check_data(file: Path, entry: Mapping[str, Any]) -> None:
-    sha = hashlib.sha256()
+    expected: Sequence[str] = entry.get("crc32", ())  # none in older folders
+    size = entry["block_bytes"] if expected else _BLOCK_BYTES
+    digests = _Digests(size)
     with file.open("rb") as opened:
         opened.seek(_HEADER_BYTES)
-        while block := opened.read(_BLOCK_BYTES):
-            sha.update(block)
-    if sha.hexdigest() != entry["sha256"]:
-        raise ValueError(f"{file}: expected SHA-256 {entry['sha256']}, got {sha.hexdigest()}")
+        while data := opened.read(size):
+            digests.update(data)
+    found = digests.sha256()
+    if found != entry["sha256"]:
+        places = [
+            f"block {i} (bytes {_HEADER_BYTES + i * size} to "
+            f"{min(_HEADER_BYTES + (i + 1) * size, entry['bytes']) - 1})"
+            for i, crcs in enumerate(zip(expected, digests.blocks, strict=False))
+            if crcs[0] != crcs[1]
+        ]
+        where = f": altered in {places[0]}" if places else ""
+        where += f" and {len(places) - 1} more" if places[1:] else ""
+        raise ValueError(f"{file}: expected SHA-256 {entry['sha256']}, got {found}{where}")
 
 
 def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[Any, Any]:
-    if 0 in entry["shape"]:  # an empty file cannot be mapped
-        return np.zeros(entry["shape"], dtype=np.dtype(entry["dtype"]))
-    return np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
+    dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+    if 0 in shape:  # an empty file cannot be mapped
+        return np.zeros(shape, dtype=dtype)
+    with file.open("rb") as opened:
+        if mmap:  # refuses to map more than there is
+            return np.memmap(opened, dtype=dtype, mode="r", offset=_HEADER_BYTES, shape=shape)
+        # Memory of torch begins at a multiple of 64 bytes, as the map does.
+        memory = torch.empty(entry["bytes"] - _HEADER_BYTES, dtype=torch.uint8).numpy()
+        opened.seek(_HEADER_BYTES)
+        n_read = opened.readinto(memory.data)
+        if n_read != len(memory):
+            raise ValueError(
+                f"{file}: expected {entry['bytes']} bytes, got {_HEADER_BYTES + n_read}"
+            )
+        return memory.view(dtype).reshape(shape)
 
 
 def _manifest_sha256(body: Mapping[str, Any]) -> str:

@@ -393,13 +393,17 @@ class RagModel(nn.Module):
 
     def _score(self, query_emb: Tensor, rows: Tensor) -> Tensor:
         """Scores q . d / tau `[B, K]`; d from the index, or fresh if the passage encoder trains."""
+        scale = offset = None
         if self.train_passage_encoder and self.training:
             passage_emb = self._encode_rows(rows)
-        elif self.index.device == query_emb.device:
+        elif self.index.device == query_emb.device and self.index.index_emb is not None:
             passage_emb = self.index.index_emb  # gathered inside the operation
+            scale, offset = self.index.scale, self.index.offset
         else:
             passage_emb = self.index.vectors(rows).to(query_emb.device)
-        doc_scores = functional.doc_scores(query_emb, passage_emb, rows=rows, tau=self.tau)
+        doc_scores = functional.doc_scores(
+            query_emb, passage_emb, rows=rows, tau=self.tau, scale=scale, offset=offset
+        )
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
         return doc_scores

@@ -190,10 +190,58 @@ def test_messages_say_expected_and_got(folder):
     data[-1] ^= 0xFF
     (folder / "b.npy").write_bytes(data)
     with pytest.raises(
-        ValueError, match=r"b\.npy: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}"
+        ValueError,
+        match=r"b\.npy: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]{64}: altered in block 0 "
+        r"\(bytes 128 to 151\)$",
     ):
         read(folder, verify=True)
     read(folder)  # the size is right
+
+
+def test_an_altered_byte_is_placed(tmp_path, monkeypatch):
+    """In whatever pieces the array came: a block is so many bytes of the file."""
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 1000)
+    with FolderWriter(tmp_path / "f", format="test", version=1) as writer:
+        stream = writer.stream("x", np.uint8)
+        for n in (10, 2300, 1, 689):
+            stream.append(np.arange(n, dtype=np.uint8))
+        writer.commit({})
+    monkeypatch.undo()  # the size of a block is the folder's
+    path = tmp_path / "f" / "x.npy"
+    data = path.read_bytes()
+    for block, first, last in ((0, 128, 1127), (1, 1128, 2127), (2, 2128, 3127)):
+        for at in (first, last):
+            altered = bytearray(data)
+            altered[at] ^= 0x10
+            path.write_bytes(altered)
+            where = re.escape(f"altered in block {block} (bytes {first} to {last})")
+            with pytest.raises(ValueError, match=rf"x\.npy: expected SHA-256 .*{where}$"):
+                read(tmp_path / "f", verify=True)
+    altered[200] ^= 0x10
+    path.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"block 0 \(bytes 128 to 1127\) and 1 more$"):
+        read(tmp_path / "f", verify=True)
+
+
+def test_folders_without_checksums_of_blocks(folder):
+    """As they were written before there were any."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    for entry in manifest["files"].values():
+        del entry["crc32"], entry["block_bytes"]
+    manifest["manifest_sha256"] = storage._manifest_sha256(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"])
+    data = bytearray((folder / "a.npy").read_bytes())
+    data[-1] ^= 0xFF
+    (folder / "a.npy").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.npy: expected SHA-256 [0-9a-f]{64}, got [0-9a-f]*$"):
+        read(folder, verify=True)
+
+
+def test_memory_begins_at_a_cache_line(folder):
+    for mmap in (True, False):
+        assert read(folder, mmap=mmap)[1]["a"].ctypes.data % 64 == 0
 
 
 def test_versions_and_formats(folder, tmp_path):
@@ -231,7 +279,7 @@ def test_permission_refused(folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(folder / "a.npy"))
 
-    monkeypatch.setattr(np, "load", refuse)
+    monkeypatch.setattr(np, "memmap", refuse)
     with pytest.raises(ValueError, match=r"expected a readable folder, got .*Permission denied"):
         read(folder)
 
@@ -250,7 +298,7 @@ def die(event, args):
 sys.addaudithook(die)
 write_folder(sys.argv[1], {"a": np.full((3, 4), 7, np.float32)}, {"format": "test", "version": 1})
 """
-STEPS = ["open", "array a", "synced", "aside", "in", "done"]
+STEPS = ["open", "block a", "array a", "synced", "aside", "in", "done"]
 
 
 def write_and_die(path, step):

@@ -1,0 +1,214 @@
+"""Checks of what comes into an index, the same for every kind of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrag.ops import checks
+
+Vectors = Tensor | np.ndarray[Any, Any]
+# What is converted at a time of an array that may lie on the disk.
+BLOCK_BYTES = 1 << 24
+
+
+def check_dim(dim: object) -> int:
+    """Returns D.
+
+    Raises:
+        ValueError: not a whole number of at least 1.
+    """
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"dim: expected a whole number of at least 1, got {dim!r}")
+    return dim
+
+
+def checked_blocks(
+    vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device, name: str = "vectors"
+) -> Iterator[Tensor]:
+    """Yields vectors as float32 blocks `[n, D]` on a device, each of at most `BLOCK_BYTES`.
+
+    Args:
+        vectors: `[n, D]`, in memory or mapped from a file, or an iterable of such blocks.
+        dim: D.
+        device: where the blocks go.
+        name: what messages call them.
+
+    Raises:
+        ValueError: another width, not floating point, a NaN or an infinity (the row is named).
+    """
+    if isinstance(vectors, Tensor | np.ndarray):
+        vectors = (vectors,)
+    elif not isinstance(vectors, Iterable):
+        raise ValueError(
+            f"{name}: expected [n, D] or an iterable of blocks, got {type(vectors).__name__}"
+        )
+    n_rows = max(1, BLOCK_BYTES // (4 * dim))
+    first_row = 0
+    for given in vectors:
+        _check_vectors(given, dim, name)
+        for start in range(0, len(given), n_rows):
+            block = _as_float32(given[start : start + n_rows], device)
+            _check_finite(block, first_row + start, name)
+            yield block
+        first_row += len(given)
+
+
+def whole_length(vectors: object) -> int | None:
+    """Number of rows, where that is known beforehand."""
+    return len(vectors) if isinstance(vectors, Tensor | np.ndarray) and vectors.ndim else None
+
+
+def reject_one_shot(vectors: object, why: str, name: str = "vectors") -> None:
+    """Refuses what can be walked through only once.
+
+    Raises:
+        ValueError: a generator or another iterator.
+    """
+    if isinstance(vectors, Iterator):
+        raise ValueError(
+            f"{name}: expected a tensor, an array or a list of blocks, as {why}, got a "
+            f"{type(vectors).__name__}"
+        )
+
+
+def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
+    """Row numbers `[n]` int64 in the index, each once.
+
+    Raises:
+        ValueError: another shape or dtype, unknown or repeated rows.
+    """
+    try:
+        rows = torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"rows: expected [n] int64, got {rows!r}") from error
+    if rows.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    if rows.ndim != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
+        raise ValueError(f"rows: expected [n] int64, got {list(rows.shape)} {rows.dtype}")
+    rows = rows.to(device, torch.int64)
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= n:
+        raise ValueError(f"rows: expected 0 to {n - 1}, got {low if low < 0 else high}")
+    if len(rows.unique()) != len(rows):
+        values, counts = rows.unique(return_counts=True)
+        raise ValueError(f"rows: expected each once, got {int(values[counts > 1][0])} again")
+    return rows
+
+
+def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -> Tensor:
+    """One float32 vector for each row, `[n, D]`.
+
+    Raises:
+        ValueError: as `checked_blocks`, or another number of vectors than of rows.
+    """
+    blocks = list(checked_blocks(vectors, dim, device))
+    checked = torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
+    if len(rows) != len(checked):
+        raise ValueError(
+            f"vectors: expected [{len(rows)}, {dim}] for {len(rows)} rows, got "
+            f"{list(checked.shape)}"
+        )
+    return checked
+
+
+def check_length(n: int, expected: int) -> None:
+    """Checks that a replacement has as many rows as the index, or is at its first row too many.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if n != expected:
+        more = " or more" if n > expected else ""
+        raise ValueError(f"vectors: expected {expected} rows, got {n}{more}")
+
+
+def check_query(query_emb: Any, dim: int, k: Any) -> None:
+    """Checks a query `[B, D]` and how many hits it asks for.
+
+    Raises:
+        ValueError: not floating point, another width, or k below 1.
+    """
+    if not isinstance(query_emb, Tensor) or not query_emb.dtype.is_floating_point:
+        got = getattr(query_emb, "dtype", type(query_emb).__name__)
+        raise ValueError(f"query_emb: expected a floating-point tensor, got {got}")
+    if query_emb.ndim != 2 or query_emb.shape[1] != dim:
+        raise ValueError(f"query_emb: expected [B, {dim}], got {list(query_emb.shape)}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+
+
+def checked_exclude(exclude: Any, n_queries: int, n: int, device: torch.device) -> Tensor:
+    """Rows never to be returned: `[B, E]` int64, or `[N]` bool.
+
+    Raises:
+        ValueError: anything else.
+    """
+    checks.check_tensor("exclude", exclude)
+    exclude = exclude.to(device)
+    if exclude.dtype == torch.bool and exclude.shape == (n,):
+        return exclude
+    if exclude.dtype in (torch.int64, torch.int32) and (
+        exclude.ndim == 2 and exclude.shape[0] == n_queries
+    ):
+        return exclude.to(torch.int64)
+    raise ValueError(
+        f"exclude: expected int64 [{n_queries}, E] or bool [{n}], got {exclude.dtype} "
+        f"{list(exclude.shape)}"
+    )
+
+
+def drop_excluded(scores: Tensor, rows: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Keeps the first k hits whose row is not excluded; `[B, k + E]` to `[B, k]`."""
+    if exclude.shape[1] == 0:
+        return scores, rows
+    barred = exclude.sort(dim=1).values
+    at = torch.searchsorted(barred, rows).clamp(max=barred.shape[1] - 1)
+    dropped = barred.gather(1, at) == rows
+    order = dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
+    scores = scores.masked_fill(dropped, -torch.inf).gather(1, order)
+    return scores, rows.masked_fill(dropped, -1).gather(1, order)
+
+
+def missing(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hits of an empty index: scores -inf, rows -1."""
+    scores = torch.full((n_queries, k), -torch.inf, device=device)
+    return scores, torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
+
+
+def _check_vectors(vectors: Any, dim: int, name: str) -> None:
+    if not isinstance(vectors, Tensor | np.ndarray):
+        raise ValueError(f"{name}: expected a tensor or an array, got {type(vectors).__name__}")
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise ValueError(f"{name}: expected [n, {dim}], got {list(vectors.shape)}")
+    floating = (
+        np.issubdtype(vectors.dtype, np.floating)
+        if isinstance(vectors, np.ndarray)
+        else vectors.dtype.is_floating_point
+    )
+    if not floating:
+        raise ValueError(f"{name}: expected floating point, got {vectors.dtype}")
+
+
+def _as_float32(block: Vectors, device: torch.device) -> Tensor:
+    if isinstance(block, np.ndarray):
+        # numpy converts any byte order; what does not fit becomes inf, and is refused as such.
+        with np.errstate(over="ignore"):
+            block = torch.from_numpy(np.array(block, dtype=np.float32))
+    return block.detach().to(device, torch.float32)
+
+
+def _check_finite(block: Tensor, first_row: int, name: str) -> None:
+    # One sum instead of a mask as large as the block: it is finite only if all are, or overflows.
+    if bool(block.sum().isfinite()):
+        return
+    finite = block.isfinite().all(dim=1)
+    if bool(finite.all()):
+        return
+    row = int((~finite).nonzero()[0])
+    bad = block[row][~block[row].isfinite()][0].item()
+    raise ValueError(f"{name}: expected finite fp32 numbers, got {bad} in row {first_row + row}")
