@@ -18,9 +18,8 @@ from fastrag import functional
 from fastrag.index import codec, inputs
 from fastrag.index.codec import Codec
 from fastrag.index.inputs import Vectors
-from fastrag.index.lock import ReadWriteLock
+from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, read_folder
-from fastrag.ops import checks
 
 FORMAT = "fastrag.FlatIndex"
 # 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
@@ -29,7 +28,7 @@ VERSION = 2
 SAMPLE_ROWS = 16384
 
 
-class FlatIndex:
+class FlatIndex(RowIndex):
     """The vectors of N passages and exact maximum inner product search over them.
 
         search(q, k) = the k rows i with the largest q · x_i, ties by lowest row
@@ -66,37 +65,20 @@ class FlatIndex:
     def __init__(
         self, dim: int, dtype: str = "float32", device: torch.device | str = "cpu"
     ) -> None:
-        self.dim = inputs.check_dim(dim)
+        super().__init__(dim, device)
         if dtype not in codec.DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(codec.DTYPES)}, got {dtype!r}")
         self.dtype = dtype
         self._codec = Codec(dtype)
-        self._n = 0
         self._data = codec.allocate(0, dim, dtype, device)  # [capacity, pitch]
-        self._removed = torch.zeros(0, dtype=torch.bool, device=device)  # [N]
-        self._n_removed = 0
         self._n_clamped = 0
         self._mapped = False
-        self._version = 0
-        self._source: Path | None = None
-        self._checksum: str | None = None
-        self._lock = ReadWriteLock()
-        # Writers prepare their rows outside `_lock`, so they also exclude each other.
-        self._writer = ReadWriteLock()
-
-    def __len__(self) -> int:
-        return self._n
 
     def __repr__(self) -> str:
         return (
             f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, n={self._n}, n_live={self.n_live}, "
             f"device='{self.device}')"
         )
-
-    @property
-    def n_live(self) -> int:
-        """Number of rows that a search can return."""
-        return self._n - self._n_removed
 
     @property
     def n_clamped(self) -> int:
@@ -107,16 +89,6 @@ class FlatIndex:
     def device(self) -> torch.device:
         """Where the vectors are."""
         return self._data.device
-
-    @property
-    def version(self) -> int:
-        """Goes up by one with each change of rows; saved and loaded."""
-        return self._version
-
-    @property
-    def source(self) -> Path | None:
-        """The folder that holds exactly this content, or `None` after a change."""
-        return self._source
 
     @property
     def index_emb(self) -> Tensor:
@@ -169,11 +141,9 @@ class FlatIndex:
                 stop += len(block)
                 n_clamped += n
             if stop > start:
-                new = torch.zeros(stop - start, dtype=torch.bool, device=self.device)
                 with self._lock.write():
-                    self._removed = torch.cat([self._removed, new])
                     self._codec = chosen
-                    self._n = stop
+                    self._append_live(stop - start)
                     self._n_clamped += n_clamped
                     self._changed()
         return range(start, stop)
@@ -199,26 +169,6 @@ class FlatIndex:
             with self._lock.write():
                 self.index_emb[rows] = stored
                 self._n_clamped += n_clamped
-                self._changed()
-
-    def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
-        """Takes rows out of every later search; their numbers are not used again.
-
-        Args:
-            rows: `[n]` whole numbers, each once; removing a removed row changes nothing.
-
-        Raises:
-            ValueError: unknown or repeated rows.
-        """
-        with self._writer.write():
-            rows = inputs.checked_rows(rows, self._n, self.device)
-            if len(rows) == 0:
-                return
-            removed = self._removed.clone()
-            removed[rows] = True
-            with self._lock.write():
-                self._removed = removed
-                self._n_removed = int(removed.sum())
                 self._changed()
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
@@ -253,71 +203,6 @@ class FlatIndex:
                 self._changed()
 
     @torch.no_grad()
-    def search(
-        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Finds the k rows with the largest inner product; no gradient.
-
-        Args:
-            query_emb: `[B, D]`, floating point.
-            k: how many rows, at least 1. Where fewer are live, the rest is missing.
-            exclude: rows not to be returned: `[B, E]` int64 per query (-1: none), or bool `[N]`.
-
-        Returns:
-            scores `[B, k]` fp32 (missing: -inf) and rows `[B, k]` int64 (missing: -1), best first,
-            on the query's device. An empty index returns only missing rows.
-
-        Raises:
-            ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
-        """
-        inputs.check_query(query_emb, self.dim, k)
-        with self._lock.read():
-            query = query_emb.to(self.device, torch.float32)
-            mask = self._removed if self._n_removed else None
-            if exclude is not None:
-                exclude = inputs.checked_exclude(exclude, len(query), self._n, self.device)
-            if self._n == 0:
-                scores, rows = inputs.missing(len(query), k, self.device)
-            elif exclude is None or mask is None:
-                scores, rows = self._topk(query, k, mask if exclude is None else exclude)
-            elif exclude.dtype == torch.bool:
-                scores, rows = self._topk(query, k, mask | exclude)
-            else:
-                # At most E of the best k + E live rows are excluded, so the best k are among them.
-                wide = self._topk(query, k + exclude.shape[1], mask)
-                scores, rows = inputs.drop_excluded(*wide, exclude, k)
-        return scores.to(query_emb.device), rows.to(query_emb.device)
-
-    @torch.no_grad()
-    def vectors(self, rows: Tensor) -> Tensor:
-        """The stored vectors of rows.
-
-        Args:
-            rows: `[...]` int64, any shape; -1 is missing.
-
-        Returns:
-            `[..., D]` fp32 on the rows' device; missing rows are zero. On a GPU a row outside the
-            index gives NaN instead of an error, because raising would wait for the device.
-
-        Raises:
-            ValueError: not whole numbers, or (on the CPU) a row outside the index.
-        """
-        checks.check_integer("rows", rows)
-        with self._lock.read():
-            at = rows.to(self.device, torch.int64)
-            outside = (at < -1) | (at >= self._n)
-            if self.device.type == "cpu" and bool(outside.any()):
-                bad = int(at[outside][0])
-                raise ValueError(f"rows: expected -1 to {self._n - 1}, got {bad}")
-            if self._n == 0:
-                found = torch.zeros(*at.shape, self.dim, device=self.device)
-            else:
-                found = self._codec.decode(self.index_emb[at.clamp(0, self._n - 1)])
-            found = found.masked_fill((at < 0)[..., None], 0.0)
-            found = found.masked_fill(outside[..., None], torch.nan)
-        return found.to(rows.device)
-
-    @torch.no_grad()
     def astype(self, dtype: str) -> Self:
         """Makes an index of the same rows and tombstones in another dtype, block by block.
 
@@ -342,7 +227,7 @@ class FlatIndex:
                     room[stop : stop + len(block), : self.dim] = stored
                     stop += len(block)
             made._data, made._n = room, self._n
-            made._removed, made._n_removed = self._removed.clone(), self._n_removed
+            made._set_removed(self._removed.clone())
             made._version = self._version
         return made
 
@@ -439,12 +324,7 @@ class FlatIndex:
         index = cls(_entry(manifest, "dim", dir), _entry(manifest, "dtype", dir))
         stored, removed = _entry(arrays, "vectors", dir), _entry(arrays, "removed", dir)
         _check_stored(stored, manifest, dir)
-        if removed.size and (removed.min() < 0 or removed.max() >= len(stored)):
-            raise ValueError(
-                f"{dir}: removed.npy: expected rows 0 to {len(stored) - 1}, got "
-                f"{removed.min()} to {removed.max()}"
-            )
-        index._n = len(stored)
+        index._load_removed(removed, len(stored), dir)
         # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
         index._data = as_tensor(raw).view(codec.DTYPES[index.dtype])
@@ -452,18 +332,11 @@ class FlatIndex:
         if index.dtype == "int8" and index._n:
             factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
-        index._removed = torch.zeros(index._n, dtype=torch.bool)
-        index._removed[torch.from_numpy(np.array(removed))] = True
-        index._n_removed = int(index._removed.sum())
         index._n_clamped = manifest.get("n_clamped", 0)
         index._version = _entry(manifest, "index_version", dir)
         index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)
-
-    def _changed(self) -> None:
-        self._version += 1
-        self._source = self._checksum = None
 
     def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
         return inputs.checked_blocks(vectors, self.dim, self.device)
@@ -490,6 +363,9 @@ class FlatIndex:
         # Until the operation itself takes scale and offset, it searches what the codes stand for.
         return functional.mips_topk(query, self._codec.decode(self.index_emb), k, exclude=exclude)
 
+    def _vectors_of(self, rows: Tensor) -> Tensor:
+        return self._codec.decode(self.index_emb[rows])
+
     def _stored_blocks(self) -> Iterator[Tensor]:
         n_rows = max(1, inputs.BLOCK_BYTES // (self.dim * self._data.itemsize))
         return iter(self.index_emb.split(n_rows)) if self._n else iter(())
@@ -504,9 +380,6 @@ class FlatIndex:
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
             self._data, self._mapped = grown, False
-
-    def _removed_rows(self) -> np.ndarray[Any, Any]:
-        return self._removed.nonzero().flatten().cpu().numpy()
 
     def _checksum_of(self, vectors_sha256: str) -> str:
         removed = hashlib.sha256(self._removed_rows().tobytes()).hexdigest()

@@ -1,0 +1,182 @@
+"""What every index keeps of its rows: how many, which are removed, which version of them."""
+
+from __future__ import annotations
+
+import abc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrag.index import inputs
+from fastrag.index.lock import ReadWriteLock
+from fastrag.ops import checks
+
+
+class RowIndex(abc.ABC):
+    """Rows that never shift, searched beside each other and changed one writer at a time.
+
+    Args:
+        dim: D, the width of a vector.
+        device: where tombstones are kept.
+
+    Raises:
+        ValueError: `dim` below 1.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.dim = inputs.check_dim(dim)
+        self._n = 0
+        self._removed = torch.zeros(0, dtype=torch.bool, device=device)  # [N]
+        self._n_removed = 0
+        self._version = 0
+        self._source: Path | None = None
+        self._checksum: str | None = None
+        self._lock = ReadWriteLock()
+        # Writers prepare their rows outside `_lock`, so they also exclude each other.
+        self._writer = ReadWriteLock()
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where the vectors are searched."""
+
+    @property
+    def n_live(self) -> int:
+        """Number of rows that a search can return."""
+        return self._n - self._n_removed
+
+    @property
+    def version(self) -> int:
+        """Goes up by one with each change of rows; saved and loaded."""
+        return self._version
+
+    @property
+    def source(self) -> Path | None:
+        """The folder that holds exactly this content, or `None` after a change."""
+        return self._source
+
+    def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
+        """Takes rows out of every later search; their numbers are not used again.
+
+        Args:
+            rows: `[n]` whole numbers, each once; removing a removed row changes nothing.
+
+        Raises:
+            ValueError: unknown or repeated rows.
+        """
+        with self._writer.write():
+            rows = inputs.checked_rows(rows, self._n, self._removed.device)
+            if len(rows) == 0:
+                return
+            removed = self._removed.clone()
+            removed[rows] = True
+            with self._lock.write():
+                self._set_removed(removed)
+                self._changed()
+
+    @torch.no_grad()
+    def search(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Finds the k rows with the largest inner product; no gradient.
+
+        Args:
+            query_emb: `[B, D]`, floating point.
+            k: how many rows, at least 1. Where fewer are live, the rest is missing.
+            exclude: rows not to be returned: `[B, E]` int64 per query (-1: none), or bool `[N]`.
+
+        Returns:
+            scores `[B, k]` fp32 (missing: -inf) and rows `[B, k]` int64 (missing: -1), best first,
+            on the query's device. An empty index returns only missing rows.
+
+        Raises:
+            ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
+        """
+        inputs.check_query(query_emb, self.dim, k)
+        with self._lock.read():
+            query = query_emb.to(self.device, torch.float32)
+            mask = self._removed if self._n_removed else None
+            if exclude is not None:
+                exclude = inputs.checked_exclude(exclude, len(query), self._n, self._removed.device)
+            if self._n == 0:
+                scores, rows = inputs.missing(len(query), k, self.device)
+            elif exclude is None or mask is None:
+                scores, rows = self._topk(query, k, mask if exclude is None else exclude)
+            elif exclude.dtype == torch.bool:
+                scores, rows = self._topk(query, k, mask | exclude)
+            else:
+                # At most E of the best k + E live rows are excluded, so the best k are among them.
+                wide = self._topk(query, k + exclude.shape[1], mask)
+                scores, rows = inputs.drop_excluded(*wide, exclude, k)
+        return scores.to(query_emb.device), rows.to(query_emb.device)
+
+    @torch.no_grad()
+    def vectors(self, rows: Tensor) -> Tensor:
+        """The stored vectors of rows.
+
+        Args:
+            rows: `[...]` int64, any shape; -1 is missing.
+
+        Returns:
+            `[..., D]` fp32 on the rows' device; missing rows are zero. On a GPU a row outside the
+            index gives NaN instead of an error, because raising would wait for the device.
+
+        Raises:
+            ValueError: not whole numbers, or (on the CPU) a row outside the index.
+        """
+        checks.check_integer("rows", rows)
+        with self._lock.read():
+            at = rows.to(self._removed.device, torch.int64)
+            outside = (at < -1) | (at >= self._n)
+            if at.device.type == "cpu" and bool(outside.any()):
+                bad = int(at[outside][0])
+                raise ValueError(f"rows: expected -1 to {self._n - 1}, got {bad}")
+            if self._n == 0:
+                found = torch.zeros(*at.shape, self.dim, device=at.device)
+            else:
+                found = self._vectors_of(at.clamp(0, self._n - 1))
+            found = found.masked_fill((at < 0)[..., None], 0.0)
+            found = found.masked_fill(outside[..., None], torch.nan)
+        return found.to(rows.device)
+
+    @abc.abstractmethod
+    def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Searches N > 0 rows; exclude `[N]` bool or `[B, E]` int64."""
+
+    @abc.abstractmethod
+    def _vectors_of(self, rows: Tensor) -> Tensor:
+        """float32 vectors `[..., D]` of rows of the index, of which there are some."""
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._source = self._checksum = None
+
+    def _set_removed(self, removed: Tensor) -> None:
+        self._removed = removed
+        self._n_removed = int(removed.sum())
+
+    def _append_live(self, n: int) -> None:
+        """Counts n more rows."""
+        new = torch.zeros(n, dtype=torch.bool, device=self._removed.device)
+        self._removed = torch.cat([self._removed, new])
+        self._n += n
+
+    def _load_removed(self, rows: np.ndarray[Any, Any], n: int, dir: object) -> None:
+        """Takes up n rows and the tombstones of a saved index."""
+        if rows.size and (rows.min() < 0 or rows.max() >= n):
+            raise ValueError(
+                f"{dir}: removed.npy: expected rows 0 to {n - 1}, got {rows.min()} to {rows.max()}"
+            )
+        self._n = n
+        removed = torch.zeros(n, dtype=torch.bool)
+        removed[torch.from_numpy(np.array(rows))] = True
+        self._set_removed(removed)
+
+    def _removed_rows(self) -> np.ndarray[Any, Any]:
+        return self._removed.nonzero().flatten().cpu().numpy()
