@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD_VARIABLE = "FASTRAG_BUILD_EXT"
 # What a source file is compiled with beyond the rest: the kernels of one instruction set each, of
 # which the module chooses one when it runs. Never -march=native: a wheel is built elsewhere.
-AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 # GCC bug 105593: its own header of intrinsics
 AVX512_FLAGS += ["-Wno-maybe-uninitialized"]

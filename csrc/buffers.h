@@ -40,6 +40,19 @@ struct Element<bool> {
   static constexpr const char* kFormats = "?";
 };
 
+// The bits of a bfloat16, which the buffer protocol has no name for, or a float16.
+template <>
+struct Element<uint16_t> {
+  static constexpr const char* kName = "float16, or bfloat16 as uint16";
+  static constexpr const char* kFormats = "eH";
+};
+
+template <>
+struct Element<int8_t> {
+  static constexpr const char* kName = "int8";
+  static constexpr const char* kFormats = "b";
+};
+
 template <class T>
 bool has_type(const pybind11::buffer_info& info) {
   return info.itemsize == sizeof(T) && info.format.size() == 1 &&
@@ -81,6 +94,7 @@ class Array {
 
   T* data() const { return static_cast<T*>(info_.ptr); }
   int64_t size(size_t i) const { return info_.shape[i]; }
+  const std::string& format() const { return info_.format; }
   int64_t pitch() const { return info_.strides[0] / static_cast<pybind11::ssize_t>(sizeof(T)); }
 
  private:

@@ -32,6 +32,10 @@ const MipsKernels& kernels(Isa isa) {
     case Isa::kAvx512:
       return *avx512_mips_kernels();
     case Isa::kAvx2:
+#if defined(__x86_64__) || defined(__i386__)
+      // its float16 is an extension of its own, on no machine missing that is known
+      if (!__builtin_cpu_supports("f16c")) return *scalar_mips_kernels();
+#endif
       return *avx2_mips_kernels();
     default:
       return *scalar_mips_kernels();
@@ -104,11 +108,23 @@ class Candidates {
   std::vector<float> threshold_;
 };
 
+int64_t element_bytes(Storage storage) {
+  return storage == Storage::kFloat32 ? 4 : storage == Storage::kInt8 ? 1 : 2;
+}
+
+StoredRows rows_from(const MipsMatrix& matrix, int64_t dim, int64_t row) {
+  const auto* bytes = static_cast<const char*>(matrix.data);
+  return {bytes + row * matrix.pitch * element_bytes(matrix.storage), matrix.pitch, dim,
+          matrix.scale, matrix.offset};
+}
+
 // What one thread keeps while it takes chunk after chunk.
 struct Worker {
   Candidates candidates;
   TileScores scores;
-  std::vector<float> tail;  // the last rows, with zeros to fill the tile
+  FewScores few_scores;
+  std::vector<float> wide;  // a block as float32; or the last rows, with zeros to fill the tile
+  std::vector<char> tail;   // the last rows as they are stored
   int64_t first_bad = kNoRow;
 };
 
@@ -121,11 +137,15 @@ class Search {
         first_query_(first_query),
         n_queries_(n_queries),
         matrix_(matrix),
-        kernels_(kernels(threads.isa)) {
+        kernels_(kernels(threads.isa)),
+        few_(n_queries <= kMaxFewQueries) {
     pack();
     sort_exclusions();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim) * sizeof(float);
-    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / kernels_.rows) * kernels_.rows;
+    const int64_t step = few_ ? few_rows() : kernels_.rows;
+    // One panel has no use for a block beyond the tile, and a tile widened for it stays in the L1.
+    const bool alone = panels_.size() == 1 && matrix.storage != Storage::kFloat32;
+    block_rows_ = alone ? step : std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
     const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
     chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
     const double work = 1.0 * question.dim * n_queries * matrix.n_rows;
@@ -138,7 +158,7 @@ class Search {
   void run(const MipsAnswer& answer) {
     workers_.reserve(n_workers_);
     for (int64_t i = 0; i < n_workers_; ++i)
-      workers_.push_back({{n_queries_, n_lanes_, question_.k, matrix_.n_rows}, {}, {}});
+      workers_.push_back({{n_queries_, n_lanes_, question_.k, matrix_.n_rows}, {}, {}, {}, {}});
     const int n_threads = static_cast<int>(n_workers_);
     std::atomic<int64_t> next{0};
     parallel_for(n_threads, n_workers_, [&](int64_t i) {
@@ -146,7 +166,8 @@ class Search {
       while (worker.first_bad == kNoRow) {
         const int64_t begin = next.fetch_add(chunk_rows_);
         if (begin >= matrix_.n_rows) return;
-        scan(begin, std::min(begin + chunk_rows_, matrix_.n_rows), &worker);
+        const int64_t end = std::min(begin + chunk_rows_, matrix_.n_rows);
+        few_ ? scan_few(begin, end, &worker) : scan(begin, end, &worker);
       }
     });
     // Chunks are taken in ascending order, so the lowest bad row has been met.
@@ -168,6 +189,13 @@ class Search {
 
   void pack() {
     const int64_t dim = question_.dim, width = kernels_.width;
+    if (few_) {
+      while (1 << few_size_ < n_queries_) ++few_size_;
+      n_lanes_ = int64_t{1} << few_size_;
+      queries_.resize(n_lanes_ * dim);
+      std::copy_n(question_.query_emb + first_query_ * dim, n_queries_ * dim, queries_.begin());
+      return;
+    }
     n_lanes_ = round_up(n_queries_, width);
     queries_.resize(n_lanes_ * dim);
     int64_t left = n_lanes_ / width, lane = 0;
@@ -200,31 +228,48 @@ class Search {
     return !std::binary_search(begin, begin + question_.n_exclude, row);
   }
 
-  const float* row_data(int64_t row) const { return matrix_.data + row * matrix_.pitch; }
-
   // Rows [begin, end), in blocks over which one panel passes after another.
   void scan(int64_t begin, int64_t end, Worker* worker) const {
+    const bool in_place = matrix_.storage == Storage::kFloat32;
     for (int64_t block = begin; block < end; block += block_rows_) {
       const int64_t block_end = std::min(block + block_rows_, end);
+      if (!in_place) widen(block, block_end, worker);
       for (size_t p = 0; p < panels_.size(); ++p) {
         const bool last = p + 1 == panels_.size();
         // The last panel fetches the next block, and so does the only one, row after row.
         const int64_t step = panels_.size() == 1 ? kernels_.rows : last ? block_rows_ : 0;
-        for (int64_t row = block; row < block_end; row += kernels_.rows)
-          scan_tile(panels_[p], row, row + step, worker);
+        for (int64_t row = block; row < block_end; row += kernels_.rows) {
+          const TileRows rows = in_place ? rows_in_place(row, row + step, worker)
+                                         : rows_of(&worker->wide[(row - block) * question_.dim]);
+          scan_tile(panels_[p], row, rows, worker);
+        }
       }
     }
   }
 
-  void scan_tile(const PanelPlace& place, int64_t row, int64_t ahead, Worker* worker) const {
-    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
-    TileRows rows{row_data(row), matrix_.pitch, question_.dim, nullptr};
-    if (n < kernels_.rows) {
-      if (worker->tail.empty()) copy_tail(row, n, worker);
-      rows.data = worker->tail.data();
-      rows.pitch = question_.dim;
+  TileRows rows_of(const float* wide) const { return {wide, question_.dim, question_.dim, wide}; }
+
+  TileRows rows_in_place(int64_t row, int64_t ahead, Worker* worker) const {
+    if (row + kernels_.rows > matrix_.n_rows) {
+      if (worker->wide.empty()) widen(row, matrix_.n_rows, worker);
+      return rows_of(worker->wide.data());
     }
-    rows.ahead = ahead + kernels_.rows <= matrix_.n_rows ? row_data(ahead) : rows.data;
+    const auto* data = static_cast<const float*>(matrix_.data);
+    const int64_t next = ahead + kernels_.rows <= matrix_.n_rows ? ahead : row;
+    return {data + row * matrix_.pitch, matrix_.pitch, question_.dim, data + next * matrix_.pitch};
+  }
+
+  // Rows [begin, end) in float32, with zeros to fill the last tile.
+  void widen(int64_t begin, int64_t end, Worker* worker) const {
+    const int64_t dim = question_.dim, n = end - begin;
+    worker->wide.resize(std::max<int64_t>(1, round_up(n, kernels_.rows) * dim));
+    std::fill(worker->wide.begin() + n * dim, worker->wide.end(), 0.0f);
+    const int storage = static_cast<int>(matrix_.storage);
+    kernels_.widen[storage](rows_from(matrix_, dim, begin), n, worker->wide.data());
+  }
+
+  void scan_tile(const PanelPlace& place, int64_t row, const TileRows& rows, Worker* worker) const {
+    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
     const Panel panel{queries_.data() + place.first_lane * question_.dim,
                       worker->candidates.thresholds() + place.first_lane};
     switch (kernels_.tile[place.n_vectors - 1](panel, rows, &worker->scores)) {
@@ -237,21 +282,58 @@ class Search {
     }
   }
 
-  void copy_tail(int64_t row, int64_t n, Worker* worker) const {
-    worker->tail.resize(std::max<int64_t>(1, kernels_.rows * question_.dim));
+  int64_t few_rows() const {
+    return kernels_.few_rows[static_cast<int>(matrix_.storage)][few_size_];
+  }
+
+  void scan_few(int64_t begin, int64_t end, Worker* worker) const {
+    const int64_t few_rows = this->few_rows();
+    const auto few = kernels_.few[static_cast<int>(matrix_.storage)][few_size_];
+    const FewQueries queries{queries_.data(), worker->candidates.thresholds()};
+    const FewScores& found = worker->few_scores;
+    for (int64_t row = begin; row < end; row += few_rows) {
+      StoredRows rows = rows_from(matrix_, question_.dim, row);
+      const int64_t n = std::min(few_rows, matrix_.n_rows - row);
+      if (n < few_rows) rows = copied_tail(rows, n, few_rows, worker);
+      const TileResult result = few(queries, rows, &worker->few_scores);
+      if (result == TileResult::kNoHit) continue;
+      for (int64_t q = 0; q < n_queries_; ++q) {
+        const float* scores = found.scores + q * few_rows;
+        if (result == TileResult::kHits) {
+          for (uint64_t hits = found.hits[q]; hits; hits &= hits - 1) {
+            const int i = __builtin_ctzll(hits);
+            if (i < n) offer(q, scores[i], row + i, &worker->candidates);
+          }
+        } else {
+          for (int64_t i = 0; i < n; ++i)
+            if (!std::isfinite(scores[i])) worker->first_bad = std::min(worker->first_bad, row + i);
+        }
+      }
+    }
+  }
+
+  // n rows with zeros to fill a tile.
+  StoredRows copied_tail(StoredRows rows, int64_t n, int64_t n_filled, Worker* worker) const {
+    const int64_t size = element_bytes(matrix_.storage), line = rows.dim * size;
+    worker->tail.assign(std::max<int64_t>(1, n_filled * line), 0);
     for (int64_t i = 0; i < n; ++i)
-      std::copy_n(row_data(row + i), question_.dim, &worker->tail[i * question_.dim]);
+      std::memcpy(&worker->tail[i * line],
+                  static_cast<const char*>(rows.data) + i * rows.pitch * size, line);
+    rows.data = worker->tail.data();
+    rows.pitch = rows.dim;
+    return rows;
+  }
+
+  void offer(int64_t query, float score, int64_t row, Candidates* candidates) const {
+    if (candidates->wants(query, score) && may_have(query, row)) candidates->add(query, score, row);
   }
 
   void take_hits(const PanelPlace& place, int64_t row, int64_t n, Worker* worker) const {
-    Candidates& candidates = worker->candidates;
     for (int64_t i = 0; i < n; ++i) {
       const float* scores = worker->scores.scores + i * place.n_vectors * kernels_.width;
       for (uint64_t hits = worker->scores.hits[i]; hits; hits &= hits - 1) {
         const int lane = __builtin_ctzll(hits);
-        const int64_t query = place.first_lane + lane;
-        if (candidates.wants(query, scores[lane]) && may_have(query, row + i))
-          candidates.add(query, scores[lane], row + i);
+        offer(place.first_lane + lane, scores[lane], row + i, &worker->candidates);
       }
     }
   }
@@ -264,7 +346,11 @@ class Search {
   }
 
   [[noreturn]] void refuse(int64_t row) const {
-    if (is_finite(row_data(row), question_.dim))
+    std::vector<float> values(question_.dim);
+    fastrag::widen({rows_from(matrix_, question_.dim, row).data, 1, question_.dim, matrix_.storage,
+                    matrix_.scale, matrix_.offset},
+                   question_.dim, values.data(), {1, Isa::kScalar});
+    if (is_finite(values.data(), question_.dim))
       throw std::invalid_argument(
           "index_emb: expected inner products within float32 range, got an overflow in row " +
           std::to_string(row));
@@ -292,9 +378,11 @@ class Search {
   const int64_t first_query_, n_queries_;
   const MipsMatrix& matrix_;
   const MipsKernels& kernels_;
+  const bool few_;
+  int few_size_ = 0;  // 2^few_size_ queries
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<float> queries_;     // panel after panel
+  std::vector<float> queries_;     // panel after panel, or as they come
   std::vector<int64_t> excluded_;  // [n_queries, n_exclude], each line sorted
   std::vector<Worker> workers_;
 };
@@ -307,6 +395,12 @@ void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const Mip
     if (!is_finite(question.query_emb + b * question.dim, question.dim))
       throw std::invalid_argument("query_emb: expected finite values, got NaN or infinity in row " +
                                   std::to_string(b));
+  if (matrix.storage == Storage::kInt8) {
+    if (!is_finite(matrix.scale, question.dim))
+      throw std::invalid_argument("scale: expected finite values, got NaN or infinity");
+    if (!is_finite(matrix.offset, question.dim))
+      throw std::invalid_argument("offset: expected finite values, got NaN or infinity");
+  }
   const int64_t candidates = threads.count * Candidates::room(question.k, matrix.n_rows);
   const int64_t query_bytes =
       question.dim * sizeof(float) + (candidates + question.n_exclude) * sizeof(uint64_t) + 1;
@@ -317,6 +411,15 @@ void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const Mip
     const int64_t n = std::min(group, question.n_queries - first);
     Search(question, first, n, matrix, threads).run(answer);
   }
+}
+
+void widen(const MipsMatrix& matrix, int64_t dim, float* out, Threads threads) {
+  const auto widen_rows = kernels(threads.isa).widen[static_cast<int>(matrix.storage)];
+  const int64_t n_blocks = (matrix.n_rows + kChunkRows - 1) / kChunkRows;
+  parallel_for(threads.count, n_blocks, [&](int64_t block) {
+    const int64_t begin = block * kChunkRows, end = std::min(begin + kChunkRows, matrix.n_rows);
+    widen_rows(rows_from(matrix, dim, begin), end - begin, out + begin * dim);
+  });
 }
 
 void merge_topk(const float* scores, const int64_t* rows, int64_t n_parts, int64_t n_queries,

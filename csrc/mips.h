@@ -31,10 +31,18 @@ struct MipsQuestion {
   int64_t n_exclude;
 };
 
+// How the numbers of the matrix are stored. The search is over the float32 that each one stands
+// for: kInt8 for fma(scale[d], code, offset[d]).
+enum class Storage { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+constexpr int kStorages = 4;
+
 struct MipsMatrix {
-  const float* data;  // [n_rows, dim]
-  int64_t n_rows;     // N, at most kMaxRows
+  const void* data;  // [n_rows, dim]
+  int64_t n_rows;    // N, at most kMaxRows
   int64_t pitch;
+  Storage storage = Storage::kFloat32;
+  const float* scale = nullptr;   // [dim], kInt8 only
+  const float* offset = nullptr;  // [dim], kInt8 only
 };
 
 // [n_queries, k]; where fewer than k rows are left: -inf and row -1.
@@ -47,6 +55,9 @@ struct MipsAnswer {
 // not finite or a product overflows; what the answer holds then is undefined. Excluded rows count.
 void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const MipsAnswer& answer,
                Threads threads);
+
+// The numbers of the matrix as float32, [n_rows, dim].
+void widen(const MipsMatrix& matrix, int64_t dim, float* out, Threads threads);
 
 // The answers of n_parts searches, each [n_queries, k] and in any order, as one: the best k by
 // (score descending, row ascending). Rows below 0 are missing.

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 
 #include "buffers.h"
 #include "mips.h"
@@ -14,23 +16,70 @@ namespace {
 
 using OptionalBuffer = std::optional<py::buffer>;
 
+// A matrix of any storage, and what keeps its memory.
+class Matrix {
+ public:
+  Matrix(const py::buffer& index_emb, const OptionalBuffer& scale, const OptionalBuffer& offset,
+         py::ssize_t dim) {
+    const std::string format = index_emb.request().format;
+    if (format == "b") {
+      if (!scale || !offset)
+        throw py::value_error(
+            "scale and offset: expected both with an index_emb of int8, got none");
+      matrix_.scale = kept<float>("scale", *scale, {dim})->data();
+      matrix_.offset = kept<float>("offset", *offset, {dim})->data();
+      take<int8_t>(index_emb, dim, Storage::kInt8);
+    } else {
+      if (scale || offset)
+        throw py::value_error("scale and offset: expected none without an index_emb of int8");
+      if (format == "e" || format == "H")
+        take<uint16_t>(index_emb, dim, format == "e" ? Storage::kFloat16 : Storage::kBfloat16);
+      else
+        take<float>(index_emb, dim, Storage::kFloat32);
+    }
+  }
+
+  const MipsMatrix& get() const { return matrix_; }
+
+ private:
+  template <class T>
+  void take(const py::buffer& buffer, py::ssize_t dim, Storage storage) {
+    const Array<T>& array = *kept<T>("index_emb", buffer, {-1, dim});
+    if (array.size(0) > kMaxRows)
+      throw py::value_error("index_emb: expected at most " + std::to_string(kMaxRows) +
+                            " rows, got " + std::to_string(array.size(0)));
+    matrix_.data = array.data();
+    matrix_.n_rows = array.size(0);
+    matrix_.pitch = array.size(0) > 1 ? array.pitch() : array.size(1);
+    matrix_.storage = storage;
+  }
+
+  template <class T>
+  const Array<T>* kept(const char* name, const py::buffer& buffer, std::vector<py::ssize_t> shape) {
+    auto array = std::make_shared<Array<T>>(name, buffer, std::move(shape), false, true);
+    kept_.push_back(array);
+    return array.get();
+  }
+
+  std::vector<std::shared_ptr<void>> kept_;
+  MipsMatrix matrix_{};
+};
+
 void search(const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& scores,
             const py::buffer& rows, const OptionalBuffer& removed, const OptionalBuffer& exclude,
-            int threads, const std::string& isa) {
+            const OptionalBuffer& scale, const OptionalBuffer& offset, int threads,
+            const std::string& isa) {
   const Array<float> query("query_emb", query_emb, {-1, -1});
-  const Array<float> matrix("index_emb", index_emb, {-1, query.size(1)}, false, true);
+  const Matrix matrix(index_emb, scale, offset, query.size(1));
   const Array<float> best("scores", scores, {query.size(0), -1}, true);
   const Array<int64_t> best_rows("rows", rows, {query.size(0), best.size(1)}, true);
-  if (matrix.size(0) > kMaxRows)
-    throw py::value_error("index_emb: expected at most " + std::to_string(kMaxRows) +
-                          " rows, got " + std::to_string(matrix.size(0)));
   if (best.size(1) < 1) throw py::value_error("scores: expected at least one column, got none");
   MipsQuestion question{
       query.data(), query.size(0), query.size(1), best.size(1), nullptr, nullptr, 0};
   std::optional<Array<bool>> mask;
   std::optional<Array<int64_t>> barred;
   if (removed) {
-    mask.emplace("removed", *removed, std::vector<py::ssize_t>{matrix.size(0)});
+    mask.emplace("removed", *removed, std::vector<py::ssize_t>{matrix.get().n_rows});
     question.removed = mask->data();
   }
   if (exclude) {
@@ -38,11 +87,21 @@ void search(const py::buffer& query_emb, const py::buffer& index_emb, const py::
     question.exclude = barred->data();
     question.n_exclude = barred->size(1);
   }
-  const MipsMatrix where{matrix.data(), matrix.size(0),
-                         matrix.size(0) > 1 ? matrix.pitch() : matrix.size(1)};
   const Threads with = threads_of(threads, isa);
   const py::gil_scoped_release nogil;
-  mips_topk(question, where, {best.data(), best_rows.data()}, with);
+  mips_topk(question, matrix.get(), {best.data(), best_rows.data()}, with);
+}
+
+void widen_rows(const py::buffer& index_emb, const py::buffer& out, const OptionalBuffer& scale,
+                const OptionalBuffer& offset, int threads, const std::string& isa) {
+  const Array<float> wide("out", out, {-1, -1}, true);
+  const Matrix matrix(index_emb, scale, offset, wide.size(1));
+  if (matrix.get().n_rows != wide.size(0))
+    throw py::value_error("out: expected " + std::to_string(matrix.get().n_rows) + " rows, got " +
+                          std::to_string(wide.size(0)));
+  const Threads with = threads_of(threads, isa);
+  const py::gil_scoped_release nogil;
+  widen(matrix.get(), wide.size(1), wide.data(), with);
 }
 
 void merge(const py::buffer& part_scores, const py::buffer& part_rows, const py::buffer& scores,
@@ -62,7 +121,11 @@ void merge(const py::buffer& part_scores, const py::buffer& part_rows, const py:
 void bind_mips(py::module_& m) {
   m.def("mips_topk", &search, py::arg("query_emb"), py::arg("index_emb"), py::arg("scores"),
         py::arg("rows"), py::kw_only(), py::arg("removed") = py::none(),
-        py::arg("exclude") = py::none(), py::arg("threads") = 1, py::arg("isa") = "");
+        py::arg("exclude") = py::none(), py::arg("scale") = py::none(),
+        py::arg("offset") = py::none(), py::arg("threads") = 1, py::arg("isa") = "");
+  m.def("widen", &widen_rows, py::arg("index_emb"), py::arg("out"), py::kw_only(),
+        py::arg("scale") = py::none(), py::arg("offset") = py::none(), py::arg("threads") = 1,
+        py::arg("isa") = "");
   m.def("merge_topk", &merge, py::arg("part_scores"), py::arg("part_rows"), py::arg("scores"),
         py::arg("rows"));
 }

@@ -1,10 +1,15 @@
 // The part of the search that is compiled once per instruction set: one tile of scores.
 //
+// Two tiles: many queries in the lanes of vectors and rows broadcast, or few queries broadcast and
+// rows in the lanes, which rows of any storage reach through registers. Both add in one order.
+//
 // Nothing here allocates, throws or names a template of the standard library: a function that the
 // linker shares between translation units must not be one that needs AVX-512.
 #pragma once
 
 #include <cstdint>
+
+#include "mips.h"  // Storage
 
 namespace fastrag {
 
@@ -33,11 +38,38 @@ struct TileScores {
 
 enum class TileResult { kNoHit, kHits, kNotFinite };
 
+constexpr int kMaxFewQueries = 8;
+constexpr int kMaxFewRows = 64;
+constexpr int kFewSizes = 4;  // 1, 2, 4 and 8 queries
+
+// Rows as they are stored.
+struct StoredRows {
+  const void* data;
+  int64_t pitch;  // elements
+  int64_t dim;
+  const float* scale;   // [dim], kInt8 only
+  const float* offset;  // [dim], kInt8 only
+};
+
+struct FewQueries {
+  const float* queries;  // [1, 2, 4 or 8, dim]
+  const float* thresholds;
+};
+
+struct FewScores {
+  uint64_t hits[kMaxFewQueries];               // bit = row; one word for each query
+  float scores[kMaxFewQueries * kMaxFewRows];  // [queries, few_rows]
+};
+
 struct MipsKernels {
-  int width;  // lanes of a vector
-  int rows;   // rows of a tile
+  int width;                           // lanes of a vector
+  int rows;                            // rows of a tile
+  int few_rows[kStorages][kFewSizes];  // rows of a tile with few queries
   // One for each number of vectors of a panel, from 1.
   TileResult (*tile[kMaxPanelVectors])(const Panel&, const TileRows&, TileScores*);
+  TileResult (*few[kStorages][kFewSizes])(const FewQueries&, const StoredRows&, FewScores*);
+  // n_rows rows as float32, [n_rows, dim].
+  void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
 };
 
 // Null where this build lacks the instruction set.

@@ -1,8 +1,15 @@
-// The tile on a vector type Vec, of which each mips_<instruction set>.cpp defines its own before it
-// includes this file, inside its unnamed namespace, together with kTileRows and, for each number
-// of vectors in a panel, how many rows the registers hold at a time (a divisor of kTileRows).
+// The tiles on a vector type Vec, of which each mips_<instruction set>.cpp defines its own before
+// it includes this file, inside its unnamed namespace, together with kTileRows and its divisors
+// kRowsOf1, 2 and 3: how many rows the registers hold at a time, by the vectors of a panel.
 
 using F = Vec::F;
+
+// Loads stay on their side of it: those that several places share are made again rather than kept
+// in registers that the sums need.
+#define FASTRAG_KEEP_LOADS asm volatile("" ::: "memory")
+
+// What keeps sums in registers only where it is part of its caller.
+#define FASTRAG_INLINE inline __attribute__((always_inline))
 
 constexpr int kLineFloats = 16;  // of a cache line, the unit of prefetching
 constexpr int kSteps = 4;        // elements that one turn of the loop takes
@@ -73,3 +80,221 @@ TileResult tile(const Panel& panel, const TileRows& rows, TileScores* out) {
   for (int r = 0; r < kTileRows; ++r) any |= out->hits[r];
   return !all_finite ? TileResult::kNotFinite : any ? TileResult::kHits : TileResult::kNoHit;
 }
+
+// ---------------------------------------------------------------------------- storage
+
+// kWidth numbers from element d of a row on, as float32.
+template <Storage kStorage>
+struct Stored;
+
+template <>
+struct Stored<Storage::kFloat32> {
+  using T = float;
+  static F load(const T* p, const StoredRows&, int64_t) { return Vec::load(p); }
+};
+
+template <>
+struct Stored<Storage::kBfloat16> {
+  using T = uint16_t;
+  static F load(const T* p, const StoredRows&, int64_t) { return Vec::load_bfloat16(p); }
+};
+
+template <>
+struct Stored<Storage::kFloat16> {
+  using T = uint16_t;
+  static F load(const T* p, const StoredRows&, int64_t) { return Vec::load_float16(p); }
+};
+
+template <>
+struct Stored<Storage::kInt8> {
+  using T = int8_t;
+  static F load(const T* p, const StoredRows& rows, int64_t d) {
+    return Vec::fma(Vec::load(rows.scale + d), Vec::load_int8(p), Vec::load(rows.offset + d));
+  }
+};
+
+// The last n < kWidth numbers of a row, and what fills the vector.
+template <Storage kStorage>
+inline F load_part(const typename Stored<kStorage>::T* p, const StoredRows& rows, int64_t d,
+                   int64_t n) {
+  typename Stored<kStorage>::T values[Vec::kWidth] = {};
+  float scale[Vec::kWidth] = {}, offset[Vec::kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i];
+  if (kStorage == Storage::kInt8)
+    for (int64_t i = 0; i < n; ++i) {
+      scale[i] = rows.scale[d + i];
+      offset[i] = rows.offset[d + i];
+    }
+  return Stored<kStorage>::load(values, {nullptr, 0, 0, scale, offset}, 0);
+}
+
+template <Storage kStorage>
+void widen(const StoredRows& rows, int64_t n_rows, float* out) {
+  const auto* data = static_cast<const typename Stored<kStorage>::T*>(rows.data);
+  for (int64_t r = 0; r < n_rows; ++r, data += rows.pitch, out += rows.dim) {
+    int64_t d = 0;
+    for (; d + Vec::kWidth <= rows.dim; d += Vec::kWidth) {
+      __builtin_prefetch(data + n_rows * rows.pitch + d);
+      Vec::store(out + d, Stored<kStorage>::load(data + d, rows, d));
+    }
+    if (d == rows.dim) continue;
+    float last[Vec::kWidth];
+    Vec::store(last, load_part<kStorage>(data + d, rows, d, rows.dim - d));
+    for (int64_t i = 0; d + i < rows.dim; ++i) out[d + i] = last[i];
+  }
+}
+
+// ------------------------------------------------------------------------- few queries
+
+// One sum is a chain of dependent additions, hence groups of kWidth rows side by side.
+constexpr int few_groups(Storage storage, int n_queries) {
+  return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
+}
+
+// Sums of kGroups * kWidth rows.
+template <int kGroups, int kQueries>
+struct FewSums {
+  F sum[kGroups][kQueries];
+  const float* queries;  // [kQueries, dim]
+  int64_t dim;
+
+  FewSums(const float* queries, int64_t dim) : queries(queries), dim(dim) {
+    for (int g = 0; g < kGroups; ++g)
+      for (int q = 0; q < kQueries; ++q) sum[g][q] = Vec::set(0.0f);
+  }
+
+  // Element d of all rows of a group.
+  FASTRAG_INLINE void add(int group, int64_t d, F x) {
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q)
+      sum[group][q] = Vec::fma(Vec::set(queries[q * dim + d]), x, sum[group][q]);
+  }
+};
+
+// Squares of kWidth rows and kWidth elements are transposed in registers. Returns the first
+// element that is left to do.
+template <Storage kStorage, int kGroups, int kQueries>
+FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
+                                   FewSums<kGroups, kQueries>* sums) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  using T = typename Stored<kStorage>::T;
+  const T* data = static_cast<const T*>(rows.data);
+  const T* ahead = data + kGroups * kWidth * rows.pitch;
+  for (; d + kWidth <= rows.dim; d += kWidth)
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g) {
+      F square[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) {
+        const T* row = data + (g * kWidth + i) * rows.pitch + d;
+        square[i] = Stored<kStorage>::load(row, rows, d);
+      }
+      FASTRAG_KEEP_LOADS;
+      Vec::transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) {
+        __builtin_prefetch(ahead + kWidth * i);
+        sums->add(g, d + i, square[i]);
+      }
+      ahead += kWidth * kWidth;
+      FASTRAG_KEEP_LOADS;
+    }
+  return d;
+}
+
+// The same for bytes, four of which are transposed as one. The squares wait in the L1 until those
+// of all groups are there, so that the groups' chains run side by side.
+template <int kGroups, int kQueries>
+FASTRAG_INLINE int64_t add_squares_of_bytes(const StoredRows& rows,
+                                            FewSums<kGroups, kQueries>* sums) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  const auto* data = static_cast<const int8_t*>(rows.data);
+  const int8_t* ahead = data + kGroups * kWidth * rows.pitch;
+  F squares[kGroups][kWidth];
+  int64_t d = 0;
+  for (; d + 4 * kWidth <= rows.dim; d += 4 * kWidth) {
+#pragma GCC unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      F square[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) {
+        square[i] = Vec::load_bytes(data + (g * kWidth + i) * rows.pitch + d);
+      }
+      Vec::transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) squares[g][i] = square[i];
+    }
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kWidth; ++i)
+#pragma GCC unroll 4
+      for (int byte = 0; byte < 4; ++byte) {
+        const int64_t e = d + 4 * i + byte;
+        const F scale = Vec::set(rows.scale[e]), offset = Vec::set(rows.offset[e]);
+        if (byte < kGroups) __builtin_prefetch(ahead + 4 * kWidth * (kGroups * i + byte));
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g)
+          sums->add(g, e, Vec::fma(scale, Vec::byte(squares[g][i], byte), offset));
+      }
+    ahead += kGroups * 4 * kWidth * kWidth;
+  }
+  return d;
+}
+
+template <Storage kStorage, int kGroups, int kQueries>
+FASTRAG_INLINE void add_last(const StoredRows& rows, int64_t d, FewSums<kGroups, kQueries>* sums) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  const auto* data = static_cast<const typename Stored<kStorage>::T*>(rows.data);
+  for (int g = 0; g < kGroups; ++g) {
+    F square[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i)
+      square[i] =
+          load_part<kStorage>(data + (g * kWidth + i) * rows.pitch + d, rows, d, rows.dim - d);
+    Vec::transpose(square);
+    for (int64_t i = 0; d + i < rows.dim; ++i) sums->add(g, d + i, square[i]);
+  }
+}
+
+template <Storage kStorage, int kQueries>
+TileResult few(const FewQueries& panel, const StoredRows& rows, FewScores* out) {
+  constexpr int kGroups = few_groups(kStorage, kQueries), kRows = kGroups * Vec::kWidth;
+  static_assert(kQueries <= kMaxFewQueries && kRows <= kMaxFewRows, "sizes of FewScores");
+  FewSums<kGroups, kQueries> sums(panel.queries, rows.dim);
+  int64_t d = 0;
+  if constexpr (kStorage == Storage::kInt8) d = add_squares_of_bytes(rows, &sums);
+  d = add_squares<kStorage>(rows, d, &sums);
+  if (d < rows.dim) add_last<kStorage>(rows, d, &sums);
+
+  F zero = Vec::set(0.0f);
+  uint64_t any = 0;
+  for (int q = 0; q < kQueries; ++q) {
+    out->hits[q] = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      const F sum = sums.sum[g][q];
+      zero = Vec::fma(sum, Vec::set(0.0f), zero);
+      out->hits[q] |= Vec::greater(sum, Vec::set(panel.thresholds[q])) << (g * Vec::kWidth);
+      Vec::store(out->scores + q * kRows + g * Vec::kWidth, sum);
+    }
+    any |= out->hits[q];
+  }
+  return !Vec::all_zero(zero) ? TileResult::kNotFinite
+         : any                ? TileResult::kHits
+                              : TileResult::kNoHit;
+}
+
+// ------------------------------------------------------------------------------- table
+
+#define FASTRAG_FEW(storage) {few<storage, 1>, few<storage, 2>, few<storage, 4>, few<storage, 8>}
+#define FASTRAG_FEW_ROWS(storage)                                              \
+  {few_groups(storage, 1) * Vec::kWidth, few_groups(storage, 2) * Vec::kWidth, \
+   few_groups(storage, 4) * Vec::kWidth, few_groups(storage, 8) * Vec::kWidth}
+
+constexpr MipsKernels kTable = {
+    Vec::kWidth,
+    kTileRows,
+    {FASTRAG_FEW_ROWS(Storage::kFloat32), FASTRAG_FEW_ROWS(Storage::kBfloat16),
+     FASTRAG_FEW_ROWS(Storage::kFloat16), FASTRAG_FEW_ROWS(Storage::kInt8)},
+    {tile<1, kRowsOf1>, tile<2, kRowsOf2>, tile<3, kRowsOf3>},
+    {FASTRAG_FEW(Storage::kFloat32), FASTRAG_FEW(Storage::kBfloat16),
+     FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},
+    {widen<Storage::kFloat32>, widen<Storage::kBfloat16>, widen<Storage::kFloat16>,
+     widen<Storage::kInt8>}};

@@ -45,10 +45,26 @@ def mips_topk(
     *,
     removed: _Array | None = None,
     exclude: _Array | None = None,
+    scale: _Array | None = None,
+    offset: _Array | None = None,
     threads: int = 1,
     isa: str = "",
 ) -> None:
-    """The k best rows of each query, k being the width of scores and rows; csrc/mips.h."""
+    """The k best rows of each query, k being the width of scores and rows; csrc/mips.h.
+
+    index_emb: float32, float16, bfloat16 as uint16, or int8 with its scale and offset [D].
+    """
+
+def widen(
+    index_emb: _Array,
+    out: _Array,
+    *,
+    scale: _Array | None = None,
+    offset: _Array | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """The float32 numbers that a stored matrix is searched as."""
 
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
     """Answers [parts, B, k] of several searches as one."""

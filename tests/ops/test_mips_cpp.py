@@ -118,7 +118,7 @@ def test_bits_do_not_depend_on_company(isa: str, dim: int) -> None:
     query, index = torch.randn(101, dim), torch.randn(75, dim)
     few = 3
     expected = by_score(all_scores(query[:few], index), torch.arange(75).expand(few, -1), 9)
-    for n_queries in (few, 16, 17, 40, 101):
+    for n_queries in (few, 8, 9, 16, 17, 40, 101):
         for threads in (1, 2, 5):
             found = search(query[:n_queries], index, 9, isa=isa, threads=threads)
             assert same((found[0][:few], found[1][:few]), expected)
@@ -197,6 +197,94 @@ def test_almost_all_removed(isa: str) -> None:
     assert rows[:, 3].eq(-1).all() and scores[:, 3].eq(-torch.inf).all()
 
 
+# --------------------------------------------------------------------------------------- storage
+
+
+def stored(index: Tensor, storage: str) -> tuple[np.ndarray, dict[str, Tensor], Tensor]:
+    """The matrix as it is stored, what else the search takes, and the float32 it stands for."""
+    if storage == "float16":
+        return index.half().numpy(), {}, index.half().float()
+    if storage == "bfloat16":
+        half = index.bfloat16()
+        return half.view(torch.uint16).numpy(), {}, half.float()
+    low, high = index.amin(0), index.amax(0)
+    scale, offset = ((high - low) / 254).clamp(min=1e-6), (high + low) / 2
+    codes = ((index - offset) / scale).round().clamp(-127, 127).to(torch.int8)
+    # exact in float64, so rounded once, as by std::fma
+    wide = (codes.double() * scale.double() + offset.double()).float()
+    return codes.numpy(), {"scale": scale, "offset": offset}, wide
+
+
+each_storage = pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+
+
+@each_isa
+@each_storage
+@pytest.mark.parametrize("dim", [1, 7, 16, 64, 83, 200])
+def test_storage_is_searched_as_the_float32_it_stands_for(isa: str, storage: str, dim: int) -> None:
+    index, query = torch.randn(333, dim), torch.randn(70, dim)
+    matrix, options, wide = stored(index, storage)
+    for n_queries in (1, 2, 3, 5, 8, 9, 17, 70):
+        found = search(query[:n_queries], matrix, 9, isa=isa, threads=2, **options)
+        assert same(found, search(query[:n_queries], wide, 9, isa="scalar"))
+    padded = np.full((334, dim + 3), 1, dtype=matrix.dtype)
+    padded[:333, 1 : 1 + dim] = matrix
+    found = search(query[:3], padded[:333, 1 : 1 + dim], 9, isa=isa, **options)
+    assert same(found, search(query[:3], wide, 9, isa="scalar"))
+
+
+def widened(matrix: np.ndarray, isa: str, **options: Tensor) -> Tensor:
+    out = torch.full(matrix.shape, torch.nan)
+    options = {name: x.numpy() for name, x in options.items()}
+    _C.widen(matrix, out.numpy(), isa=isa, threads=2, **options)
+    return out
+
+
+@each_isa
+def test_widen_every_half(isa: str) -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(32, 2048)
+    for dtype, matrix in (
+        (torch.float16, bits.view(torch.float16).numpy()),
+        (torch.bfloat16, bits.numpy()),
+    ):
+        expected = bits.view(dtype).float()
+        torch.testing.assert_close(widened(matrix, isa), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@each_isa
+def test_widen_every_code(isa: str) -> None:
+    codes = torch.arange(-128, 128).to(torch.int8)[:, None].expand(-1, 37).contiguous()
+    scale, offset = torch.rand(37), torch.randn(37)
+    expected = (codes.double() * scale.double() + offset.double()).float()
+    assert torch.equal(widened(codes.numpy(), isa, scale=scale, offset=offset), expected)
+
+
+@each_isa
+@each_storage
+def test_storage_that_is_not_finite(isa: str, storage: str) -> None:
+    index, query = torch.randn(100, 20), torch.randn(9, 20)
+    matrix, options, _ = stored(index, storage)
+    if storage == "int8":
+        options["offset"][3] = torch.nan
+        message = "offset: expected finite values, got NaN or infinity"
+    else:
+        matrix[77, 19] = np.inf if storage == "float16" else 0x7F80
+        message = "index_emb: expected finite values, got NaN or infinity in row 77$"
+    for n_queries in (1, 4, 9):
+        with pytest.raises(ValueError, match=message):
+            search(query[:n_queries], matrix, 3, isa=isa, **options)
+
+
+def test_storage_and_its_scale_belong_together() -> None:
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match="scale and offset: expected both with an index_emb of"):
+        search(torch.ones(1, 2), np.ones((3, 2), np.int8), 1, scale=one)
+    with pytest.raises(ValueError, match="scale and offset: expected none without an index_emb"):
+        search(torch.ones(1, 2), torch.ones(3, 2), 1, scale=one, offset=one)
+    with pytest.raises(ValueError, match=r"offset: expected float32 \[2\], got format 'f' \[3\]"):
+        search(torch.ones(1, 2), np.ones((3, 2), np.int8), 1, scale=one, offset=torch.ones(3))
+
+
 # ---------------------------------------------------------------------------------------- memory
 
 
@@ -221,6 +309,7 @@ def test_reads_the_matrix_where_it_lies(isa: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [0, 13, 1500, 3998])
 def test_names_the_first_row_that_is_not_finite(isa: str, bad: float, row: int) -> None:
     query, index = torch.randn(20, 18), torch.randn(3999, 18)
+    one = query[:1]
     index[row, 17] = bad
     index[row + 1 :: 7, 3] = bad
     removed = torch.ones(3999, dtype=torch.bool)
@@ -228,6 +317,8 @@ def test_names_the_first_row_that_is_not_finite(isa: str, bad: float, row: int) 
         for options in ({}, {"removed": removed}):
             with pytest.raises(ValueError, match=f"index_emb: .* NaN or infinity in row {row}$"):
                 search(query, index, 2, isa=isa, threads=threads, **options)
+            with pytest.raises(ValueError, match=f"index_emb: .* NaN or infinity in row {row}$"):
+                search(one, index, 2, isa=isa, threads=threads, **options)
     query[11, 0] = bad
     with pytest.raises(ValueError, match="query_emb: .* NaN or infinity in row 11$"):
         search(query, index, 2, isa=isa)
