@@ -418,6 +418,8 @@ def mips_topk(
     k: int,
     *,
     exclude: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Finds the k rows of the index with the largest inner product, exactly.
 
@@ -428,25 +430,32 @@ def mips_topk(
 
     Args:
         query_emb: questions. `[B, D]`, floating point.
-        index_emb: all passages. `[N, D]`, floating point.
+        index_emb: all passages. `[N, D]`, floating point; or int8 codes of the vectors
+            `offset + scale * code`, for which the search is then exact.
         k: how many to return, at least 1; more than N is allowed.
         exclude: rows never to return: `[B, E]` int64 for each question (-1: none), or `[N]` bool
             for all.
+        scale: what each component of an int8 code counts. `[D]`, float32. Required with int8, None
+            otherwise.
+        offset: what is added to every int8 vector. `[D]`, float32; None for none.
 
     Returns:
         scores `[B, k]` float32, descending, and rows `[B, k]` int64. Where fewer than k rows are
         left, the rest is -inf and -1.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, k < 1, the index is empty, or (on a CPU) a
+        ValueError: shapes, dtypes or devices disagree, int8 without scale, scale or offset with
+            another dtype, k < 1, the index is empty, or (on a CPU) a
             query or a row of the index is not finite (message names the row) or an inner product
             overflows float32.
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
 
     Note:
-        Inner products in float32, also under autocast. Backends: cpp (float32 on a CPU), torch.
-        With cpp a score has the same bits for any batch, number of threads, processor and way to
-        cut the index; `FASTRAG_WORKSPACE_BYTES` bounds the block of torch.
+        Inner products in float32, also under autocast. Backends: cpp (on a CPU, but for
+        float64), torch. With cpp a score has the same bits for any batch, number of threads,
+        processor and way to cut the index: one rounding for each element, in their order. An int8
+        vector is rounded once, as `fma(scale, code, offset)`. `FASTRAG_WORKSPACE_BYTES` bounds the
+        block of torch.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -455,9 +464,12 @@ def mips_topk(
         (tensor([[2., 1.]]), tensor([[1, 0]]))
     """
     checks.check_floating("query_emb", query_emb)
-    checks.check_floating("index_emb", index_emb)
+    checks.check_storage("index_emb", index_emb, scale, offset)
     checks.check_ndim("query_emb", query_emb, "[B, D]")
     checks.check_shape("index_emb", index_emb, (None, query_emb.shape[1]), "[N, D]")
+    for name, x in (("scale", scale), ("offset", offset)):
+        if x is not None:
+            checks.check_shape(name, x, (query_emb.shape[1],), "[D]")
     if index_emb.shape[0] == 0:
         raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -470,8 +482,10 @@ def mips_topk(
             checks.check_integer("exclude", exclude)
             checks.check_shape("exclude", exclude, (query_emb.shape[0], None), "[B, E]")
             exclude = exclude.long()
-    checks.check_device(query_emb=query_emb, index_emb=index_emb, exclude=exclude)
-    return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude)
+    checks.check_device(
+        query_emb=query_emb, index_emb=index_emb, exclude=exclude, scale=scale, offset=offset
+    )
+    return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude, scale, offset)
 
 
 class RagNLL(NamedTuple):

@@ -230,10 +230,16 @@ def reduce(
 
 
 def mips_topk(
-    query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None = None
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest inner products by (score descending, row ascending), from the full matrix.
 
+    With scale [D] (and offset [D]) index_emb holds codes c: x = offset + scale c, in their dtype.
     Returns scores [B, k] float32 and rows [B, k]; -inf and -1 where fewer than k rows are left.
 
     Example:
@@ -241,7 +247,10 @@ def mips_topk(
         >>> mips_topk(torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.0]]), 2)
         (tensor([[3., 3.]]), tensor([[1, 2]]))
     """
-    scores = (query_emb @ index_emb.t()).float()
+    vectors = index_emb
+    if scale is not None:
+        vectors = scale * vectors if offset is None else offset + scale * vectors
+    scores = (query_emb @ vectors.t()).float()
     if exclude is not None and exclude.dtype == torch.bool:
         scores[:, exclude] = -torch.inf
     elif exclude is not None:

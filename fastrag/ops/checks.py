@@ -147,3 +147,33 @@ def check_rows(rows: Tensor, n: int) -> None:
             f"rows: expected values in [0, {n}), or -1 for a missing passage, "
             f"got {int(rows[b, k])} at [{b}, {k}]"
         )
+
+
+def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
+    """Refuses scale and offset that do not go with how the passages are stored."""
+    check_tensor(name, x)
+    stored = f"{name} {show(x)}"
+    factors = {"scale": scale, "offset": offset}
+    if x.dtype != torch.int8:
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating point dtype or int8, got {show(x)}")
+        for factor, given in factors.items():
+            if given is not None:
+                raise ValueError(
+                    f"{factor}: expected None, since only int8 passages have one, "
+                    f"got {show(given)} with {stored}"
+                )
+        return
+    if scale is None:
+        raise ValueError(f"scale: expected [D] float32 for the codes of {stored}, got None")
+    for factor, given in factors.items():
+        if given is None:
+            continue
+        check_tensor(factor, given)
+        if given.dtype != torch.float32:
+            raise ValueError(f"{factor}: expected float32, got {show(given)}")
+        if given.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{factor}: expected a tensor without requires_grad, since int8 storage is not "
+                f"trained, got {show(given)} with requires_grad=True"
+            )

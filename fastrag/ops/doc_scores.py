@@ -39,7 +39,7 @@ def check_arguments(
     """Raises ValueError where shapes, dtypes or devices do not make a call of the op."""
     checks.check_floating("query_emb", query_emb)
     checks.check_ndim("query_emb", query_emb, "[B, D]")
-    _check_storage(passage_emb, scale, offset)
+    checks.check_storage("passage_emb", passage_emb, scale, offset)
     n_examples, width = query_emb.shape
     if passage_emb.dim() == 3:
         checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
@@ -69,36 +69,6 @@ def check_arguments(
     checks.check_device(
         query_emb=query_emb, passage_emb=passage_emb, rows=rows, scale=scale, offset=offset
     )
-
-
-def _check_storage(passage_emb: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
-    """Refuses scale and offset that do not go with how the passages are stored."""
-    checks.check_tensor("passage_emb", passage_emb)
-    stored = f"passage_emb {checks.show(passage_emb)}"
-    if passage_emb.dtype != torch.int8:
-        if not passage_emb.is_floating_point():
-            shown = checks.show(passage_emb)
-            raise ValueError(f"passage_emb: expected a floating point dtype or int8, got {shown}")
-        for name, x in (("scale", scale), ("offset", offset)):
-            if x is not None:
-                raise ValueError(
-                    f"{name}: expected None, since only int8 passages have one, "
-                    f"got {checks.show(x)} with {stored}"
-                )
-        return
-    if scale is None:
-        raise ValueError(f"scale: expected [D] float32 for the codes of {stored}, got None")
-    for name, x in (("scale", scale), ("offset", offset)):
-        if x is None:
-            continue
-        checks.check_tensor(name, x)
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name}: expected float32, got {checks.show(x)}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: expected a tensor without requires_grad, since int8 storage is not "
-                f"trained, got {checks.show(x)} with requires_grad=True"
-            )
 
 
 @torch.library.custom_op(

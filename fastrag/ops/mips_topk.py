@@ -1,9 +1,11 @@
 """Exact maximum inner product search, with a running top-k.
 
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
+    int8 rows are codes c of vectors x = offset + scale c, scale and offset [D]
 
-cpp, for float32 on the CPU, sums each product in the order of its elements (csrc/mips.h), so that a
-score has the same bits whatever it is searched with; no block of scores exists.
+cpp, for CPU tensors but float64, sums each product in the order of its elements (csrc/mips.h), so
+that a score has the same bits whatever it is searched with; no block of scores exists, and an index
+of half precision is read as it is.
 
 torch goes by blocks of passages. Score and row are packed into one int64, the score's bits in an
 order-preserving form above the complement of the row. All keys differ, so the selection is exact,
@@ -29,10 +31,16 @@ _BYTES_PER_SCORE = 4 + 3 * 8
 @torch.library.custom_op(
     "fastrag::mips_topk",
     mutates_args=(),
-    schema="(Tensor query_emb, Tensor index_emb, int k, Tensor? exclude) -> (Tensor, Tensor)",
+    schema="(Tensor query_emb, Tensor index_emb, int k, Tensor? exclude, Tensor? scale=None, "
+    "Tensor? offset=None) -> (Tensor, Tensor)",
 )
 def mips_topk(
-    query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k] int64."""
     dtype = workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, index_emb.dtype))
@@ -40,13 +48,18 @@ def mips_topk(
     if backends.choose("mips_topk", query.device, dtype, _unfit(index_emb)) == "cpp":
         from fastrag.ops.cpp_mips import search
 
-        return search(query, index_emb, k, exclude)
-    return _torch_search(query, index_emb, k, exclude)
+        return search(query, index_emb, k, exclude, scale, offset)
+    return _torch_search(query, index_emb, k, exclude, scale, offset)
 
 
 @mips_topk.register_fake
 def _(
-    query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (query_emb.shape[0], k)
     return (
@@ -56,8 +69,6 @@ def _(
 
 
 def _unfit(index_emb: Tensor) -> dict[str, str]:
-    if index_emb.dtype != torch.float32:
-        return {"cpp": f"it searches float32, got an index of {checks.show(index_emb)}"}
     n, dim = index_emb.shape
     if (dim > 1 and index_emb.stride(1) != 1) or (n > 1 and index_emb.stride(0) < dim):
         return {"cpp": f"it reads rows in place, got an index with strides {index_emb.stride()}"}
@@ -65,7 +76,12 @@ def _unfit(index_emb: Tensor) -> dict[str, str]:
 
 
 def _torch_search(
-    query: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None
+    query: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_finite("query_emb", query)
     best = torch.full((query.shape[0], k), _NOTHING, dtype=torch.int64, device=query.device)
@@ -74,7 +90,8 @@ def _torch_search(
     limit = workspace.rows_per_chunk(row_bytes, query.device)
     with workspace.without_autocast(query.device):
         for part in workspace.even_slices(index_emb.shape[0], limit):
-            keys = _keys(query, index_emb, part, exclude)
+            block = _vectors(index_emb[part].to(query.dtype), scale, offset)
+            keys = _keys(query, block, part, exclude)
             keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
             best = torch.cat([best, keys], 1).topk(k, dim=1).values
     return _unpack(best)
@@ -94,10 +111,16 @@ def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
         raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}")
 
 
-def _keys(query: Tensor, index_emb: Tensor, part: slice, exclude: Tensor | None) -> Tensor:
+def _vectors(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    if scale is None:
+        return stored
+    scaled = stored.mul_(scale)
+    return scaled if offset is None else scaled.add_(offset)
+
+
+def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> Tensor:
     """The keys [B, n] of the rows `part`; `_NOTHING` where the row is excluded."""
     n = part.stop - part.start
-    block = index_emb[part].to(query.dtype)
     scores = (query @ block.t()).float()
     if checks.readable(scores) and not bool(scores.isfinite().all()):
         check_finite("index_emb", block, part.start)

@@ -34,10 +34,22 @@ def same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 60, 70])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
 def test_against_the_full_matrix(k: int, dtype: torch.dtype, backend: None) -> None:
     query, index = whole_numbers(4).to(dtype), whole_numbers(60).to(dtype)
     same(F.mips_topk(query, index, k), reference.mips_topk(query, index, k))
+
+
+@pytest.mark.parametrize("with_offset", [True, False], ids=["offset", "no offset"])
+def test_codes(with_offset: bool, backend: None) -> None:
+    query, codes = whole_numbers(4), whole_numbers(60).to(torch.int8)
+    scale, offset = 2.0 ** torch.arange(-2, 4), torch.arange(6).float()
+    factors = {"scale": scale, "offset": offset if with_offset else None}
+    expected = reference.mips_topk(query, codes, 7, **factors)
+    same(F.mips_topk(query, codes, 7, **factors), expected)
+    same(F.mips_topk(query.double(), codes, 7, **factors), expected)
 
 
 def test_real_numbers(backend: None) -> None:
@@ -107,6 +119,7 @@ def test_no_gradient() -> None:
 def test_opcheck_and_compile() -> None:
     query, index = whole_numbers(3), whole_numbers(20)
     torch.library.opcheck(mips_topk, (query, index, 4, None))
+    torch.library.opcheck(mips_topk, (query, index.to(torch.int8), 4, None, torch.ones(6), None))
     compiled = torch.compile(F.mips_topk, fullgraph=True, backend="aot_eager")
     same(compiled(query, index, 4), F.mips_topk(query, index, 4))
 
@@ -147,3 +160,16 @@ def test_names_an_overflow(dtype: torch.dtype, backend: None) -> None:
 def test_rejects_bad_input(args: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         F.mips_topk(*args[:3], exclude=args[3] if len(args) > 3 else None)
+
+
+def test_rejects_codes_and_scales_that_do_not_go_together() -> None:
+    query, codes, one = torch.zeros(2, 3), torch.zeros(5, 3).to(torch.int8), torch.ones(3)
+    for index, factors, message in (
+        (codes, {}, r"scale: expected \[D\] float32 for the codes of index_emb \[5, 3\] int8"),
+        (codes.float(), {"scale": one}, "scale: expected None, since only int8"),
+        (codes, {"scale": one[:2]}, r"scale: expected \[D\] with sizes \[3\], got \[2\]"),
+        (codes, {"scale": one, "offset": one.double()}, "offset: expected float32, got"),
+        (codes.int(), {}, "index_emb: expected a floating point dtype or int8, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            F.mips_topk(query, index, 1, **factors)
