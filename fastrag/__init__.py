@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         testing,
         train,
     )
-    from fastrag.index import FlatIndex, PassageStore, RefreshPolicy
+    from fastrag.index import FaissIndex, FlatIndex, PassageStore, RefreshPolicy
     from fastrag.nn import (
         LMHead,
         RagGeneration,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FaissIndex",
     "FlatIndex",
     "LMHead",
     "PassageStore",
@@ -83,6 +84,7 @@ _SUBMODULES = frozenset(
 
 # public name -> the module that defines it
 _LAZY = {
+    "FaissIndex": "fastrag.index",
     "FlatIndex": "fastrag.index",
     "PassageStore": "fastrag.index",
     "RefreshPolicy": "fastrag.index",

@@ -19,7 +19,7 @@ from fastrag.index import codec, inputs
 from fastrag.index.codec import Codec
 from fastrag.index.inputs import Vectors
 from fastrag.index.rows import RowIndex
-from fastrag.index.storage import FolderWriter, as_tensor, read_folder
+from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
 
 FORMAT = "fastrag.FlatIndex"
 # 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
@@ -321,8 +321,11 @@ class FlatIndex(RowIndex):
         manifest, arrays = read_folder(
             dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
         )
-        index = cls(_entry(manifest, "dim", dir), _entry(manifest, "dtype", dir))
-        stored, removed = _entry(arrays, "vectors", dir), _entry(arrays, "removed", dir)
+        dim, dtype, version = (
+            entry_of(manifest, key, dir, FORMAT) for key in ("dim", "dtype", "index_version")
+        )
+        index = cls(dim, dtype)
+        stored, removed = (entry_of(arrays, key, dir, FORMAT) for key in ("vectors", "removed"))
         _check_stored(stored, manifest, dir)
         index._load_removed(removed, len(stored), dir)
         # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
@@ -333,7 +336,7 @@ class FlatIndex(RowIndex):
             factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
         index._n_clamped = manifest.get("n_clamped", 0)
-        index._version = _entry(manifest, "index_version", dir)
+        index._version = version
         index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)
@@ -405,8 +408,8 @@ def _check_stored(
 ) -> None:
     dim, dtype = manifest["dim"], codec.numpy_dtype(manifest["dtype"])
     first = manifest["version"] == 1
-    pitch = dim * dtype.itemsize if first else _entry(manifest, "pitch", dir)
-    count = len(stored) if first else _entry(manifest, "count", dir)
+    pitch = dim * dtype.itemsize if first else entry_of(manifest, "pitch", dir, FORMAT)
+    count = len(stored) if first else entry_of(manifest, "count", dir, FORMAT)
     if (
         stored.dtype != dtype
         or stored.shape != (count, pitch // dtype.itemsize)
@@ -419,15 +422,9 @@ def _check_stored(
 
 
 def _factor(arrays: Any, name: str, dim: int, dir: str | os.PathLike[str]) -> Tensor:
-    factor = _entry(arrays, name, dir)
+    factor = entry_of(arrays, name, dir, FORMAT)
     if factor.dtype != np.float32 or factor.shape != (dim,):
         raise ValueError(
             f"{dir}: {name}.npy: expected float32 [{dim}], got {factor.dtype} {list(factor.shape)}"
         )
     return torch.from_numpy(np.array(factor))
-
-
-def _entry(found: Any, key: str, dir: str | os.PathLike[str]) -> Any:
-    if key not in found:
-        raise ValueError(f"{dir}: expected {key!r} in a {FORMAT} folder, got {sorted(found)}")
-    return found[key]

@@ -53,9 +53,26 @@ def checked_blocks(
         _check_vectors(given, dim, name)
         for start in range(0, len(given), n_rows):
             block = _as_float32(given[start : start + n_rows], device)
-            _check_finite(block, first_row + start, name)
+            check_finite(block, first_row + start, name)
             yield block
         first_row += len(given)
+
+
+def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> None:
+    """Checks that all numbers of a block `[n, D]` are finite.
+
+    Raises:
+        ValueError: naming the first row that is not, counted from `first_row`.
+    """
+    # One sum instead of a mask as large as the block: it is finite only if all are, or overflows.
+    if bool(block.sum().isfinite()):
+        return
+    finite = block.isfinite().all(dim=1)
+    if bool(finite.all()):
+        return
+    row = int((~finite).nonzero()[0])
+    bad = block[row][~block[row].isfinite()][0].item()
+    raise ValueError(f"{name}: expected finite fp32 numbers, got {bad} in row {first_row + row}")
 
 
 def whole_length(vectors: object) -> int | None:
@@ -100,14 +117,19 @@ def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
     return rows
 
 
+def checked_whole(vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device) -> Tensor:
+    """All of `checked_blocks` in one `[n, D]`."""
+    blocks = list(checked_blocks(vectors, dim, device))
+    return torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
+
+
 def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -> Tensor:
     """One float32 vector for each row, `[n, D]`.
 
     Raises:
         ValueError: as `checked_blocks`, or another number of vectors than of rows.
     """
-    blocks = list(checked_blocks(vectors, dim, device))
-    checked = torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
+    checked = checked_whole(vectors, dim, device)
     if len(rows) != len(checked):
         raise ValueError(
             f"vectors: expected [{len(rows)}, {dim}] for {len(rows)} rows, got "
@@ -200,15 +222,3 @@ def _as_float32(block: Vectors, device: torch.device) -> Tensor:
         with np.errstate(over="ignore"):
             block = torch.from_numpy(np.array(block, dtype=np.float32))
     return block.detach().to(device, torch.float32)
-
-
-def _check_finite(block: Tensor, first_row: int, name: str) -> None:
-    # One sum instead of a mask as large as the block: it is finite only if all are, or overflows.
-    if bool(block.sum().isfinite()):
-        return
-    finite = block.isfinite().all(dim=1)
-    if bool(finite.all()):
-        return
-    row = int((~finite).nonzero()[0])
-    bad = block[row][~block[row].isfinite()][0].item()
-    raise ValueError(f"{name}: expected finite fp32 numbers, got {bad} in row {first_row + row}")

@@ -324,6 +324,17 @@ def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
+def entry_of(found: Mapping[str, Any], key: str, path: object, format: str) -> Any:
+    """An entry that a manifest, or a folder's arrays, must have.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if key not in found:
+        raise ValueError(f"{path}: expected {key!r} in a {format} folder, got {sorted(found)}")
+    return found[key]
+
+
 def _read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.exists():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastrag.data.templates import BoundTemplate, Template
-    from fastrag.index import FlatIndex, PassageStore
+    from fastrag.index import Index, PassageStore
 
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
 FLAT_PRIOR = 0.99  # share of log K above which the first batch's prior says nothing
@@ -104,7 +104,7 @@ class RagModel(nn.Module):
         question_encoder: nn.Module,
         passage_encoder: nn.Module | None,
         generator: nn.Module,
-        index: FlatIndex,
+        index: Index,
         passages: PassageStore,
         *,
         n_docs: int = 5,
@@ -543,7 +543,7 @@ class RagModel(nn.Module):
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],
-        index: FlatIndex | None = None,
+        index: Index | None = None,
         passages: PassageStore | None = None,
         *,
         base_generator: nn.Module | None = None,

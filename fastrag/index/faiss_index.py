@@ -1,0 +1,369 @@
+"""FaissIndex: approximate and compressed search, by faiss, behind the methods of FlatIndex.
+
+faiss is imported when the first index is made. Its wheels carry an OpenMP runtime of their own
+beside torch's; each keeps its own threads, and where both work at once the processors are shared.
+Nothing global is set here: `faiss.omp_set_num_threads` and OMP_NUM_THREADS are the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrag.index import faiss_support as support
+from fastrag.index import inputs
+from fastrag.index.inputs import Vectors
+from fastrag.index.rows import RowIndex
+from fastrag.index.storage import FolderWriter, entry_of, read_folder
+
+FORMAT = "fastrag.FaissIndex"
+VERSION = 1
+_CPU = torch.device("cpu")
+
+
+class FaissIndex(RowIndex):
+    """The vectors of N passages in an index of faiss, searched by inner product.
+
+    A factory that learns (IVF, PQ, OPQ …) is trained by `train`, or else on the vectors of the
+    first `add`: an even sample of an array, or the first blocks of an iterable. Rows never shift:
+    `remove` leaves a tombstone. A search runs beside other searches, never beside a change.
+
+    `vectors` gives what faiss can reconstruct, and so training scores the compressed vectors.
+
+    Args:
+        dim: D, the width of a vector.
+        factory: what faiss is to build, for example `"Flat"`, `"IVF4096,PQ64"`, `"HNSW32"`.
+        parameters: how faiss is to search, for example `"nprobe=32"` or `"efSearch=64"`.
+        device: where to search; a GPU needs a build of faiss for it, and `add`, `update` and
+            `vectors` then still work on the copy that stays in main memory.
+
+    Raises:
+        ValueError: `dim` below 1; a factory or parameters that faiss does not know; a device that
+            this faiss cannot use.
+        ImportError: faiss is not installed.
+
+    Example:
+        >>> index = FaissIndex(2, "Flat")
+        >>> index.add(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        range(0, 3)
+        >>> scores, rows = index.search(torch.tensor([[2.0, 1.0]]), k=2)
+        >>> rows
+        tensor([[2, 0]])
+    """
+
+    # `vectors` alone knows them: faiss keeps them in a layout of its own.
+    index_emb: Tensor | None = None
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        factory: str = "Flat",
+        *,
+        parameters: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(dim)
+        self.factory = factory
+        self.parameters = parameters
+        self._index = support.make(dim, factory, parameters)
+        self._device = torch.device(device)
+        self._on_gpu: Any = None
+        if self._device.type != "cpu":
+            support.require_gpu(self._device)
+
+    def __repr__(self) -> str:
+        return (
+            f"FaissIndex(dim={self.dim}, factory={self.factory!r}, n={self._n}, "
+            f"n_live={self.n_live}, device='{self.device}')"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is searched."""
+        return self._device
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether rows can be added without training first."""
+        return bool(self._index.is_trained)
+
+    def train(self, vectors: Vectors | Iterable[Vectors]) -> None:
+        """Lets faiss learn what its factory needs, before the first `add`.
+
+        Args:
+            vectors: a sample `[n, D]` of the passages; all of it is used.
+
+        Raises:
+            ValueError: rows are there already; as `add`; or too few vectors for the factory.
+        """
+        with self._writer.write():
+            if self._n:
+                raise ValueError(f"train: expected an index without rows, got one of {self._n}")
+            fresh = support.make(self.dim, self.factory, self.parameters)
+            sample = inputs.checked_whole(vectors, self.dim, _CPU)
+            support.train(fresh, sample.numpy(), self.factory)
+            with self._lock.write():
+                self._index = fresh
+
+    def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
+        """Appends rows; all of them or, on an error, none.
+
+        Args:
+            vectors: `[n, D]`, in memory or mapped from a file, or an iterable of such blocks. All
+                are checked before the first is added to rows that are there, so the blocks of a
+                generator are then held in memory.
+
+        Returns:
+            The new rows' numbers.
+
+        Raises:
+            ValueError: another width, not floating point, a NaN or infinity (the row is named), or
+                too few vectors to train the factory on.
+        """
+        with self._writer.write():
+            start = self._n
+            if start == 0:
+                index = support.clone(self._index)
+                n = _append(index, self._training(index, vectors))
+                if n:
+                    self._swap(index, n)
+                return range(n)
+            if isinstance(vectors, Iterator):
+                vectors = list(self._checked_blocks(vectors))
+            for _ in self._checked_blocks(vectors):
+                pass
+            with self._lock.write():
+                n = _append(self._index, self._checked_blocks(vectors))
+                if n:
+                    self._append_live(n)
+                    self._changed()
+        return range(start, start + n)
+
+    def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
+        """Overwrites rows in place, in what faiss has learned so far.
+
+        Args:
+            rows: `[n]` whole numbers, each once; removed rows stay removed.
+            vectors: `[n, D]`.
+
+        Raises:
+            ValueError: unknown or repeated rows, another shape, NaN or infinity, or a factory whose
+                rows faiss cannot overwrite (HNSW, fast scan); nothing changes.
+        """
+        with self._writer.write():
+            rows = inputs.checked_rows(rows, self._n, _CPU)
+            checked = inputs.checked_update(rows, vectors, self.dim, _CPU)
+            if len(rows) == 0:
+                return
+            support.check_updatable(self._index, self.factory)
+            with self._lock.write():
+                support.overwrite(self._index, rows.numpy(), checked.numpy())
+                self._changed()
+
+    def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
+        """Takes rows out of every later search; their numbers are not used again.
+
+        Args:
+            rows: `[n]` whole numbers, each once; removing a removed row changes nothing.
+
+        Raises:
+            ValueError: unknown or repeated rows, or a factory whose search cannot leave rows out.
+        """
+        support.leaving_out(self._index, np.zeros(self._n, dtype=bool), self.factory)
+        super().remove(rows)
+
+    def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
+        """Builds the index anew, training included, and swaps it in; tombstones are kept.
+
+        Args:
+            vectors: `[N, D]`, or blocks that add up to N rows.
+
+        Raises:
+            ValueError: another number of rows or width, NaN or infinity; nothing changes.
+        """
+        with self._writer.write():
+            fresh = support.make(self.dim, self.factory, self.parameters)
+            n = _append(fresh, self._training(fresh, vectors)) if self._n else 0
+            inputs.check_length(n, self._n)
+            self._swap(fresh, 0)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Searches on another device from now on; returns the index itself.
+
+        Args:
+            device: cpu, or cuda with a build of faiss for it.
+
+        Raises:
+            ValueError: this faiss cannot use it.
+        """
+        device = torch.device(device)
+        if device.type != "cpu":
+            support.require_gpu(device)
+        with self._writer.write(), self._lock.write():
+            self._device = device
+            self._copy_to_device()
+        return self
+
+    def checksum(self) -> str:
+        """Names the content: what faiss stores, factory, width and tombstones.
+
+        Returns:
+            32 hexadecimal digits.
+        """
+        with self._lock.read():
+            if self._checksum is None:
+                sha = hashlib.sha256()
+                support.write(self._index, sha.update)
+                self._checksum = self._checksum_of(sha.hexdigest())
+            return self._checksum
+
+    def save(self, dir: str | os.PathLike[str]) -> None:
+        """Writes the index as a folder, whole or not at all.
+
+        Args:
+            dir: the folder; an older FaissIndex in it stays whole until the new one is.
+
+        Raises:
+            ValueError: the path is taken by something else, or cannot be written.
+        """
+        with (
+            self._lock.read(),
+            FolderWriter(dir, format=FORMAT, version=VERSION) as writer,
+        ):
+            stream = writer.stream("index", np.uint8)
+            support.write(self._index, lambda data: stream.append(np.frombuffer(data, np.uint8)))
+            writer.put("removed", self._removed_rows())
+            manifest = writer.commit(
+                {
+                    "dim": self.dim,
+                    "factory": self.factory,
+                    "parameters": self.parameters,
+                    "count": self._n,
+                    "index_version": self._version,
+                }
+            )
+            self._checksum = self._checksum_of(manifest["files"]["index.npy"]["sha256"])
+            self._source = Path(dir).absolute()
+
+    @classmethod
+    def load(
+        cls,
+        dir: str | os.PathLike[str],
+        mmap: bool = True,
+        verify: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Opens a saved index.
+
+        Args:
+            dir: the folder.
+            mmap: of no effect, for faiss reads an index into memory.
+            verify: check every byte against the manifest's checksums.
+            device: where to search.
+
+        Raises:
+            ValueError: naming the file, what was expected and what was found.
+            ImportError: faiss is not installed.
+        """
+        manifest, arrays = read_folder(dir, format=FORMAT, version=VERSION, verify=verify)
+        dim, factory, parameters, count, version = (
+            entry_of(manifest, key, dir, FORMAT)
+            for key in ("dim", "factory", "parameters", "count", "index_version")
+        )
+        index = cls(dim, factory, parameters=parameters)
+        index._index = support.read(entry_of(arrays, "index", dir, FORMAT))
+        found = (index._index.d, index._index.ntotal)
+        if found != (dim, count):
+            raise ValueError(
+                f"{dir}: index.npy: expected {count} vectors of width {dim}, got {found[1]} of "
+                f"width {found[0]}"
+            )
+        index._load_removed(entry_of(arrays, "removed", dir, FORMAT), count, dir)
+        index._version = version
+        index._checksum = index._checksum_of(manifest["files"]["index.npy"]["sha256"])
+        index._source = Path(dir).absolute()
+        return index if torch.device(device).type == "cpu" else index.to(device)
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._copy_to_device()
+
+    def _copy_to_device(self) -> None:
+        on_cpu = self._device.type == "cpu"
+        self._on_gpu = None if on_cpu else support.on_gpu(self._index, self._device)
+
+    def _swap(self, index: Any, n_new: int) -> None:
+        with self._lock.write():
+            self._index = index
+            self._append_live(n_new)
+            self._changed()
+
+    def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
+        return inputs.checked_blocks(vectors, self.dim, _CPU)
+
+    def _training(self, index: Any, vectors: Vectors | Iterable[Vectors]) -> Iterable[Tensor]:
+        """Trains an index that needs it on the vectors, and returns the blocks of all of them."""
+        blocks = self._checked_blocks(vectors)
+        if index.is_trained:
+            return blocks
+        wanted, sample, seen = support.training_rows(index), [], 0
+        length = inputs.whole_length(vectors)
+        step = 1 if length is None else max(1, length // wanted)
+        for block in blocks:
+            sample.append(block[-seen % step :: step])
+            seen += len(block)
+            if length is None and seen >= wanted:
+                break
+        if not seen:
+            return ()
+        support.train(index, torch.cat(sample).numpy(), self.factory)
+        if length is None:
+            return itertools.chain(sample, blocks)
+        return self._checked_blocks(vectors)
+
+    def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        query = query.cpu()
+        inputs.check_finite(query, name="query_emb")
+        index, parameters, n_more = self._on_gpu or self._index, None, 0
+        if exclude is not None and exclude.dtype == torch.bool:
+            index = self._index  # on a GPU faiss leaves nothing out
+            parameters = support.leaving_out(index, exclude.numpy(), self.factory)
+        elif exclude is not None:
+            n_more = exclude.shape[1]
+        n = min(k + n_more, self._n)
+        scores, rows = support.search(index, query.numpy(), n, parameters, self.factory)
+        room = (0, k + n_more - n)
+        scores = torch.nn.functional.pad(scores, room, value=-torch.inf)
+        rows = torch.nn.functional.pad(rows, room, value=-1)
+        if exclude is not None and n_more:
+            return inputs.drop_excluded(scores, rows, exclude, k)
+        return scores, rows
+
+    def _vectors_of(self, rows: Tensor) -> Tensor:
+        found = support.reconstruct(self._index, rows.flatten().numpy(), self.factory)
+        return torch.from_numpy(found).reshape(*rows.shape, self.dim)
+
+    def _checksum_of(self, index_sha256: str) -> str:
+        removed = hashlib.sha256(self._removed_rows().tobytes()).hexdigest()
+        described = json.dumps([self.dim, self.factory, self._n, index_sha256, removed])
+        return hashlib.sha256(described.encode("ascii")).hexdigest()[:32]
+
+
+def _append(index: Any, blocks: Iterable[Tensor]) -> int:
+    """Adds all rows and returns how many."""
+    before = index.ntotal
+    for block in blocks:
+        index.add(block.numpy())
+    support.enable_lookup(index)
+    return int(index.ntotal - before)

@@ -1,0 +1,243 @@
+"""The calls into faiss: it is imported here, and its refusals become errors that name the factory.
+
+faiss tells kinds of index apart by class, and wraps one in another (OPQ before IVF, a refining
+index behind it); the functions below walk down to the one that a question is about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+# What faiss itself asks for is 39 vectors for each list; fewer make it warn.
+_ROWS_PER_LIST = 40
+_TRAINING_ROWS = 32768
+
+
+def load() -> Any:
+    """Imports faiss.
+
+    Raises:
+        ImportError: it is not installed; the message says how to.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "FaissIndex needs faiss: pip install 'fastrag-torch[faiss]' (faiss-cpu), or a faiss-gpu"
+        ) from error
+    return faiss
+
+
+@contextlib.contextmanager
+def refusals(expected: str) -> Iterator[None]:
+    """Turns a RuntimeError of faiss into a ValueError that says what was expected."""
+    try:
+        yield
+    except RuntimeError as error:
+        # "Error in <function> at <file>:<line>: Error: '<condition>' failed: <reason>"
+        text = " ".join(str(error).split())
+        reason = text.rpartition("failed: ")[2].rpartition("Error: ")[2]
+        raise ValueError(f"{expected}, got from faiss: {reason or text}") from error
+
+
+def make(dim: int, factory: str, parameters: str | None) -> Any:
+    """An empty index for inner products.
+
+    Raises:
+        ValueError: faiss does not know the factory or a parameter, or the two do not fit.
+        ImportError: faiss is not installed.
+    """
+    faiss = load()
+    if not isinstance(factory, str):
+        raise ValueError(f"factory: expected a string such as 'IVF4096,PQ64', got {factory!r}")
+    with refusals(f"factory: expected one that faiss can build for width {dim}: {factory!r}"):
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    if isinstance(index, faiss.IndexIDMap):
+        raise ValueError(f"factory: expected rows numbered as they are added, got {factory!r}")
+    if parameters:
+        with refusals(f"parameters: expected those of {factory!r}: {parameters!r}"):
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    return index
+
+
+def clone(index: Any) -> Any:
+    """A copy that shares nothing."""
+    return load().clone_index(index)
+
+
+def training_rows(index: Any) -> int:
+    """How many vectors are enough to train on."""
+    ivf = load().try_extract_index_ivf(index)
+    return max(_TRAINING_ROWS, 0 if ivf is None else _ROWS_PER_LIST * ivf.nlist)
+
+
+def train(index: Any, sample: np.ndarray[Any, Any], factory: str) -> None:
+    """Trains an index.
+
+    Raises:
+        ValueError: too few vectors.
+    """
+    with refusals(f"vectors: expected enough of them to train {factory!r}, {len(sample)} came"):
+        index.train(np.ascontiguousarray(sample))
+
+
+def enable_lookup(index: Any) -> None:
+    """Lets rows be found by their number, which an inverted file does not know by itself."""
+    faiss = load()
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None and ivf.direct_map.type == faiss.DirectMap.NoMap:
+        ivf.make_direct_map()
+
+
+def search(
+    index: Any, query: np.ndarray[Any, Any], k: int, parameters: Any, factory: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and rows `[B, k]`, best first, equal scores by row; missing ones -inf and -1.
+
+    faiss keeps no order among equal scores.
+    """
+    with refusals(f"search: expected {factory!r} to search for {k} rows"):
+        found = index.search(np.ascontiguousarray(query), k, params=parameters)
+    scores, rows = (torch.from_numpy(array) for array in found)
+    scores = scores.masked_fill(rows < 0, -torch.inf)
+    order = rows.argsort(dim=1, stable=True)
+    order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return scores.gather(1, order), rows.gather(1, order)
+
+
+def leaving_out(index: Any, barred: np.ndarray[Any, Any], factory: str) -> Any:
+    """Search parameters by which rows are left out; barred `[N]` bool.
+
+    Raises:
+        ValueError: faiss cannot leave rows out of a search of this kind.
+    """
+    faiss = load()
+    bits = np.packbits(~barred, bitorder="little")
+    return _leaving_out(faiss, index, faiss.IDSelectorBitmap(bits), factory)
+
+
+def _leaving_out(faiss: Any, index: Any, selector: Any, factory: str) -> Any:
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _leaving_out(faiss, faiss.downcast_index(index.index), selector, factory)
+        return faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        inner = _leaving_out(faiss, faiss.downcast_index(index.base_index), selector, factory)
+        return faiss.IndexRefineSearchParameters(base_index_params=inner, k_factor=index.k_factor)
+    if isinstance(index, faiss.IndexIVFPQ):
+        return faiss.IVFPQSearchParameters(
+            sel=selector,
+            nprobe=index.nprobe,
+            max_codes=index.max_codes,
+            scan_table_threshold=index.scan_table_threshold,
+            polysemous_ht=index.polysemous_ht,
+        )
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(
+            sel=selector, nprobe=index.nprobe, max_codes=index.max_codes
+        )
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
+    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+        return faiss.SearchParameters(sel=selector)
+    raise ValueError(
+        f"remove, exclude: expected a factory whose search can leave rows out (Flat, SQ, IVF, "
+        f"HNSW), got {factory!r}"
+    )
+
+
+def check_updatable(index: Any, factory: str) -> None:
+    """Checks that rows can be overwritten.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    faiss = load()
+    if isinstance(index, faiss.IndexPreTransform):
+        check_updatable(faiss.downcast_index(index.index), factory)
+    elif isinstance(index, faiss.IndexRefine):
+        check_updatable(faiss.downcast_index(index.base_index), factory)
+        check_updatable(faiss.downcast_index(index.refine_index), factory)
+    elif isinstance(index, faiss.IndexIVFFastScan) or not isinstance(
+        index, faiss.IndexIVF | faiss.IndexFlatCodes
+    ):
+        raise ValueError(
+            f"update: expected a factory whose rows can be overwritten (Flat, SQ, PQ, IVF), got "
+            f"{factory!r}; replace builds it anew"
+        )
+
+
+def overwrite(index: Any, rows: np.ndarray[Any, Any], vectors: np.ndarray[Any, Any]) -> None:
+    """Overwrites rows of an index that `check_updatable` let pass."""
+    faiss = load()
+    if isinstance(index, faiss.IndexPreTransform):
+        for i in range(index.chain.size()):
+            vectors = faiss.downcast_VectorTransform(index.chain.at(i)).apply(vectors)
+        overwrite(faiss.downcast_index(index.index), rows, vectors)
+    elif isinstance(index, faiss.IndexRefine):
+        overwrite(faiss.downcast_index(index.base_index), rows, vectors)
+        overwrite(faiss.downcast_index(index.refine_index), rows, vectors)
+    elif isinstance(index, faiss.IndexIVF):
+        enable_lookup(index)
+        index.update_vectors(rows, vectors)
+    else:
+        codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
+        codes.reshape(index.ntotal, index.code_size)[rows] = index.sa_encode(vectors)
+
+
+def reconstruct(index: Any, rows: np.ndarray[Any, Any], factory: str) -> np.ndarray[Any, Any]:
+    """The vectors `[n, D]` that rows stand for.
+
+    Raises:
+        ValueError: faiss cannot reconstruct them.
+    """
+    with refusals(f"vectors: expected a factory whose rows can be reconstructed: {factory!r}"):
+        return np.asarray(index.reconstruct_batch(rows))
+
+
+def write(index: Any, sink: Callable[[bytes], object]) -> None:
+    """Hands an index's bytes to a sink, piece by piece."""
+    faiss = load()
+    faiss.write_index(index, faiss.PyCallbackIOWriter(sink))
+
+
+def read(data: np.ndarray[Any, Any]) -> Any:
+    """The index of what `write` gave, from an array that may be mapped.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    faiss = load()
+    at = 0
+
+    def take(n: int) -> bytes:
+        nonlocal at
+        piece = data[at : at + n].tobytes()
+        at += len(piece)
+        return piece
+
+    with refusals("expected an index that this faiss reads"):
+        return faiss.read_index(faiss.PyCallbackIOReader(take))
+
+
+def require_gpu(device: torch.device) -> None:
+    """Checks that this faiss can use a device.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    faiss = load()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        raise ValueError(
+            f"device: expected cpu, or cuda with a build of faiss for it (faiss-gpu), got {device}"
+        )
+
+
+def on_gpu(index: Any, device: torch.device) -> Any:
+    """A copy of an index on a GPU."""
+    faiss = load()
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
