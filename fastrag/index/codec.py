@@ -92,10 +92,10 @@ class Codec:
 
     def decode(self, stored: Tensor) -> Tensor:
         """The float32 vectors that `stored` `[..., D]` stands for."""
-        vectors = stored.float()
         if self.scale is None or self.offset is None:
-            return vectors
-        return torch.addcmul(self.offset, vectors, self.scale)
+            return stored.float()
+        # In float64 nothing is rounded but the result, as in a fused multiply-add of the search.
+        return (self.offset.double() + stored.double() * self.scale.double()).float()
 
 
 def fit_int8(blocks: Iterable[Tensor]) -> Codec:

@@ -363,8 +363,9 @@ class FlatIndex(RowIndex):
         return codec.fit_int8(measured) if sample else self._codec, blocks
 
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        # Until the operation itself takes scale and offset, it searches what the codes stand for.
-        return functional.mips_topk(query, self._codec.decode(self.index_emb), k, exclude=exclude)
+        return functional.mips_topk(
+            query, self.index_emb, k, exclude=exclude, **self._codec.arguments
+        )
 
     def _vectors_of(self, rows: Tensor) -> Tensor:
         return self._codec.decode(self.index_emb[rows])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastrag import FlatIndex
 from fastrag.index import codec, flat, inputs
+from fastrag.ops import backends
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 REDUCED = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
@@ -60,6 +61,17 @@ def test_search_is_exact_for_what_is_stored(dtype: str) -> None:
     live = torch.ones(60, dtype=torch.bool)
     live[[3, 4]] = False
     assert_exact(index, query(), 10, live)
+
+
+@REDUCED
+def test_search_scores_what_vectors_gives(dtype: str) -> None:
+    """Bit for bit, where the order of summation is fixed."""
+    if reason := backends.why_not("cpp"):
+        pytest.skip(reason)
+    index = filled(dtype, vectors(300))
+    unpacked = filled("float32", everything(index))
+    for found, expected in zip(index.search(query(), 9), unpacked.search(query(), 9), strict=True):
+        assert torch.equal(found, expected)
 
 
 @DTYPES
