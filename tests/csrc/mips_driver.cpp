@@ -23,6 +23,7 @@
 namespace {
 
 using fastrag::Isa;
+using fastrag::Storage;
 using fastrag::Threads;
 
 void expect(bool good, const std::string& what) {
@@ -47,6 +48,9 @@ struct Problem {
   std::unique_ptr<float[]> index_emb;
   std::unique_ptr<bool[]> removed;
   std::vector<int64_t> exclude;
+  Storage storage;
+  std::unique_ptr<char[]> stored;
+  std::vector<float> scale, offset;
 
   Problem(std::mt19937* random, int64_t n_queries, int64_t n_rows, int64_t dim, int64_t gap,
           int64_t k, int64_t n_exclude, bool whole)
@@ -71,13 +75,45 @@ struct Problem {
     std::generate_n(removed.get(), n_rows, [&] { return (*random)() % 4 == 0; });
     std::generate(exclude.begin(), exclude.end(),
                   [&] { return static_cast<int64_t>((*random)() % (n_rows + 1)) - 1; });
+    store(Storage::kFloat32);
+  }
+
+  // The matrix as `storage` holds it, in a buffer that ends with the last number. Numbers become
+  // halves of whole numbers, which every storage has.
+  void store(Storage to) {
+    storage = to;
+    const int64_t size = to == Storage::kInt8 ? 1 : to == Storage::kFloat32 ? 4 : 2;
+    const int64_t n = (n_rows - 1) * pitch + dim;
+    stored.reset(new char[n * size]);
+    scale.assign(dim, 0.5f);
+    offset.assign(dim, 1.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      float& x = index_emb[i];
+      const bool finite = std::isfinite(x);
+      if (to != Storage::kFloat32 && finite) x = std::round(2.0f * x) / 2.0f;
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      uint32_t written = bits;
+      if (to == Storage::kBfloat16) written = bits >> 16;
+      if (to == Storage::kFloat16)
+        written = !finite ? 0x7e00 : (bits >> 16 & 0x8000) | (x == 0.0f ? 0 : half_of(bits));
+      if (to == Storage::kInt8)
+        written = finite ? static_cast<uint32_t>(static_cast<int>(2.0f * (x - 1.0f))) : 0;
+      std::memcpy(&stored[i * size], &written, size);
+    }
+  }
+
+  // Exponent and fraction of a float16, from the bits of a float32 that is one, and not small.
+  static uint32_t half_of(uint32_t bits) {
+    return ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023);
   }
 
   Answer search(Threads threads) const {
     Answer found{std::vector<float>(n_queries * k), std::vector<int64_t>(n_queries * k)};
     fastrag::mips_topk(
         {query_emb.data(), n_queries, dim, k, removed.get(), exclude.data(), n_exclude},
-        {index_emb.get(), n_rows, pitch}, {found.scores.data(), found.rows.data()}, threads);
+        {stored.get(), n_rows, pitch, storage, scale.data(), offset.data()},
+        {found.scores.data(), found.rows.data()}, threads);
     return found;
   }
 
@@ -116,9 +152,11 @@ void run_shapes() {
   const auto draw = [&](int64_t low, int64_t high) {
     return low + static_cast<int64_t>(random() % (high - low + 1));
   };
-  for (int i = 0; i < 150; ++i) {
-    const Problem problem(&random, draw(1, i % 10 ? 20 : 120), draw(1, i % 9 ? 60 : 3000),
-                          draw(1, 40), draw(0, 3), draw(1, i % 7 ? 12 : 200), draw(0, 4), i % 2);
+  for (int i = 0; i < 200; ++i) {
+    Problem problem(&random, draw(1, i % 10 ? 20 : 120), draw(1, i % 9 ? 60 : 3000),
+                    draw(1, i % 8 ? 40 : 150), draw(0, 3), draw(1, i % 7 ? 12 : 200), draw(0, 4),
+                    i % 2);
+    problem.store(static_cast<Storage>(i % fastrag::kStorages));
     const Answer expected = problem.expected();
     for (const Isa isa : instruction_sets())
       for (const int count : {1, 3})
@@ -132,6 +170,7 @@ void run_not_finite() {
   for (const int64_t row : {0, 29, 500, 999}) {
     Problem problem(&random, 40, 1000, 17, 1, 3, 0, false);
     problem.index_emb[row * problem.pitch + 16] = std::numeric_limits<float>::infinity();
+    problem.store(Storage::kFloat32);
     for (const Isa isa : instruction_sets()) {
       std::string message;
       try {

@@ -32,7 +32,7 @@ def driver(
 ) -> tuple[str, Path]:
     """The name of the sanitizer, and the program."""
     folder = tmp_path_factory.mktemp(request.param)
-    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", "-Wall", "-Werror"]
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"]
     flags += SANITIZERS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setuptools, "setup", lambda **_: None)
