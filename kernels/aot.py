@@ -49,11 +49,13 @@ class AotConfig:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()  # integers that the launcher makes multiples of 16
+    archs: tuple[int, ...] = ()  # compute capabilities that it is launched on; empty: all
 
     @property
     def name(self) -> str:
         used = (self.types.get(name, "") for name in self.kernel.arg_names)
-        stored = {t.removeprefix("*") for t in used if t.startswith(("*fp", "*bf"))}
+        kinds = ("*fp", "*bf", "*i8", "tensordesc")
+        stored = {t.removeprefix("*") for t in used if t.startswith(kinds)}
         flags = ",".join(f"{key}={value}" for key, value in self.constants.items())
         return f"{self.kernel.fn.__name__}[{'/'.join(sorted(stored))},{flags}]"
 
@@ -163,7 +165,8 @@ def compile_all(archs: Iterable[int], module: str | None = None) -> Iterator[Res
     configs = all_configs(module)
     for arch in archs:
         for config in configs:
-            yield compile_config(config, arch)
+            if not config.archs or arch in config.archs:
+                yield compile_config(config, arch)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def _torch_search(
             keys = _keys(query, block, part, exclude)
             keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
             best = torch.cat([best, keys], 1).topk(k, dim=1).values
-    return _unpack(best)
+    return unpack(best)
 
 
 def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
@@ -144,7 +144,7 @@ def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> 
     return padded.scatter_(1, column, _NOTHING)[:, :n]
 
 
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     nothing = keys == _NOTHING
     bits = (keys >> 32).to(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)

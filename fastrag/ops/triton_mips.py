@@ -1,0 +1,349 @@
+"""Exact maximum inner product search on a GPU: a scan of the index, and what makes it exact.
+
+1. The scan (`kernels.mips`) reads the index once and keeps the best score of each group of rows.
+2. The best k groups and some more are chosen, `SLACK` of them so that most answers are certain.
+3. Their rows are scored again, in the order of summation that defines a score
+   (`kernels.mips_rescore`), and the best k of them taken.
+4. Where a group that was not chosen could hold a better row, given the proven error of the scan,
+   such groups are scored too. The device decides; the host waits for nothing.
+
+The bound of step 4 needs the largest norm in the index. It costs one more pass, so it is kept for
+as long as torch counts no change of the index; a CUDA graph computes it at every replay. A kernel
+that writes to an index behind torch's back has to be followed by `forget_norms`.
+
+Memory: 4 N / group bytes for each query of a slice, within `FASTRAG_WORKSPACE_BYTES`; never scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastrag.kernels import mips as kernels
+from fastrag.kernels import mips_rescore
+from fastrag.kernels.mips_rescore import Passages
+from fastrag.ops import backends, workspace
+from fastrag.ops.mips_topk import unpack
+
+# Groups beyond k that are scored. TF32 has the wider error, and more groups within it.
+SLACK = 8
+SLACK_FLOAT32 = 16
+MAX_EXCLUDED = 256  # rows of a query, each compared with each row that is scored
+# Fewer scores than this are made and sorted before the launches of a scan are through.
+_LEAST_SCORES = 1 << 22
+_TMA_CAPABILITY = (9, 0)
+_HOST_BLOCK_BYTES = 256 << 20
+# Wider rows of maxima are sorted by the best of so many.
+_WIDE, _BUNDLE = 1 << 14, 64
+_KEPT_NORMS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one search is made; every plan with a true `error` gives the same answer."""
+
+    group: int
+    n_chosen: int  # groups that are scored in any case
+    tile: kernels.Tile
+    use_tma: bool
+    has_low: bool  # whether queries are two numbers of the operand dtype
+    error: float  # of a maximum, relative to the bound of its sum of magnitudes
+
+
+@dataclass(frozen=True)
+class Found:
+    """keys [B, k], in descending order, and the queries that step 4 was needed for, int32 [B]."""
+
+    keys: Tensor
+    uncertain: Tensor
+
+
+def unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> str:
+    """Returns why this cannot be searched here, empty if it can."""
+    n, dim = index_emb.shape
+    if index_emb.dtype not in kernels.STORAGES:
+        return f"it has no scan of {index_emb.dtype}"
+    if (dim > 1 and index_emb.stride(1) != 1) or n >= 2**31 - 2**16:
+        return f"it reads fewer than 2**31 contiguous rows, got strides {index_emb.stride()}"
+    if k > mips_rescore.MAX_K:
+        return f"it finds at most {mips_rescore.MAX_K} rows, got k = {k}"
+    if _n_excluded(exclude) > MAX_EXCLUDED:
+        return f"it excludes at most {MAX_EXCLUDED} rows of a query"
+    return ""
+
+
+def pays(query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None) -> bool:
+    """Whether a product and a sort of all scores would take longer."""
+    n = index_emb.shape[0]
+    scored = (k + _n_excluded(exclude) + SLACK) * mips_rescore.group_size(k)
+    return query_emb.shape[0] * n >= _LEAST_SCORES and 4 * scored <= n
+
+
+def search(
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    exact: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k].
+
+    With `exact`, float32 [N, D], the scores are those of its rows, of which index_emb holds
+    approximations; the answer is then that of a search of `exact`.
+    """
+    query = query_emb if query_emb.stride(-1) == 1 else query_emb.contiguous()
+    norm = _kept_norm(index_emb, None, None, None) if index_emb.dtype != torch.int8 else None
+    gap = None if exact is None else _kept_norm(index_emb, scale, offset, exact)
+    passages = _passages(index_emb, scale, offset, exclude)
+    plan = plan_for(query, index_emb, k, exclude)
+    keys = [
+        find(query[part], _of_queries(passages, part), k, plan, norm, exact, gap).keys
+        for part in workspace.even_slices(len(query), _queries_at_once(index_emb, plan))
+    ]
+    return unpack(keys[0] if len(keys) == 1 else torch.cat(keys))
+
+
+def plan_for(query: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None = None) -> Plan:
+    stored = index_emb.dtype
+    has_low = stored == torch.int8 or (stored.itemsize == 2 and query.dtype == torch.float32)
+    use_tma = _has_tma(index_emb.device) and kernels.fits_tma(index_emb)
+    slack = SLACK_FLOAT32 if stored == torch.float32 else SLACK
+    return Plan(
+        group=mips_rescore.group_size(k),
+        n_chosen=k + _n_excluded(exclude) + slack,
+        tile=kernels.tile_for(stored, query.shape[0], has_low, use_tma),
+        use_tma=use_tma,
+        has_low=has_low,
+        error=kernels.error_bound(stored, index_emb.shape[1], has_low),
+    )
+
+
+def find(
+    query: Tensor,
+    passages: Passages,
+    k: int,
+    plan: Plan,
+    norm: Tensor | None,
+    exact: Tensor | None = None,
+    gap: Tensor | None = None,
+) -> Found:
+    """Steps 1 to 4 for queries [B, D] with contiguous elements.
+
+    norm: the largest |x| of the index, `[]` on its device; None for codes, whose range is known.
+    gap: the largest distance of a row of the index from that of `exact`.
+    """
+    index, n_queries = passages.index, query.shape[0]
+    operand = kernels.prepare(
+        query, index.dtype, passages.scale, passages.offset, plan.has_low, plan.tile
+    )
+    n_groups = math.ceil(index.shape[0] / plan.group)
+    width = math.ceil(n_groups / _BUNDLE) * _BUNDLE
+    maxima = query.new_empty(n_queries, width, dtype=torch.float32)
+    maxima[:, n_groups:] = -torch.inf
+    kernels.group_maxima(
+        operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
+    )
+    reach = operand.size * plan.error if norm is None else operand.size * (norm * plan.error)
+    if exact is not None and gap is not None:
+        # Of the two sums that differ, each rounds on its own.
+        reach = reach + operand.norm * (gap * (1.01 + plan.error))
+        passages = Passages(
+            exact, None, None, passages.removed, passages.exclude, passages.first_row
+        )
+
+    n_chosen = min(plan.n_chosen, n_groups)
+    top, groups = _top_groups(maxima, min(n_chosen + 1, n_groups))
+    if n_chosen < n_groups:
+        runner_up = top[:, n_chosen].contiguous()
+    else:
+        runner_up = top.new_full((n_queries,), -torch.inf)
+    keys = mips_rescore.rescore(query, passages, groups[:, :n_chosen].contiguous(), plan.group)
+    keys = _best(keys, k)
+    uncertain = mips_rescore.search_rest(
+        query, passages, operand, maxima, runner_up, reach, keys, plan.group
+    )
+    return Found(keys, uncertain)
+
+
+def search_host(
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    block_bytes: int = _HOST_BLOCK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Searches an index in host memory with queries on a GPU, block by block.
+
+    While the GPU searches one block, the next is on its way, and the host moves the one after it to
+    page-locked memory (an index that is page-locked itself is copied from where it is). Device
+    memory: two blocks and the maxima of one. The answer is that of `search`.
+
+    Raises:
+        ValueError: the queries are not on a GPU, or the index is not on the host.
+    """
+    device = query_emb.device
+    if device.type != "cuda" or index_emb.device.type != "cpu":
+        raise ValueError(
+            "query_emb, index_emb: expected queries on a GPU and an index on the host, got "
+            f"{device} and {index_emb.device}"
+        )
+    query = query_emb.contiguous()
+    n, dim = index_emb.shape
+    row_bytes = max(1, dim * index_emb.element_size())
+    pitch = math.ceil(row_bytes / 16) * 16 // index_emb.element_size()  # what descriptors can read
+    parts = workspace.even_slices(n, max(1, block_bytes // row_bytes))
+    block_rows = parts[0].stop
+    blocks = [index_emb.new_empty(block_rows, pitch, device=device)[:, :dim] for _ in range(2)]
+    staging = [] if index_emb.is_pinned() else [
+        torch.empty(block_rows, dim, dtype=index_emb.dtype, pin_memory=True) for _ in range(2)
+    ]  # fmt: skip
+    arrived = [torch.cuda.Event() for _ in range(2)]
+    searched = [torch.cuda.Event() for _ in range(2)]
+    compute, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    copies.wait_stream(compute)  # which may still be reading what the blocks are made of
+    best = torch.full((len(query), k), mips_rescore.NOTHING, device=device)
+    for i, part in enumerate(parts):
+        slot, n_rows = i % 2, part.stop - part.start
+        rows = index_emb[part]
+        if staging:
+            arrived[slot].synchronize()  # before the memory that it was sent from changes
+            rows = staging[slot][:n_rows].copy_(rows)
+        block = blocks[slot][:n_rows]
+        with torch.cuda.stream(copies):
+            copies.wait_event(searched[slot])
+            block.copy_(rows, non_blocking=True)
+            arrived[slot].record(copies)
+        compute.wait_event(arrived[slot])
+        keys = _search_block(query, block, k, exclude, scale, offset, part)
+        searched[slot].record(compute)
+        best = _best(torch.cat([best, keys], 1), k)
+    return unpack(best)
+
+
+def _search_block(
+    query: Tensor,
+    block: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    part: slice,
+) -> Tensor:
+    if exclude is not None and exclude.dtype == torch.bool:
+        exclude = exclude[part]
+    if exclude is not None:
+        exclude = exclude.to(query.device, non_blocking=True)
+    passages = _passages(block, scale, offset, exclude, part.start)
+    plan = plan_for(query, block, k, exclude)
+    norm = None if block.dtype == torch.int8 else kernels.max_norm(block, None, None)
+    slices = workspace.even_slices(len(query), _queries_at_once(block, plan))
+    return torch.cat([find(query[s], _of_queries(passages, s), k, plan, norm).keys for s in slices])
+
+
+def forget_norms() -> None:
+    """Drops every norm that was kept.
+
+    Example:
+        >>> from fastrag.ops import triton_mips
+        >>> triton_mips.forget_norms()
+    """
+    _norms.clear()
+
+
+_norms: dict[tuple[object, ...], tuple[list[StorageWeakRef], Tensor]] = {}
+
+
+def _kept_norm(
+    index: Tensor, scale: Tensor | None, offset: Tensor | None, exact: Tensor | None
+) -> Tensor:
+    """`kernels.max_norm`, kept as long as no memory that it was made from is freed or written."""
+    sources = [x for x in (index, scale, offset, exact) if x is not None]
+    stream = 0
+    if index.is_cuda:
+        stream = torch.cuda.current_stream(index.device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            return kernels.max_norm(index, scale, offset, exact)
+    if any(x.is_inference() for x in sources):  # of which torch counts no changes
+        return kernels.max_norm(index, scale, offset, exact)
+    key = (stream, index.device, *(_identity(x) for x in sources))
+    for old in [k for k, (refs, _) in _norms.items() if any(ref.expired() for ref in refs)]:
+        del _norms[old]
+    if key not in _norms:
+        while len(_norms) >= _KEPT_NORMS:
+            del _norms[next(iter(_norms))]
+        refs = [StorageWeakRef(x.untyped_storage()) for x in sources]
+        _norms[key] = refs, kernels.max_norm(index, scale, offset, exact)
+    return _norms[key][1]
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x._version
+
+
+def _n_excluded(exclude: Tensor | None) -> int:
+    return 0 if exclude is None or exclude.dtype == torch.bool else exclude.shape[1]
+
+
+def _passages(
+    index: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    exclude: Tensor | None,
+    first_row: int = 0,
+) -> Passages:
+    if index.dtype != torch.int8:
+        scale = offset = None
+    scale, offset, exclude = (
+        None if x is None else x.contiguous() for x in (scale, offset, exclude)
+    )
+    removed = exclude if exclude is not None and exclude.dtype == torch.bool else None
+    return Passages(
+        index, scale, offset, removed, None if removed is not None else exclude, first_row
+    )
+
+
+def _of_queries(passages: Passages, part: slice) -> Passages:
+    if passages.exclude is None:
+        return passages
+    return replace(passages, exclude=passages.exclude[part])
+
+
+def _has_tma(device: torch.device) -> bool:
+    if device.type != "cuda" or backends.interpreting():
+        return False
+    return torch.cuda.get_device_capability(device) >= _TMA_CAPABILITY
+
+
+def _queries_at_once(index: Tensor, plan: Plan) -> int:
+    """Queries whose maxima, and the keys of whose chosen groups, fit the workspace."""
+    n = index.shape[0]
+    n_chosen = min(plan.n_chosen, math.ceil(n / plan.group))
+    return workspace.rows_per_chunk(4 * n / plan.group + 16 * n_chosen * plan.group, index.device)
+
+
+def _top_groups(maxima: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest of each row [B, width], and where they are; of wide rows in two steps."""
+    if maxima.shape[1] <= _WIDE:
+        top, groups = maxima.topk(n, dim=1)
+        return top, groups
+    bundled = maxima.view(maxima.shape[0], -1, _BUNDLE)
+    bundles = bundled.amax(2).topk(min(n, bundled.shape[1]), dim=1).indices  # [B, n]
+    some = bundled.gather(1, bundles[:, :, None].expand(-1, -1, _BUNDLE)).flatten(1)
+    top, place = some.topk(n, dim=1)
+    return top, bundles.gather(1, place // _BUNDLE) * _BUNDLE + place % _BUNDLE
+
+
+def _best(keys: Tensor, k: int) -> Tensor:
+    """The best k keys of each row, in descending order; `NOTHING` where there are fewer."""
+    best = keys.topk(min(k, keys.shape[1]), dim=1).values
+    missing = k - best.shape[1]
+    return torch.nn.functional.pad(best, (0, missing), value=mips_rescore.NOTHING)
