@@ -7,6 +7,9 @@ cpp, for CPU tensors but float64, sums each product in the order of its elements
 that a score has the same bits whatever it is searched with; no block of scores exists, and an index
 of half precision is read as it is.
 
+triton, for CUDA tensors, reads the index once and keeps the best score of each group of rows
+(triton_mips); its answers have the bits of cpp. What is small, it leaves to torch.
+
 torch goes by blocks of passages. Score and row are packed into one int64, the score's bits in an
 order-preserving form above the complement of the row. All keys differ, so the selection is exact,
 ties go to the lowest row, and the order in which blocks are merged cannot change the answer. Only
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
 
-backends.register("mips_topk", ("cpp", "torch"))
+backends.register("mips_topk", ("cpp", "triton", "torch"))
 
 _ROW_MASK = 0xFFFFFFFF
 _NOTHING = torch.iinfo(torch.int64).min
@@ -45,10 +48,17 @@ def mips_topk(
     """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k] int64."""
     dtype = workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, index_emb.dtype))
     query = query_emb.to(dtype)
-    if backends.choose("mips_topk", query.device, dtype, _unfit(index_emb)) == "cpp":
+    unfit = _unfit(index_emb, k, exclude)
+    name = backends.choose("mips_topk", query.device, dtype, unfit)
+    if name == "cpp":
         from fastrag.ops.cpp_mips import search
 
         return search(query, index_emb, k, exclude, scale, offset)
+    if name == "triton":
+        from fastrag.ops import triton_mips
+
+        if triton_mips.pays(query_emb, index_emb, k, exclude):
+            return triton_mips.search(query_emb, index_emb, k, exclude, scale, offset)
     return _torch_search(query, index_emb, k, exclude, scale, offset)
 
 
@@ -68,11 +78,16 @@ def _(
     )
 
 
-def _unfit(index_emb: Tensor) -> dict[str, str]:
+def _unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> dict[str, str]:
     n, dim = index_emb.shape
+    unfit = {}
     if (dim > 1 and index_emb.stride(1) != 1) or (n > 1 and index_emb.stride(0) < dim):
-        return {"cpp": f"it reads rows in place, got an index with strides {index_emb.stride()}"}
-    return {}
+        unfit["cpp"] = f"it reads rows in place, got an index with strides {index_emb.stride()}"
+    if not backends.why_not("triton"):
+        from fastrag.ops import triton_mips
+
+        unfit["triton"] = triton_mips.unfit(index_emb, k, exclude)
+    return unfit
 
 
 def _torch_search(
