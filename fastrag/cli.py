@@ -1,4 +1,4 @@
-"""The command `fastrag`: train, index build, index verify, evaluate, ask, info.
+"""The command `fastrag`: train, index build, index info, index verify, evaluate, ask, info.
 
 A mistake of the user is one line on stderr and exit status 2; FASTRAG_DEBUG=1 shows the traceback.
 torch and transformers are imported inside the subcommands, so that `fastrag --help` is quick.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_INDEX_HELP = "folder from `fastrag index build`, or of a saved index"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
-    index = commands.add_parser("index", help="build or verify a passage index")
+    index = commands.add_parser("index", help="build, describe or verify a passage index")
     actions = index.add_subparsers(dest="action", required=True, metavar="action")
     build = actions.add_parser("build", help="tokenise and encode a corpus")
     build.add_argument("--corpus", required=True, help="JSONL, CSV or TSV file, or `default`")
@@ -113,8 +114,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(build)
     build.set_defaults(run=_index_build)
     verify = actions.add_parser("verify", help="check every byte against its checksum")
-    verify.add_argument("folder", help="folder from `fastrag index build`")
+    verify.add_argument("folder", help=_INDEX_HELP)
     verify.set_defaults(run=_index_verify)
+    described = actions.add_parser("info", help="what an index holds, and how well it searches")
+    described.add_argument("folder", help=_INDEX_HELP)
+    described.add_argument(
+        "--probe",
+        type=_positive,
+        metavar="N",
+        help="search for N of its vectors and report the recall against an exact search",
+    )
+    described.add_argument("--k", type=_positive, metavar="K", help="hits that count (default 10)")
+    described.add_argument(
+        "--exact",
+        metavar="DIR",
+        help="index of the original vectors to compare with; default: what the index reconstructs",
+    )
+    described.set_defaults(run=_index_info)
 
     evaluate = commands.add_parser("evaluate", help="recall@k, exact match and F1 on questions")
     _add_model(evaluate)
@@ -178,11 +194,53 @@ def _index_build(arguments: argparse.Namespace) -> int:
 
 
 def _index_verify(arguments: argparse.Namespace) -> int:
+    folder = _index_folder(arguments.folder)
+    if folder == Path(arguments.folder):
+        from fastrag.index import open_index
+
+        n = len(open_index(folder, verify=True))
+        print(f"{arguments.folder}: {n} vectors, all checksums hold")
+        return 0
     from fastrag.train.build import load_index
 
     index, _ = load_index(arguments.folder, verify=True)
     print(f"{arguments.folder}: {len(index)} passages, all checksums hold")
     return 0
+
+
+def _index_info(arguments: argparse.Namespace) -> int:
+    from fastrag.index import FlatIndex, open_index, saved
+
+    if arguments.probe is None and (arguments.exact or arguments.k):
+        raise ValueError("--probe: expected a number of queries with --exact or --k, got none")
+    index = open_index(_index_folder(arguments.folder))
+    for name, value in saved.describe(index).items():
+        print(f"{name:<12}{value}")
+    if arguments.probe is None:
+        return 0
+    if arguments.exact:
+        exact, source = open_index(_index_folder(arguments.exact)), arguments.exact
+    elif isinstance(index, FlatIndex):
+        raise ValueError(
+            "--exact: expected an index of the original vectors, as a FlatIndex searches what it "
+            "stores exactly, got none"
+        )
+    else:
+        exact, source = saved.exact_of(index), "its reconstructed vectors"
+    k = arguments.k or 10
+    found = saved.recall(index, exact, k, arguments.probe)
+    n = min(arguments.probe, index.n_live)
+    print(f"{f'recall@{k}':<12}{found:.4f}   ({n} queries, against {source})")
+    return 0
+
+
+def _index_folder(folder: str) -> Path:
+    """The index itself, which `fastrag index build` puts beside the passages."""
+    from fastrag import folders
+
+    root = Path(folder)
+    folders.recover(root.absolute())
+    return root / "index" if (root / "index").is_dir() else root
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

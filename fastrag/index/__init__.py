@@ -5,6 +5,7 @@ from fastrag.index.flat import FlatIndex
 from fastrag.index.passages import PassageStore
 from fastrag.index.protocol import Index
 from fastrag.index.refresh import RefreshPolicy, encode_passages
+from fastrag.index.saved import open_index
 
 __all__ = [
     "FaissIndex",
@@ -13,4 +14,5 @@ __all__ = [
     "PassageStore",
     "RefreshPolicy",
     "encode_passages",
+    "open_index",
 ]

@@ -52,6 +52,11 @@ class RowIndex(abc.ABC):
         return self._n - self._n_removed
 
     @property
+    def removed(self) -> Tensor:
+        """Which rows are tombstones `[N]` bool: read it, do not write to it."""
+        return self._removed
+
+    @property
     def version(self) -> int:
         """Goes up by one with each change of rows; saved and loaded."""
         return self._version

@@ -204,6 +204,7 @@ class FolderWriter:
             body["manifest_sha256"] = _manifest_sha256(body)
             text = json.dumps(body, indent=1, ensure_ascii=False)
             (self.folder / MANIFEST).write_bytes(text.encode("utf-8"))
+            folders.step("manifest", self.folder)
             folders.commit(self.folder, self.path)
             self._done = True
         return body
@@ -284,7 +285,7 @@ def read_folder(
             folders.recover(path.absolute())
             before = _identity(path)
             try:
-                manifest = _read_manifest(path, format, version)
+                manifest = _checked_manifest(path, format, version)
                 arrays = _open_arrays(path, manifest, mmap, verify)
             except (OSError, ValueError):
                 if _identity(path) == before:
@@ -335,7 +336,16 @@ def entry_of(found: Mapping[str, Any], key: str, path: object, format: str) -> A
     return found[key]
 
 
-def _read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
+def read_manifest(path: Path, format: str) -> dict[str, Any]:
+    """The manifest of a folder of any format and version, not looked into.
+
+    Args:
+        path: the folder.
+        format: what messages call it.
+
+    Raises:
+        ValueError: there is none, or it is not a JSON object.
+    """
     file = path / MANIFEST
     if not path.exists():
         raise ValueError(f"{path}: expected a {format} folder, got no such folder")
@@ -345,9 +355,16 @@ def _read_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes().decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != format:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"{file}: expected format {format!r}, got {found!r}")
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file}: expected format {format!r}, got {type(manifest).__name__!r}")
+    return manifest
+
+
+def _checked_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
+    file = path / MANIFEST
+    manifest = read_manifest(path, format)
+    if manifest.get("format") != format:
+        raise ValueError(f"{file}: expected format {format!r}, got {manifest.get('format')!r}")
     found = manifest.get("version")
     if not isinstance(found, int) or not 1 <= found <= version:
         raise ValueError(

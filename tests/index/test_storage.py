@@ -298,7 +298,7 @@ def die(event, args):
 sys.addaudithook(die)
 write_folder(sys.argv[1], {"a": np.full((3, 4), 7, np.float32)}, {"format": "test", "version": 1})
 """
-STEPS = ["open", "block a", "array a", "synced", "aside", "in", "done"]
+STEPS = ["open", "block a", "array a", "manifest", "synced", "aside", "in", "done"]
 
 
 def write_and_die(path, step):
@@ -348,7 +348,7 @@ def test_a_reader_between_the_renames_does_not_fail_the_save(folder, monkeypatch
     assert siblings(folder) == ["f"]
 
 
-@pytest.mark.parametrize("between", ["_read_manifest", "_open_array"])
+@pytest.mark.parametrize("between", ["_checked_manifest", "_open_array"])
 def test_a_save_while_reading_gives_the_new_folder_not_a_mix(folder, monkeypatch, between):
     plain, saved = getattr(storage, between), []
 

@@ -1,0 +1,130 @@
+"""Saved indexes of any kind: opened, described, and measured against an exact search."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrag import folders
+from fastrag.index import faiss_index, flat, inputs
+from fastrag.index.faiss_index import FaissIndex
+from fastrag.index.flat import FlatIndex
+from fastrag.index.storage import read_manifest
+
+_KINDS: dict[str, type[FlatIndex] | type[FaissIndex]] = {
+    flat.FORMAT: FlatIndex,
+    faiss_index.FORMAT: FaissIndex,
+}
+# Queries searched together: each of them asks for its own rows to be left out.
+_BATCH = 64
+
+
+def open_index(
+    dir: str | os.PathLike[str],
+    mmap: bool = True,
+    verify: bool = False,
+    device: torch.device | str = "cpu",
+) -> FlatIndex | FaissIndex:
+    """Opens a saved index of whatever kind it is.
+
+    Args:
+        dir: the folder.
+        mmap: map the vectors instead of reading them, where the kind allows.
+        verify: check every byte against the manifest's checksums.
+        device: where it is searched.
+
+    Raises:
+        ValueError: no index is there, or as `load` of its kind.
+    """
+    path = Path(dir)
+    folders.recover(path.absolute())
+    found = read_manifest(path, "fastrag index").get("format")
+    if found not in _KINDS:
+        raise ValueError(f"{path}: expected an index ({', '.join(_KINDS)}), got {found!r}")
+    return _KINDS[found].load(path, mmap, verify, device)
+
+
+def describe(index: FlatIndex | FaissIndex) -> dict[str, Any]:
+    """Says what an index that was just opened holds, and how.
+
+    Returns:
+        Plain values by name; sizes in bytes.
+    """
+    if index.source is None:
+        raise ValueError("index: expected one as it was opened, got one that was changed")
+    manifest = read_manifest(index.source, "fastrag index")
+    described: dict[str, Any] = {"kind": type(index).__name__}
+    if isinstance(index, FaissIndex):
+        described |= {"factory": index.factory, "parameters": index.parameters or "none"}
+    else:
+        described |= {"dtype": index.dtype, "pitch": index.pitch, "clamped": index.n_clamped}
+    return described | {
+        "dim": index.dim,
+        "rows": len(index),
+        "live": index.n_live,
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "format": f"{manifest['format']} {manifest['version']}",
+        "version": index.version,
+        "checksum": index.checksum(),
+    }
+
+
+def exact_of(index: FlatIndex | FaissIndex) -> FlatIndex:
+    """An exact float32 index of what an index says its vectors are."""
+    exact = FlatIndex(index.dim)
+    n_rows = max(1, inputs.BLOCK_BYTES // (4 * index.dim))
+    exact.add(index.vectors(rows) for rows in torch.arange(len(index)).split(n_rows))
+    return exact
+
+
+@torch.no_grad()
+def recall(
+    index: FlatIndex | FaissIndex,
+    exact: FlatIndex | FaissIndex,
+    k: int = 10,
+    n_queries: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Measures which share of the exact k nearest rows a search finds.
+
+    The queries are vectors of `exact`, drawn at random; the row that a query comes from counts for
+    neither search, as any index finds a vector that it holds.
+
+    Args:
+        index: what is measured.
+        exact: vectors of the same rows, searched exactly.
+        k: hits per query.
+        n_queries: number of queries; fewer where there are fewer rows.
+        seed: of the draw.
+
+    Returns:
+        Between 0 and 1.
+
+    Raises:
+        ValueError: the two differ in rows or width, or there are not k rows besides the query's.
+    """
+    if (len(index), index.dim) != (len(exact), exact.dim):
+        raise ValueError(
+            f"exact: expected {len(index)} vectors of width {index.dim}, got {len(exact)} of width "
+            f"{exact.dim}"
+        )
+    gone = index.removed.cpu() | exact.removed.cpu()
+    live = (~gone).nonzero().flatten()
+    if not 1 <= k < len(live):
+        raise ValueError(f"k: expected 1 to {len(live) - 1} for {len(live)} live rows, got {k}")
+    drawn = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
+    n_found = n_sought = 0
+    for rows in live[drawn[:n_queries]].split(_BATCH):
+        query = exact.vectors(rows)
+        hits = []
+        for each in (index, exact):
+            barred = gone if bool(gone.any()) else None
+            wide = each.search(query, k + 1, exclude=barred)
+            hits.append(inputs.drop_excluded(*wide, rows[:, None], k)[1])
+        same = (hits[0][:, :, None] == hits[1][:, None, :]) & (hits[1][:, None, :] >= 0)
+        n_found += int(same.any(dim=1).sum())
+        n_sought += hits[1].numel()
+    return n_found / n_sought
