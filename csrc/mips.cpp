@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "mips_kernels.h"
+#include "mips_parts.h"
 #include "thread_pool.h"
 
 namespace fastrag {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
 
 constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 while panels pass over them
@@ -25,47 +25,6 @@ constexpr int64_t kChunkRows = 1024;        // rows that a thread takes at a tim
 constexpr int64_t kGroupBytes = 24 << 20;   // of queries and their candidates
 constexpr int64_t kGroupQueries = 1024;     // more at once gain nothing
 constexpr int64_t kFewCandidates = 32;      // room for so many costs nothing either
-constexpr double kWorkOfAThread = 1 << 20;  // multiplications that are worth waking one up
-
-const MipsKernels& kernels(Isa isa) {
-  switch (isa) {
-    case Isa::kAvx512:
-      return *avx512_mips_kernels();
-    case Isa::kAvx2:
-#if defined(__x86_64__) || defined(__i386__)
-      // its float16 is an extension of its own, on no machine missing that is known
-      if (!__builtin_cpu_supports("f16c")) return *scalar_mips_kernels();
-#endif
-      return *avx2_mips_kernels();
-    default:
-      return *scalar_mips_kernels();
-  }
-}
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-bool is_finite(const float* x, int64_t n) {
-  return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
-}
-
-// A score above the complement of a row, both so that the better candidate is the larger number.
-uint64_t key_of(float score, int64_t row) {
-  score += 0.0f;  // -0 ties with 0
-  uint32_t bits;
-  std::memcpy(&bits, &score, 4);
-  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(row);
-}
-
-float score_of(uint64_t key) {
-  uint32_t bits = static_cast<uint32_t>(key >> 32);
-  bits = bits >> 31 ? bits & 0x7fffffffu : ~bits;
-  float score;
-  std::memcpy(&score, &bits, 4);
-  return score;
-}
-
-int64_t row_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
 
 // The best k rows of each query among those that one thread has seen, and some more. A thread sees
 // rows in ascending order, so one that only equals the k-th best has lost.
@@ -137,10 +96,10 @@ class Search {
         first_query_(first_query),
         n_queries_(n_queries),
         matrix_(matrix),
-        kernels_(kernels(threads.isa)),
+        kernels_(mips_kernels(threads.isa)),
+        exclusions_(question, first_query, n_queries),
         few_(n_queries <= kMaxFewQueries) {
     pack();
-    sort_exclusions();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim) * sizeof(float);
     const int64_t step = few_ ? few_rows() : kernels_.rows;
     // One panel has no use for a block beyond the tile, and a tile widened for it stays in the L1.
@@ -148,11 +107,8 @@ class Search {
     block_rows_ = alone ? step : std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
     const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
     chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
-    const double work = 1.0 * question.dim * n_queries * matrix.n_rows;
-    const int64_t n_chunks = (matrix.n_rows + chunk_rows_ - 1) / chunk_rows_;
-    n_workers_ = std::max<int64_t>(
-        1,
-        std::min<int64_t>({threads.count, n_chunks, static_cast<int64_t>(work / kWorkOfAThread)}));
+    n_workers_ = worth_waking(threads.count, 1.0 * question.dim * n_queries * matrix.n_rows,
+                              (matrix.n_rows + chunk_rows_ - 1) / chunk_rows_);
   }
 
   void run(const MipsAnswer& answer) {
@@ -211,21 +167,6 @@ class Search {
       lane += lanes;
       left -= n_vectors;
     }
-  }
-
-  void sort_exclusions() {
-    const int64_t n = question_.n_exclude;
-    excluded_.resize(n_queries_ * n);
-    if (n == 0) return;
-    std::copy_n(question_.exclude + first_query_ * n, n_queries_ * n, excluded_.begin());
-    for (int64_t q = 0; q < n_queries_; ++q)
-      std::sort(excluded_.begin() + q * n, excluded_.begin() + (q + 1) * n);
-  }
-
-  bool may_have(int64_t query, int64_t row) const {
-    if (question_.removed && question_.removed[row]) return false;
-    const auto begin = excluded_.begin() + query * question_.n_exclude;
-    return !std::binary_search(begin, begin + question_.n_exclude, row);
   }
 
   // Rows [begin, end), in blocks over which one panel passes after another.
@@ -325,7 +266,8 @@ class Search {
   }
 
   void offer(int64_t query, float score, int64_t row, Candidates* candidates) const {
-    if (candidates->wants(query, score) && may_have(query, row)) candidates->add(query, score, row);
+    if (candidates->wants(query, score) && exclusions_.allow(query, row))
+      candidates->add(query, score, row);
   }
 
   void take_hits(const PanelPlace& place, int64_t row, int64_t n, Worker* worker) const {
@@ -378,12 +320,12 @@ class Search {
   const int64_t first_query_, n_queries_;
   const MipsMatrix& matrix_;
   const MipsKernels& kernels_;
+  const Exclusions exclusions_;
   const bool few_;
   int few_size_ = 0;  // 2^few_size_ queries
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<float> queries_;     // panel after panel, or as they come
-  std::vector<int64_t> excluded_;  // [n_queries, n_exclude], each line sorted
+  std::vector<float> queries_;  // panel after panel, or as they come
   std::vector<Worker> workers_;
 };
 
@@ -391,10 +333,7 @@ class Search {
 
 void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const MipsAnswer& answer,
                Threads threads) {
-  for (int64_t b = 0; b < question.n_queries; ++b)
-    if (!is_finite(question.query_emb + b * question.dim, question.dim))
-      throw std::invalid_argument("query_emb: expected finite values, got NaN or infinity in row " +
-                                  std::to_string(b));
+  check_queries(question);
   if (matrix.storage == Storage::kInt8) {
     if (!is_finite(matrix.scale, question.dim))
       throw std::invalid_argument("scale: expected finite values, got NaN or infinity");
@@ -405,7 +344,7 @@ void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const Mip
   const int64_t query_bytes =
       question.dim * sizeof(float) + (candidates + question.n_exclude) * sizeof(uint64_t) + 1;
   const int64_t most = std::clamp<int64_t>(kGroupBytes / query_bytes, 1, kGroupQueries);
-  const int64_t panel = 2 * kernels(threads.isa).width;
+  const int64_t panel = 2 * mips_kernels(threads.isa).width;
   const int64_t group = most < panel ? most : most / panel * panel;
   for (int64_t first = 0; first < question.n_queries; first += group) {
     const int64_t n = std::min(group, question.n_queries - first);
@@ -414,7 +353,7 @@ void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const Mip
 }
 
 void widen(const MipsMatrix& matrix, int64_t dim, float* out, Threads threads) {
-  const auto widen_rows = kernels(threads.isa).widen[static_cast<int>(matrix.storage)];
+  const auto widen_rows = mips_kernels(threads.isa).widen[static_cast<int>(matrix.storage)];
   const int64_t n_blocks = (matrix.n_rows + kChunkRows - 1) / kChunkRows;
   parallel_for(threads.count, n_blocks, [&](int64_t block) {
     const int64_t begin = block * kChunkRows, end = std::min(begin + kChunkRows, matrix.n_rows);

@@ -1,0 +1,96 @@
+// What the searches share.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mips.h"
+#include "mips_kernels.h"
+
+namespace fastrag {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kWorkOfAThread = 1 << 20;  // multiplications that are worth waking one up
+
+inline const MipsKernels& mips_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return *avx512_mips_kernels();
+    case Isa::kAvx2:
+#if defined(__x86_64__) || defined(__i386__)
+      // its float16 is an extension of its own, on no machine missing that is known
+      if (!__builtin_cpu_supports("f16c")) return *scalar_mips_kernels();
+#endif
+      return *avx2_mips_kernels();
+    default:
+      return *scalar_mips_kernels();
+  }
+}
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+inline bool is_finite(const float* x, int64_t n) {
+  return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
+}
+
+// A score above the complement of a row, both so that the better candidate is the larger number.
+inline uint64_t key_of(float score, int64_t row) {
+  score += 0.0f;  // -0 ties with 0
+  uint32_t bits;
+  std::memcpy(&bits, &score, 4);
+  bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(row);
+}
+
+inline float score_of(uint64_t key) {
+  uint32_t bits = static_cast<uint32_t>(key >> 32);
+  bits = bits >> 31 ? bits & 0x7fffffffu : ~bits;
+  float score;
+  std::memcpy(&score, &bits, 4);
+  return score;
+}
+
+inline int64_t row_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
+
+inline int64_t worth_waking(int64_t n_threads, double work, int64_t n_tasks) {
+  const int64_t workers = std::min(n_threads, std::min(n_tasks, int64_t(work / kWorkOfAThread)));
+  return std::max<int64_t>(1, workers);
+}
+
+inline void check_queries(const MipsQuestion& question) {
+  for (int64_t b = 0; b < question.n_queries; ++b)
+    if (!is_finite(question.query_emb + b * question.dim, question.dim))
+      throw std::invalid_argument("query_emb: expected finite values, got NaN or infinity in row " +
+                                  std::to_string(b));
+}
+
+// Which rows each query of a group may get.
+class Exclusions {
+ public:
+  Exclusions(const MipsQuestion& question, int64_t first_query, int64_t n_queries)
+      : removed_(question.removed), n_(question.n_exclude) {
+    if (n_ == 0) return;
+    sorted_.assign(question.exclude + first_query * n_,
+                   question.exclude + (first_query + n_queries) * n_);
+    for (auto line = sorted_.begin(); line != sorted_.end(); line += n_) std::sort(line, line + n_);
+  }
+
+  bool allow(int64_t query, int64_t row) const {
+    if (removed_ && removed_[row]) return false;
+    const auto line = sorted_.begin() + query * n_;
+    return !std::binary_search(line, line + n_, row);
+  }
+
+ private:
+  const bool* removed_;
+  const int64_t n_;
+  std::vector<int64_t> sorted_;  // [n_queries, n_]
+};
+
+}  // namespace fastrag
