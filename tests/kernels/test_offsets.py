@@ -1,4 +1,7 @@
-"""Rows 2**31 numbers apart: offsets are formed in 64 bits. Pages that nobody touches are free."""
+"""Rows far apart: their number and the pitch fit 32 bits, the product does not.
+
+Pages that nobody touches cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,17 @@ from fastrag.kernels.linear_logp import linear_logp  # noqa: E402
 
 
 def far_apart(rows: Tensor) -> Tensor:
-    """The same two rows, the second 2**31 numbers behind the first."""
-    pitch = 1 << 31
-    storage = torch.UntypedStorage(rows.itemsize * (pitch + 64))
+    """The same three rows, the last of them 2**31 numbers behind the first."""
+    pitch = 1 << 30
+    storage = torch.UntypedStorage(rows.itemsize * (2 * pitch + 64))
     out = torch.tensor([], dtype=rows.dtype).set_(storage, 0, tuple(rows.shape), (pitch, 1))
     return out.copy_(rows)
 
 
-@pytest.mark.parametrize("n_passages", [1, 2], ids=["two positions", "two passages"])
+@pytest.mark.parametrize("n_passages", [1, 3], ids=["three positions", "three passages"])
 def test_mixture(n_passages: int) -> None:
-    raw, gold = torch.randn(2, 5), torch.tensor([1, 1])
-    shape = (2 // n_passages, n_passages)
+    raw, gold = torch.randn(3, 5), torch.tensor([1, 1, 1])
+    shape = (3 // n_passages, n_passages)
     prior = torch.randn(shape).log_softmax(1)
     results = []
     for z in (raw, far_apart(raw)):
@@ -40,9 +43,19 @@ def test_mixture(n_passages: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_rows() -> None:
+    raw, gold = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    results = []
+    for z in (raw, far_apart(raw)):
+        logp, log_z, mean = row_pass.row_statistics(z, gold, None, 1.0, None, with_mean=True)
+        row_pass.row_gradient(z, gold, None, 1.0, None, log_z, torch.ones(3), 0.1, 5, z)
+        results.append((logp, log_z, mean, z))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_linear_logp() -> None:
-    x, weight, gold = torch.randn(3, 4), torch.randn(2, 4), torch.tensor([0, 1, 1])
+    x, weight, gold = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
     results = []
     for w in (weight, far_apart(weight)):
-        results.append(linear_logp(x, [(slice(0, 2), w)], gold, None, 1.0, None, 1))
+        results.append(linear_logp(x, [(slice(0, 3), w)], gold, None, 1.0, None, 1))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
