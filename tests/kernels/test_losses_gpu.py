@@ -149,6 +149,23 @@ def test_peak_memory(marginal: str, masters: bool, monkeypatch: pytest.MonkeyPat
 
 
 @marginals
+@smoothed
+def test_offsets_beyond_two_to_the_31(
+    marginal: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk of 2.2e9 logits against many small ones."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    inputs = problem((1, 8, 5440, 64, 50265))
+    expected, grads = run(marginal, inputs, label_smoothing=smoothing)
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(16 << 30))
+    loss, found = run(marginal, inputs, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for a, b in zip(found, grads, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm() + 1e-6
+
+
+@marginals
 def test_cuda_graph(marginal: str) -> None:
     inputs = problem(SHAPES["odd"])
     side = torch.cuda.Stream()
