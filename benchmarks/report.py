@@ -35,6 +35,10 @@ def median(result: Result) -> float:
     return statistics.median(turn.wall for turn in result.turns)
 
 
+def processor(result: Result) -> float:
+    return statistics.median(turn.processor for turn in result.turns)
+
+
 def rates(op: Op, result: Result) -> tuple[float, float]:
     """Returns GB/s and TFLOP/s of the least bytes and work, at the median time."""
     case, seconds = result.case, median(result) / 1e3
@@ -110,7 +114,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
         gbps, tflops = rates(op, result)
         extra = result.extra_bytes
         cells = [result.case.provider, *(f"{ms:.4g}" for ms in (p50, p20, p80))]
-        cells.append(f"{statistics.median(turn.processor for turn in result.turns):.4g}")
+        cells.append(f"{processor(result):.4g}")
         cells.append(f"{p50 / median(base):.2f}")
         cells.append("" if peer is None else f"{median(peer) / p50:.2f}")
         cells.append("?" if extra is None else f"{extra / MIB:.0f}")
@@ -154,8 +158,12 @@ def foot(op: Op, results: Sequence[Result]) -> str:
 
 
 def _beside(goal: Goal, own: Result, other: Result | None) -> str:
-    if goal.at_most is not None:
-        now = "not timed" if other is None else f"{median(own) / median(other):.2f}"
-        return f"time / {goal.against} {now}: at most {goal.at_most}"
-    now = "not timed" if other is None else f"{median(other) / median(own):.2f}"
-    return f"times as fast as {goal.against} {now}: at least {goal.at_least}"
+    what = f"time / {goal.against}" if goal.at_most else f"times as fast as {goal.against}"
+    bound = f"at most {goal.at_most}" if goal.at_most else f"at least {goal.at_least}"
+    if other is None:
+        return f"{what} not timed: {bound}"
+    over, under = (own, other) if goal.at_most else (other, own)
+    found = f"{median(over) / median(under):.2f}"
+    if own.case.device == "cpu":
+        found += f" (by processor time {processor(over) / processor(under):.2f})"
+    return f"{what} {found}: {bound}"

@@ -19,6 +19,7 @@ from benchmarks import measure
 from benchmarks.ops import OPS
 from benchmarks.registry import DTYPES, Op, Provider, error_of
 from benchmarks.run import DEFAULT_DTYPE
+from fastrag.ops import workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = DEFAULT_DTYPE[DEVICE]
@@ -52,6 +53,7 @@ def test_speed(benchmark: Any, op: Op, mode: str, provider: Provider) -> None:
 
     if provider.compiles:
         call()
+    workspace.release()  # another provider of this process may have left it
     extra = measure.extra_bytes(call, device)
     benchmark.group = f"{op.name} {mode} {','.join(map(str, op.small))} {DTYPE}"
     n_calls = measure.calls_per_turn(call, device)

@@ -8,10 +8,11 @@
 
 Sizes: B questions, K passages per question, T target tokens, H generator hidden, V vocabulary,
 D embedding width, N passages in the index. Bad input raises ValueError naming the argument, what
-was expected and what came; what only the values of a CUDA tensor can tell is not looked at there.
-No function waits for a GPU. None supports double backward or forward-mode differentiation: both
-raise RuntimeError. `torch.set_float32_matmul_precision` is obeyed: whoever allows TF32 gets it in
-logits and in `mips_topk`, whose order is then that of the rounded products, not in `doc_scores`.
+was expected and what came. What only the values of a CUDA tensor can tell makes a loss NaN, and a
+later call raises; no function waits for a GPU. None supports double backward or forward-mode
+differentiation: both raise RuntimeError. `torch.set_float32_matmul_precision` is obeyed: whoever
+allows TF32 gets it in logits and in `mips_topk`, whose order is then that of the rounded products,
+not in `doc_scores`.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def token_logp(
 
     Note:
         Maths in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the workspace.
-        On a GPU a label outside [0, V) gives NaN. Deterministic on a CPU.
+        On a GPU a label outside [0, V) gives NaN, and a later call raises. Deterministic on a CPU.
         Backends: cpp (float32 on a CPU), triton (CUDA), torch.
 
     Example:
@@ -271,7 +272,7 @@ def rag_token_nll(
         valid_rows: positions b * T + t whose label counts, ascending, padded with -1. `[R]`,
             int32. Lets a GPU skip the others without asking for their number; a CPU finds them
             itself, and only checks. On a GPU an example of which a label is not listed, or is
-            listed twice, has loss NaN.
+            listed twice, has loss NaN, and a later call raises.
         return_posterior: whether to return log p(z | x, y_t) as well.
 
     Returns:

@@ -52,7 +52,9 @@ def add_gradients(
     row_bytes = open_chunk.row_bytes(head, 1, mixture=False) / head.n_words
     width_bytes = head.weight.shape[1] * (head.operand_dtype.itemsize + head.dtype.itemsize)
     word_bytes = len(chunk.x) * row_bytes + width_bytes
-    for part in head.word_slices(int(workspace.workspace_bytes(chunk.x.device) / word_bytes)):
+    limit = workspace.workspace_bytes(chunk.x.device)
+    room = max(limit - chunk.x.nbytes - (0 if dx is None else dx.nbytes), limit // 2)
+    for part in head.word_slices(int(room / word_bytes)):
         _add_slice(sums, open_chunk, part, chunk, log_z, weight, smoothing, dx)
     if dx is not None:
         sums.put_rows(dx, chunk.row)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag import reference
-from fastrag.ops import backends, checks
+from fastrag.ops import backends, checks, vocab_major
 from fastrag.testing import assert_close
 
 triton = pytest.importorskip("triton")
@@ -36,6 +36,12 @@ SHAPES = {
     "one of each": (1, 1, 1, 3, 2),
     "odd": (3, 5, 7, 16, 131),  # nothing divides anything
     "many passages": (2, 33, 2, 4, 9),
+}
+# Bytes, and rows below which a chunk is not worth its dW, as in tests/ops/conftest.py.
+WORKSPACES = {
+    "whole": ("", 1),
+    "some": ("20000", 1),
+    "some words": ("20000", 10**6),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 smoothed = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
@@ -135,14 +141,20 @@ def test_token_logp(shape, head: str, dtype: torch.dtype) -> None:
 
 @marginals
 @smoothed
-@pytest.mark.parametrize("workspace", ["", "20000", "1"], ids=["whole", "some", "one"])
+@pytest.mark.parametrize("workspace", WORKSPACES.values(), ids=WORKSPACES.keys())
 @pytest.mark.parametrize("listed", [False, True], ids=["all positions", "valid_rows"])
 def test_blind(
-    marginal: str, smoothing: float, workspace: str, listed: bool, monkeypatch: pytest.MonkeyPatch
+    marginal: str,
+    smoothing: float,
+    workspace: tuple[str, int],
+    listed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The walk of a GPU: chunks cut anywhere, positions that do not count, an empty example."""
     monkeypatch.setattr(checks, "readable", lambda x: False)
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", workspace)
+    size, least_rows = workspace
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", size)
+    monkeypatch.setattr(vocab_major, "LEAST_ROWS", {"cpu": least_rows})
     args, head = problem(SHAPES["odd"])
     with torch.no_grad():
         args[3][1] = -torch.inf
@@ -160,6 +172,40 @@ def test_blind(
     expected = torch.autograd.grad(wanted[0], [*leaves(args, head).values()])
     for a, b in zip((*found, *grads), (*wanted, *expected), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@marginals
+@smoothed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen head"])
+def test_vector_gradient(
+    marginal: str,
+    smoothing: float,
+    dtype: torch.dtype,
+    frozen: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """reduction="none": slices of the vocabulary in backward, whose sum is as the others are."""
+    args, head = problem(SHAPES["odd"], dtype)
+    if frozen:
+        for x in (args[1], head["bias"]):
+            x.requires_grad_(False)
+    wanted = {name: x for name, x in leaves(args, head).items() if x.requires_grad}
+    upstream = torch.tensor([0.5, 2.0, -1.0])
+
+    def run(**how: Any) -> tuple[Tensor, ...]:
+        nll = LOSSES[marginal](*args, **head, label_smoothing=smoothing, **how)
+        loss = nll if nll.dim() == 0 else (nll * upstream).sum()
+        return torch.autograd.grad(loss, [*wanted.values()])
+
+    expected = run(reduction="sum", example_weight=upstream)
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", "50000")
+    found = run(reduction="none")
+    # Operands of half precision are rounded before they have the upstream gradient, or after.
+    rtol = 2e-5 if dtype == torch.float32 else 2e-2
+    for name, a, b in zip(wanted, found, expected, strict=True):
+        close = (a - b).norm() <= rtol * b.norm()
+        assert close, f"{name}: {float((a - b).norm() / b.norm())}"
 
 
 @marginals

@@ -48,7 +48,7 @@ def problem(
 def run(marginal: str, inputs: list[Tensor], **options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     hidden, weight, bias, scores, labels = inputs
     loss = LOSSES[marginal](hidden, weight, labels, scores, bias=bias, **options)
-    return loss, torch.autograd.grad(loss, inputs[:4])
+    return loss, torch.autograd.grad(loss.sum(), inputs[:4])
 
 
 @marginals
@@ -113,6 +113,7 @@ def test_no_host_sync(marginal: str, smoothing: float, listed: bool) -> None:
 
     def step() -> None:
         run(marginal, inputs, label_smoothing=smoothing, valid_rows=rows)
+        run(marginal, inputs, label_smoothing=smoothing, valid_rows=rows, reduction="none")
         F.token_logp(inputs[0], inputs[1], inputs[4]).sum().backward()
 
     step()  # compiles
@@ -122,6 +123,26 @@ def test_no_host_sync(marginal: str, smoothing: float, listed: bool) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@marginals
+@pytest.mark.parametrize("how", ["few rows a chunk", "vector gradient"])
+@pytest.mark.parametrize("masters", [False, True], ids=["bf16", "float32 weight"])
+def test_slices_of_the_vocabulary(
+    marginal: str, how: str, masters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the chunks of rows have it, to the rounding of dlogits to bfloat16."""
+    inputs = problem(SHAPES["bart"])
+    if masters:
+        inputs[1] = inputs[1].detach().float().requires_grad_()
+    expected, wanted = run(marginal, inputs, reduction="sum")
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(8 << 20))  # 27 rows a chunk, of 160
+    reduction = "sum" if how == "few rows a chunk" else "none"
+    loss, found = run(marginal, inputs, reduction=reduction)
+    torch.testing.assert_close(loss.sum(), expected, rtol=1e-5, atol=0)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm() + 1e-6
 
 
 @marginals
@@ -146,6 +167,23 @@ def test_peak_memory(marginal: str, masters: bool, monkeypatch: pytest.MonkeyPat
     used = torch.cuda.max_memory_allocated() - before
     assert used <= limit + 4 * inputs[1].numel() + (64 << 20), used / 2**20
     del kept
+
+
+@marginals
+@smoothed
+def test_offsets_beyond_two_to_the_31(
+    marginal: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk of 2.2e9 logits against many small ones."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    inputs = problem((1, 8, 5440, 64, 50265))
+    expected, grads = run(marginal, inputs, label_smoothing=smoothing)
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(16 << 30))
+    loss, found = run(marginal, inputs, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for a, b in zip(found, grads, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm() + 1e-6
 
 
 @marginals

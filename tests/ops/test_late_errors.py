@@ -254,6 +254,7 @@ def test_empty(sizes: tuple[int, int, int]) -> None:
         assert all((g == 0).all() for g in grads(F.rag_token_nll(*p.args()), p).values())
 
 
+@pytest.mark.slow  # a process of its own imports all of torch
 def test_exit_is_silent() -> None:
     code = (
         "import torch, fastrag.functional as F; from fastrag.ops import checks; "
