@@ -40,6 +40,12 @@ struct Element<bool> {
   static constexpr const char* kFormats = "?";
 };
 
+template <>
+struct Element<int32_t> {
+  static constexpr const char* kName = "int32";
+  static constexpr const char* kFormats = "i";
+};
+
 // The bits of a bfloat16, which the buffer protocol has no name for, or a float16.
 template <>
 struct Element<uint16_t> {

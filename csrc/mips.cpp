@@ -67,16 +67,6 @@ class Candidates {
   std::vector<float> threshold_;
 };
 
-int64_t element_bytes(Storage storage) {
-  return storage == Storage::kFloat32 ? 4 : storage == Storage::kInt8 ? 1 : 2;
-}
-
-StoredRows rows_from(const MipsMatrix& matrix, int64_t dim, int64_t row) {
-  const auto* bytes = static_cast<const char*>(matrix.data);
-  return {bytes + row * matrix.pitch * element_bytes(matrix.storage), matrix.pitch, dim,
-          matrix.scale, matrix.offset};
-}
-
 // What one thread keeps while it takes chunk after chunk.
 struct Worker {
   Candidates candidates;
@@ -129,7 +119,7 @@ class Search {
     // Chunks are taken in ascending order, so the lowest bad row has been met.
     int64_t bad = kNoRow;
     for (const Worker& worker : workers_) bad = std::min(bad, worker.first_bad);
-    if (bad != kNoRow) refuse(bad);
+    if (bad != kNoRow) refuse_row(matrix_, question_.dim, bad);
     parallel_for(n_threads, n_workers_, [&](int64_t i) {
       std::vector<uint64_t> keys;
       for (int64_t q = n_queries_ * i / n_workers_; q < n_queries_ * (i + 1) / n_workers_; ++q)
@@ -287,33 +277,11 @@ class Search {
         worker->first_bad = std::min(worker->first_bad, row + i);
   }
 
-  [[noreturn]] void refuse(int64_t row) const {
-    std::vector<float> values(question_.dim);
-    fastrag::widen({rows_from(matrix_, question_.dim, row).data, 1, question_.dim, matrix_.storage,
-                    matrix_.scale, matrix_.offset},
-                   question_.dim, values.data(), {1, Isa::kScalar});
-    if (is_finite(values.data(), question_.dim))
-      throw std::invalid_argument(
-          "index_emb: expected inner products within float32 range, got an overflow in row " +
-          std::to_string(row));
-    throw std::invalid_argument("index_emb: expected finite values, got NaN or infinity in row " +
-                                std::to_string(row));
-  }
-
   void join(int64_t query, const MipsAnswer& answer, std::vector<uint64_t>* keys) const {
     keys->clear();
     for (const Worker& worker : workers_)
       keys->insert(keys->end(), worker.candidates.begin(query), worker.candidates.end(query));
-    const int64_t k = question_.k, n = std::min<int64_t>(k, keys->size());
-    std::partial_sort(keys->begin(), keys->begin() + n, keys->end(), std::greater<uint64_t>());
-    float* scores = answer.scores + (first_query_ + query) * k;
-    int64_t* rows = answer.rows + (first_query_ + query) * k;
-    for (int64_t i = 0; i < n; ++i) {
-      scores[i] = score_of((*keys)[i]);
-      rows[i] = row_of((*keys)[i]);
-    }
-    std::fill(scores + n, scores + k, -kInfinity);
-    std::fill(rows + n, rows + k, -1);
+    write_answer(question_, first_query_ + query, keys, answer);
   }
 
   const MipsQuestion& question_;

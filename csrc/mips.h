@@ -56,6 +56,32 @@ struct MipsAnswer {
 void mips_topk(const MipsQuestion& question, const MipsMatrix& matrix, const MipsAnswer& answer,
                Threads threads);
 
+// What a search through int8 codes has to know of each row x of a matrix, x = y + rest with
+// y = offset + scale * code: none of it depends on a query.
+struct CodeBounds {
+  float* code_norm;  // [n_rows], at least |code|
+  float*
+      rest_norm;  // [n_rows], at least |rest| + g |x|, g |q| |x| being what rounding adds to q . x
+  int32_t* code_sum;  // [n_rows]
+};
+
+// codes: kInt8. Throws std::invalid_argument for a row of the matrix that is not finite.
+void measure_codes(const MipsMatrix& matrix, const MipsMatrix& codes, int64_t dim,
+                   const CodeBounds& bounds, Threads threads);
+
+// The answer of mips_topk(question, matrix), to the bit, read off the codes of the matrix but for
+// those rows that could be in it. With w = q scale and its rounding to whole multiples of t,
+//
+//     | q . x - q . offset - t sum_d round(w_d / t) code_d | <= |w - t round(w / t)| |code| + |q|
+//     |rest|
+//
+// so a row is left out where k others have larger lower bounds than its upper bound. The matrix is
+// float32; a product that overflows there is found only among the rows that are looked at.
+// Returns how many rows of the matrix were, over all queries.
+int64_t mips_topk_by_codes(const MipsQuestion& question, const MipsMatrix& matrix,
+                           const MipsMatrix& codes, const CodeBounds& bounds,
+                           const MipsAnswer& answer, Threads threads);
+
 // The numbers of the matrix as float32, [n_rows, dim].
 void widen(const MipsMatrix& matrix, int64_t dim, float* out, Threads threads);
 

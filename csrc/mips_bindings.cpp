@@ -65,31 +65,107 @@ class Matrix {
   MipsMatrix matrix_{};
 };
 
+// The question and where its answer goes, with what keeps their memory.
+struct Call {
+  Call(const py::buffer& query_emb, const py::buffer& scores, const py::buffer& rows,
+       const OptionalBuffer& removed, const OptionalBuffer& exclude, int64_t n_rows)
+      : query("query_emb", query_emb, {-1, -1}),
+        best("scores", scores, {query.size(0), -1}, true),
+        best_rows("rows", rows, {query.size(0), best.size(1)}, true),
+        question{query.data(), query.size(0), query.size(1), best.size(1), nullptr, nullptr, 0},
+        answer{best.data(), best_rows.data()} {
+    if (best.size(1) < 1) throw py::value_error("scores: expected at least one column, got none");
+    if (removed) {
+      mask.emplace("removed", *removed, std::vector<py::ssize_t>{n_rows});
+      question.removed = mask->data();
+    }
+    if (exclude) {
+      barred.emplace("exclude", *exclude, std::vector<py::ssize_t>{query.size(0), -1});
+      question.exclude = barred->data();
+      question.n_exclude = barred->size(1);
+    }
+  }
+
+  const Array<float> query, best;
+  const Array<int64_t> best_rows;
+  std::optional<Array<bool>> mask;
+  std::optional<Array<int64_t>> barred;
+  MipsQuestion question;
+  MipsAnswer answer;
+};
+
+py::ssize_t width_of(const py::buffer& query_emb) {
+  return Array<float>("query_emb", query_emb, {-1, -1}).size(1);
+}
+
 void search(const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& scores,
             const py::buffer& rows, const OptionalBuffer& removed, const OptionalBuffer& exclude,
             const OptionalBuffer& scale, const OptionalBuffer& offset, int threads,
             const std::string& isa) {
-  const Array<float> query("query_emb", query_emb, {-1, -1});
-  const Matrix matrix(index_emb, scale, offset, query.size(1));
-  const Array<float> best("scores", scores, {query.size(0), -1}, true);
-  const Array<int64_t> best_rows("rows", rows, {query.size(0), best.size(1)}, true);
-  if (best.size(1) < 1) throw py::value_error("scores: expected at least one column, got none");
-  MipsQuestion question{
-      query.data(), query.size(0), query.size(1), best.size(1), nullptr, nullptr, 0};
-  std::optional<Array<bool>> mask;
-  std::optional<Array<int64_t>> barred;
-  if (removed) {
-    mask.emplace("removed", *removed, std::vector<py::ssize_t>{matrix.get().n_rows});
-    question.removed = mask->data();
-  }
-  if (exclude) {
-    barred.emplace("exclude", *exclude, std::vector<py::ssize_t>{query.size(0), -1});
-    question.exclude = barred->data();
-    question.n_exclude = barred->size(1);
-  }
+  const Matrix matrix(index_emb, scale, offset, width_of(query_emb));
+  const Call call(query_emb, scores, rows, removed, exclude, matrix.get().n_rows);
   const Threads with = threads_of(threads, isa);
   const py::gil_scoped_release nogil;
-  mips_topk(question, matrix.get(), {best.data(), best_rows.data()}, with);
+  mips_topk(call.question, matrix.get(), call.answer, with);
+}
+
+// A matrix of float32 with its codes and what bounds their difference.
+class CodedMatrix {
+ public:
+  CodedMatrix(const py::buffer& index_emb, const py::buffer& codes, const py::buffer& scale,
+              const py::buffer& offset, const py::buffer& code_norm, const py::buffer& rest_norm,
+              const py::buffer& code_sum, bool writable)
+      : codes_(codes, scale, offset, dim_of(scale)),
+        matrix_(index_emb, std::nullopt, std::nullopt, dim_of(scale)),
+        code_norm_("code_norm", code_norm, {matrix_.get().n_rows}, writable),
+        rest_norm_("rest_norm", rest_norm, {matrix_.get().n_rows}, writable),
+        code_sum_("code_sum", code_sum, {matrix_.get().n_rows}, writable) {
+    if (matrix_.get().storage != Storage::kFloat32 || codes_.get().storage != Storage::kInt8)
+      throw py::value_error("index_emb and codes: expected float32 and int8");
+    if (matrix_.get().n_rows != codes_.get().n_rows)
+      throw py::value_error("codes: expected " + std::to_string(matrix_.get().n_rows) +
+                            " rows, got " + std::to_string(codes_.get().n_rows));
+  }
+
+  const MipsMatrix& matrix() const { return matrix_.get(); }
+  const MipsMatrix& codes() const { return codes_.get(); }
+  CodeBounds bounds() const { return {code_norm_.data(), rest_norm_.data(), code_sum_.data()}; }
+
+  static py::ssize_t dim_of(const py::buffer& scale) {
+    return Array<float>("scale", scale, {-1}).size(0);
+  }
+
+ private:
+  Matrix codes_, matrix_;
+  Array<float> code_norm_, rest_norm_;
+  Array<int32_t> code_sum_;
+};
+
+int64_t search_by_codes(const py::buffer& query_emb, const py::buffer& index_emb,
+                        const py::buffer& codes, const py::buffer& scale, const py::buffer& offset,
+                        const py::buffer& code_norm, const py::buffer& rest_norm,
+                        const py::buffer& code_sum, const py::buffer& scores,
+                        const py::buffer& rows, const OptionalBuffer& removed,
+                        const OptionalBuffer& exclude, int threads, const std::string& isa) {
+  const CodedMatrix coded(index_emb, codes, scale, offset, code_norm, rest_norm, code_sum, false);
+  const Call call(query_emb, scores, rows, removed, exclude, coded.matrix().n_rows);
+  if (call.question.dim != CodedMatrix::dim_of(scale))
+    throw py::value_error("query_emb: expected " + std::to_string(CodedMatrix::dim_of(scale)) +
+                          " numbers each, got " + std::to_string(call.question.dim));
+  const Threads with = threads_of(threads, isa);
+  const py::gil_scoped_release nogil;
+  return mips_topk_by_codes(call.question, coded.matrix(), coded.codes(), coded.bounds(),
+                            call.answer, with);
+}
+
+void measure(const py::buffer& index_emb, const py::buffer& codes, const py::buffer& scale,
+             const py::buffer& offset, const py::buffer& code_norm, const py::buffer& rest_norm,
+             const py::buffer& code_sum, int threads) {
+  const CodedMatrix coded(index_emb, codes, scale, offset, code_norm, rest_norm, code_sum, true);
+  const Threads with = threads_of(threads, "");
+  const int64_t dim = CodedMatrix::dim_of(scale);
+  const py::gil_scoped_release nogil;
+  measure_codes(coded.matrix(), coded.codes(), dim, coded.bounds(), with);
 }
 
 void widen_rows(const py::buffer& index_emb, const py::buffer& out, const OptionalBuffer& scale,
@@ -126,6 +202,14 @@ void bind_mips(py::module_& m) {
   m.def("widen", &widen_rows, py::arg("index_emb"), py::arg("out"), py::kw_only(),
         py::arg("scale") = py::none(), py::arg("offset") = py::none(), py::arg("threads") = 1,
         py::arg("isa") = "");
+  m.def("measure_codes", &measure, py::arg("index_emb"), py::arg("codes"), py::arg("scale"),
+        py::arg("offset"), py::arg("code_norm"), py::arg("rest_norm"), py::arg("code_sum"),
+        py::kw_only(), py::arg("threads") = 1);
+  m.def("mips_topk_by_codes", &search_by_codes, py::arg("query_emb"), py::arg("index_emb"),
+        py::arg("codes"), py::arg("scale"), py::arg("offset"), py::arg("code_norm"),
+        py::arg("rest_norm"), py::arg("code_sum"), py::arg("scores"), py::arg("rows"),
+        py::kw_only(), py::arg("removed") = py::none(), py::arg("exclude") = py::none(),
+        py::arg("threads") = 1, py::arg("isa") = "");
   m.def("merge_topk", &merge, py::arg("part_scores"), py::arg("part_rows"), py::arg("scores"),
         py::arg("rows"));
 }

@@ -61,6 +61,8 @@ struct FewScores {
   float scores[kMaxFewQueries * kMaxFewRows];  // [queries, few_rows]
 };
 
+constexpr int kMaxGathered = 16;
+
 struct MipsKernels {
   int width;                           // lanes of a vector
   int rows;                            // rows of a tile
@@ -70,11 +72,47 @@ struct MipsKernels {
   TileResult (*few[kStorages][kFewSizes])(const FewQueries&, const StoredRows&, FewScores*);
   // n_rows rows as float32, [n_rows, dim].
   void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
+  // Scores of one query with `width` rows from anywhere.
+  void (*gathered)(const float* query, const float* const* rows, int64_t dim, float* scores);
+};
+
+// Whole numbers of queries with the codes of rows, both as digits of eight bits.
+struct DigitPanel {
+  const uint8_t* digits;  // [dim / 4, n_vectors * width, 4]: the digit plus `bias`
+  const float* unit;      // what follows: [n_vectors * width]. Value of a one
+  const float* rest;      // |w - unit digits|
+  const float* norm;      // |q|
+  const float* threshold;
+};
+
+struct CodeRows {
+  const int8_t* codes;  // [rows, dim]
+  int64_t pitch;
+  int64_t dim;
+  const float* code_norm;
+  const float* rest_norm;
+  const int32_t* code_sum;
+};
+
+struct DigitScores {
+  uint64_t hits[kMaxTileRows];  // bit = lane, upper bound not below the threshold
+  float upper[kMaxTileRows * kMaxPanelLanes];
+  float lower[kMaxTileRows * kMaxPanelLanes];
+};
+
+struct DigitKernels {
+  int width;
+  int rows;
+  int bias;                                                           // and the largest digit
+  bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
 };
 
 // Null where this build lacks the instruction set.
 const MipsKernels* scalar_mips_kernels();
 const MipsKernels* avx2_mips_kernels();
 const MipsKernels* avx512_mips_kernels();
+const DigitKernels* scalar_digit_kernels();
+const DigitKernels* avx2_digit_kernels();
+const DigitKernels* vnni_digit_kernels();
 
 }  // namespace fastrag

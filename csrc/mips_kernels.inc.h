@@ -281,6 +281,26 @@ TileResult few(const FewQueries& panel, const StoredRows& rows, FewScores* out) 
                               : TileResult::kNoHit;
 }
 
+inline void gathered(const float* query, const float* const* rows, int64_t dim, float* scores) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  FewSums<1, 1> sums(query, dim);
+  int64_t d = 0;
+  for (; d + kWidth <= dim; d += kWidth) {
+    F square[kWidth];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; ++i) square[i] = Vec::load(rows[i] + d);
+    Vec::transpose(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; ++i) sums.add(0, d + i, square[i]);
+  }
+  for (; d < dim; ++d) {
+    float column[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) column[i] = rows[i][d];
+    sums.add(0, d, Vec::load(column));
+  }
+  Vec::store(scores, sums.sum[0][0]);
+}
+
 // ------------------------------------------------------------------------------- table
 
 #define FASTRAG_FEW(storage) {few<storage, 1>, few<storage, 2>, few<storage, 4>, few<storage, 8>}
@@ -297,4 +317,5 @@ constexpr MipsKernels kTable = {
     {FASTRAG_FEW(Storage::kFloat32), FASTRAG_FEW(Storage::kBfloat16),
      FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},
     {widen<Storage::kFloat32>, widen<Storage::kBfloat16>, widen<Storage::kFloat16>,
-     widen<Storage::kInt8>}};
+     widen<Storage::kInt8>},
+    gathered};

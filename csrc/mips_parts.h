@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,44 @@ inline float score_of(uint64_t key) {
 }
 
 inline int64_t row_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
+
+inline int64_t element_bytes(Storage storage) {
+  return storage == Storage::kFloat32 ? 4 : storage == Storage::kInt8 ? 1 : 2;
+}
+
+inline StoredRows rows_from(const MipsMatrix& matrix, int64_t dim, int64_t row) {
+  const auto* bytes = static_cast<const char*>(matrix.data);
+  return {bytes + row * matrix.pitch * element_bytes(matrix.storage), matrix.pitch, dim,
+          matrix.scale, matrix.offset};
+}
+
+// For a row whose score with some query is not finite.
+[[noreturn]] inline void refuse_row(const MipsMatrix& matrix, int64_t dim, int64_t row) {
+  std::vector<float> values(dim);
+  const StoredRows rows = rows_from(matrix, dim, row);
+  scalar_mips_kernels()->widen[static_cast<int>(matrix.storage)](rows, 1, values.data());
+  if (is_finite(values.data(), dim))
+    throw std::invalid_argument(
+        "index_emb: expected inner products within float32 range, got an overflow in row " +
+        std::to_string(row));
+  throw std::invalid_argument("index_emb: expected finite values, got NaN or infinity in row " +
+                              std::to_string(row));
+}
+
+// The best k of the keys of one query; sorts them.
+inline void write_answer(const MipsQuestion& question, int64_t query, std::vector<uint64_t>* keys,
+                         const MipsAnswer& answer) {
+  const int64_t k = question.k, n = std::min<int64_t>(k, keys->size());
+  std::partial_sort(keys->begin(), keys->begin() + n, keys->end(), std::greater<uint64_t>());
+  float* scores = answer.scores + query * k;
+  int64_t* rows = answer.rows + query * k;
+  for (int64_t i = 0; i < n; ++i) {
+    scores[i] = score_of((*keys)[i]);
+    rows[i] = row_of((*keys)[i]);
+  }
+  std::fill(scores + n, scores + k, -kInfinity);
+  std::fill(rows + n, rows + k, -1);
+}
 
 inline int64_t worth_waking(int64_t n_threads, double work, int64_t n_tasks) {
   const int64_t workers = std::min(n_threads, std::min(n_tasks, int64_t(work / kWorkOfAThread)));

@@ -66,5 +66,40 @@ def widen(
 ) -> None:
     """The float32 numbers that a stored matrix is searched as."""
 
+def measure_codes(
+    index_emb: _Array,
+    codes: _Array,
+    scale: _Array,
+    offset: _Array,
+    code_norm: _Array,
+    rest_norm: _Array,
+    code_sum: _Array,
+    *,
+    threads: int = 1,
+) -> None:
+    """What mips_topk_by_codes has to know of the rows, [N] each; code_sum is int32."""
+
+def mips_topk_by_codes(
+    query_emb: _Array,
+    index_emb: _Array,
+    codes: _Array,
+    scale: _Array,
+    offset: _Array,
+    code_norm: _Array,
+    rest_norm: _Array,
+    code_sum: _Array,
+    scores: _Array,
+    rows: _Array,
+    *,
+    removed: _Array | None = None,
+    exclude: _Array | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> int:
+    """mips_topk of float32 rows, most of which only their int8 codes are read of.
+
+    Returns how many rows were read themselves, over all queries.
+    """
+
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
     """Answers [parts, B, k] of several searches as one."""

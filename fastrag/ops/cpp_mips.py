@@ -23,22 +23,66 @@ def search(
     """query_emb [B, D] float32, index_emb [N, D] not float64 -> scores [B, k], rows [B, k]."""
     if scale is not None and offset is None:
         offset = torch.zeros_like(scale)
-    scores = torch.empty(query_emb.shape[0], k)
-    rows = torch.empty(query_emb.shape[0], k, dtype=torch.int64)
-    removed = exclude is not None and exclude.dtype == torch.bool
+    scores, rows = _empty_answer(query_emb, k)
     _C.mips_topk(
         _array(query_emb),
         _stored(index_emb.detach()),
         scores.numpy(),
         rows.numpy(),
-        removed=_array(exclude) if removed else None,
-        exclude=None if removed else _array(exclude),
         scale=_array(scale),
         offset=_array(offset),
-        threads=torch.get_num_threads(),
-        isa=os.environ.get(backends.ISA_VARIABLE, ""),
+        **_options(exclude),
     )
     return scores, rows
+
+
+class CodedIndex:
+    """float32 rows with int8 codes of them: the answers of the rows, mostly at the price of codes.
+
+        score[b,n] is in  q_b . offset + t_b (digits_b . codes_n)  +-  a bound of the pair
+
+    Rows that the bounds leave are scored as `search` scores them, so that the answer has its bits.
+    Worth it where the arithmetic is the limit, from some tens of queries on.
+
+    Args:
+        index_emb: `[N, D]` float32, read in place.
+        codes: `[N, D]` int8, of offset + scale * code ~ index_emb; better codes leave fewer rows.
+        scale: `[D]` float32.
+        offset: `[D]` float32; the mean of the rows makes better codes than zero.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or a row is not finite.
+    """
+
+    def __init__(self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
+        n = len(index_emb)
+        norms = torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int32)
+        self._arrays = [_stored(x.detach()) for x in (index_emb, codes, scale, offset, *norms)]
+        _C.measure_codes(*self._arrays, threads=torch.get_num_threads())
+
+    def search(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
+        scores, rows = _empty_answer(query_emb, k)
+        _C.mips_topk_by_codes(
+            _array(query_emb), *self._arrays, scores.numpy(), rows.numpy(), **_options(exclude)
+        )
+        return scores, rows
+
+
+def _empty_answer(query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (query_emb.shape[0], k)
+    return torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+
+
+def _options(exclude: Tensor | None) -> dict[str, Any]:
+    removed = exclude is not None and exclude.dtype == torch.bool
+    return {
+        "removed" if removed else "exclude": _array(exclude),
+        "threads": torch.get_num_threads(),
+        "isa": os.environ.get(backends.ISA_VARIABLE, ""),
+    }
 
 
 def _stored(index_emb: Tensor) -> Any:

@@ -1,0 +1,329 @@
+// The search through codes: bounds of every row, and the rows themselves where the bounds ask for
+// them.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mips.h"
+#include "mips_kernels.h"
+#include "mips_parts.h"
+#include "thread_pool.h"
+
+namespace fastrag {
+namespace {
+
+constexpr int64_t kBlockBytes = 256 << 10;
+constexpr int64_t kChunkRows = 2048;
+constexpr int64_t kGroupQueries = 256;
+constexpr int64_t kMaxDim = 1 << 16;  // whose sum of products fits 32 bits
+constexpr int64_t kFirstRoom = 512;   // candidates, beside some for each of the k
+
+const DigitKernels& digit_kernels(Isa isa) {
+  if (isa == Isa::kScalar) return *scalar_digit_kernels();
+#if defined(__x86_64__) || defined(__i386__)
+  if (isa == Isa::kAvx512 && vnni_digit_kernels() && __builtin_cpu_supports("avx512vnni"))
+    return *vnni_digit_kernels();
+#endif
+  return *avx2_digit_kernels();
+}
+
+// At least x, and at least what a few operations in float32 could lose of it.
+float rounded_up(double x) { return static_cast<float>(x * (1.0 + 1e-5)); }
+
+const float* row_of_matrix(const MipsMatrix& matrix, int64_t row) {
+  return static_cast<const float*>(matrix.data) + row * matrix.pitch;
+}
+
+struct Candidate {
+  float upper, lower;
+  uint32_t row;
+};
+
+// The rows of one query that may be among its best k, and how high a row must reach.
+class CandidateRows {
+ public:
+  explicit CandidateRows(int64_t k) : k_(k), room_(4 * k + kFirstRoom) {}
+
+  float threshold() const { return threshold_; }
+  const std::vector<Candidate>& rows() const { return rows_; }
+
+  void add(const Candidate& candidate) {
+    rows_.push_back(candidate);
+    if (static_cast<int64_t>(rows_.size()) < room_) return;
+    prune();
+    room_ = std::max<int64_t>(room_, 2 * rows_.size());
+  }
+
+  void add_all(const CandidateRows& other) {
+    rows_.insert(rows_.end(), other.rows_.begin(), other.rows_.end());
+    threshold_ = std::max(threshold_, other.threshold_);
+  }
+
+  // k rows score at least as much as the k-th largest lower bound.
+  void prune() {
+    if (static_cast<int64_t>(rows_.size()) > k_) {
+      std::nth_element(rows_.begin(), rows_.begin() + k_ - 1, rows_.end(),
+                       [](const Candidate& a, const Candidate& b) { return a.lower > b.lower; });
+      threshold_ = std::max(threshold_, rows_[k_ - 1].lower);
+    }
+    const auto beaten = [&](const Candidate& x) { return x.upper < threshold_; };
+    rows_.erase(std::remove_if(rows_.begin(), rows_.end(), beaten), rows_.end());
+  }
+
+ private:
+  int64_t k_;
+  int64_t room_;
+  std::vector<Candidate> rows_;
+  float threshold_ = -kInfinity;
+};
+
+struct Worker {
+  std::vector<CandidateRows> candidates;  // [n_queries]
+  std::vector<float> thresholds;          // [n_lanes]
+  DigitScores scores;
+  std::vector<int8_t> tail;  // the last codes and their bounds, with zeros to fill the tile
+  std::vector<float> tail_norms[2];
+  std::vector<int32_t> tail_sums;
+};
+
+// A group of queries against all codes, and then against the rows that are left.
+class CodeSearch {
+ public:
+  CodeSearch(const MipsQuestion& question, int64_t first_query, int64_t n_queries,
+             const MipsMatrix& matrix, const MipsMatrix& codes, const CodeBounds& bounds,
+             Threads threads)
+      : question_(question),
+        first_query_(first_query),
+        n_queries_(n_queries),
+        matrix_(matrix),
+        codes_(codes),
+        bounds_(bounds),
+        kernels_(digit_kernels(threads.isa)),
+        float_kernels_(mips_kernels(threads.isa)),
+        exclusions_(question, first_query, n_queries) {
+    pack();
+    const int64_t row_bytes = std::max<int64_t>(1, question.dim);
+    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / kernels_.rows) * kernels_.rows;
+    const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
+    chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
+    n_workers_ = worth_waking(threads.count, 1.0 * question.dim * n_queries * matrix.n_rows,
+                              (matrix.n_rows + chunk_rows_ - 1) / chunk_rows_);
+  }
+
+  int64_t run(const MipsAnswer& answer) {
+    for (int64_t i = 0; i < n_workers_; ++i) {
+      Worker worker;
+      worker.candidates.assign(n_queries_, CandidateRows(question_.k));
+      worker.thresholds.assign(n_lanes_, kInfinity);
+      std::fill_n(worker.thresholds.begin(), n_queries_, -kInfinity);
+      workers_.push_back(std::move(worker));
+    }
+    const int n_threads = static_cast<int>(n_workers_);
+    std::atomic<int64_t> next{0}, looked_at{0};
+    parallel_for(n_threads, n_workers_, [&](int64_t i) {
+      for (;;) {
+        const int64_t begin = next.fetch_add(chunk_rows_);
+        if (begin >= matrix_.n_rows) return;
+        scan(begin, std::min(begin + chunk_rows_, matrix_.n_rows), &workers_[i]);
+      }
+    });
+    parallel_for(n_threads, n_queries_,
+                 [&](int64_t query) { looked_at += look_at_rows(query, answer); });
+    return looked_at;
+  }
+
+ private:
+  struct PanelPlace {
+    int64_t first_lane;
+    int n_vectors;
+  };
+
+  void pack() {
+    const int64_t dim = question_.dim, width = kernels_.width, dim4 = round_up(dim, 4);
+    n_lanes_ = round_up(n_queries_, width);
+    for (int64_t lane = 0; lane < n_lanes_;) {
+      panels_.push_back({lane, n_lanes_ - lane > width ? 2 : 1});
+      lane += panels_.back().n_vectors * width;
+    }
+    digits_.assign(n_lanes_ * dim4, 0);
+    unit_.assign(n_lanes_, 0.0f);
+    rest_ = norm_ = unit_;
+    std::vector<double> weight(dim);
+    for (const PanelPlace& panel : panels_)
+      for (int64_t i = 0; i < std::min(panel.n_vectors * width, n_queries_ - panel.first_lane); ++i)
+        pack_query(panel, i, &weight);
+  }
+
+  void pack_query(const PanelPlace& panel, int64_t i, std::vector<double>* weight) {
+    const int64_t dim = question_.dim, lane = panel.first_lane + i;
+    const int64_t lanes = panel.n_vectors * kernels_.width;
+    const float* query = question_.query_emb + (first_query_ + lane) * dim;
+    double largest = 0.0, squares = 0.0;
+    for (int64_t d = 0; d < dim; ++d) {
+      (*weight)[d] = double{query[d]} * codes_.scale[d];
+      largest = std::max(largest, std::fabs((*weight)[d]));
+      squares += double{query[d]} * query[d];
+    }
+    const float unit = static_cast<float>(largest / kernels_.bias);
+    double rest = 0.0, digit_squares = 0.0;
+    uint8_t* packed = &digits_[panel.first_lane * round_up(dim, 4)];
+    for (int64_t d = 0; d < dim; ++d) {
+      const double exact = unit > 0.0f ? std::round((*weight)[d] / unit) : 0.0;
+      const double digit = std::clamp<double>(exact, -kernels_.bias, kernels_.bias);
+      rest += std::pow((*weight)[d] - digit * unit, 2);
+      digit_squares += digit * digit;
+      packed[(d / 4 * lanes + i) * 4 + d % 4] = static_cast<uint8_t>(digit + kernels_.bias);
+    }
+    // The second part is what float32 loses of sums of whole numbers beyond 2^24, and of bounds.
+    unit_[lane] = unit;
+    rest_[lane] = rounded_up(std::sqrt(rest) + 1e-6 * unit * std::sqrt(digit_squares));
+    norm_[lane] = rounded_up(std::sqrt(squares));
+  }
+
+  void scan(int64_t begin, int64_t end, Worker* worker) const {
+    for (int64_t block = begin; block < end; block += block_rows_)
+      for (const PanelPlace& panel : panels_)
+        for (int64_t row = block; row < std::min(block + block_rows_, end); row += kernels_.rows)
+          scan_tile(panel, row, worker);
+  }
+
+  void scan_tile(const PanelPlace& panel, int64_t row, Worker* worker) const {
+    const int64_t lane = panel.first_lane, dim = question_.dim;
+    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
+    CodeRows rows{static_cast<const int8_t*>(codes_.data) + row * codes_.pitch,
+                  codes_.pitch,
+                  dim,
+                  bounds_.code_norm + row,
+                  bounds_.rest_norm + row,
+                  bounds_.code_sum + row};
+    if (n < kernels_.rows) rows = copied_tail(rows, n, worker);
+    const DigitPanel queries{&digits_[lane * round_up(dim, 4)], &unit_[lane], &rest_[lane],
+                             &norm_[lane], &worker->thresholds[lane]};
+    if (!kernels_.tile[panel.n_vectors - 1](queries, rows, &worker->scores)) return;
+    for (int64_t i = 0; i < n; ++i)
+      for (uint64_t hits = worker->scores.hits[i]; hits; hits &= hits - 1) {
+        const int bit = __builtin_ctzll(hits);
+        const int64_t at = i * panel.n_vectors * kernels_.width + bit;
+        offer(lane + bit,
+              {worker->scores.upper[at], worker->scores.lower[at], static_cast<uint32_t>(row + i)},
+              worker);
+      }
+  }
+
+  void offer(int64_t query, Candidate candidate, Worker* worker) const {
+    // Bounds of which one overflowed say nothing.
+    if (std::isnan(candidate.upper)) candidate.upper = kInfinity;
+    if (std::isnan(candidate.lower)) candidate.lower = -kInfinity;
+    float* threshold = &worker->thresholds[query];
+    if (candidate.upper < *threshold || query >= n_queries_) return;
+    if (!exclusions_.allow(query, candidate.row)) return;
+    worker->candidates[query].add(candidate);
+    *threshold = worker->candidates[query].threshold();
+  }
+
+  CodeRows copied_tail(const CodeRows& rows, int64_t n, Worker* worker) const {
+    worker->tail.assign(std::max<int64_t>(1, kernels_.rows * rows.dim), 0);
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(rows.codes + i * rows.pitch, rows.dim, &worker->tail[i * rows.dim]);
+    for (std::vector<float>& norms : worker->tail_norms) norms.assign(kernels_.rows, 0.0f);
+    worker->tail_sums.assign(kernels_.rows, 0);
+    std::copy_n(rows.code_norm, n, worker->tail_norms[0].begin());
+    std::copy_n(rows.rest_norm, n, worker->tail_norms[1].begin());
+    std::copy_n(rows.code_sum, n, worker->tail_sums.begin());
+    return {worker->tail.data(),
+            rows.dim,
+            rows.dim,
+            worker->tail_norms[0].data(),
+            worker->tail_norms[1].data(),
+            worker->tail_sums.data()};
+  }
+
+  int64_t look_at_rows(int64_t query, const MipsAnswer& answer) const {
+    CandidateRows left(question_.k);
+    for (const Worker& worker : workers_) left.add_all(worker.candidates[query]);
+    left.prune();
+    std::vector<Candidate> rows = left.rows();
+    std::sort(rows.begin(), rows.end(),
+              [](const Candidate& a, const Candidate& b) { return a.row < b.row; });
+    const float* vector = question_.query_emb + (first_query_ + query) * question_.dim;
+    const int64_t n = rows.size(), width = float_kernels_.width;
+    std::vector<uint64_t> keys(n);
+    for (int64_t first = 0; first < n; first += width) {
+      const float* lines[kMaxGathered];
+      float scores[kMaxGathered];
+      for (int64_t i = 0; i < width; ++i)
+        lines[i] = row_of_matrix(matrix_, rows[std::min(first + i, n - 1)].row);
+      float_kernels_.gathered(vector, lines, question_.dim, scores);
+      for (int64_t i = 0; i < std::min(width, n - first); ++i) {
+        if (!std::isfinite(scores[i])) refuse_row(matrix_, question_.dim, rows[first + i].row);
+        keys[first + i] = key_of(scores[i], rows[first + i].row);
+      }
+    }
+    write_answer(question_, first_query_ + query, &keys, answer);
+    return n;
+  }
+
+  const MipsQuestion& question_;
+  const int64_t first_query_, n_queries_;
+  const MipsMatrix& matrix_;
+  const MipsMatrix& codes_;
+  const CodeBounds& bounds_;
+  const DigitKernels& kernels_;
+  const MipsKernels& float_kernels_;
+  const Exclusions exclusions_;
+  int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
+  std::vector<PanelPlace> panels_;
+  std::vector<uint8_t> digits_;  // panel after panel
+  std::vector<float> unit_, rest_, norm_;
+  std::vector<Worker> workers_;
+};
+
+}  // namespace
+
+void measure_codes(const MipsMatrix& matrix, const MipsMatrix& codes, int64_t dim,
+                   const CodeBounds& bounds, Threads threads) {
+  // D roundings lie between q . x and its float32.
+  if (dim > kMaxDim)
+    throw std::invalid_argument("codes: expected at most " + std::to_string(kMaxDim) +
+                                " numbers in a row, got " + std::to_string(dim));
+  const double gamma = dim * 0x1p-24 / (1.0 - dim * 0x1p-24);
+  const int64_t n_blocks = (matrix.n_rows + kChunkRows - 1) / kChunkRows;
+  parallel_for(threads.count, n_blocks, [&](int64_t block) {
+    const int64_t end = std::min((block + 1) * kChunkRows, matrix.n_rows);
+    for (int64_t row = block * kChunkRows; row < end; ++row) {
+      const float* x = row_of_matrix(matrix, row);
+      const int8_t* code = static_cast<const int8_t*>(codes.data) + row * codes.pitch;
+      if (!is_finite(x, dim)) refuse_row(matrix, dim, row);
+      double squares = 0.0, code_squares = 0.0, rest_squares = 0.0;
+      int32_t sum = 0;
+      for (int64_t d = 0; d < dim; ++d) {
+        const double rest = x[d] - (codes.offset[d] + double{codes.scale[d]} * code[d]);
+        squares += double{x[d]} * x[d];
+        code_squares += code[d] * code[d];
+        rest_squares += rest * rest;
+        sum += code[d];
+      }
+      bounds.code_norm[row] = rounded_up(std::sqrt(code_squares));
+      bounds.rest_norm[row] = rounded_up(std::sqrt(rest_squares) + gamma * std::sqrt(squares));
+      bounds.code_sum[row] = sum;
+    }
+  });
+}
+
+int64_t mips_topk_by_codes(const MipsQuestion& question, const MipsMatrix& matrix,
+                           const MipsMatrix& codes, const CodeBounds& bounds,
+                           const MipsAnswer& answer, Threads threads) {
+  check_queries(question);
+  int64_t looked_at = 0;
+  for (int64_t first = 0; first < question.n_queries; first += kGroupQueries) {
+    const int64_t n = std::min(kGroupQueries, question.n_queries - first);
+    looked_at += CodeSearch(question, first, n, matrix, codes, bounds, threads).run(answer);
+  }
+  return looked_at;
+}
+
+}  // namespace fastrag

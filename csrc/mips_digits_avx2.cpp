@@ -1,0 +1,49 @@
+// Whole numbers with AVX2. The sum of two products must fit 16 bits: 2 * 128 * 127 does.
+#include "mips_kernels.h"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+
+namespace fastrag {
+namespace {
+
+struct Dot {
+  using I = __m256i;
+  using F = __m256;
+  static constexpr int64_t kWidth = 8;
+  static constexpr int kBias = 64;
+
+  static I load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static I set(int32_t x) { return _mm256_set1_epi32(x); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static I add(I sum, I digits, I codes) {
+    const I pairs = _mm256_maddubs_epi16(digits, codes);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static F number(I sum, I bias) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, bias)); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static uint64_t not_below(F a, F b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+  }
+};
+
+constexpr int kDigitRows = 10, kRowsOf1 = 10, kRowsOf2 = 5;
+
+#include "mips_digits.inc.h"
+
+}  // namespace
+
+const DigitKernels* avx2_digit_kernels() { return &kDigitTable; }
+
+}  // namespace fastrag
+#else
+namespace fastrag {
+const DigitKernels* avx2_digit_kernels() { return nullptr; }
+}  // namespace fastrag
+#endif

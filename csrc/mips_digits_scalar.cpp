@@ -1,0 +1,74 @@
+// Whole numbers on a machine about which nothing is known.
+#include <cstring>
+
+#include "mips_kernels.h"
+
+namespace fastrag {
+namespace {
+
+struct Dot {
+  static constexpr int64_t kWidth = 4;
+  static constexpr int kBias = 127;
+  struct I {
+    int32_t lane[kWidth];
+  };
+  struct F {
+    float lane[kWidth];
+  };
+
+  template <class T>
+  static T load_as(const void* p) {
+    T x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  template <class Op>
+  static F each(Op op) {
+    F x;
+    for (int i = 0; i < kWidth; ++i) x.lane[i] = op(i);
+    return x;
+  }
+
+  static I load(const uint8_t* p) { return load_as<I>(p); }
+  static F load(const float* p) { return load_as<F>(p); }
+  static void store(float* p, F x) { std::memcpy(p, &x, sizeof(x)); }
+  static I set(int32_t x) { return {{x, x, x, x}}; }
+  static F set(float x) { return {{x, x, x, x}}; }
+  static I add(I sum, I digits, I codes) {
+    for (int i = 0; i < kWidth; ++i) {
+      uint8_t digit[4];
+      int8_t code[4];
+      std::memcpy(digit, &digits.lane[i], 4);
+      std::memcpy(code, &codes.lane[i], 4);
+      for (int j = 0; j < 4; ++j) sum.lane[i] += digit[j] * code[j];
+    }
+    return sum;
+  }
+  static F number(I sum, I bias) {
+    return each([&](int i) { return static_cast<float>(sum.lane[i] - bias.lane[i]); });
+  }
+  static F mul(F a, F b) {
+    return each([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static F add(F a, F b) {
+    return each([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static F sub(F a, F b) {
+    return each([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static uint64_t not_below(F a, F b) {
+    uint64_t mask = 0;
+    for (int i = 0; i < kWidth; ++i) mask |= uint64_t{!(a.lane[i] < b.lane[i])} << i;
+    return mask;
+  }
+};
+
+constexpr int kDigitRows = 8, kRowsOf1 = 8, kRowsOf2 = 4;
+
+#include "mips_digits.inc.h"
+
+}  // namespace
+
+const DigitKernels* scalar_digit_kernels() { return &kDigitTable; }
+
+}  // namespace fastrag
