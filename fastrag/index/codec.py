@@ -76,9 +76,12 @@ class Codec:
             if self.torch_dtype != torch.float32:
                 self._check_range(vectors, stored, first_row)
             return stored, 0
-        codes = ((vectors - self.offset) / self.scale).round_()
-        n_clamped = int((codes.abs() > MAX_CODE).sum())
-        return codes.clamp_(-MAX_CODE, MAX_CODE).to(torch.int8), n_clamped
+        codes = (vectors - self.offset).div_(self.scale).round_()
+        n_clamped = 0
+        if codes.numel() and bool(torch.maximum(codes.max(), -codes.min()) > MAX_CODE):
+            n_clamped = int((codes.abs() > MAX_CODE).sum())
+            codes.clamp_(-MAX_CODE, MAX_CODE)
+        return codes.to(torch.int8), n_clamped
 
     def _check_range(self, vectors: Tensor, stored: Tensor, first_row: int) -> None:
         beyond = ~stored.isfinite()
@@ -109,7 +112,7 @@ def fit_int8(blocks: Iterable[Tensor]) -> Codec:
     for block in blocks:
         if len(block) == 0:
             continue
-        smallest, largest = block.aminmax(dim=0)
+        smallest, largest = block.amin(dim=0), block.amax(dim=0)  # aminmax takes seven times both
         low = torch.minimum(low, smallest) if n else smallest
         high = torch.maximum(high, largest) if n else largest
         total = total.to(block.device) + block.sum(dim=0, dtype=torch.float64)

@@ -181,7 +181,7 @@ class RowIndex(abc.ABC):
         self._n = n
         removed = torch.zeros(n, dtype=torch.bool)
         removed[torch.from_numpy(np.array(rows))] = True
-        self._set_removed(removed)
+        self._removed, self._n_removed = removed, len(np.unique(rows))
 
     def _removed_rows(self) -> np.ndarray[Any, Any]:
         return self._removed.nonzero().flatten().cpu().numpy()

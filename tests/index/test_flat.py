@@ -261,10 +261,14 @@ def test_numpy_input_is_copied(vectors):
     assert torch.equal(index.index_emb, vectors)
 
 
-def test_searches_beside_updates_see_old_or_new_rows():
-    """All rows of a version have one value; a mixture of versions would be torn."""
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_searches_beside_updates_see_old_or_new_rows(dtype):
+    """All rows of a version have one value; a mixture of versions would be torn.
+
+    Codes too: read with the scale and offset of another version they would be other values.
+    """
     n, dim = 2000, 32
-    index = FlatIndex(dim)
+    index = FlatIndex(dim, dtype)
     index.add(torch.zeros(n, dim))
     rows, query = torch.arange(n), torch.ones(1, dim)
     stop, torn, seen = threading.Event(), [], set()
