@@ -41,6 +41,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 GROUPS = (128, 64)
 _BLOCK_NORM = {"BLOCK_N": 32, "BLOCK_D": 128}
 _BLOCK_PREPARE = 256
+_LEAST_NORMAL = 2.0**-126
 _TMA_ALIGNMENT = 16  # bytes, of the first row and of the pitch
 STORAGES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -130,6 +131,15 @@ def stored_values(
 
 
 @triton.jit
+def _power_below(peak):
+    """1 / p and p, the power of two that peak >= 0 is not below; both are normal numbers."""
+    power = peak.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.minimum(tl.maximum(power, 1 << 23), 253 << 23)
+    inverse = (254 << 23) - power
+    return inverse.to(tl.float32, bitcast=True), power.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _prepare_kernel(
     query_ptr,
     scale_ptr,
@@ -154,14 +164,14 @@ def _prepare_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     query_ptr += pid.to(tl.int64) * stride_query_b
     offs_high = pid.to(tl.int64) * stride_high_b
+    peak_query = tl.zeros((BLOCK_D,), dtype=tl.float32)
     peak = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    square = tl.zeros((BLOCK_D,), dtype=tl.float32)
     size = tl.zeros((BLOCK_D,), dtype=tl.float32)
     base = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         mask_d = (start + offs_d < D) & (pid < B)
         query = tl.load(query_ptr + start + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        square += query * query
+        peak_query = tl.maximum(peak_query, tl.abs(query))
         if HAS_OFFSET:
             part = query * tl.load(offset_ptr + start + offs_d, mask=mask_d, other=0.0)
             base += part
@@ -170,21 +180,13 @@ def _prepare_kernel(
             query *= tl.load(scale_ptr + start + offs_d, mask=mask_d, other=0.0)
             size += 128.0 * tl.abs(query)
         peak = tl.maximum(peak, tl.abs(query))
-    # The power of two below the largest element, and its inverse, both normal numbers.
-    power = tl.max(peak, axis=0).to(tl.int32, bitcast=True) & 0x7F800000
-    power = tl.minimum(tl.maximum(power, 1 << 23), 253 << 23)
-    unit = ((254 << 23) - power).to(tl.float32, bitcast=True)
-    if pid < B:
-        norm = tl.sqrt(tl.sum(square, axis=0))
-        tl.store(unit_ptr + pid, unit)
-        tl.store(base_ptr + pid, tl.sum(base, axis=0))
-        tl.store(norm_ptr + pid, norm)
-        if HAS_SCALE:
-            norm = tl.sum(size, axis=0)
-        tl.store(size_ptr + pid, norm)
+    unit_query, power_query = _power_below(tl.max(peak_query, axis=0))
+    unit, _ = _power_below(tl.max(peak, axis=0))
+    square = tl.zeros((BLOCK_D,), dtype=tl.float32)  # of what cannot overflow, nor vanish
     for start in range(0, stride_high_b, BLOCK_D):
         mask_d = (start + offs_d < D) & (pid < B)
         query = tl.load(query_ptr + start + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        square += (query * unit_query) * (query * unit_query)
         if HAS_SCALE:
             query *= tl.load(scale_ptr + start + offs_d, mask=mask_d, other=0.0)
         query *= unit
@@ -194,6 +196,14 @@ def _prepare_kernel(
         if HAS_LOW:
             low = (query - high.to(tl.float32)).to(high_ptr.dtype.element_ty)
             tl.store(low_ptr + offs_high + start + offs_d, low, mask=mask_out)
+    if pid < B:
+        norm = tl.sqrt(tl.sum(square, axis=0)) * power_query
+        tl.store(unit_ptr + pid, unit)
+        tl.store(base_ptr + pid, tl.sum(base, axis=0))
+        tl.store(norm_ptr + pid, norm)
+        if HAS_SCALE:
+            norm = tl.sum(size, axis=0)
+        tl.store(size_ptr + pid, norm)
 
 
 @triton.jit
@@ -393,7 +403,8 @@ def max_norm(
             **_BLOCK_NORM,
             num_warps=4,
         )
-    return found.amax().sqrt()
+    # What squares of tiny elements lose is less than the least normal number each.
+    return (found.amax() + dim * _LEAST_NORMAL).sqrt()
 
 
 def fits_tma(index: Tensor) -> bool:

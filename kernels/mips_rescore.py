@@ -72,7 +72,7 @@ def _row_keys(
 ):
     """Keys [GROUP] of the passages of one group."""
     offs_d = tl.arange(0, BLOCK_D)
-    row = group.to(tl.int64) * GROUP + tl.arange(0, GROUP)
+    row = (group * GROUP + tl.arange(0, GROUP)).to(tl.int64)
     live = row < N
     row_ptrs = index_ptr + tl.minimum(row, N - 1)[:, None] * stride_index_n + offs_d[None, :]
     score = tl.zeros((GROUP, 1), dtype=tl.float32)

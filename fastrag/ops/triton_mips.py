@@ -149,7 +149,9 @@ def find(
     kernels.group_maxima(
         operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
     )
-    reach = operand.size * plan.error if norm is None else operand.size * (norm * plan.error)
+    # Products that vanish in float32 are outside of any relative bound.
+    reach = operand.size * (plan.error if norm is None else norm * plan.error)
+    reach = reach + index.shape[1] * torch.finfo(torch.float32).tiny
     if exact is not None and gap is not None:
         # Of the two sums that differ, each rounds on its own.
         reach = reach + operand.norm * (gap * (1.01 + plan.error))

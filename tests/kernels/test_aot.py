@@ -32,12 +32,18 @@ def check(arch: int) -> None:
         assert any(name.startswith(f"_doc_scores{kernel}_kernel") for name in names)
     for kernel in ("row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient"):
         assert any(name.startswith(f"_{kernel}_kernel") for name in names)
-    for kernel in ("token_group", "sequence_posterior", "linear_logp"):
+    for kernel in ("token_group", "sequence_posterior", "linear_logp", "group_max", "rescore"):
         assert any(name.startswith(f"_{kernel}_kernel") for name in names)
     product = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05"}[arch]
     for row in rows:
         if row["name"].startswith(("_linear_logp_kernel[bf16", "_linear_logp_kernel[fp16")):
             assert product in row["instructions"], row["name"]
+    for row in rows:
+        if row["name"].startswith("_group_max_kernel["):
+            assert product in row["instructions"], row["name"]
+        if row["name"].startswith(("_rescore_kernel[", "_rest_kernel[")):
+            # Tensor cores add in an order of their own.
+            assert not {"wgmma", "mma.sync", "tcgen05"} & set(row["instructions"]), row["name"]
     limit = {80: 163, 86: 99, 90: 227, 100: 227}[arch] * 1024
     assert all(row["stack"] == 0 and row["shared"] <= limit for row in rows)
     assert all(0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1 for row in rows)
