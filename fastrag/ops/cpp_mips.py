@@ -56,9 +56,17 @@ class CodedIndex:
 
     def __init__(self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
         n = len(index_emb)
-        norms = torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int32)
-        self._arrays = [_stored(x.detach()) for x in (index_emb, codes, scale, offset, *norms)]
-        _C.measure_codes(*self._arrays, threads=torch.get_num_threads())
+        parts = {
+            "index_emb": index_emb,
+            "codes": codes,
+            "scale": scale,
+            "offset": offset,
+            "code_norm": torch.empty(n),
+            "rest_norm": torch.empty(n),
+            "code_sum": torch.empty(n, dtype=torch.int32),
+        }
+        self._arrays: dict[str, Any] = {name: x.detach().numpy() for name, x in parts.items()}
+        _C.measure_codes(**self._arrays, threads=torch.get_num_threads())
 
     def search(
         self, query_emb: Tensor, k: int, exclude: Tensor | None = None
@@ -66,7 +74,11 @@ class CodedIndex:
         """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
         scores, rows = _empty_answer(query_emb, k)
         _C.mips_topk_by_codes(
-            _array(query_emb), *self._arrays, scores.numpy(), rows.numpy(), **_options(exclude)
+            _array(query_emb),
+            scores=scores.numpy(),
+            rows=rows.numpy(),
+            **self._arrays,
+            **_options(exclude),
         )
         return scores, rows
 

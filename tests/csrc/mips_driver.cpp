@@ -117,6 +117,29 @@ struct Problem {
     return found;
   }
 
+  // The same through int8 codes of the float32 rows, the far ones of which are clamped.
+  Answer search_by_codes(Threads threads) const {
+    std::unique_ptr<int8_t[]> codes(new int8_t[n_rows * dim]);
+    const std::vector<float> step(dim, 0.02f), centre(dim, 0.1f);
+    for (int64_t i = 0; i < n_rows; ++i)
+      for (int64_t d = 0; d < dim; ++d) {
+        const float code = std::round((index_emb[i * pitch + d] - centre[d]) / step[d]);
+        codes[i * dim + d] = static_cast<int8_t>(std::fmin(std::fmax(code, -127.0f), 127.0f));
+      }
+    std::vector<float> code_norm(n_rows), rest_norm(n_rows);
+    std::vector<int32_t> code_sum(n_rows);
+    const fastrag::CodeBounds bounds{code_norm.data(), rest_norm.data(), code_sum.data()};
+    const fastrag::MipsMatrix matrix{index_emb.get(), n_rows, pitch};
+    const fastrag::MipsMatrix coded{codes.get(),    n_rows,      dim,
+                                    Storage::kInt8, step.data(), centre.data()};
+    fastrag::measure_codes(matrix, coded, dim, bounds, threads);
+    Answer found{std::vector<float>(n_queries * k), std::vector<int64_t>(n_queries * k)};
+    fastrag::mips_topk_by_codes(
+        {query_emb.data(), n_queries, dim, k, removed.get(), exclude.data(), n_exclude}, matrix,
+        coded, bounds, {found.scores.data(), found.rows.data()}, threads);
+    return found;
+  }
+
   Answer expected() const {
     Answer best;
     for (int64_t b = 0; b < n_queries; ++b) {
@@ -160,8 +183,11 @@ void run_shapes() {
     const Answer expected = problem.expected();
     for (const Isa isa : instruction_sets())
       for (const int count : {1, 3})
-        expect(problem.search({count, isa}) == expected,
-               "problem " + std::to_string(i) + " with " + fastrag::isa_name(isa));
+        for (const bool by_codes : {false, true})
+          expect((by_codes ? problem.search_by_codes({count, isa})
+                           : problem.search({count, isa})) == expected,
+                 "problem " + std::to_string(i) + " with " + fastrag::isa_name(isa) +
+                     (by_codes ? " by codes" : ""));
   }
 }
 
@@ -216,7 +242,9 @@ void run_threads() {
   for (int i = 0; i < 4; ++i)
     callers.emplace_back([&, i] {
       for (int repeat = 0; repeat < 10; ++repeat)
-        expect(problem.search({1 + i, fastrag::best_isa()}) == expected, "search beside others");
+        expect((i % 2 ? problem.search_by_codes({1 + i, fastrag::best_isa()})
+                      : problem.search({1 + i, fastrag::best_isa()})) == expected,
+               "search beside others");
     });
   for (std::thread& caller : callers) caller.join();
 }

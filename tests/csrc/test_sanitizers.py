@@ -15,6 +15,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["row_pass", "row_pass_scalar", "row_pass_avx2", "row_pass_avx512", "thread_pool"]
 SOURCES += ["mips", "mips_scalar", "mips_avx2", "mips_avx512"]
+SOURCES += ["mips_digits", "mips_digits_scalar", "mips_digits_avx2", "mips_digits_vnni"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
