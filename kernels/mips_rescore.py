@@ -439,6 +439,6 @@ def _configs() -> Iterator[AotConfig]:
             constants["DOUBLINGS"] = _doublings(size, group)
             options = _rest_options(size)
             yield AotConfig(_rest_kernel, rows, constants, aligned=aligned, **options)
-            if stored == torch.bfloat16:
+            if k > 1:
                 lists = {"LIST": size}
                 yield AotConfig(_join_rest_kernel, types, lists, _warps(size))

@@ -34,3 +34,22 @@ def on_cpu(query: Tensor, index: Tensor, k: int, **options: Tensor | None) -> Fo
 
 def same(found: Found, expected: Found) -> bool:
     return all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+def widened(index: Tensor, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """The float32 that is stored; of codes scale * code + offset, rounded once."""
+    if scale is None or offset is None:
+        return index.float()
+    return (index.double() * scale.double() + offset.double()).float()
+
+
+def one_after_another(query: Tensor, vectors: Tensor, k: int, exclude: Tensor | None) -> Found:
+    """The same sums without the extension, on any device; exclude is bool [N]."""
+    scores = torch.zeros(len(query), len(vectors), device=query.device)
+    for d in range(query.shape[1]):
+        product = query[:, d, None].double() * vectors[None, :, d].double()  # exact
+        scores = (product + scores).float()
+    if exclude is not None:
+        scores[:, exclude] = -torch.inf
+    scores, rows = (scores + 0.0).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k].cpu(), rows[:, :k].cpu()

@@ -19,15 +19,24 @@ import fastrag.functional as F
 from fastrag import reference
 from fastrag.ops import backends
 
-from .mips_cases import STORED, Found, on_cpu, random_index, same, whole_numbers
+from .mips_cases import (
+    STORED,
+    Found,
+    on_cpu,
+    one_after_another,
+    random_index,
+    same,
+    whole_numbers,
+    widened,
+)
 
 triton = pytest.importorskip("triton")
 if not backends.interpreting():
     pytest.skip("the launchers take CPU tensors under TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastrag.kernels import mips, mips_rescore  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from fastrag.kernels import mips, mips_rescore  # noqa: E402
 from fastrag.ops import triton_mips  # noqa: E402
 
 needs_cpp = pytest.mark.skipif(bool(backends.why_not("cpp")), reason="the extension is not built")
@@ -130,6 +139,7 @@ def test_bits_of_the_cpu(dtype: torch.dtype, use_tma: bool) -> None:
     index, options = index[:, :37], {name: x[:37] for name, x in options.items()}
     found, uncertain = search(query, index, 5, use_tma=use_tma, **options)
     assert same(found, on_cpu(query, index, 5, **options))
+    assert same(found, one_after_another(query, widened(index, **options), 5, None))
     assert not all(uncertain)
 
 
