@@ -146,6 +146,7 @@ void advise_huge_pages(const py::buffer& buffer) {
 }  // namespace
 
 void bind_mips(py::module_& m);
+void bind_peaks(py::module_& m);
 
 }  // namespace fastrag
 
@@ -170,4 +171,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
   m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));
   fastrag::bind_mips(m);
+  fastrag::bind_peaks(m);
 }

@@ -103,3 +103,6 @@ def mips_topk_by_codes(
 
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
     """Answers [parts, B, k] of several searches as one."""
+
+def fma_loop(n_fmas: int, *, threads: int = 1, isa: str = "") -> None:
+    """n_fmas multiplications and additions of float32 on registers: a ceiling for benchmarks."""

@@ -1,0 +1,100 @@
+// What this machine can do at the most, for benchmarks: multiplications and additions on registers
+// alone.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <string>
+
+#include "buffers.h"
+#include "thread_pool.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define FASTRAG_X86 1
+#endif
+
+namespace py = pybind11;
+
+namespace fastrag {
+namespace {
+
+constexpr int64_t kFmasOfATask = int64_t{1} << 26;
+
+// n_steps of x = a x + b on each of enough vectors to hide the latency; returns what they come to.
+// Functions with a target of their own: this file is compiled for any processor.
+#ifdef FASTRAG_X86
+constexpr int kChains512 = 16, kChains256 = 12;
+
+__attribute__((target("avx512f"))) float fma_avx512(int64_t n_steps) {
+  const __m512 a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(1.0f);
+  __m512 x[kChains512];
+  for (int i = 0; i < kChains512; ++i) x[i] = _mm512_set1_ps(static_cast<float>(i));
+  for (int64_t step = 0; step < n_steps; ++step)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains512; ++i) x[i] = _mm512_fmadd_ps(x[i], a, b);
+  __m512 sum = x[0];
+  for (int i = 1; i < kChains512; ++i) sum = _mm512_add_ps(sum, x[i]);
+  return _mm512_cvtss_f32(sum);
+}
+
+__attribute__((target("avx2,fma"))) float fma_avx2(int64_t n_steps) {
+  const __m256 a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(1.0f);
+  __m256 x[kChains256];
+  for (int i = 0; i < kChains256; ++i) x[i] = _mm256_set1_ps(static_cast<float>(i));
+  for (int64_t step = 0; step < n_steps; ++step)
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains256; ++i) x[i] = _mm256_fmadd_ps(x[i], a, b);
+  __m256 sum = x[0];
+  for (int i = 1; i < kChains256; ++i) sum = _mm256_add_ps(sum, x[i]);
+  return _mm256_cvtss_f32(sum);
+}
+#endif
+
+constexpr int kLanes = 32;
+
+float multiply_add(int64_t n_steps) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(i);
+  for (int64_t step = 0; step < n_steps; ++step)
+    for (int i = 0; i < kLanes; ++i) x[i] = x[i] * 0.5f + 1.0f;
+  return std::accumulate(x, x + kLanes, 0.0f);
+}
+
+struct FmaLoop {
+  float (*run)(int64_t n_steps);
+  int64_t fmas_of_a_step;
+};
+
+FmaLoop fma_loop_of(Isa isa) {
+#ifdef FASTRAG_X86
+  if (isa == Isa::kAvx512) return {fma_avx512, kChains512 * 16};
+  if (isa == Isa::kAvx2) return {fma_avx2, kChains256 * 8};
+#endif
+  return {multiply_add, kLanes};
+}
+
+void fma_loop(int64_t n_fmas, int threads, const std::string& isa) {
+  if (n_fmas < 1)
+    throw py::value_error("n_fmas: expected at least 1, got " + std::to_string(n_fmas));
+  const Threads with = threads_of(threads, isa);
+  const FmaLoop loop = fma_loop_of(with.isa);
+  const py::gil_scoped_release nogil;
+  const int64_t n_tasks = (n_fmas + kFmasOfATask - 1) / kFmasOfATask;
+  parallel_for(with.count, n_tasks, [&](int64_t task) {
+    const int64_t n = std::min(kFmasOfATask, n_fmas - task * kFmasOfATask);
+    // The compiler must believe that somebody looks.
+    volatile float seen = loop.run((n + loop.fmas_of_a_step - 1) / loop.fmas_of_a_step);
+    (void)seen;
+  });
+}
+
+}  // namespace
+
+void bind_peaks(py::module_& m) {
+  m.def("fma_loop", &fma_loop, py::arg("n_fmas"), py::kw_only(), py::arg("threads") = 1,
+        py::arg("isa") = "");
+}
+
+}  // namespace fastrag
