@@ -46,7 +46,8 @@ MAX_K = 1024
 _BLOCK_D = 16  # the least that a product may have
 _BLOCK_GROUPS = 128
 _LEAST_LIST = 128  # of shorter ones the assembler spills
-_WANTED_PROGRAMS = 264
+# Programs that have nothing to do cost little, and where they have, many are wanted.
+_LISTS_BYTES = 16 << 20
 _MAX_SPLITS = 256
 
 
@@ -343,10 +344,10 @@ def search_rest(
     """
     n_queries, k = keys.shape
     n_groups = triton.cdiv(passages.index.shape[0], group)
-    wanted = triton.cdiv(_WANTED_PROGRAMS, n_queries)
-    n_splits = max(1, min(wanted, _MAX_SPLITS, triton.cdiv(n_groups, _BLOCK_GROUPS)))
-    split_size = triton.cdiv(triton.cdiv(n_groups, n_splits), _BLOCK_GROUPS) * _BLOCK_GROUPS
     size = list_size(k, group)
+    most = min(_MAX_SPLITS, _LISTS_BYTES // (8 * size * n_queries))
+    n_splits = max(1, min(most, triton.cdiv(n_groups, _BLOCK_GROUPS)))
+    split_size = triton.cdiv(triton.cdiv(n_groups, n_splits), _BLOCK_GROUPS) * _BLOCK_GROUPS
     flag = keys.new_empty(n_queries, dtype=torch.int32)
     lists = keys.new_empty(n_queries, n_splits, size)
     with device_of(query):

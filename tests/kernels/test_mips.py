@@ -146,12 +146,21 @@ def test_bits_of_the_cpu(dtype: torch.dtype, use_tma: bool) -> None:
 @needs_cpp
 @each_storage
 def test_uncertain_answers_are_exact(dtype: torch.dtype) -> None:
-    """A bound that no answer can meet: the rest of the groups is scored, and all of them."""
-    query = torch.randn(2, 11)
+    """One group is chosen, of five that hold the answer."""
+    query = torch.randn(3, 11)
+    query[1] = -query[0]  # the offset of codes counts once for either
     index, options = random_index(70, 11, dtype)
-    found, uncertain = search(query, index, 4, n_chosen=1, error=1e6, **options)
-    assert uncertain == [1, 1]
+    found, uncertain = search(query, index, 4, n_chosen=1, **options)
+    assert any(uncertain)
     assert same(found, on_cpu(query, index, 4, **options))
+
+
+@needs_cpp
+def test_a_bound_that_no_answer_can_meet() -> None:
+    query, index = torch.randn(2, 11), torch.randn(70, 11)
+    found, uncertain = search(query, index, 4, error=1e6, n_chosen=3)
+    assert uncertain == [1, 1]
+    assert same(found, on_cpu(query, index, 4))
 
 
 @needs_cpp
@@ -243,9 +252,10 @@ def test_exact_scores_from_a_coarse_scan(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_comes_first_as_nan(bad: float, swap: bool) -> None:
     query, index = whole_numbers(2, 4), whole_numbers(60, 4)
     query[:, 2] = -1.0
+    index[32:48] = 0.0  # else of little interest
     index[37, 2] = bad
     tile = dataclasses.replace(TILE, swap=swap)
-    (scores, rows), _ = search(query, index, 3, tile=tile)
+    (scores, rows), _ = search(query, index, 3, tile=tile, n_chosen=1)
     assert scores[:, 0].isnan().all() and rows[:, 0].eq(37).all()
     removed = torch.arange(60) == 37
     found, _ = search(query, index, 3, tile=tile, exclude=removed)
