@@ -218,6 +218,8 @@ def test_an_error_leaves_the_index_as_it_was(factory: str) -> None:
     with pytest.raises(ValueError, match="row 401"):
         index.update(torch.arange(N), bad)
     assert (index.checksum(), index.version) == before and len(index) == N
+    assert index.add(-vectors()[:1]) == range(N, N + 1)  # nothing of what failed lies before it
+    torch.testing.assert_close(index.vectors(torch.tensor([N])), -vectors()[:1])
 
 
 @pytest.mark.parametrize(
@@ -354,8 +356,17 @@ def test_on_a_gpu_searches_go_to_its_copy(monkeypatch) -> None:
     """With a stand-in for faiss-gpu: the copy follows each change; what it cannot do stays here."""
     copies: list[Any] = []
 
+    class Copy:
+        def __init__(self, index: Any) -> None:
+            self.index, self.n_searches = faiss.clone_index(index), 0
+
+        def search(self, query: Any, k: int, params: Any = None) -> Any:
+            assert params is None  # as on a GPU
+            self.n_searches += 1
+            return self.index.search(query, k)
+
     def to_gpu(resources: Any, ordinal: int, index: Any) -> Any:
-        copies.append(faiss.clone_index(index))
+        copies.append(Copy(index))
         return copies[-1]
 
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
@@ -369,7 +380,7 @@ def test_on_a_gpu_searches_go_to_its_copy(monkeypatch) -> None:
         index.update(torch.tensor([0]), torch.ones(1, DIM))
         exact.update(torch.tensor([0]), torch.ones(1, DIM))
         assert_same_hits(index, exact)
-        assert len(copies) == 2 and index._on_gpu is copies[-1]
+        assert [copy.n_searches for copy in copies] == [1, 1]
         for each in (index, exact):
             each.remove(torch.tensor([7]))
         assert_same_hits(index, exact)

@@ -99,6 +99,8 @@ def test_rows_begin_at_cache_lines(dtype: str, dim: int) -> None:
     assert index.pitch % 64 == 0 and 0 <= index.pitch - dim * index.index_emb.itemsize < 64
     assert index.index_emb.stride() == (index.pitch // index.index_emb.itemsize, 1)
     assert index.index_emb.data_ptr() % 64 == 0
+    index.add(vectors(50, dim))  # moves what is there
+    assert not index._data[:, dim:].any()
 
 
 @DTYPES
@@ -154,6 +156,16 @@ def test_int8_measures_the_first_blocks_of_an_iterable(monkeypatch) -> None:
     index.replace(given)
     assert index.n_clamped == 0
     assert torch.equal(index.index_emb, filled("int8", given).index_emb)
+    assert torch.equal(everything(index), everything(filled("int8", given)))
+
+
+def test_int8_keeps_its_scale_when_rows_are_added() -> None:
+    index = filled("int8", vectors())
+    before = everything(index)
+    index.add(5 * vectors(seed=1))
+    assert index.n_clamped > 0 and torch.equal(everything(index)[:60], before)
+    index.update(torch.tensor([3]), 5 * vectors(1))
+    assert torch.equal(everything(index)[:3], before[:3])
 
 
 def test_int8_of_one_row_leaves_room_for_more() -> None:
