@@ -51,7 +51,7 @@ SHAPES = {
     "all rows": (3, 40, 7, 40),
     "more than all rows": (1, 20, 3, 25),
     "one row over": (2, 97, 16, 4),
-    "blocks and a rest": (17, 150, 19, 3),
+    "blocks and a rest": (17, 150, 19, 2),
 }
 
 
@@ -146,10 +146,10 @@ def test_bits_of_the_cpu(dtype: torch.dtype, use_tma: bool) -> None:
 @needs_cpp
 @each_storage
 def test_uncertain_answers_are_exact(dtype: torch.dtype) -> None:
-    """One group is chosen, of five that hold the answer."""
-    query = torch.randn(3, 11)
+    """One group is chosen, of three that hold the answer."""
+    query = torch.randn(2, 11)
     query[1] = -query[0]  # the offset of codes counts once for either
-    index, options = random_index(70, 11, dtype)
+    index, options = random_index(40, 11, dtype)
     found, uncertain = search(query, index, 4, n_chosen=1, **options)
     assert any(uncertain)
     assert same(found, on_cpu(query, index, 4, **options))
@@ -157,18 +157,18 @@ def test_uncertain_answers_are_exact(dtype: torch.dtype) -> None:
 
 @needs_cpp
 def test_a_bound_that_no_answer_can_meet() -> None:
-    query, index = torch.randn(2, 11), torch.randn(70, 11)
-    found, uncertain = search(query, index, 4, error=1e6, n_chosen=3)
-    assert uncertain == [1, 1]
+    query, index = torch.randn(1, 11), torch.randn(70, 11)
+    found, uncertain = search(query, index, 4, error=1e6, n_chosen=4)
+    assert uncertain == [1]
     assert same(found, on_cpu(query, index, 4))
 
 
 @needs_cpp
 def test_uncertain_answers_longer_than_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, index = torch.randn(2, 5), torch.randn(70, 5)
+    query, index = torch.randn(1, 5), torch.randn(60, 5)
     monkeypatch.setattr(mips_rescore, "_BLOCK_GROUPS", 2)  # and in several splits
     found, uncertain = search(query, index, 21, n_chosen=2)
-    assert uncertain == [1, 1]
+    assert uncertain == [1]
     assert same(found, on_cpu(query, index, 21))
 
 
@@ -369,10 +369,11 @@ def test_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tile and the groups of a GPU; queries in slices; small searches are left to torch."""
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")
     monkeypatch.setattr(triton_mips, "_LEAST_SCORES", 0)
+    monkeypatch.setattr(triton_mips, "SLACK_FLOAT32", 1)
     query, index = torch.randn(3, 9), torch.randn(4700, 9)
     assert triton_mips.pays(query, index, 1, None)
     assert not triton_mips.pays(query, index[:4600], 1, None)
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", "71000")
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", "9000")
     plan = triton_mips.plan_for(query, index, 1)
     assert triton_mips._queries_at_once(index, plan) == 2
     found = F.mips_topk(query, index, 1)
