@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import platform
 import subprocess
 import time
@@ -71,10 +72,24 @@ def _forget_peak() -> bool:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return _kilobytes("/proc/self/status", field)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may still be taken; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _kilobytes("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return math.inf
+
+
+def _kilobytes(file: str, field: str) -> int:
+    for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"{file} has no {field}")
 
 
 @dataclass

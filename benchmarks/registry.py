@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.shared import Spec
 
 Shape = tuple[int, ...]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,6 +31,14 @@ FLOORS = {"float32": 3e-5, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 def always() -> str:
     return ""
+
+
+def unchanged(mode: str, problem: Any) -> Any:
+    return problem
+
+
+def no_memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
+    return 0, 0
 
 
 def needs(module: str) -> Callable[[], str]:
@@ -43,9 +54,11 @@ def needs(module: str) -> Callable[[], str]:
 class Provider:
     """One way to do the operation.
 
-    `run(mode, problem)` returns the outputs that the operation names, gradients included. `missing`
-    gives the reason why it cannot run here, "" if it can. `compiles`: its first call at a shape
-    builds code, whose memory is not counted.
+    `run(mode, problem)` returns the outputs that the operation names, gradients included. What it
+    gets for a problem is `setup(mode, problem)`, neither timed nor counted: an index of its own,
+    perhaps. `missing` gives the reason why it cannot run here, "" if it can. `compiles`: its first
+    call at a shape builds code, whose memory is not counted. `memory(mode, shape, device)` bounds
+    the bytes that its process keeps beside what is shared, and those that a call takes in addition.
     """
 
     name: str
@@ -54,11 +67,21 @@ class Provider:
     kind: str = "peer"  # or "ours" or "ceiling"; a ceiling has no outputs to check
     devices: tuple[str, ...] = DEVICES
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    modes: tuple[str, ...] = ()  # all
     missing: Callable[[], str] = always
     compiles: bool = False
+    setup: Callable[[str, Any], Any] = unchanged
+    memory: Callable[[str, Shape, torch.device], tuple[int, int]] = no_memory
 
-    def why_not(self, device: str, dtype: str) -> str:
+    def call(self, mode: str, problem: Any) -> Callable[[], tuple[Tensor, ...]]:
+        """Returns what is checked and timed."""
+        ready = self.setup(mode, problem)
+        return lambda: self.run(mode, ready)
+
+    def why_not(self, device: str, dtype: str, mode: str) -> str:
         """Returns the reason why this cannot run on such inputs here, "" if it can."""
+        if self.modes and mode not in self.modes:
+            return f"is for {' and '.join(self.modes)} only, not for {mode}"
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only, not on {device}"
         if dtype not in self.dtypes:
@@ -71,11 +94,13 @@ class Goal:
     """A ratio to be compared by eye with what was measured: ours against provider `against`.
 
     Slower by at most `at_most`, or faster by at least `at_least`; `against` may be "best peer".
+    `where(mode, shape)`: where it is one.
     """
 
     against: str
     at_most: float | None = None
     at_least: float | None = None
+    where: Callable[[str, Shape], bool] = lambda mode, shape: True
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ class Op:
     make_checked: Callable[[Shape, torch.dtype, int, torch.device], Any]
     oracle: Callable[[str, Any], tuple[Tensor, ...]]  # outputs, in the dtype of the inputs
     providers: tuple[Provider, ...]
-    ceiling: str  # name of the provider that nothing can pass
+    ceiling: str  # name of the provider that nothing can pass; others of that kind may be beside it
     checked: tuple[Shape, ...]  # the first one is tiny
     shapes: Mapping[str, tuple[Shape, ...]]  # device -> sweep
     small: Shape  # for pytest
@@ -102,6 +127,18 @@ class Op:
     goals: tuple[Goal, ...] = ()
     # mode, shape, device -> bytes of workspace that ours may take, and the limit that bounds them
     workspace: Callable[[str, Shape, torch.device], tuple[int, int]] | None = None
+    extra_memory: int | None = None  # bytes beyond inputs and outputs that ours may take
+    # (device, mode) -> sweep, where it is not that of the device
+    mode_shapes: Mapping[tuple[str, str], tuple[Shape, ...]] = field(default_factory=dict)
+    # provider, mode, problem, outputs -> what is wrong, where nearness to the oracle says little
+    check: Callable[[Provider, str, Any, tuple[Tensor, ...]], str] | None = None
+    # mode, shape -> tensors that all processes on a CPU need
+    share: Callable[[str, Shape], Mapping[str, Spec]] | None = None
+    # Seconds of turns after which a provider takes no more: it is slow, and known to be.
+    patience: float = math.inf
+
+    def sweep(self, device: str, mode: str) -> tuple[Shape, ...]:
+        return self.mode_shapes.get((device, mode), self.shapes[device])
 
     def provider(self, name: str) -> Provider:
         return next(p for p in self.providers if p.name == name)
@@ -154,17 +191,21 @@ def error_of(
 ) -> str:
     """Returns what is wrong with a provider's outputs at this shape, "" if nothing is.
 
-    The yardstick is the oracle in float64 on the same numbers. Allowed is twice the norm and three
-    times the largest error of plain torch in the same dtype, plus a floor of that dtype.
+    The op's own check says so, if it has one. Else the yardstick is the oracle in float64 on the
+    same numbers: allowed is twice the norm and three times the largest error of plain torch in the
+    same dtype, plus a floor of that dtype.
     """
     from fastrag.testing import assert_close
 
     if provider.kind == "ceiling":
         return ""
     problem = op.make_checked(shape, DTYPES[dtype], 0, device)
+    found = provider.call(mode, problem)()
+    if op.check is not None:
+        wrong = op.check(provider, mode, problem, found)
+        return wrong and f"{wrong} at {','.join(map(str, shape))}"
     right = op.oracle(mode, problem.to(torch.float64))
     plain = op.oracle(mode, problem.to(DTYPES[dtype]))
-    found = provider.run(mode, problem)
     if len(found) != len(right):
         return f"{len(found)} outputs, expected {len(right)}"
     for name, got, base, true in zip(op.outputs, found, plain, right, strict=False):

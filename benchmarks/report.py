@@ -91,6 +91,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
     """The results of one mode and shape."""
     case = results[0].case
     base, peer = _base(op, results), _best_peer(op, results)
+    ceilings = [r for r in results if r.ok and r.case.provider in op.names("ceiling")]
     title = (
         f"{case.op} {case.mode}  {','.join(op.dims)} = {shape_text(case.shape)}  {case.dtype}  "
         f"{facts['device']}"
@@ -102,8 +103,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
     else:
         heads = ["provider", "p50 ms", "p20", "p80", "cpu ms", f"/ {base.case.provider}"]
         heads += ["vs peer", "extra MiB", "GFLOP/s", "GB/s"]
-        if base.case.provider == op.ceiling:
-            heads.append(f"% {op.ceiling}")
+        heads += [f"% {ceiling.case.provider}" for ceiling in ceilings]
     lines = [[head] for head in heads]
     notes = []
     for result in results:
@@ -118,8 +118,9 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
         cells.append(f"{p50 / median(base):.2f}")
         cells.append("" if peer is None else f"{median(peer) / p50:.2f}")
         cells.append("?" if extra is None else f"{extra / MIB:.0f}")
-        cells += [f"{1e3 * tflops:.4g}", f"{gbps:.4g}", f"{100 * median(base) / p50:.0f}"]
-        for column, cell in zip(lines, cells, strict=False):
+        cells += [f"{1e3 * tflops:.4g}", f"{gbps:.4g}"]
+        cells += [f"{100 * median(ceiling) / p50:.0f}" for ceiling in ceilings]
+        for column, cell in zip(lines, cells, strict=True):
             column.append(cell)
     widths = [max(map(len, column)) for column in lines]
     body = [
@@ -145,6 +146,8 @@ def foot(op: Op, results: Sequence[Result]) -> str:
     if peer is not None:
         by_name["best peer"] = peer
     for goal in op.goals:
+        if not goal.where(own.case.mode, own.case.shape):
+            continue
         lines.append(f"  {_beside(goal, own, by_name.get(goal.against))}")
     if op.workspace is not None and own.extra_bytes is not None:
         case = own.case
@@ -153,6 +156,10 @@ def foot(op: Op, results: Sequence[Result]) -> str:
             f"  extra memory {own.extra_bytes / MIB:.0f} MiB: at most "
             f"{(takes + WORKSPACE_ALLOWANCE) / MIB:.0f} (workspace {takes / MIB:.0f} of at most "
             f"{limit / MIB:.0f}, and {WORKSPACE_ALLOWANCE / MIB:.0f})"
+        )
+    if op.extra_memory is not None and own.extra_bytes is not None:
+        lines.append(
+            f"  extra memory {own.extra_bytes / MIB:.0f} MiB: at most {op.extra_memory / MIB:.0f}"
         )
     return "\n".join(lines) if len(lines) > 1 else ""
 

@@ -18,15 +18,18 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks import report
+from benchmarks import report, shared
 from benchmarks.commits import CommitError, Pair, checkout, compare
-from benchmarks.measure import facts
+from benchmarks.measure import facts, free_memory
 from benchmarks.ops import OPS
 from benchmarks.registry import DEVICES, DTYPES, Op, Shape
 from benchmarks.turns import Case, Result, time_cases
 
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
+# A process with torch in it, and the share of free memory that a bound may reach.
+PROCESS_BYTES = 600 << 20
+SAFE_SHARE = 0.8
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,8 +67,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.dtype not in DTYPES:
         parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
     known = op.names("ours") if args.base else op.names()
-    args.providers = args.providers.split(",") if args.providers else known
-    for name in args.providers:
+    args.providers = args.providers.split(",") if args.providers else None
+    for name in args.providers or ():
         if name not in known:
             which = "provider of ours" if args.base else "provider"
             parser.error(f"{op.name} has no {which} {name!r}; known: {', '.join(known)}")
@@ -74,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if mode not in op.modes:
             parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
     shapes = [_shape(parser, op, text) for text in args.shape or ()]
-    args.shape = shapes or list(op.shapes[args.device])
+    args.sweep = {mode: shapes or list(op.sweep(args.device, mode)) for mode in args.mode}
     args.rounds = DEFAULT_ROUNDS[args.device] if args.rounds is None else args.rounds
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
@@ -105,18 +108,47 @@ def _check_backend(parser: _Parser) -> None:
 
 
 def _cases(args: argparse.Namespace, mode: str, shape: Shape) -> list[Case]:
-    return [Case(args.op, name, mode, shape, args.dtype, args.device) for name in args.providers]
+    """Of the providers asked for, or of all that know the mode."""
+    op = OPS[args.op]
+    known = [p.name for p in op.providers if not p.modes or mode in p.modes]
+    if args.base:
+        known = [name for name in known if name in op.names("ours")]
+    names = args.providers or known
+    return [Case(op.name, name, mode, shape, args.dtype, args.device) for name in names]
 
 
 def _time(cases: Sequence[Case], rounds: int) -> list[Result]:
     """Results in the order of the cases; who cannot run here needs no process to say so."""
     reasons = {
-        case: OPS[case.op].provider(case.provider).why_not(case.device, case.dtype)
+        case: OPS[case.op].provider(case.provider).why_not(case.device, case.dtype, case.mode)
         for case in cases
     }
-    timed = time_cases([case for case in cases if not reasons[case]], rounds)
+    able = [case for case in cases if not reasons[case]]
+    together = _fit_together(able)
+    if not together:
+        _say("one process at a time, all do not fit into memory")
+    patience = OPS[cases[0].op].patience
+    timed = time_cases(able, rounds, together=together, patience=patience)
     done = {result.case: result for result in timed}
     return [done.get(case) or Result(case, f"unavailable: {reasons[case]}") for case in cases]
+
+
+def _fit_together(cases: Sequence[Case]) -> bool:
+    """Whether what all keep and the most that one call takes is surely less than what is free."""
+    kept = peak = 0
+    for case in cases:
+        provider, device = OPS[case.op].provider(case.provider), torch.device(case.device)
+        keeps, takes = provider.memory(case.mode, case.shape, device)
+        kept, peak = kept + keeps, max(peak, takes)
+    if not kept + peak:
+        return True
+    free = free_memory(torch.device(cases[0].device))
+    return kept + peak + len(cases) * PROCESS_BYTES < SAFE_SHARE * free
+
+
+def _share(op: Op, mode: str, shape: Shape, device: str) -> None:
+    if op.share is not None and device == "cpu":
+        shared.hold(op.share(mode, shape))
 
 
 def _broken(op: Op, results: Iterable[Result]) -> bool:
@@ -132,8 +164,9 @@ def _providers(args: argparse.Namespace) -> int:
     rows: list[dict[str, str]] = []
     code = 0
     for mode in args.mode:
-        for shape in args.shape:
-            _say(f"{op.name} {mode} {report.shape_text(shape)}")
+        for shape in args.sweep[mode]:
+            _say(f"timing {op.name} {mode} {report.shape_text(shape)}")
+            _share(op, mode, shape, args.device)
             results = _time(_cases(args, mode, shape), args.rounds)
             rows += [report.row(op, result, machine) for result in results]
             if args.csv:  # at once: what is done is kept if a later case is interrupted
@@ -149,12 +182,13 @@ def _commits(args: argparse.Namespace) -> int:
     code = 0
     with checkout(args.base) as tree:
         for mode in args.mode:
-            for shape in args.shape:
-                _say(f"{op.name} {mode} {report.shape_text(shape)}")
+            for shape in args.sweep[mode]:
+                _say(f"timing {op.name} {mode} {report.shape_text(shape)}")
+                _share(op, mode, shape, args.device)
                 cases = [
                     case
                     for case in _cases(args, mode, shape)
-                    if not op.provider(case.provider).why_not(case.device, case.dtype)
+                    if not op.provider(case.provider).why_not(case.device, case.dtype, mode)
                 ]
                 print(f"{op.name} {mode} {report.shape_text(shape)} {args.dtype}")
                 for pair in compare(cases, tree, args.rounds):
@@ -174,7 +208,7 @@ def _verdict(pair: Pair, ref: str, allowed: float) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"timing {text} ...", file=sys.stderr, flush=True)
+    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommitError as error:
         print(f"benchmarks.run: {error}", file=sys.stderr)
         return 2
+    finally:
+        shared.hold({})
 
 
 if __name__ == "__main__":

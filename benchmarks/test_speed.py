@@ -35,16 +35,13 @@ DTYPE = DEFAULT_DTYPE[DEVICE]
     ],
 )
 def test_speed(benchmark: Any, op: Op, mode: str, provider: Provider) -> None:
-    reason = provider.why_not(DEVICE, DTYPE)
+    reason = provider.why_not(DEVICE, DTYPE, mode)
     if reason:
         pytest.skip(f"{provider.name}: {reason}")
     device = torch.device(DEVICE)
     wrong = error_of(op, provider, mode, op.checked[0], DTYPE, device)
     assert not wrong, f"{provider.name}: {wrong}"
-    problem = op.make(op.small, DTYPES[DTYPE], 0, device)
-
-    def call() -> tuple[torch.Tensor, ...]:
-        return provider.run(mode, problem)
+    call = provider.call(mode, op.make(op.small, DTYPES[DTYPE], 0, device))
 
     def timed() -> None:
         call()

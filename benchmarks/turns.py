@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import shared
 from benchmarks.measure import ROOT, Turn
-from benchmarks.worker import OK
+from benchmarks.worker import LONG_SECONDS, OK
 
 # Threads of the last provider may spin for some milliseconds after their work.
 SETTLE_SECONDS = 0.02
@@ -52,6 +54,7 @@ class Worker:
 
     def __init__(self, case: Case, log: Any, tree: Path | None) -> None:
         self.result, self.log = Result(case), log
+        self.first = self.spent = 0.0  # seconds of its first call, and of its turns
         command = [sys.executable, "-m", "benchmarks.worker"]
         if tree is not None:
             command += ["--fastrag", str(tree)]
@@ -64,6 +67,7 @@ class Worker:
             stderr=log,
             text=True,
             start_new_session=True,
+            pass_fds=shared.descriptors(),
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -85,13 +89,17 @@ class Worker:
         return {"status": f"failed: its process ended with code {code}{last}"}
 
     def prepare(self) -> None:
-        reply = self.ask({"do": "prepare", **asdict(self.result.case)})
+        handed = {"shared": shared.handles()}
+        reply = self.ask({"do": "prepare", **handed, **asdict(self.result.case)})
         self.result.status = reply["status"]
         self.result.extra_bytes = reply.get("extra_bytes")
+        self.first = reply.get("seconds", 0.0)
 
     def go(self, count: bool) -> None:
         time.sleep(SETTLE_SECONDS)
+        start = time.perf_counter()
         reply = self.ask({"do": "go"})
+        self.spent += time.perf_counter() - start
         self.result.status = reply["status"]
         if count and reply["status"] == OK:
             self.result.turns.append(Turn(reply["wall"], reply["processor"]))
@@ -116,23 +124,43 @@ def started(case: Case, tree: Path | None) -> Iterator[Worker]:
 
 
 def time_cases(
-    cases: Sequence[Case], rounds: int, trees: Sequence[Path | None] | None = None
+    cases: Sequence[Case],
+    rounds: int,
+    trees: Sequence[Path | None] | None = None,
+    *,
+    together: bool = True,
+    patience: float = math.inf,
 ) -> list[Result]:
     """Returns one result per case: `rounds` turns each, after one round that is not counted.
 
     Every round begins with another worker. `trees` are the checkouts to take fastrag from, one per
-    case. A worker whose provider is wrong or fails takes no turns.
+    case. A worker whose provider is wrong or fails takes no turns. Not `together`: each one has all
+    its turns and ends before the next begins. Who has spent `patience` seconds on turns takes no
+    more, and whose first call was long needs no turn that is not counted; both have one at least.
     """
+    placed = list(zip(cases, trees or [None] * len(cases), strict=True))
+    groups = [placed] if together else [[one] for one in placed]
+    return [result for group in groups for result in _take_turns(group, rounds, patience)]
+
+
+def _take_turns(
+    placed: Sequence[tuple[Case, Path | None]], rounds: int, patience: float
+) -> list[Result]:
     with ExitStack() as stack:
-        workers = [
-            stack.enter_context(started(case, tree))
-            for case, tree in zip(cases, trees or [None] * len(cases), strict=True)
-        ]
+        workers = [stack.enter_context(started(case, tree)) for case, tree in placed]
         for worker in workers:
             worker.prepare()
         for turn in range(rounds + 1):
             for i in range(len(workers)):
                 worker = workers[(turn + i) % len(workers)]
-                if worker.result.status == OK:
+                if worker.result.status == OK and not _is_done(worker, turn, patience):
                     worker.go(count=turn > 0)
         return [worker.result for worker in workers]
+
+
+def _is_done(worker: Worker, turn: int, patience: float) -> bool:
+    if patience == math.inf:
+        return False
+    if turn == 0:
+        return worker.first > LONG_SECONDS
+    return worker.spent > patience and bool(worker.result.turns)

@@ -2,8 +2,9 @@
 
 Requests come as lines of JSON on standard input, replies go as lines of JSON to standard output:
 
-    {"do": "prepare", ...a case...}   -> {"status": "ok" or why not, "extra_bytes", "threads"}
-    {"do": "go"}                      -> {"wall": ms, "processor": ms}
+    {"do": "prepare", "shared": ..., ...a case...}  -> {"status": "ok" or why not, "extra_bytes",
+                                                        "seconds" of its first call}
+    {"do": "go"}                                    -> {"wall": ms, "processor": ms}
 
 `--fastrag FOLDER` takes the package from another checkout, the benchmarks stay these. End of input
 ends the process, and thereby the death of the parent.
@@ -16,10 +17,13 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
 from typing import Any, TextIO
 
 OK = "ok"
+# A call that takes longer is a turn of its own, and needs no second one to be warm.
+LONG_SECONDS = 1.0
 
 
 class Timed:
@@ -27,18 +31,20 @@ class Timed:
 
     def __init__(self) -> None:
         self.extra: int | None = None
+        self.seconds = 0.0
 
     def prepare(self, case: dict[str, Any]) -> str:
         """Returns "ok", or "unavailable: ...", or "wrong: ..." with the output that is."""
         import torch
 
-        from benchmarks import measure
+        from benchmarks import measure, shared
         from benchmarks.ops import OPS
         from benchmarks.registry import DTYPES, error_of
 
+        shared.take(case.get("shared", {}))
         op, shape, mode = OPS[case["op"]], tuple(case["shape"]), case["mode"]
         provider = op.provider(case["provider"])
-        reason = provider.why_not(case["device"], case["dtype"])
+        reason = provider.why_not(case["device"], case["dtype"], mode)
         if reason:
             return f"unavailable: {reason}"
         self.device = torch.device(case["device"])
@@ -50,15 +56,18 @@ class Timed:
         if wrong:
             return f"wrong: {wrong}"
         problem = op.make(shape, DTYPES[case["dtype"]], case["seed"], self.device)
-        self.call = lambda: provider.run(mode, problem)
+        self.call = provider.call(mode, problem)
         if provider.compiles:
             self.call()
+        start = time.perf_counter()
         self.extra = measure.extra_bytes(self.call, self.device)
+        self.seconds = time.perf_counter() - start
         for other in op.checked[1:]:
             wrong = error_of(*checked, other, *on)
             if wrong:
                 return f"wrong: {wrong}"
-        self.n_calls = measure.calls_per_turn(self.call, self.device)
+        long = self.seconds > LONG_SECONDS
+        self.n_calls = 1 if long else measure.calls_per_turn(self.call, self.device)
         return OK
 
     def go(self) -> dict[str, float]:
@@ -73,7 +82,7 @@ def reply_to(timed: Timed, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "go":
             return {"status": OK, **timed.go()}
         status = timed.prepare(request)
-        return {"status": status, "extra_bytes": timed.extra}
+        return {"status": status, "extra_bytes": timed.extra, "seconds": timed.seconds}
     except Exception as error:
         text = " ".join(str(error).split())
         return {"status": f"failed: {type(error).__name__}: {text[:200]}"}

@@ -33,7 +33,7 @@ def of_every_provider() -> list[Any]:
         for op in OPS.values()
         for mode in op.modes
         for provider in op.providers
-        if provider.kind != "ceiling"
+        if provider.kind != "ceiling" and mode in (provider.modes or op.modes)
     ]
 
 
@@ -44,7 +44,10 @@ def test_an_entry_is_whole(op: Op) -> None:
     assert op.names("ours") and op.names("peer")
     assert {p.kind for p in op.providers} == {"ours", "peer", "ceiling"}
     assert {goal.against for goal in op.goals} <= {*op.names(), "best peer"}
-    for shape in (*op.checked, op.small, *(s for name in DEVICES for s in op.shapes[name])):
+    for provider in op.providers:
+        assert set(provider.modes) <= set(op.modes)
+    swept = [s for device in DEVICES for mode in op.modes for s in op.sweep(device, mode)]
+    for shape in (*op.checked, op.small, *swept):
         assert len(shape) == len(op.dims)
     for mode in op.modes:
         assert op.flops(mode, op.small) > 0 and op.bytes(mode, op.small, 4) > 0
@@ -52,7 +55,7 @@ def test_an_entry_is_whole(op: Op) -> None:
 
 @pytest.mark.parametrize(("op", "mode", "provider"), of_every_provider())
 def test_a_provider_agrees_with_the_oracle(op: Op, mode: str, provider: Provider) -> None:
-    reason = provider.why_not("cpu", "float32")
+    reason = provider.why_not("cpu", "float32", mode)
     if reason:
         pytest.skip(reason)
     assert error_of(op, provider, mode, op.checked[0], "float32", CPU) == ""
@@ -61,7 +64,7 @@ def test_a_provider_agrees_with_the_oracle(op: Op, mode: str, provider: Provider
 @every_op
 def test_half_precision_is_held_to_plain_torch(op: Op) -> None:
     ours = op.provider("torch")
-    for mode in op.modes:
+    for mode in ours.modes or op.modes:
         assert error_of(op, ours, mode, op.checked[0], "bfloat16", CPU) == ""
 
 
@@ -86,6 +89,11 @@ def test_flops_and_bytes_of_the_loss() -> None:
     assert op.bytes("token", (2, 3, 5, 7, 11), 2) == 2 * 2 * (30 * 7 + 11 * 7)
 
 
+def test_what_is_set_up_is_what_runs() -> None:
+    provider = Provider("it", lambda mode, x: (x,), "", setup=lambda mode, x: x + [mode])
+    assert provider.call("token", [1])() == ([1, "token"],)
+
+
 def test_the_backend_is_forced_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     with forced_backend("torch"):
@@ -96,14 +104,16 @@ def test_the_backend_is_forced_and_given_back(monkeypatch: pytest.MonkeyPatch) -
 def test_a_users_backend_leaves_only_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "torch")
     op = OPS["marginal_loss"]
-    assert op.provider("torch").why_not("cpu", "float32") == ""
-    assert "FASTRAG_BACKEND=torch" in op.provider("cpp").why_not("cpu", "float32")
+    assert op.provider("torch").why_not("cpu", "float32", "token") == ""
+    assert "FASTRAG_BACKEND=torch" in op.provider("cpp").why_not("cpu", "float32", "token")
 
 
-def test_why_not_names_device_dtype_and_package() -> None:
+def test_why_not_names_device_dtype_mode_and_package() -> None:
     op = OPS["marginal_loss"]
-    assert op.provider("cce").why_not("cpu", "bfloat16") == "runs on cuda only, not on cpu"
-    assert "not float32" in op.provider("hf-autocast").why_not("cpu", "float32")
+    assert op.provider("cce").why_not("cpu", "bfloat16", "token") == "runs on cuda only, not on cpu"
+    assert "not float32" in op.provider("hf-autocast").why_not("cpu", "float32", "token")
+    only = OPS["mips"].provider("faiss").why_not("cpu", "float32", "int8")
+    assert only == "is for float32 only, not for int8"
     assert needs("no_such_package")() == "no_such_package is not installed"
 
 

@@ -133,6 +133,25 @@ def test_goals_stand_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
     assert "extra memory 3 MiB: at most 16 (workspace 0 of at most 64, and 16)" in text
 
 
+def test_two_ceilings_have_a_column_each() -> None:
+    op, shape = OPS["mips"], (1000, 64, 10, 64)
+
+    def found(provider: str, milliseconds: float) -> Result:
+        case = Case("mips", provider, "float32", shape, "float32", "cpu")
+        return Result(case, extra_bytes=33 * report.MIB, turns=[Turn(milliseconds, milliseconds)])
+
+    results = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
+    head, *lines = report.table(op, results, FACTS).splitlines()[1:]
+    assert head.split()[-4:] == ["%", "read", "%", "fma"]
+    cells = {line.split()[0]: line.split() for line in lines}
+    assert cells["cpp"][-2:] == ["10", "80"]
+    text = report.foot(op, results)
+    assert "times as fast as fma 0.80 (by processor time 0.80): at least 0.9" in text
+    assert "times as fast as best peer 1.30 (by processor time 1.30): at least 1.25" in text
+    assert text.count("best peer") == 1 and "as read" not in text
+    assert "extra memory 33 MiB: at most 32" in text
+
+
 def test_only_ours_breaks_the_run() -> None:
     assert run._broken(OP, [result("torch", status="wrong: loss")])
     assert not run._broken(OP, [result("hf", status="wrong: loss"), result("torch", 1.0)])
@@ -146,6 +165,8 @@ def test_turns_rotate_and_the_first_round_does_not_count(monkeypatch: pytest.Mon
     taken: list[tuple[str, bool]] = []
 
     class Fake:
+        first = spent = 0.0
+
         def __init__(self, case: Case) -> None:
             self.result = Result(case)
 
@@ -167,6 +188,63 @@ def test_turns_rotate_and_the_first_round_does_not_count(monkeypatch: pytest.Mon
         *[("torch", True), ("cpp", True)],
         *[("cpp", True), ("torch", True)],
     ]
+
+
+class Slow:
+    """A worker whose turns take 3 seconds each, without taking them."""
+
+    def __init__(self, case: Case, ended: list[str]) -> None:
+        self.result, self.ended, self.spent = Result(case), ended, 0.0
+        self.first = 3.0 if case.provider == "hf" else 0.5
+
+    def prepare(self) -> None:
+        self.ended.append(f"{self.result.case.provider} begins")
+
+    def go(self, count: bool) -> None:
+        self.spent += 3.0
+        if count:
+            self.result.turns.append(Turn(3000.0, 6000.0))
+
+
+def slow_workers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+
+    @contextmanager
+    def fake(case: Case, tree: Path | None) -> Iterator[Slow]:
+        yield Slow(case, said)
+        said.append(f"{case.provider} ends")
+
+    monkeypatch.setattr(turns, "started", fake)
+    return said
+
+
+def test_who_is_slow_takes_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_workers(monkeypatch)
+    cases = [result(name).case for name in ("cpp", "hf")]
+    # 3 seconds that do not count and 3 that do; the long first call of the other was its warm-up
+    assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=5.0)] == [1, 2]
+    assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=0.0)] == [1, 1]
+    assert [len(r.turns) for r in turns.time_cases(cases, 5)] == [5, 5]
+
+
+def test_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = slow_workers(monkeypatch)
+    cases = [result(name).case for name in ("cpp", "hf")]
+    found = turns.time_cases(cases, 2, together=False)
+    assert said == ["cpp begins", "cpp ends", "hf begins", "hf ends"]
+    assert [r.case for r in found] == cases
+
+
+@pytest.mark.parametrize(("free", "together"), [(7 << 30, True), (5 << 30, False)])
+def test_all_processes_must_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, together: bool
+) -> None:
+    monkeypatch.setattr(run, "free_memory", lambda device: free)
+    shape = (1_000_000, 768, 10, 64)
+    # a copy of the matrix, 3.1 GB; scores twice, 0.5; two processes, 1.3: 4.9 GB, of four fifths
+    cases = [Case("mips", p, "float32", shape, "float32", "cpu") for p in ("faiss", "mm-xq")]
+    assert run._fit_together(cases) is together
+    assert run._fit_together([result("hf").case])  # says nothing of its memory
 
 
 def test_a_worker_that_dies_is_a_status() -> None:
@@ -199,6 +277,27 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert rows[name]["status"] == "ok" and float(rows[name]["ms_p50"]) > 0
     assert rows["triton"]["status"] == "unavailable: runs on cuda only, not on cpu"
     assert "best peer: bmm" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_processes_search_what_the_parent_made(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(
+            *("--op", "mips", "--providers", "read,torch,numpy", "--rounds", "1"),
+            *("--mode", "int8", "--shape", "300,16,3,2", "--device", "cpu"),
+            *("--csv", str(tmp_path / "out.csv")),
+        ),
+        cwd=ROOT,
+        env={**os.environ, "FASTRAG_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    status = {row["provider"]: row["status"] for row in csv.DictReader(lines)}
+    assert status.pop("numpy") == "unavailable: is for float32 only, not for int8"
+    assert status == {"read": "ok", "torch": "ok"}
+    assert "% read" in done.stdout
 
 
 def children(pid: int) -> set[int]:

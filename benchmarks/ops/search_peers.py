@@ -1,0 +1,177 @@
+"""Peers of mips: exact search by inner product, k rows of a matrix for each query.
+
+Each is made from query_emb [B, D], index_emb [N, D] and k, and then called without arguments for
+scores [B, k] and rows [B, k].
+
+What runs on a GPU only is written from the packages' documented signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Shape, needs
+
+Answer = tuple[Tensor, Tensor]
+Ask = Callable[[], Answer]
+Make = Callable[[Tensor, Tensor, int], Ask]
+
+# Rows that a search by chunks scores at a time: a few hundred queries fit into a cache, and a GPU
+# gets so many rows that the scores are a gigabyte.
+CHUNK_ROWS = 16384
+TILE_SCORES = 1 << 28
+# From so many queries on faiss multiplies matrices; its default is about 170 at D = 768.
+TUNED_THRESHOLD = 20
+FAISS_QUANTIZER = {torch.bfloat16: "QT_bf16", torch.float16: "QT_fp16"}
+
+
+def by_columns(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
+    """(X q^T).topk along its columns."""
+    scores, rows = (index_emb @ query_emb.t()).topk(min(k, len(index_emb)), dim=0)
+    return scores.t(), rows.t()
+
+
+def by_rows(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
+    """(q X^T).topk along its rows."""
+    return (query_emb @ index_emb.t()).topk(min(k, len(index_emb)), dim=1)
+
+
+def by_rows_wide(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
+    """The same with scores in float32, for a GPU."""
+    scores = torch.mm(query_emb.to(index_emb.dtype), index_emb.t(), out_dtype=torch.float32)
+    return scores.topk(min(k, len(index_emb)), dim=1)
+
+
+Top = Callable[[Tensor, Tensor, int], Answer]
+
+
+def whole(top: Top) -> Make:
+    return lambda query_emb, index_emb, k: lambda: top(query_emb, index_emb, k)
+
+
+def chunked(top: Top, n_rows: Callable[[int], int]) -> Make:
+    """The best of each chunk, then the best of those; n_rows(B) rows a chunk."""
+
+    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+        size = n_rows(len(query_emb))
+
+        def ask() -> Answer:
+            found = []
+            for first in range(0, len(index_emb), size):
+                scores, rows = top(query_emb, index_emb[first : first + size], k)
+                found.append((scores, rows + first))
+            every_score, every_row = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+            scores, place = every_score.topk(k, dim=1)
+            return scores, every_row.gather(1, place)
+
+        return ask
+
+    return make
+
+
+def by_numpy(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    import numpy as np
+
+    query, index = query_emb.numpy(), index_emb.numpy()
+
+    def ask() -> Answer:
+        scores = query @ index.T
+        rows = np.argpartition(scores, -k, axis=1)[:, -k:]
+        best = np.take_along_axis(scores, rows, 1)
+        order = np.argsort(-best, axis=1)
+        pair = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
+        return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+
+    return ask
+
+
+def faiss_flat(threshold: int | None) -> Make:
+    """IndexFlatIP, which copies the rows."""
+
+    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+        import faiss
+
+        if threshold is not None:
+            faiss.cvar.distance_compute_blas_threshold = threshold
+        return _faiss_ask(faiss.IndexFlatIP(index_emb.shape[1]), query_emb, index_emb, k)
+
+    return make
+
+
+def faiss_quantizer(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    """IndexScalarQuantizer with the numbers of index_emb, which it stores as they are."""
+    import faiss
+
+    kind = getattr(faiss.ScalarQuantizer, FAISS_QUANTIZER[index_emb.dtype])
+    index = faiss.IndexScalarQuantizer(index_emb.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    return _faiss_ask(index, query_emb, index_emb, k)
+
+
+def _faiss_ask(index: Any, query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    for first in range(0, len(index_emb), CHUNK_ROWS):
+        index.add(index_emb[first : first + CHUNK_ROWS].float().numpy())
+    query = query_emb.numpy()
+
+    def ask() -> Answer:
+        scores, rows = index.search(query, k)
+        return torch.from_numpy(scores), torch.from_numpy(rows)
+
+    return ask
+
+
+def faiss_gpu(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    import faiss
+    import faiss.contrib.torch_utils  # lets faiss take tensors
+
+    resources = faiss.StandardGpuResources()
+    query = query_emb.to(index_emb.dtype)
+    return lambda: faiss.knn_gpu(resources, query, index_emb, k, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def no_faiss_gpu() -> str:
+    reason = needs("faiss")()
+    if reason:
+        return reason
+    import faiss
+
+    return "" if hasattr(faiss, "StandardGpuResources") else "this faiss is built for a CPU"
+
+
+def by_usearch(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    from usearch.index import MetricKind, search
+
+    query, index, n_threads = query_emb.numpy(), index_emb.numpy(), torch.get_num_threads()
+
+    def ask() -> Answer:
+        found = search(index, query, k, MetricKind.IP, exact=True, threads=n_threads)
+        # its distance is 1 - score
+        scores = torch.from_numpy(1.0 - found.distances).view(len(query), k)
+        return scores, torch.from_numpy(found.keys.astype("int64")).view(len(query), k)
+
+    return ask
+
+
+def no_flashlib() -> str:
+    return needs("flashlib")() or "its flash_knn orders by distance, not by inner product"
+
+
+def takes_all_scores(copies: int) -> Callable[[str, Shape, torch.device], tuple[int, int]]:
+    """Memory of a search that holds scores of float32 for all rows, so many times."""
+
+    def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
+        n_rows, _, _, n_queries = shape
+        return 0, 4 * copies * n_rows * n_queries
+
+    return memory
+
+
+def keeps_a_copy(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
+    n_rows, width, *_ = shape
+    return (4 if mode == "float32" else 2) * n_rows * width, 1 << 28

@@ -1,0 +1,201 @@
+"""The entry of the search: its check finds what is wrong, and its processes share one matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import shared
+from benchmarks.ops import OPS, mips
+from benchmarks.registry import Goal, error_of
+
+ROOT = Path(__file__).resolve().parents[2]
+OP = OPS["mips"]
+CPU = torch.device("cpu")
+SHAPE = (200, 24, 3, 5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held() -> Iterator[None]:
+    yield
+    shared.hold({})
+
+
+# ------------------------------------------------------------------------------------------ check
+
+
+def twin_first(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Every row has its like half the matrix later, which the best come with."""
+    half = SHAPE[0] // 2
+    rows = rows.clone()
+    rows[:, 0] = (rows[:, 0] + half) % SHAPE[0]
+    rows[:, 1] = (rows[:, 0] + half) % SHAPE[0]
+    return scores, rows
+
+
+def rounded(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return scores.bfloat16().float(), rows
+
+
+def repeated(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.clone()
+    rows[:, 1] = rows[:, 0]
+    return scores, rows
+
+
+def another(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.clone()
+    rows[0, -1] = next(n for n in range(SHAPE[0]) if n not in rows[0])
+    return scores, rows
+
+
+def narrow(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return scores[:, :-1], rows[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "provider", "said"),
+    [
+        (twin_first, "torch", "rows: ties are not in the order of the rows"),
+        (twin_first, "mm-xq", ""),  # a peer may order ties as it likes
+        (rounded, "mm-xq", "scores: "),
+        (repeated, "mm-xq", "rows: a query has a row twice"),
+        (another, "mm-xq", "rows: not those that have the scores"),
+        (narrow, "mm-xq", "scores [5, 2], rows [5, 2], expected [5, 3]"),
+    ],
+)
+def test_the_check_finds_what_is_wrong(
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], provider: str, said: str
+) -> None:
+    right = OP.provider(provider)
+    wrong = replace(right, run=lambda mode, ask: change(*right.run(mode, ask)))
+    found = error_of(OP, wrong, "float32", SHAPE, "float32", CPU)
+    assert found.startswith(said) and bool(found) == bool(said)
+
+
+def test_a_search_of_another_storage_is_wrong() -> None:
+    """int8 codes of the checked problem stand for vectors that float32 does not have."""
+    ours = OP.provider("torch")
+    wrong = replace(ours, setup=lambda mode, p: ours.setup("float32", p))
+    assert error_of(OP, wrong, "int8", SHAPE, "float32", CPU).startswith("scores: ")
+
+
+@pytest.mark.parametrize("mode", OP.modes)
+def test_what_is_shared_is_what_a_process_would_make(mode: str) -> None:
+    problem = OP.make(SHAPE, torch.float32, 0, CPU)
+    made, factors = problem.stored(mode)
+    assert OP.share is not None
+    shared.hold(OP.share(mode, SHAPE))
+    mapped, others = problem.stored(mode)
+    assert made.data_ptr() != mapped.data_ptr() and torch.equal(made, mapped)
+    assert factors.keys() == others.keys()
+    assert all(torch.equal(factors[name], others[name]) for name in factors)
+
+
+# ----------------------------------------------------------------------------------------- shared
+
+MAPS_AND_WRITES = """
+import json, sys
+from benchmarks import shared
+shared.take(json.loads(sys.argv[1]))
+x = shared.find("x")
+assert x.tolist() == [[1.0, 2.0], [3.0, 4.0]], x
+x[0, 0] = 5.0
+"""
+
+
+def test_another_process_maps_the_same_memory() -> None:
+    def fill(out: Tensor) -> None:
+        out.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+    shared.hold({"x": shared.Spec((2, 2), torch.float32, fill)})
+    subprocess.run(
+        [sys.executable, "-c", MAPS_AND_WRITES, json.dumps(shared.handles())],
+        cwd=ROOT,
+        pass_fds=shared.descriptors(),
+        check=True,
+    )
+    found = shared.find("x")
+    assert found is not None and found[0, 0] == 5.0
+
+
+def test_what_is_held_is_made_once_and_let_go() -> None:
+    made: list[str] = []
+
+    def spec(name: str) -> shared.Spec:
+        return shared.Spec((3,), torch.int8, lambda out: made.append(name))
+
+    shared.hold({"a": spec("a")})
+    (descriptor,) = shared.descriptors()
+    # it has no name: nothing is left behind, however this ends
+    assert os.fstat(descriptor).st_nlink == 0
+    shared.hold({"a": spec("a"), "b": spec("b")})
+    assert made == ["a", "b"]
+    shared.hold({"b": spec("b")})
+    assert shared.find("a") is None and shared.find("b") is not None
+    shared.hold({})
+    assert shared.descriptors() == [] and shared.handles() == {}
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+
+
+# ---------------------------------------------------------------------------- ceilings, and goals
+
+
+def test_flops_and_bytes() -> None:
+    assert OP.flops("int8", (100, 8, 3, 2)) == 2 * 100 * 8 * 2
+    answers = 2 * (8 * 4 + 3 * 12)
+    for mode, bytes_a_number in (("float32", 4), ("float16", 2), ("int8", 1), (mips.CODED, 1)):
+        assert OP.bytes(mode, (100, 8, 3, 2), 4) == 100 * 8 * bytes_a_number + answers
+
+
+@pytest.mark.parametrize("mode", OP.modes)
+def test_the_read_is_of_every_byte(mode: str) -> None:
+    problem = OP.make((7, 5, 1, 1), torch.float32, 0, CPU)
+    data, _ = problem.stored(mode)
+    numbers = data.flatten().view(torch.uint8)
+    whole = numbers[: len(numbers) // 4 * 4].view(torch.float32).sum()
+    (found,) = OP.provider("read").call(mode, problem)()
+    assert torch.equal(found, whole) or bool(found.isnan() and whole.isnan())
+
+
+def test_the_loop_of_products_refuses_what_it_cannot_do() -> None:
+    native = pytest.importorskip("fastrag._C", reason="the extension is not built")
+    for isa in native.instruction_sets():
+        native.fma_loop(1, isa=isa)
+    with pytest.raises(ValueError, match="n_fmas: expected at least 1, got 0"):
+        native.fma_loop(0)
+    with pytest.raises(ValueError, match="isa: expected scalar, avx2 or avx512, got 'sse'"):
+        native.fma_loop(1, isa="sse")
+
+
+def goals(mode: str, n_queries: int) -> dict[str, float | None]:
+    shape = (1000, 64, 10, n_queries)
+    found: list[Goal] = [goal for goal in OP.goals if goal.where(mode, shape)]
+    by_name: dict[str, Any] = {goal.against: goal.at_least for goal in found}
+    assert len(by_name) == len(found)  # one against each
+    return by_name
+
+
+def test_the_goals_of_each_batch() -> None:
+    assert goals("float32", 1) == {"best peer": 1.7, "read": 0.85}
+    assert goals("float32", 4) == {"best peer": 1.35, "read": 0.85}
+    assert goals("float32", 8) == {"best peer": 2.0}
+    assert goals("float32", 256) == {"best peer": 1.02, "fma": 0.9}
+    assert goals("bfloat16", 1) == goals("float16", 1) == {"cpp-float32": 1.8}
+    assert goals("int8", 1) == {"cpp-float32": 3.0} and goals("int8", 2) == {}
+    assert goals(mips.CODED, 64) == {"fma": 2.0} and goals(mips.CODED, 32) == {}
+
+
+def test_a_gpu_sweeps_one_storage() -> None:
+    assert [mode for mode in OP.modes if OP.sweep("cuda", mode)] == ["bfloat16"]
