@@ -170,10 +170,10 @@ def test_int8_keeps_its_scale_when_rows_are_added() -> None:
 
 def test_int8_of_one_row_leaves_room_for_more() -> None:
     index = FlatIndex(3, "int8")
-    index.add(torch.tensor([[0.0, 2.0, -4.0]]))
-    assert everything(index).tolist() == [[0.0, 2.0, -4.0]]
-    index.add(torch.tensor([[1.0, 1.0, 1.0]]))
-    assert (everything(index)[1] - 1.0).abs().max() <= 4 / 127 + 1e-6 and index.n_clamped == 0
+    index.add(torch.tensor([[0.25, 2.0, -4.1]]))
+    assert everything(index).tolist() == torch.tensor([[0.25, 2.0, -4.1]]).tolist()
+    index.add(torch.full((1, 3), 1.3))
+    assert (everything(index)[1] - 1.3).abs().max() <= 4.1 / 127 + 1e-6 and index.n_clamped == 0
     zero = FlatIndex(2, "int8")
     zero.add(torch.zeros(2, 2))
     assert zero.scale is not None and zero.scale.tolist() == [1.0, 1.0]
