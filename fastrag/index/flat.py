@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastrag import functional
-from fastrag.index import codec, inputs
+from fastrag.index import codec, codes, inputs
 from fastrag.index.codec import Codec
+from fastrag.index.codes import RowCodes
 from fastrag.index.inputs import Vectors
+from fastrag.index.lock import ReadWriteLock
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
 
@@ -41,6 +43,10 @@ class FlatIndex(RowIndex):
     of blocks, its first 16,384 rows) and stand until `replace`: values further out are clamped, and
     `n_clamped` counts them. `astype` and `replace` measure all rows.
 
+    int8 with `exact="float32"` keeps the float32 rows too, and answers as a float32 index does, to
+    the bit: a search of many queries reads all codes, and only those rows that could be among the
+    best. The codes are made by the first such search, from all rows, and are not saved.
+
     Memory: a loaded index is mapped, read-only, and costs no memory of its own until it is changed;
     the first change (`add`, `update`) copies all vectors into memory. Nothing on disk ever
     changes but by `save`.
@@ -49,9 +55,11 @@ class FlatIndex(RowIndex):
         dim: D, the width of a vector.
         dtype: how vectors are stored: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
         device: where they are stored and searched.
+        exact: which vectors a search is exact for: those `"stored"`, or, of an int8 index, the
+            `"float32"` ones that were added.
 
     Raises:
-        ValueError: `dim` below 1, or a dtype that is not supported.
+        ValueError: `dim` below 1, a dtype that is not supported, or another `exact`.
 
     Example:
         >>> index = FlatIndex(2)
@@ -63,21 +71,34 @@ class FlatIndex(RowIndex):
     """
 
     def __init__(
-        self, dim: int, dtype: str = "float32", device: torch.device | str = "cpu"
+        self,
+        dim: int,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        *,
+        exact: str = "stored",
     ) -> None:
         super().__init__(dim, device)
         if dtype not in codec.DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(codec.DTYPES)}, got {dtype!r}")
+        if exact != "stored" and (exact, dtype) != ("float32", "int8"):
+            raise ValueError(
+                f"exact: expected 'stored', or 'float32' with dtype 'int8', got {exact!r} with "
+                f"{dtype!r}"
+            )
         self.dtype = dtype
-        self._codec = Codec(dtype)
-        self._data = codec.allocate(0, dim, dtype, device)  # [capacity, pitch]
+        self.exact = exact
+        self._codec = Codec(_kept_dtype(dtype, exact))
+        self._data = codec.allocate(0, dim, self._codec.dtype, device)  # [capacity, pitch]
+        self._codes: RowCodes | None = None
+        self._making_codes = ReadWriteLock()
         self._n_clamped = 0
         self._mapped = False
 
     def __repr__(self) -> str:
         return (
-            f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, n={self._n}, n_live={self.n_live}, "
-            f"device='{self.device}')"
+            f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, exact={self.exact!r}, n={self._n}, "
+            f"n_live={self.n_live}, device='{self.device}')"
         )
 
     @property
@@ -144,6 +165,7 @@ class FlatIndex(RowIndex):
                 with self._lock.write():
                     self._codec = chosen
                     self._append_live(stop - start)
+                    self._codes = None
                     self._n_clamped += n_clamped
                     self._changed()
         return range(start, stop)
@@ -168,6 +190,8 @@ class FlatIndex(RowIndex):
                 self._reserve(self._n, keep=self._n, exact=True)
             with self._lock.write():
                 self.index_emb[rows] = stored
+                if self._codes is not None:
+                    self._codes.update(rows)
                 self._n_clamped += n_clamped
                 self._changed()
 
@@ -183,11 +207,11 @@ class FlatIndex(RowIndex):
         """
         with self._writer.write():
             chosen, n_clamped = self._codec, 0
-            if self.dtype == "int8":
+            if self._codec.dtype == "int8":
                 inputs.reject_one_shot(vectors, "an int8 index reads them twice")
                 if self._n:
                     chosen = codec.fit_int8(self._checked_blocks(vectors))
-            fresh = codec.allocate(self._n, self.dim, self.dtype, self.device)
+            fresh = codec.allocate(self._n, self.dim, self._codec.dtype, self.device)
             stop = 0
             for block in self._checked_blocks(vectors):
                 stored, n = chosen.encode(block, stop)
@@ -199,27 +223,29 @@ class FlatIndex(RowIndex):
             inputs.check_length(stop, self._n)
             with self._lock.write():
                 self._data, self._mapped = fresh, False
-                self._codec, self._n_clamped = chosen, n_clamped
+                self._codec, self._n_clamped, self._codes = chosen, n_clamped, None
                 self._changed()
 
     @torch.no_grad()
-    def astype(self, dtype: str) -> Self:
+    def astype(self, dtype: str, *, exact: str = "stored") -> Self:
         """Makes an index of the same rows and tombstones in another dtype, block by block.
 
         Args:
             dtype: as for the class; int8 measures all rows first.
+            exact: as for the class. `"float32"` of an index that has no float32 rows any more is
+                exact for those that it stands for.
 
         Raises:
             ValueError: an unknown dtype, or a number beyond its range (the row is named).
         """
-        made = type(self)(self.dim, dtype, self.device)
+        made = type(self)(self.dim, dtype, self.device, exact=exact)
         with self._lock.read():
-            room = codec.allocate(self._n, self.dim, dtype, self.device)
-            if dtype == self.dtype:
+            room = codec.allocate(self._n, self.dim, made._codec.dtype, self.device)
+            if made._codec.dtype == self._codec.dtype:
                 made._codec, made._n_clamped = self._codec, self._n_clamped
                 room[:, : self.dim] = self.index_emb
             else:
-                if dtype == "int8" and self._n:
+                if made._codec.dtype == "int8" and self._n:
                     made._codec = codec.fit_int8(map(self._codec.decode, self._stored_blocks()))
                 stop = 0
                 for block in map(self._codec.decode, self._stored_blocks()):
@@ -241,6 +267,7 @@ class FlatIndex(RowIndex):
             moved = self._data[: self._n].to(device)
             self._mapped = self._mapped and moved.device == self._data.device
             self._data, self._removed = moved, self._removed.to(device)
+            self._codes = None
             self._codec = self._codec.to(device)
         return self
 
@@ -273,8 +300,9 @@ class FlatIndex(RowIndex):
             self._lock.read(),
             FolderWriter(dir, format=FORMAT, version=VERSION) as writer,
         ):
-            pitch = codec.pitch_of(self.dim, self.dtype)
-            stream = writer.stream("vectors", codec.numpy_dtype(self.dtype), (pitch,))
+            kept = self._codec.dtype
+            pitch = codec.pitch_of(self.dim, kept)
+            stream = writer.stream("vectors", codec.numpy_dtype(kept), (pitch,))
             content = hashlib.sha256() if pitch > self.dim else None
             for block in self._stored_blocks():
                 if content is not None:
@@ -287,6 +315,7 @@ class FlatIndex(RowIndex):
             described = {
                 "dim": self.dim,
                 "dtype": self.dtype,
+                "exact": self.exact,
                 "count": self._n,
                 "pitch": pitch * self._data.itemsize,
                 "index_version": self._version,
@@ -324,15 +353,15 @@ class FlatIndex(RowIndex):
         dim, dtype, version = (
             entry_of(manifest, key, dir, FORMAT) for key in ("dim", "dtype", "index_version")
         )
-        index = cls(dim, dtype)
+        index = cls(dim, dtype, exact=manifest.get("exact", "stored"))
         stored, removed = (entry_of(arrays, key, dir, FORMAT) for key in ("vectors", "removed"))
         _check_stored(stored, manifest, dir)
         index._load_removed(removed, len(stored), dir)
         # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
-        index._data = as_tensor(raw).view(codec.DTYPES[index.dtype])
+        index._data = as_tensor(raw).view(index._codec.torch_dtype)
         index._mapped = mmap
-        if index.dtype == "int8" and index._n:
+        if index._codec.dtype == "int8" and index._n:
             factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
         index._n_clamped = manifest.get("n_clamped", 0)
@@ -347,7 +376,7 @@ class FlatIndex(RowIndex):
     def _encoding(self, vectors: Vectors | Iterable[Vectors]) -> tuple[Codec, Iterable[Tensor]]:
         """How the rows to be added are stored, and their blocks."""
         blocks = self._checked_blocks(vectors)
-        if self.dtype != "int8" or self._n:
+        if self._codec.dtype != "int8" or self._n:
             return self._codec, blocks
         if inputs.whole_length(vectors) is not None:
             sample = list(itertools.islice(self._checked_blocks(vectors), 1))
@@ -363,9 +392,18 @@ class FlatIndex(RowIndex):
         return codec.fit_int8(measured) if sample else self._codec, blocks
 
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.exact == "float32" and codes.pay(query):
+            return self._row_codes().search(query, k, exclude)
         return functional.mips_topk(
             query, self.index_emb, k, exclude=exclude, **self._codec.arguments
         )
+
+    def _row_codes(self) -> RowCodes:
+        """Made once by whoever comes first; no row changes meanwhile, for searches hold a lock."""
+        with self._making_codes.write():
+            if self._codes is None:
+                self._codes = RowCodes(self.index_emb)
+            return self._codes
 
     def _vectors_of(self, rows: Tensor) -> Tensor:
         return self._codec.decode(self.index_emb[rows])
@@ -380,17 +418,22 @@ class FlatIndex(RowIndex):
         if n <= capacity and not self._mapped:
             return
         room = n if exact and capacity == 0 else max(n, 2 * capacity if n > capacity else n)
-        grown = codec.allocate(room, self.dim, self.dtype, self.device)
+        grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
-            self._data, self._mapped = grown, False
+            self._data, self._mapped, self._codes = grown, False, None
 
     def _checksum_of(self, vectors_sha256: str) -> str:
         removed = hashlib.sha256(self._removed_rows().tobytes()).hexdigest()
-        parts = [self.dim, self.dtype, self._n, vectors_sha256, removed]
+        parts = [self.dim, self._codec.dtype, self._n, vectors_sha256, removed]
         for factor in self._codec.arguments.values():
             parts.append(hashlib.sha256(factor.cpu().numpy().tobytes()).hexdigest())
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:32]
+
+
+def _kept_dtype(dtype: str, exact: str) -> str:
+    """Of the vectors that are kept and saved; codes that are made of them are not."""
+    return "float32" if exact == "float32" else dtype
 
 
 def _bytes_of(block: Tensor) -> memoryview:
@@ -407,7 +450,8 @@ def _content_sha256(manifest: dict[str, Any]) -> str:
 def _check_stored(
     stored: np.ndarray[Any, Any], manifest: dict[str, Any], dir: str | os.PathLike[str]
 ) -> None:
-    dim, dtype = manifest["dim"], codec.numpy_dtype(manifest["dtype"])
+    kept = _kept_dtype(manifest["dtype"], manifest.get("exact", "stored"))
+    dim, dtype = manifest["dim"], codec.numpy_dtype(kept)
     first = manifest["version"] == 1
     pitch = dim * dtype.itemsize if first else entry_of(manifest, "pitch", dir, FORMAT)
     count = len(stored) if first else entry_of(manifest, "count", dir, FORMAT)

@@ -55,32 +55,50 @@ class CodedIndex:
     """
 
     def __init__(self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
-        n = len(index_emb)
-        parts = {
-            "index_emb": index_emb,
+        self._parts = {
+            "index_emb": index_emb.detach(),
             "codes": codes,
             "scale": scale,
             "offset": offset,
-            "code_norm": torch.empty(n),
-            "rest_norm": torch.empty(n),
-            "code_sum": torch.empty(n, dtype=torch.int32),
+            **_measured(index_emb.detach(), codes, scale, offset),
         }
-        self._arrays: dict[str, Any] = {name: x.detach().numpy() for name, x in parts.items()}
-        _C.measure_codes(**self._arrays, threads=torch.get_num_threads())
+
+    def update(self, rows: Tensor) -> None:
+        """Measures rows `[n]` anew whose numbers and codes have changed; no search may run."""
+        part = {name: self._parts[name][rows] for name in ("index_emb", "codes")}
+        found = _measured(**part, scale=self._parts["scale"], offset=self._parts["offset"])
+        for name, values in found.items():
+            self._parts[name][rows] = values
 
     def search(
         self, query_emb: Tensor, k: int, exclude: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
         scores, rows = _empty_answer(query_emb, k)
+        # Views made anew: those of a copied index would be of the memory of the first one.
+        arrays: dict[str, Any] = {name: x.numpy() for name, x in self._parts.items()}
         _C.mips_topk_by_codes(
             _array(query_emb),
             scores=scores.numpy(),
             rows=rows.numpy(),
-            **self._arrays,
+            **arrays,
             **_options(exclude),
         )
         return scores, rows
+
+
+def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+    """What a search through codes has to know of each row."""
+    n = len(index_emb)
+    found = {
+        "code_norm": torch.empty(n),
+        "rest_norm": torch.empty(n),
+        "code_sum": torch.empty(n, dtype=torch.int32),
+    }
+    parts = {"index_emb": index_emb, "codes": codes, "scale": scale, "offset": offset, **found}
+    arrays = {name: x.numpy() for name, x in parts.items()}
+    _C.measure_codes(**arrays, threads=torch.get_num_threads())
+    return found
 
 
 def _empty_answer(query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
