@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-passage", type=_positive, metavar="TOKENS", help="cut longer passages (default 256)"
     )
     build.add_argument("--batch-size", type=_positive, default=64, metavar="N")
+    build.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        help="how the index stores vectors (default float32)",
+    )
     _add_device(build)
     build.set_defaults(run=_index_build)
     verify = actions.add_parser("verify", help="check every byte against its checksum")
@@ -187,6 +193,7 @@ def _index_build(arguments: argparse.Namespace) -> int:
         generator_tokenizer=tokenizer,
         max_passage=arguments.max_passage or build.MAX_PASSAGE,
         batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
         device=_device(arguments),
     )
     print(f"{arguments.out}: {len(index)} passages, {index.dim} dimensions")

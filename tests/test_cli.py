@@ -342,7 +342,7 @@ def test_questions_without_answers_do_not_train(
     assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", "cannot run"), ("zzz", "no backend")])
+@pytest.mark.parametrize(("name", "reason"), [("cpp", "has no cpp"), ("zzz", "no backend")])
 def test_forced_backend_that_cannot_run(
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -450,6 +450,24 @@ def test_mistakes_with_an_index(
     assert main(["index", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fastrag: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_index_of_codes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Built by the command or by a run, it is trained on, saved and asked as any other."""
+    monkeypatch.chdir(project)
+    build = [*BUILD[:-1], "codes", "--corpus", "corpus.jsonl", "--dtype", "int8"]
+    assert main(build) == 0
+    assert FlatIndex.load(project / "codes" / "index").dtype == "int8"
+    train = ["train", "train.yaml", "--set", "steps=1", "--set", "index_dtype=int8"]
+    assert main([*train, "--set", "index=codes", "--set", "output_dir=on_codes"]) == 0
+    assert main([*train, "--set", "index=null", "--set", "output_dir=own_codes"]) == 0
+    assert FlatIndex.load(project / "own_codes" / "index" / "index").dtype == "int8"
+    capsys.readouterr()
+    assert main(["ask", "--model", "own_codes", "--device", "cpu", "what?"]) == 0
+    assert main([*train, "--set", "index_dtype=int4"]) == 2
+    assert "index_dtype: expected" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_index_with_a_template_of_its_own(

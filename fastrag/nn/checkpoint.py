@@ -319,7 +319,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
-    from fastrag.index import FlatIndex
+    from fastrag.index import open_index
 
     if index is None:
         if not (folder / "index").is_dir():
@@ -327,7 +327,7 @@ def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
                 f"index: expected an index, as {folder} holds none (saved from "
                 f"{settings['index'].get('source')})"
             )
-        index = FlatIndex.load(folder / "index")
+        index = open_index(folder / "index")
     if index.dim != settings["index"]["dim"]:
         raise ValueError(
             f"index: expected vectors of width {settings['index']['dim']}, got {index.dim}"

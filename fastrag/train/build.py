@@ -19,7 +19,7 @@ from fastrag.data import (
     read_passages,
     read_questions,
 )
-from fastrag.index import FlatIndex, PassageStore
+from fastrag.index import FlatIndex, Index, PassageStore, open_index
 from fastrag.index.refresh import encode_passages
 from fastrag.train.config import RagConfig
 
@@ -197,9 +197,10 @@ def build_index(
     generator_tokenizer: PreTrainedTokenizerBase,
     max_passage: int = MAX_PASSAGE,
     batch_size: int = 64,
+    dtype: str = "float32",
     device: str | None = None,
     progress: bool = True,
-) -> tuple[FlatIndex, PassageStore]:
+) -> tuple[Index, PassageStore]:
     """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
 
     Args:
@@ -211,6 +212,7 @@ def build_index(
         generator_tokenizer: the generator's tokenizer.
         max_passage: tokens at which the encoder's input is cut.
         batch_size: passages per encoder batch.
+        dtype: how the index stores vectors, as for FlatIndex.
         device: where the encoder runs; None leaves it where it is.
         progress: show a progress bar.
 
@@ -239,7 +241,7 @@ def build_index(
         if device is not None:
             encoder.to(device)
         vectors = encode_passages(encoder, store, batch_size, progress=progress)
-        index = FlatIndex(vectors.shape[1])
+        index = FlatIndex(vectors.shape[1], dtype)
         index.add(vectors)
         index.save(staging / INDEX_FOLDER)
         folders.commit(staging, out)
@@ -250,8 +252,8 @@ def build_index(
 
 def load_index(
     folder: str | os.PathLike[str], verify: bool = False
-) -> tuple[FlatIndex, PassageStore]:
-    """Load what `build_index` wrote.
+) -> tuple[Index, PassageStore]:
+    """Load what `build_index` wrote; another kind of index may have taken the place of its index.
 
     Args:
         folder: the folder.
@@ -270,7 +272,7 @@ def load_index(
             raise ValueError(
                 f"index: expected a folder from `fastrag index build`, {root / part} is missing"
             )
-    index = FlatIndex.load(root / INDEX_FOLDER, verify=verify)
+    index = open_index(root / INDEX_FOLDER, verify=verify)
     store = PassageStore.load(root / PASSAGES_FOLDER, verify=verify)
     if len(index) != len(store):
         raise ValueError(
@@ -328,6 +330,7 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
             generator_tokenizer=generator_tokenizer,
             max_passage=config.max_passage or MAX_PASSAGE,
             batch_size=config.encode_batch_size,
+            dtype=config.index_dtype,
             device="cuda" if config.device == "auto" and torch.cuda.is_available() else None,
             progress=progress,
         )
@@ -415,14 +418,14 @@ def collator_for(
 
 
 def _warn_of_another_encoder(
-    index: FlatIndex, passages: PassageStore, encoder: TextEncoder, folder: str
+    index: Index, passages: PassageStore, encoder: TextEncoder, folder: str
 ) -> None:
     """Encode a few passages and compare: nothing else tells two encoders of one width apart."""
     import torch
 
     rows = torch.linspace(0, len(index) - 1, 16).long().unique()
     fresh = encode_passages(encoder, passages, rows=rows)
-    stored = index.index_emb[rows].float()
+    stored = index.vectors(rows)
     cosine = float(torch.cosine_similarity(fresh, stored).median())
     if not cosine >= _SAME_ENCODER_COSINE:
         warnings.warn(

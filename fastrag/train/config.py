@@ -49,6 +49,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MARGINALS = ("token", "sequence")
 OBJECTIVES = ("marginal", "emdr2", "pdist", "replug")
 ANSWER_CHOICES = ("first", "random")
+INDEX_DTYPES = ("float32", "float16", "bfloat16", "int8")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
 POSITIVE = (
@@ -139,6 +140,7 @@ class RagConfig:
         report_to: where transformers reports to, for example [tensorboard]; None: TensorBoard if it
             is installed.
         device: `auto` or `cpu`.
+        index_dtype: how a new index stores vectors: float32, float16, bfloat16 or int8.
         index_device: `auto` keeps index and passages where the model trains, `cpu` on the host.
         training: further fields of transformers' TrainingArguments.
 
@@ -206,6 +208,7 @@ class RagConfig:
     seed: int = 0
     report_to: list[str] | None = None
     device: str = "auto"
+    index_dtype: str = "float32"
     index_device: str = "auto"
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -223,6 +226,7 @@ class RagConfig:
         _choice("precision", self.precision, PRECISIONS)
         _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
         _choice("device", self.device, ("auto", "cpu"))
+        _choice("index_dtype", self.index_dtype, INDEX_DTYPES)
         _choice("index_device", self.index_device, ("auto", "cpu"))
         if isinstance(self.template, str):
             _choice("template", self.template, TEMPLATES)

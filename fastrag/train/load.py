@@ -17,7 +17,7 @@ from fastrag.train.config import RagConfig
 from fastrag.train.files import replacing
 
 if TYPE_CHECKING:
-    from fastrag.index import FlatIndex, PassageStore
+    from fastrag.index import Index, PassageStore
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
@@ -83,7 +83,7 @@ def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagMod
 
 def _index_of(
     path: Path, index: str | os.PathLike[str] | None
-) -> tuple[FlatIndex | None, PassageStore | None]:
+) -> tuple[Index | None, PassageStore | None]:
     if index is not None:
         return load_index(index)
     if (path / INDEX_FOLDER).is_dir():
