@@ -336,14 +336,20 @@ PROVIDERS = (
     on_cpu(
         "mm-xq-chunked",
         peers.chunked(peers.by_columns, lambda n_queries: peers.CHUNK_ROWS),
-        "mm-xq, 16384 rows at a time",
+        "mm-xq, 65536 rows at a time",
     ),
     on_cpu(
         "mm-qx-chunked",
         peers.chunked(peers.by_rows, lambda n_queries: peers.CHUNK_ROWS),
-        "mm-qx, 16384 rows at a time",
+        "mm-qx, 65536 rows at a time",
     ),
-    on_cpu("usearch", peers.by_usearch, "usearch, exact search", missing=needs("usearch")),
+    on_cpu(
+        "usearch",
+        peers.by_usearch,
+        "usearch, exact search",
+        missing=needs("usearch"),
+        memory=peers.takes_all_scores(4),
+    ),
     on_cpu(
         "numpy",
         peers.by_numpy,
