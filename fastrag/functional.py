@@ -453,10 +453,10 @@ def mips_topk(
 
     Note:
         Inner products in float32, also under autocast. Backends: cpp (on a CPU, but for
-        float64), torch. With cpp a score has the same bits for any batch, number of threads,
-        processor and way to cut the index: one rounding for each element, in their order. An int8
-        vector is rounded once, as `fma(scale, code, offset)`. `FASTRAG_WORKSPACE_BYTES` bounds the
-        block of torch.
+        float64), triton (CUDA; small searches are left to torch), torch. With cpp and triton a
+        score has the same bits for any batch, number of threads, processor and way to cut the
+        index: one rounding for each element, in their order. An int8 vector is rounded once, as
+        `fma(scale, code, offset)`. `FASTRAG_WORKSPACE_BYTES` bounds the block of torch.
 
     Example:
         >>> import torch, fastrag.functional as F
