@@ -104,5 +104,16 @@ def mips_topk_by_codes(
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
     """Answers [parts, B, k] of several searches as one."""
 
+def passage_lengths(
+    tokens: _Array, offsets: _Array, rows: _Array, lengths: _Array, max_length: int
+) -> int:
+    """Tokens of passages, at most max_length, and the most of them; csrc/gather.h.
+
+    tokens: int32, all passages one after another; offsets: [N + 1].
+    """
+
+def gather_tokens(tokens: _Array, offsets: _Array, rows: _Array, token_ids: _Array) -> None:
+    """Passages, cut at the width of token_ids [n, width] and padded with 0."""
+
 def fma_loop(n_fmas: int, *, threads: int = 1, isa: str = "") -> None:
     """n_fmas multiplications and additions of float32 on registers: a ceiling for benchmarks."""

@@ -17,7 +17,7 @@ from fastrag.data.readers import Passage
 from fastrag.data.templates import Template
 from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
 from fastrag.index.storage import ArrayStream, FolderWriter, as_tensor, read_folder, write_folder
-from fastrag.ops import checks
+from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,7 +270,7 @@ class PassageStore:
 
         Raises:
             ValueError: unknown stream, rows that are not int64, `max_length` below 1, or (on the
-                CPU) a row outside the store.
+                CPU) a row outside the store or offsets that leave its tokens.
         """
         _check_stream(stream)
         checks.check_integer("rows", rows)
@@ -278,25 +278,11 @@ class PassageStore:
             raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
         tokens, offsets = self._tokens[stream], self._offsets[stream]
         at = rows.to(tokens.device, torch.int64)
-        on_host = tokens.device.type == "cpu"
-        if on_host and at.numel() and (int(at.min()) < -1 or int(at.max()) >= len(self)):
-            bad = int(at.min()) if int(at.min()) < -1 else int(at.max())
-            raise ValueError(f"rows: expected -1 to {len(self) - 1}, got {bad}")
-        missing = (at < 0) | (at >= len(self))
-        at = at.clamp(0, len(self) - 1)
-        starts = offsets[at]
-        lengths = (offsets[at + 1] - starts).masked_fill(missing, 0)
-        if max_length is not None:
-            lengths = lengths.clamp(max=max_length)
-        longest = self.max_tokens(stream)
-        width = longest if max_length is None else min(longest, max_length)
-        if on_host:
-            width = int(lengths.max()) if lengths.numel() else 0
-        width = max(1, width)
-        columns = torch.arange(width, device=tokens.device)
-        mask = columns < lengths[..., None]
-        positions = (starts[..., None] + columns).masked_fill(~mask, 0)
-        token_ids = tokens[positions].to(torch.int64).masked_fill(~mask, 0)
+        if tokens.device.type == "cpu" and not backends.why_not("cpp"):
+            token_ids, lengths = _gather_cpp(tokens, offsets, at, max_length)
+        else:
+            longest = self.max_tokens(stream)
+            token_ids, lengths = _gather_torch(tokens, offsets, at, max_length, longest)
         return token_ids.to(rows.device), lengths.to(rows.device)
 
 
@@ -316,6 +302,61 @@ def stream_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template | 
     piece = template.passage_piece(tokenizer)
     described = json.dumps([name, template.passage, piece.lead, piece.anchor])
     return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
+
+
+def _gather_cpp(
+    tokens: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor, max_length: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from fastrag import _C
+
+    store, at = (tokens.numpy(), offsets.numpy()), rows.contiguous().view(-1).numpy()
+    lengths = torch.empty(len(at), dtype=torch.int64)
+    limit = tokens.numel() if max_length is None else max_length
+    width = max(1, _C.passage_lengths(*store, at, lengths.numpy(), limit))
+    token_ids = torch.empty(len(at), width, dtype=torch.int64)
+    _C.gather_tokens(*store, at, token_ids.numpy())
+    return token_ids.view(*rows.shape, width), lengths.view(rows.shape)
+
+
+def _gather_torch(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    max_length: int | None,
+    longest: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n = len(offsets) - 1
+    outside = (rows < -1) | (rows >= n)
+    on_host = checks.readable(tokens)
+    if on_host and bool(outside.any()):
+        raise ValueError(f"rows: expected -1 to {n - 1}, got {int(rows[outside][0])}")
+    missing = (rows < 0) | outside
+    at = rows.clamp(0, n - 1)
+    starts, stops = (offsets[i].masked_fill(missing, 0) for i in (at, at + 1))
+    if on_host:
+        _check_spans(at, starts, stops, len(tokens))
+    lengths = stops - starts
+    if max_length is not None:
+        lengths = lengths.clamp(max=max_length)
+    width = longest if max_length is None else min(longest, max_length)
+    if on_host:
+        width = int(lengths.max()) if lengths.numel() else 0
+    columns = torch.arange(max(1, width), device=tokens.device)
+    mask = columns < lengths[..., None]
+    positions = (starts[..., None] + columns).masked_fill(~mask, 0)
+    return tokens[positions].to(torch.int64).masked_fill(~mask, 0), lengths
+
+
+def _check_spans(
+    rows: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, n_tokens: int
+) -> None:
+    bad = (starts < 0) | (stops < starts) | (stops > n_tokens)
+    if bool(bad.any()):
+        row, start, stop = (int(x[bad][0]) for x in (rows, starts, stops))
+        raise ValueError(
+            f"offsets: expected a part of the {n_tokens} tokens for row {row}, got {start} to "
+            f"{stop}: the store is damaged"
+        )
 
 
 class _Texts(Sequence[str]):

@@ -1,4 +1,4 @@
-"""The C++ of the search without Python, compiled with sanitizers."""
+"""The C++ of the index without Python, compiled with sanitizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import setuptools
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["row_pass", "row_pass_scalar", "row_pass_avx2", "row_pass_avx512", "thread_pool"]
-SOURCES += ["mips", "mips_scalar", "mips_avx2", "mips_avx512"]
+SOURCES += ["gather", "mips", "mips_scalar", "mips_avx2", "mips_avx512"]
 SOURCES += ["mips_digits", "mips_digits_scalar", "mips_digits_avx2", "mips_digits_vnni"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -47,16 +47,14 @@ def driver(
 
     sources = [ROOT / "csrc" / f"{name}.cpp" for name in SOURCES]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(
-            pool.map(compile_one, [*sources, Path(__file__).with_name("mips_driver.cpp")])
-        )
-    program = folder / "mips_driver"
+        objects = list(pool.map(compile_one, [*sources, Path(__file__).with_name("driver.cpp")]))
+    program = folder / "driver"
     subprocess.run(["g++", *flags, *objects, "-o", program], check=True)
     return request.param, program
 
 
-@pytest.mark.parametrize("what", ["shapes", "threads", "fork"])
-def test_search(driver: tuple[str, Path], what: str) -> None:
+@pytest.mark.parametrize("what", ["shapes", "threads", "fork", "gather"])
+def test_driver(driver: tuple[str, Path], what: str) -> None:
     name, program = driver
     environment = {**os.environ, "TSAN_OPTIONS": "die_after_fork=0"}
     # its own allocator may be preloaded where Python runs, and hides errors

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from fastrag.data import Passage, Template
 from fastrag.index import PassageStore
 from fastrag.index import passages as passages_module
+from fastrag.ops import backends
 
+BACKENDS = ["cpp", "torch"]
 TEMPLATE = Template.default("causal")
 
 
@@ -28,6 +30,19 @@ def build(encoder_tokenizer, generator_tokenizer):
         return PassageStore.build(passages, **{**arguments, **kwargs})
 
     return made
+
+
+def use_backend(name, monkeypatch):
+    if reason := backends.why_not(name):
+        pytest.skip(reason)
+    if name == "torch":
+        monkeypatch.setattr(backends, "why_not", lambda _: "not built")
+
+
+@pytest.fixture(params=BACKENDS)
+def gatherer(request, monkeypatch):
+    use_backend(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture
@@ -69,6 +84,7 @@ def test_texts(store, passages):
         store.title(5)
 
 
+@pytest.mark.usefixtures("gatherer")
 def test_gather_pads_and_cuts(store):
     rows = torch.tensor([[[1, -1], [3, 1]]])
     full = rows_of(store, "generator")
@@ -83,10 +99,31 @@ def test_gather_pads_and_cuts(store):
     assert store.gather(torch.zeros(0, 3, dtype=torch.int64), "encoder")[0].shape == (0, 3, 1)
 
 
+@pytest.mark.usefixtures("gatherer")
+def test_gather_takes_any_rows(store):
+    wide = torch.tensor([[3, 0], [-1, 0], [1, 0], [3, 0]])
+    expected = store.gather(wide[:, 0].contiguous(), "generator")
+    assert not expected[0][1].any()
+    for rows in (wide[:, 0], wide[:, 0].int(), wide.numpy()[:, 0]):
+        found = store.gather(torch.as_tensor(rows), "generator")
+        assert all(map(torch.equal, found, expected))
+    nested = store.gather(wide.t().reshape(2, 2, 2)[0], "generator")
+    assert torch.equal(nested[0].flatten(0, 1), expected[0])
+    assert torch.equal(nested[1].flatten(), expected[1])
+    ids, lengths = store.gather(torch.tensor(4), "generator", max_length=3)
+    assert ids.tolist() == rows_of(store, "generator")[4][:3] and lengths.item() == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(data=st.data())
-def test_gather_property(data, property_store):
-    store, full = property_store
+def test_gather_property(backend, data, property_store):
+    with pytest.MonkeyPatch.context() as patch:
+        use_backend(backend, patch)
+        check_gather(data, *property_store)
+
+
+def check_gather(data, store, full):
     shape = data.draw(st.sampled_from([(3,), (2, 2), (1, 2, 3)]))
     n = int(np.prod(shape))
     rows = torch.tensor(data.draw(st.lists(st.integers(-1, 4), min_size=n, max_size=n)))
@@ -218,11 +255,75 @@ def test_rejects_bad_limits(build, passages, arguments, message):
         (lambda s: s.gather(torch.tensor([0]), "reader"), "stream: expected one of .*'reader'"),
         (lambda s: s.gather(torch.tensor([0]), "encoder", 0), "max_length: expected at least 1"),
         (lambda s: s.fingerprint("x"), "stream: expected one of"),
+        (
+            lambda s: s.gather(torch.tensor([0, 9, -7]), "encoder"),
+            "rows: expected -1 to 4, got 9",
+        ),
     ],
 )
+@pytest.mark.usefixtures("gatherer")
 def test_rejects_bad_calls(store, call, message):
     with pytest.raises(ValueError, match=message):
         call(store)
+
+
+@pytest.mark.usefixtures("gatherer")
+@pytest.mark.parametrize(
+    ("at", "offset"),
+    [(0, -1), (2, -(2**63)), (2, 2**63 - 1), (2, 100_000), (5, 100_000), (2, 1)],
+    ids=["negative", "lowest", "highest", "beyond", "beyond-last", "descending"],
+)
+def test_gather_refuses_damaged_offsets(build, passages, tmp_path, at, offset):
+    whole = build(passages, dir=tmp_path / "store")
+    rows = torch.arange(-1, 5)
+    expected = whole.gather(rows, "generator")
+    start = whole._offsets["generator"][1].item()
+    assert start > 1  # what "descending" stands below
+    store = PassageStore.load(tmp_path / "store")
+    offsets = store._offsets["generator"].clone()
+    good = offsets[at].item()
+    offsets[at] = offset
+    store._offsets["generator"] = offsets
+    message = (
+        rf"offsets: expected a part of the \d+ tokens for row {max(at - 1, 0)}, got .*{offset}"
+    )
+    with pytest.raises(ValueError, match=message):
+        store.gather(rows, "generator")
+    assert store.gather(torch.tensor([-1]), "generator")[1].tolist() == [0]
+    offsets[at] = good
+    assert all(map(torch.equal, store.gather(rows, "generator"), expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros(4, np.int64)}, r"tokens: expected int32 \[n\], got format '[lq]'"),
+        ({"offsets": np.zeros(0, np.int64)}, "offsets: expected at least one, got none"),
+        ({"rows": np.zeros((1, 1), np.int64)}, r"rows: expected int64 \[n\]"),
+        ({"lengths": np.zeros(2, np.int64)}, r"lengths: expected int64 \[1\]"),
+        ({"max_length": -1}, "max_length: expected at least 0, got -1"),
+    ],
+)
+def test_extension_checks_what_it_is_handed(change, message):
+    native = pytest.importorskip("fastrag._C", reason="the extension module is not built")
+    good = {
+        "tokens": np.arange(4, dtype=np.int32),
+        "offsets": np.array([0, 1, 4]),
+        "rows": np.array([1]),
+        "lengths": np.full(1, 7),
+        "max_length": 2,
+    }
+    assert native.passage_lengths(**good) == good["lengths"][0] == 2
+    with pytest.raises(ValueError, match=message):
+        native.passage_lengths(**{**good, **change})
+    frozen = np.zeros((1, 2), np.int64)
+    frozen.flags.writeable = False
+    arrays = [good[name] for name in ("tokens", "offsets", "rows")]
+    with pytest.raises(ValueError, match="read-only"):
+        native.gather_tokens(*arrays, frozen)
+    ids = np.full((1, 5), 7)
+    native.gather_tokens(*arrays, ids)
+    assert ids.tolist() == [[1, 2, 3, 0, 0]]
 
 
 def test_damaged_stores_are_refused(build, passages, tmp_path):

@@ -1,7 +1,8 @@
-// Searches without Python, each against one std::fma after another: what test_sanitizers.py builds
-// with sanitizers and runs. Buffers end where the data does, so that a step beyond is seen.
+// The C++ of the index without Python: searches, each against one std::fma after another, and the
+// gather of tokens. test_sanitizers.py builds it with sanitizers and runs it. Buffers end where the
+// data does, so that a step beyond is seen.
 //
-//     mips_driver shapes | threads | fork
+//     driver shapes | threads | fork | gather
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -16,8 +17,10 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "gather.h"
 #include "mips.h"
 
 namespace {
@@ -263,6 +266,46 @@ void run_fork() {
   expect(problem.search(threads) == expected, "search after the fork");
 }
 
+// Passages of 0 to 40 tokens, then offsets that leave the tokens, each of which is refused.
+void run_gather() {
+  std::mt19937 random(0);
+  constexpr int64_t kPassages = 50;
+  std::unique_ptr<int64_t[]> offsets(new int64_t[kPassages + 1]{});
+  for (int64_t i = 0; i < kPassages; ++i) offsets[i + 1] = offsets[i] + random() % 41;
+  const int64_t n_tokens = offsets[kPassages];
+  std::unique_ptr<int32_t[]> tokens(new int32_t[n_tokens]);
+  std::generate_n(tokens.get(), n_tokens, [&] { return static_cast<int32_t>(random() % 30000); });
+  const fastrag::TokenTable table{tokens.get(), n_tokens, offsets.get(), kPassages};
+
+  std::unique_ptr<int64_t[]> rows(new int64_t[kPassages + 1]);
+  for (int64_t i = 0; i <= kPassages; ++i) rows[i] = kPassages - 1 - i;  // the last one: missing
+  const auto gather = [&](int64_t max_length) {
+    std::unique_ptr<int64_t[]> lengths(new int64_t[kPassages + 1]);
+    const int64_t width =
+        fastrag::passage_lengths(table, rows.get(), kPassages + 1, max_length, lengths.get());
+    std::unique_ptr<int64_t[]> ids(new int64_t[(kPassages + 1) * width]);
+    fastrag::gather_tokens(table, rows.get(), kPassages + 1, width, ids.get());
+    for (int64_t i = 0; i <= kPassages; ++i)
+      for (int64_t t = 0; t < width; ++t)
+        expect(ids[i * width + t] == (t < lengths[i] ? tokens[offsets[rows[i]] + t] : 0),
+               "token " + std::to_string(t) + " of row " + std::to_string(rows[i]));
+  };
+  for (const int64_t max_length : {0, 1, 7, 100}) gather(max_length);
+  constexpr int64_t kFar = std::numeric_limits<int64_t>::max();
+  for (const int64_t i : {int64_t{0}, kPassages / 2, kPassages})
+    for (const int64_t bad : {-kFar - 1, int64_t{-1}, n_tokens + 1, kFar}) {
+      const int64_t good = std::exchange(offsets[i], bad);
+      bool refused = false;
+      try {
+        gather(100);
+      } catch (const std::invalid_argument&) {
+        refused = true;
+      }
+      expect(refused, "offset " + std::to_string(bad));
+      offsets[i] = good;
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -275,8 +318,10 @@ int main(int argc, char** argv) {
     run_threads();
   } else if (what == "fork") {
     run_fork();
+  } else if (what == "gather") {
+    run_gather();
   } else {
-    expect(false, "expected shapes, threads or fork");
+    expect(false, "expected shapes, threads, fork or gather");
   }
   std::printf("%s: good\n", what.c_str());
 }
