@@ -57,12 +57,12 @@ test-slow: $(INSTALLED) ## the heavy half: all architectures, builds and install
 	@$(EXPECT_EXTENSION) $(PYTEST) --timeout 1500 -m "slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on csrc/
+lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on csrc/ and tests/csrc/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs kernels
-	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES))
+	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp))
 
 .PHONY: demo
 demo: $(INSTALLED) ## train retriever and generator from scratch, 5 minutes on two cores (SEED=0 MARGINAL=sequence)
