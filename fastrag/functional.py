@@ -26,6 +26,7 @@ from fastrag.ops import checks
 from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
 from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
+from fastrag.ops.mips_topk import check_arguments as check_search
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
 from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.reduction import divide
@@ -464,28 +465,9 @@ def mips_topk(
         >>> F.mips_topk(torch.tensor([[1.0, 2.0]]), index, 2, exclude=torch.tensor([[2]]))
         (tensor([[2., 1.]]), tensor([[1, 0]]))
     """
-    checks.check_floating("query_emb", query_emb)
-    checks.check_storage("index_emb", index_emb, scale, offset)
-    checks.check_ndim("query_emb", query_emb, "[B, D]")
-    checks.check_shape("index_emb", index_emb, (None, query_emb.shape[1]), "[N, D]")
-    for name, x in (("scale", scale), ("offset", offset)):
-        if x is not None:
-            checks.check_shape(name, x, (query_emb.shape[1],), "[D]")
-    if index_emb.shape[0] == 0:
-        raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
-    if exclude is not None:
-        checks.check_tensor("exclude", exclude)
-        if exclude.dtype == torch.bool:
-            checks.check_shape("exclude", exclude, (index_emb.shape[0],), "[N]")
-        else:
-            checks.check_integer("exclude", exclude)
-            checks.check_shape("exclude", exclude, (query_emb.shape[0], None), "[B, E]")
-            exclude = exclude.long()
-    checks.check_device(
-        query_emb=query_emb, index_emb=index_emb, exclude=exclude, scale=scale, offset=offset
-    )
+    check_search(query_emb, index_emb, k, exclude, scale, offset)
+    if exclude is not None and exclude.dtype == torch.int32:
+        exclude = exclude.long()
     return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude, scale, offset)
 
 

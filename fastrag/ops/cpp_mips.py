@@ -63,6 +63,10 @@ class CodedIndex:
             **_measured(index_emb.detach(), codes, scale, offset),
         }
 
+    def arrays(self) -> dict[str, Any]:
+        """What the search takes beside queries; made anew, for a copy of this has its own memory."""
+        return {name: x.numpy() for name, x in self._parts.items()}
+
     def update(self, rows: Tensor) -> None:
         """Measures rows `[n]` anew whose numbers and codes have changed; no search may run."""
         part = {name: self._parts[name][rows] for name in ("index_emb", "codes")}
@@ -75,13 +79,11 @@ class CodedIndex:
     ) -> tuple[Tensor, Tensor]:
         """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
         scores, rows = _empty_answer(query_emb, k)
-        # Views made anew: those of a copied index would be of the memory of the first one.
-        arrays: dict[str, Any] = {name: x.numpy() for name, x in self._parts.items()}
         _C.mips_topk_by_codes(
             _array(query_emb),
             scores=scores.numpy(),
             rows=rows.numpy(),
-            **arrays,
+            **self.arrays(),
             **_options(exclude),
         )
         return scores, rows

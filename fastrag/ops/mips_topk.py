@@ -31,6 +31,38 @@ _NOTHING = torch.iinfo(torch.int64).min
 _BYTES_PER_SCORE = 4 + 3 * 8
 
 
+def check_arguments(
+    query_emb: Tensor,
+    index_emb: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    """Raises ValueError where shapes, dtypes or devices do not make a call of the op."""
+    checks.check_floating("query_emb", query_emb)
+    checks.check_storage("index_emb", index_emb, scale, offset)
+    checks.check_ndim("query_emb", query_emb, "[B, D]")
+    checks.check_shape("index_emb", index_emb, (None, query_emb.shape[1]), "[N, D]")
+    for name, x in (("scale", scale), ("offset", offset)):
+        if x is not None:
+            checks.check_shape(name, x, (query_emb.shape[1],), "[D]")
+    if index_emb.shape[0] == 0:
+        raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+    if exclude is not None:
+        checks.check_tensor("exclude", exclude)
+        if exclude.dtype == torch.bool:
+            checks.check_shape("exclude", exclude, (index_emb.shape[0],), "[N]")
+        else:
+            checks.check_integer("exclude", exclude)
+            checks.check_shape("exclude", exclude, (query_emb.shape[0], None), "[B, E]")
+    checks.check_device(
+        query_emb=query_emb, index_emb=index_emb, exclude=exclude, scale=scale, offset=offset
+    )
+
+
 @torch.library.custom_op(
     "fastrag::mips_topk",
     mutates_args=(),

@@ -82,7 +82,7 @@ def test_looks_at_few_rows(isa: str) -> None:
     query, index = torch.randn(32, 128), torch.randn(20000, 128)
     made = CodedIndex(index, *coded(index))
     answer = {"scores": torch.empty(32, 10).numpy(), "rows": torch.empty(32, 10).long().numpy()}
-    seen = _C.mips_topk_by_codes(query.numpy(), **made._arrays, **answer, isa=isa)
+    seen = _C.mips_topk_by_codes(query.numpy(), **made.arrays(), **answer, isa=isa)
     assert 32 * 10 <= seen <= 32 * 20000 / 20
 
 
