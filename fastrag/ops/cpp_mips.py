@@ -64,7 +64,7 @@ class CodedIndex:
         }
 
     def arrays(self) -> dict[str, Any]:
-        """What the search takes beside queries; made anew, for a copy of this has its own memory."""
+        """What a search takes beside queries; made anew, for a copy has memory of its own."""
         return {name: x.numpy() for name, x in self._parts.items()}
 
     def update(self, rows: Tensor) -> None:
