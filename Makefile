@@ -73,7 +73,7 @@ demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
 	@$(BIN)/python -m examples.demo.ablation
 
 .PHONY: bench
-bench: $(INSTALLED) ## time the loss against its peers, 5 minutes on two cores (BENCH_ARGS="--op token_logp")
+bench: $(INSTALLED) ## time the loss against its peers, 5 minutes on two cores (BENCH_ARGS="--op mips": the search, 7)
 	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op marginal_loss)
 
 .PHONY: clean

@@ -236,7 +236,7 @@ def no_extension() -> str:
     return backends.why_not("cpp")
 
 
-def memory_of_ours(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
+def own_memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
     """The matrix itself on a GPU, where no process shares it."""
     n_rows, width, *_ = shape
     kept = 12 * n_rows if mode == CODED else 0
@@ -272,15 +272,17 @@ def on_gpu(name: str, make_ask: Make, about: str, missing: Callable[[], str]) ->
         modes=FLOATS,
         missing=missing,
         setup=peer(make_ask),
-        memory=memory_of_ours,
+        memory=own_memory,
     )
 
 
 EXTRA_MEMORY = 32 << 20
-OURS = {"setup": fastrag_search, "memory": memory_of_ours}
+OURS = {"setup": fastrag_search, "memory": own_memory}
 
 PROVIDERS = (
-    Provider("read", answer, "the sum of the matrix", kind="ceiling", setup=read),
+    Provider(
+        "read", answer, "the sum of the matrix", kind="ceiling", setup=read, memory=own_memory
+    ),
     Provider(
         "fma",
         answer,
@@ -309,7 +311,7 @@ PROVIDERS = (
     on_cpu(
         "faiss-tuned",
         peers.faiss_flat(peers.TUNED_THRESHOLD),
-        "the same, matrix products from 20 queries on",
+        "the same, matrix products for any batch",
         missing=needs("faiss"),
         memory=peers.keeps_a_copy,
     ),

@@ -24,7 +24,8 @@ Make = Callable[[Tensor, Tensor, int], Ask]
 # their scores are a gigabyte.
 CHUNK_ROWS = 65536
 TILE_SCORES = 1 << 28
-# From so many queries on faiss multiplies matrices; its default is about 170 at D = 768.
+# faiss goes query by query where B D is below a threshold, 128000 unless told; under this one it
+# multiplies matrices for any batch.
 TUNED_THRESHOLD = 20
 FAISS_QUANTIZER = {torch.bfloat16: "QT_bf16", torch.float16: "QT_fp16"}
 
