@@ -56,7 +56,7 @@ class Positions:
         if checks.readable(hidden):
             self.index = counted.reshape(-1).nonzero().squeeze(1)
             self.per_example = counted.sum(1).tolist()
-        elif valid_rows is not None:
+        elif valid_rows is not None and self.n_positions:  # else its padding would point nowhere
             self.index = _padded(valid_rows, self.n_positions)
         else:
             self.index = torch.arange(self.n_positions, device=hidden.device)

@@ -248,10 +248,14 @@ def test_a_flag_without_a_fault_raises_nothing(late: None) -> None:
 
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 3, 0)], ids=str)
-def test_empty(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("n_listed", [None, 0, 4], ids="valid_rows={}".format)
+def test_empty(sizes: tuple[int, int, int], n_listed: int | None) -> None:
+    """Also where valid_rows is nothing but padding."""
     p = make((*sizes, 5, 7), padding=False, missing=False)
+    valid_rows = None if n_listed is None else torch.full((n_listed,), -1, dtype=torch.int32)
     for _ in range(2):
-        assert all((g == 0).all() for g in grads(F.rag_token_nll(*p.args()), p).values())
+        loss = F.rag_token_nll(*p.args(), valid_rows=valid_rows)
+        assert all((g == 0).all() for g in grads(loss, p).values())
 
 
 @pytest.mark.slow  # a process of its own imports all of torch
