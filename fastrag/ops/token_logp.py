@@ -118,7 +118,8 @@ def token_logp_backward(
         row_weight = walk.mask(chunk, -padded[chunk.row])
         vocab_major.add_gradients(sums, walk.open_chunk, chunk, log_z, row_weight, label_smoothing)
         dhidden, dweight, dbias = sums.results()
-        return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+        bias_dtype = weight.dtype if bias is None else bias.dtype
+        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(bias_dtype)
 
 
 @token_logp_backward.register_fake
