@@ -72,11 +72,12 @@ def graph_is_freed(saved: Tensor) -> bool:
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
+    """grad * scale in `dtype`: the product in the dtype of grad, rounded once.
 
     In place where the graph is freed behind this backward, so that nobody needs grad again: a copy
-    of dW would cost more than the passes over the logits.
+    of dW would cost more than the passes over the logits. A GPU rounds as it multiplies; a CPU
+    would hold the product before it is rounded, another dW, if it were not in place.
     """
-    if grad.dtype == dtype and graph_is_freed(grad):
-        return grad.mul_(scale)
+    if (grad.dtype == dtype or not grad.is_cuda) and graph_is_freed(grad):
+        return grad.mul_(scale).to(dtype)
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
