@@ -58,6 +58,22 @@ def test_retain_graph(marginal: str, reduction: str) -> None:
 
 
 @both_marginals
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_with_a_graph_of_their_own(marginal: str, reduction: str) -> None:
+    """create_graph asks for a graph of the gradients, not to keep that of the loss."""
+    p = make(head="bias")
+    leaves = list(p.leaves().values())
+
+    def loss() -> Tensor:
+        return LOSSES[marginal](*p.args(), **p.head(), reduction=reduction).sum()
+
+    expected = torch.autograd.grad(loss(), leaves)
+    found = torch.autograd.grad(loss(), leaves, create_graph=True, retain_graph=False)
+    for a, b in zip(found, expected, strict=True):
+        assert a.requires_grad and torch.equal(a, b)
+
+
+@both_marginals
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_copies_no_gradient(marginal: str, weight_dtype: torch.dtype) -> None:
     """Where the graph is freed, the gradients that the forward made are scaled in place."""
