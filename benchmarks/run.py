@@ -67,7 +67,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.dtype not in DTYPES:
         parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
     known = op.names("ours") if args.base else op.names()
-    args.providers = args.providers.split(",") if args.providers else None
+    # Once each, whoever is named twice.
+    args.providers = list(dict.fromkeys(args.providers.split(","))) if args.providers else None
     for name in args.providers or ():
         if name not in known:
             which = "provider of ours" if args.base else "provider"
@@ -83,6 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.csv and not args.csv.absolute().parent.is_dir():
         parser.error(f"--csv: {args.csv.parent} is not a folder")
+    if args.csv and args.csv.is_dir():
+        parser.error(f"--csv: expected a file, got the folder {args.csv}")
     if args.csv and args.base:
         parser.error("--csv: a comparison with --base has no rows of this form")
     _check_backend(parser)

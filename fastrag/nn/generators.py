@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastrag.nn.arguments import check_answers
 from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
-from fastrag.ops.positions import IGNORE_INDEX, check_labels
+from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
 
@@ -108,7 +108,7 @@ class GeneratorAdapter:
                 f"{list(context_ids.shape)}"
             )
         check_answers(labels)
-        outside = check_labels(labels, labels != ignore_index, self.n_vocab)
+        outside = check_label_values(labels, labels != ignore_index, self.n_vocab)
         labels = labels.masked_fill(outside, 0)  # an embedding may not be asked for them
         inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
         states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]

@@ -77,8 +77,8 @@ def check_head(
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_shape("weight", weight, (None, hidden.shape[-1]), "[V, H]")
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected at least one vocabulary entry, got {show(weight)}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight: expected V and H of at least 1, got {show(weight)}")
     if bias is not None:
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "[V]")

@@ -36,11 +36,13 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def guarded(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+            tracked = torch.is_grad_enabled()
+            # Before the backward, which may overwrite what it saved.
+            sources = (*ctx.saved_tensors, *grad_outputs) if tracked else ()
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
-            if not torch.is_grad_enabled():
+            if not tracked:
                 return grads
-            sources = (*ctx.saved_tensors, *grad_outputs)
             inputs = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
             places = [i for i, grad in enumerate(grads) if grad is not None]
             if not inputs or not places:
@@ -72,11 +74,12 @@ def graph_is_freed(saved: Tensor) -> bool:
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * scale in `dtype`: the product in the dtype of grad, rounded once, in one pass.
+    """grad * scale in `dtype`: the product in the dtype of grad, rounded once.
 
     In place where the graph is freed behind this backward, so that nobody needs grad again: a copy
-    of dW would cost more than the passes over the logits.
+    of dW would cost more than the passes over the logits. A GPU rounds as it multiplies; a CPU
+    would hold the product before it is rounded, another dW, if it were not in place.
     """
-    if grad.dtype == dtype and graph_is_freed(grad):
-        return grad.mul_(scale)
+    if (grad.dtype == dtype or not grad.is_cuda) and graph_is_freed(grad):
+        return grad.mul_(scale).to(dtype)
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))

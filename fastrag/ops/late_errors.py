@@ -148,7 +148,8 @@ def send(device: torch.device) -> None:
     Raises:
         ValueError: an earlier call found a fault.
     """
-    notes, _pending.notes = _pending.notes, []
+    # A call that died between its checks and this, for want of memory perhaps, has left its own.
+    notes, _pending.notes = [note for note in _pending.notes if note[0].device == device], []
     if not notes:
         return
     raise_late(device)

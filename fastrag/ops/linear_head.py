@@ -70,8 +70,9 @@ class HeadGradients:
 
     `late`: they are unscaled, and backward has yet to multiply them. dhidden is then kept in the
     dtype of hidden, except float16 whose range would undo loss scaling; dweight and dbias are kept
-    in the dtype of the maths until that one final cast. Otherwise each has the dtype of its input;
-    dweight then is not a place to add up in, and takes one `add_words` for each slice.
+    in the dtype of the maths until that one final cast. Otherwise dhidden and dweight have the
+    dtypes of their inputs; dweight is then no place to add up in, and takes one `add_words` for
+    each slice.
     """
 
     def __init__(

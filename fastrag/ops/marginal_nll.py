@@ -42,7 +42,7 @@ from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import (
     Chunk,
     Positions,
-    check_labels,
+    check_label_values,
     check_scores,
     check_valid_rows,
 )
@@ -197,7 +197,7 @@ class _Marginal:
         self.log_prior = torch.where(present, scores.log_softmax(1), -torch.inf)
         counted = labels != ignore_index
         self.unlisted = None if valid_rows is None else check_valid_rows(valid_rows, counted)
-        bad = check_labels(labels, counted, head.vocab_size)
+        bad = check_label_values(labels, counted, head.vocab_size)
         labels = torch.where(bad, 0, labels)
         counted = counted & self.live.unsqueeze(1)
         self.counted = counted

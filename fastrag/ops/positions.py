@@ -56,7 +56,7 @@ class Positions:
         if checks.readable(hidden):
             self.index = counted.reshape(-1).nonzero().squeeze(1)
             self.per_example = counted.sum(1).tolist()
-        elif valid_rows is not None:
+        elif valid_rows is not None and self.n_positions:  # else its padding would point nowhere
             self.index = _padded(valid_rows, self.n_positions)
         else:
             self.index = torch.arange(self.n_positions, device=hidden.device)
@@ -88,7 +88,7 @@ class Positions:
         return Chunk(position, example, counts, gold, row.view(-1), x.view(-1, width))
 
 
-def check_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
+def check_label_values(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
     """Returns the bool mask [B, T] of counted labels outside [0, V).
 
     The last of the checks of every op: what they found goes out here, if the host may not look.

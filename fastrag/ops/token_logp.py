@@ -22,7 +22,7 @@ from fastrag.ops import backends, vocab_major, workspace
 from fastrag.ops.chunk_logits import chunk_logits
 from fastrag.ops.grads import once_differentiable, scaled
 from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
-from fastrag.ops.positions import Chunk, Positions, check_labels
+from fastrag.ops.positions import Chunk, Positions, check_label_values
 
 backends.register("token_logp", ("cpp", "triton", "torch"))
 
@@ -118,7 +118,8 @@ def token_logp_backward(
         row_weight = walk.mask(chunk, -padded[chunk.row])
         vocab_major.add_gradients(sums, walk.open_chunk, chunk, log_z, row_weight, label_smoothing)
         dhidden, dweight, dbias = sums.results()
-        return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+        bias_dtype = weight.dtype if bias is None else bias.dtype
+        return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(bias_dtype)
 
 
 @token_logp_backward.register_fake
@@ -169,7 +170,7 @@ class _Walk:
         self.head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
         self.n_rows, self.n_passages = hidden.shape[:-1].numel(), hidden.shape[1]
         counted = labels != ignore_index
-        bad = check_labels(labels, counted, weight.shape[0])
+        bad = check_label_values(labels, counted, weight.shape[0])
         labels = torch.where(bad, 0, labels)
         self.bad = torch.nn.functional.pad(bad.reshape(-1), (0, 1))
         self.positions = Positions(hidden, labels, counted, present, valid_rows, operand)

@@ -250,9 +250,7 @@ def build_index(
     return load_index(out)
 
 
-def load_index(
-    folder: str | os.PathLike[str], verify: bool = False
-) -> tuple[Index, PassageStore]:
+def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[Index, PassageStore]:
     """Load what `build_index` wrote; another kind of index may have taken the place of its index.
 
     Args:

@@ -269,7 +269,7 @@ def test_labels_outside_the_vocabulary_never_reach_an_embedding(monkeypatch):
                 adapter.hidden(ids, mask, labels)
             with monkeypatch.context() as off_the_cpu:
                 off_the_cpu.setattr(
-                    generators, "check_labels", lambda x, *_: (x < 0) | (x >= VOCAB)
+                    generators, "check_label_values", lambda x, *_: (x < 0) | (x >= VOCAB)
                 )
                 assert adapter.hidden(ids, mask, labels).isfinite().all()
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrag.functional as F
 from fastrag.ops import backends, late_errors
-from fastrag.ops.positions import check_labels, check_scores
+from fastrag.ops.positions import check_label_values, check_scores
 
 from .cases import IGNORE, LOSSES, SHAPES, Problem, both_marginals, grads, make
 
@@ -143,7 +143,7 @@ def test_a_good_call_launches_little(late: None) -> None:
     for _ in range(2):
         with Launches() as launches:
             check_scores(p.doc_scores.detach())
-            check_labels(p.labels, counted, 7)
+            check_label_values(p.labels, counted, 7)
     made = ["threshold", "clamp", "ne", "bitwise_and", "mul"]  # what a CPU looks at
     look = ["any", "_local_scalar_dense"]
     assert launches.names == [*made, *look, *["where", "any"] * 2, "copy_"]
@@ -154,6 +154,14 @@ def test_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     late_errors.forget()
     F.rag_token_nll(*make().args())
     assert not late_errors._devices and not late_errors._pending.notes
+
+
+def test_a_call_that_died_leaves_nothing_for_another_device(late: None) -> None:
+    """Between its checks and the sending of them; meta stands for a second GPU."""
+    check_scores(torch.full((2, 3), torch.nan, device="meta"))
+    p = make()
+    for _ in range(2):
+        assert F.rag_token_nll(*p.args()).isfinite()
 
 
 def test_compiled(late: None) -> None:
@@ -248,10 +256,14 @@ def test_a_flag_without_a_fault_raises_nothing(late: None) -> None:
 
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 3, 0)], ids=str)
-def test_empty(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("n_listed", [None, 0, 4], ids="valid_rows={}".format)
+def test_empty(sizes: tuple[int, int, int], n_listed: int | None) -> None:
+    """Also where valid_rows is nothing but padding."""
     p = make((*sizes, 5, 7), padding=False, missing=False)
+    valid_rows = None if n_listed is None else torch.full((n_listed,), -1, dtype=torch.int32)
     for _ in range(2):
-        assert all((g == 0).all() for g in grads(F.rag_token_nll(*p.args()), p).values())
+        loss = F.rag_token_nll(*p.args(), valid_rows=valid_rows)
+        assert all((g == 0).all() for g in grads(loss, p).values())
 
 
 @pytest.mark.slow  # a process of its own imports all of torch

@@ -372,7 +372,7 @@ BAD_LABELS = torch.tensor([[0, 1, 2, 3], [0, 1, 7, IGNORE]])
         ({"hidden": [1.0]}, "hidden: expected a tensor, got list"),
         ({"hidden": torch.zeros(2, 3, 4, 5).long()}, "hidden: expected a floating point dtype"),
         ({"weight": torch.zeros(7, 6)}, r"weight: expected \[V, H\] .*\[\*, 5\], got \[7, 6\]"),
-        ({"weight": torch.zeros(0, 5)}, "weight: expected at least one vocabulary entry"),
+        ({"weight": torch.zeros(0, 5)}, "weight: expected V and H of at least 1"),
         ({"labels": torch.zeros(2, 3).long()}, r"labels: expected \[B, T\].*\[2, 4\], got \[2, 3"),
         ({"labels": torch.zeros(2, 4)}, "labels: expected int64, got .* float32"),
         ({"labels": BAD_LABELS}, r"labels: expected values in \[0, 7\).* got 7 at \[1, 2\]"),

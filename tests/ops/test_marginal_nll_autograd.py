@@ -58,15 +58,35 @@ def test_retain_graph(marginal: str, reduction: str) -> None:
 
 
 @both_marginals
-def test_backward_copies_no_gradient(marginal: str) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_with_a_graph_of_their_own(marginal: str, reduction: str) -> None:
+    """create_graph asks for a graph of the gradients, not to keep that of the loss."""
+    p = make(head="bias")
+    leaves = list(p.leaves().values())
+
+    def loss() -> Tensor:
+        return LOSSES[marginal](*p.args(), **p.head(), reduction=reduction).sum()
+
+    expected = torch.autograd.grad(loss(), leaves)
+    found = torch.autograd.grad(loss(), leaves, create_graph=True, retain_graph=False)
+    for a, b in zip(found, expected, strict=True):
+        assert a.requires_grad and torch.equal(a, b)
+
+
+@both_marginals
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_copies_no_gradient(marginal: str, weight_dtype: torch.dtype) -> None:
     """Where the graph is freed, the gradients that the forward made are scaled in place."""
     p = make((2, 3, 4, 64, 4099)).to(torch.float32)
+    p.weight = p.weight.detach().to(weight_dtype).requires_grad_()
     dweight_bytes = p.weight.numel() * 4
+    rounded_bytes = 0 if weight_dtype == torch.float32 else p.weight.numel() * 2
     loss = LOSSES[marginal](*p.args())
     kept = cpu_memory(lambda: loss.backward(retain_graph=True))[0]
     p.weight.grad = None
     freed = cpu_memory(lambda: loss.backward())[0]
-    assert kept >= dweight_bytes > 4 * max(freed, 1)
+    assert kept >= dweight_bytes + rounded_bytes
+    assert freed < rounded_bytes + dweight_bytes / 4
 
 
 @both_marginals

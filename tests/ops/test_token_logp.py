@@ -154,13 +154,17 @@ def test_opcheck() -> None:
         if need[1] or not need[0]:
             checks += ("test_aot_dispatch_dynamic",)
         torch.library.opcheck(token_logp, (*leaves, *args[3:], *need), test_utils=checks)
-    with torch.no_grad():
-        hidden, weight, bias, labels = (x.detach() for x in args[:4])
-        _, log_z, _ = token_logp(*args, True, True, True)
-        grad = torch.randn(p.hidden.shape[:-1], dtype=torch.float64)
-        present = torch.rand(p.hidden.shape[:2]) < 0.8
-        head = (hidden, weight, bias, labels, present, None, 2.0, 0.7, 0.1, IGNORE)
-        torch.library.opcheck(token_logp_backward, (grad, log_z, *head, True, False, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("need", [(True, False, True), (False, True, False)], ids=str)
+def test_opcheck_backward(dtype: torch.dtype, need: tuple[bool, bool, bool]) -> None:
+    p = problem(head="softcap").to(dtype)
+    inputs = [x.detach() for x in (p.hidden, p.weight, p.bias, p.labels)]
+    logp, log_z, _ = token_logp(*inputs, 2.0, 0.7, IGNORE, True, True, True)
+    present = torch.rand(p.hidden.shape[:2]) < 0.8
+    args = (torch.randn_like(logp), log_z, *inputs, present, None, 2.0, 0.7, 0.1, IGNORE, *need)
+    torch.library.opcheck(token_logp_backward, args)
 
 
 @pytest.mark.parametrize("head", ["plain", "softcap"])
