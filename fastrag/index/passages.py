@@ -278,7 +278,9 @@ class PassageStore:
             raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
         tokens, offsets = self._tokens[stream], self._offsets[stream]
         at = rows.to(tokens.device, torch.int64)
-        if tokens.device.type == "cpu" and not backends.why_not("cpp"):
+        # torch.compile warns of an extension that it cannot look into
+        native = checks.readable(tokens) and not torch.compiler.is_compiling()
+        if native and not backends.why_not("cpp"):
             token_ids, lengths = _gather_cpp(tokens, offsets, at, max_length)
         else:
             longest = self.max_tokens(stream)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -112,6 +113,15 @@ def test_gather_takes_any_rows(store):
     assert torch.equal(nested[1].flatten(), expected[1])
     ids, lengths = store.gather(torch.tensor(4), "generator", max_length=3)
     assert ids.tolist() == rows_of(store, "generator")[4][:3] and lengths.item() == 3
+
+
+def test_gather_inside_a_compiled_function(store):
+    rows = torch.tensor([[1, -1], [3, 1]])
+    compiled = torch.compile(lambda rows: store.gather(rows, "generator"), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compiled(rows)
+    assert all(map(torch.equal, found, store.gather(rows, "generator")))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
