@@ -150,6 +150,15 @@ def to_numpy(stored: Tensor) -> np.ndarray[Any, Any]:
     return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
 
 
+def put_rows(index_emb: Tensor, rows: Tensor, stored: Tensor) -> None:
+    """index_emb[rows] = stored; rows `[n]`, each once."""
+    if index_emb.device.type == "cpu":
+        # numpy copies row by row, in a half to a tenth of the time of torch's indexing.
+        to_numpy(index_emb)[rows.numpy()] = to_numpy(stored)
+    else:
+        index_emb[rows] = stored
+
+
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The dtype of the array on disk."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)

@@ -189,7 +189,7 @@ class FlatIndex(RowIndex):
             if self._mapped:
                 self._reserve(self._n, keep=self._n, exact=True)
             with self._lock.write():
-                self.index_emb[rows] = stored
+                codec.put_rows(self.index_emb, rows, stored)
                 if self._codes is not None:
                     self._codes.update(rows)
                 self._n_clamped += n_clamped
