@@ -42,8 +42,9 @@ def collect() -> dict[str, Any]:
 
     Keys: `fastrag` (version, tree, kernels), `python`, `platform`, `packages` (name -> version, or
     None), `devices` (list of name, capability, memory_gib), `cuda`, `backends` (name -> why it
-    cannot run here, empty if it can), `ops` (name -> backend chosen by device type) and
-    `environment` (the variables that change what runs).
+    cannot run here, empty if it can), `instruction_sets` (of the C++ kernels, the one in use
+    first), `ops` (name -> backend chosen by device type) and `environment` (the variables that
+    change what runs).
 
     Example:
         >>> from fastrag.info import collect
@@ -59,6 +60,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": _devices(),
         "backends": backends.availability(),
+        "instruction_sets": _instruction_sets(),
         "ops": _ops(),
         "environment": {
             name: os.environ.get(name)
@@ -99,6 +101,9 @@ def info() -> str:
         lines.append("device: cpu only")
     for name, reason in found["backends"].items():
         lines.append(f"backend {name}: {'not available: ' + reason if reason else 'available'}")
+        if name == "cpp" and found["instruction_sets"]:
+            used, *others = found["instruction_sets"]
+            lines[-1] += f", {used}" + (f" (also {', '.join(others)})" if others else "")
     for op, choices in found["ops"].items():
         chosen = ", ".join(f"{choice} on {device}" for device, choice in choices.items())
         lines.append(f"op {op}: {chosen}")
@@ -150,6 +155,17 @@ def _ops() -> dict[str, dict[str, str]]:
         importlib.import_module(f"fastrag.ops.{op}")
     types = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {op: {kind: _choice(op, kind) for kind in types} for op in backends.implemented()}
+
+
+def _instruction_sets() -> list[str]:
+    """Of the C++ kernels, the one in use first."""
+    if backends.why_not("cpp"):
+        return []
+    from fastrag import _C
+
+    found = _C.instruction_sets()
+    forced = os.environ.get(backends.ISA_VARIABLE, "")
+    return sorted(found, key=lambda name: name != forced) if forced in found else found
 
 
 def _choice(op: str, kind: str) -> str:

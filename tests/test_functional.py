@@ -95,6 +95,18 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         backends._probe.cache_clear()
 
 
+def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    if backends.why_not("cpp"):
+        assert collect()["instruction_sets"] == []
+        return
+    from fastrag import _C
+
+    best, *_, least = _C.instruction_sets()
+    assert f"backend cpp: available, {best}" in info()
+    monkeypatch.setenv(backends.ISA_VARIABLE, least)
+    assert f"backend cpp: available, {least}" in info()
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     found = collect()
     assert found["packages"]["torch"] == torch.__version__
