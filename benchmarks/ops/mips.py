@@ -449,5 +449,5 @@ OP = Op(
     extra_memory=EXTRA_MEMORY,
     check=check,
     share=share,
-    patience=5.0,
+    patience=3.0,
 )
