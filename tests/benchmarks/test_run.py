@@ -314,14 +314,19 @@ def test_an_interrupt_ends_all_children() -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Whatever runs the tests in the background ignores it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    workers: set[int] = set()
-    while len(workers) < 2:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        workers = children(process.pid)
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        workers: set[int] = set()
+        while len(workers) < 2:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            workers = children(process.pid)
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.terminate()
     assert process.returncode == 130 and "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
