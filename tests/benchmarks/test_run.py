@@ -248,10 +248,13 @@ def test_all_processes_must_fit_into_memory(
     assert run._fit_together([result("hf").case])  # says nothing of its memory
 
 
-def test_a_worker_that_dies_is_a_status() -> None:
+@pytest.mark.parametrize("first", ["asked", "gone"])
+def test_a_worker_that_dies_is_a_status(first: str) -> None:
     case = result("gather").case
     with turns.started(case, None) as worker:
         os.killpg(worker.process.pid, signal.SIGKILL)
+        if first == "gone":
+            worker.process.wait()
         worker.prepare()
     assert worker.result.status == "failed: its process ended with code -9"
 
