@@ -23,11 +23,22 @@ constexpr int64_t kMaxDim = 1 << 16;  // whose sum of products fits 32 bits
 constexpr int64_t kFirstRoom = 512;   // candidates, beside some for each of the k
 
 const DigitKernels& digit_kernels(Isa isa) {
-  if (isa == Isa::kScalar) return *scalar_digit_kernels();
+  switch (isa) {
+    case Isa::kScalar:
+      return *scalar_digit_kernels();
+    case Isa::kNeon:
+      return *neon_digit_kernels();
+    case Isa::kDotprod:
+      return *dotprod_digit_kernels();
+    case Isa::kAvx512:
 #if defined(__x86_64__) || defined(__i386__)
-  if (isa == Isa::kAvx512 && vnni_digit_kernels() && __builtin_cpu_supports("avx512vnni"))
-    return *vnni_digit_kernels();
+      if (vnni_digit_kernels() && __builtin_cpu_supports("avx512vnni"))
+        return *vnni_digit_kernels();
 #endif
+      break;
+    default:
+      break;
+  }
   return *avx2_digit_kernels();
 }
 
@@ -168,15 +179,16 @@ class CodeSearch {
       largest = std::max(largest, std::fabs((*weight)[d]));
       squares += double{query[d]} * query[d];
     }
-    const float unit = static_cast<float>(largest / kernels_.bias);
+    const float unit = static_cast<float>(largest / kernels_.largest);
     double rest = 0.0, digit_squares = 0.0;
     uint8_t* packed = &digits_[panel.first_lane * round_up(dim, 4)];
     for (int64_t d = 0; d < dim; ++d) {
       const double exact = unit > 0.0f ? std::round((*weight)[d] / unit) : 0.0;
-      const double digit = std::clamp<double>(exact, -kernels_.bias, kernels_.bias);
+      const double digit = std::clamp<double>(exact, -kernels_.largest, kernels_.largest);
       rest += std::pow((*weight)[d] - digit * unit, 2);
       digit_squares += digit * digit;
-      packed[(d / 4 * lanes + i) * 4 + d % 4] = static_cast<uint8_t>(digit + kernels_.bias);
+      packed[(d / 4 * lanes + i) * 4 + d % 4] =
+          static_cast<uint8_t>(static_cast<int>(digit) + kernels_.bias);
     }
     // The second part is what float32 loses of sums of whole numbers beyond 2^24, and of bounds.
     unit_[lane] = unit;

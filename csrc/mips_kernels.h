@@ -103,7 +103,8 @@ struct DigitScores {
 struct DigitKernels {
   int width;
   int rows;
-  int bias;                                                           // and the largest digit
+  int largest;                                                        // digit
+  int bias;                                                           // what is added to digits
   bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
 };
 
@@ -111,8 +112,11 @@ struct DigitKernels {
 const MipsKernels* scalar_mips_kernels();
 const MipsKernels* avx2_mips_kernels();
 const MipsKernels* avx512_mips_kernels();
+const MipsKernels* neon_mips_kernels();
 const DigitKernels* scalar_digit_kernels();
 const DigitKernels* avx2_digit_kernels();
 const DigitKernels* vnni_digit_kernels();
+const DigitKernels* neon_digit_kernels();
+const DigitKernels* dotprod_digit_kernels();
 
 }  // namespace fastrag

@@ -168,7 +168,7 @@ struct Problem {
 
 std::vector<Isa> instruction_sets() {
   std::vector<Isa> found;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+  for (const Isa isa : fastrag::kAllIsas)
     if (fastrag::has_isa(isa)) found.push_back(isa);
   return found;
 }
