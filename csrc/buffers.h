@@ -117,8 +117,8 @@ inline Threads threads_of(int count, const std::string& isa) {
     if (isa == isa_name(known)) return {count, known};
     names += (names.empty() ? "" : ", ") + std::string(isa_name(known));
   }
-  throw pybind11::value_error("isa: expected what this machine and this build have (" + names +
-                              "), got '" + isa + "'");
+  throw pybind11::value_error("isa: expected one of " + names +
+                              " (what this machine and this build have), got '" + isa + "'");
 }
 
 }  // namespace fastrag

@@ -1,0 +1,85 @@
+// Tiles of whole numbers of one width, called as the search through codes calls them.
+#include <algorithm>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "expect.h"
+#include "mips_kernels.h"
+
+namespace {
+
+using fastrag::DigitKernels;
+using fastrag::DigitScores;
+using fastrag::Isa;
+
+struct Problem {
+  int64_t dim;
+  std::vector<int> digits;  // [lanes, dim]
+  std::vector<float> unit, rest, norm, threshold;
+  std::vector<int8_t> codes;  // [rows, dim]
+  std::vector<float> code_norm, rest_norm;
+  std::vector<int32_t> code_sum;
+
+  Problem(int64_t dim, int64_t lanes, int64_t rows, std::mt19937* random)
+      : dim(dim), digits(lanes * dim), codes(rows * dim), code_sum(rows) {
+    const auto whole = [&](int low, int high) {
+      return low + static_cast<int>((*random)() % (high - low + 1));
+    };
+    std::generate(digits.begin(), digits.end(), [&] { return whole(-127, 127); });
+    std::generate(codes.begin(), codes.end(), [&] { return whole(-128, 127); });
+    // the sums that come nearest to overflow; below, an upper bound that is NaN
+    std::fill_n(digits.begin(), dim, whole(0, 1) ? 127 : -127);
+    std::fill_n(codes.begin(), dim, -128);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < dim; ++d) code_sum[r] += codes[r * dim + d];
+    std::normal_distribution<float> normal;
+    for (std::vector<float>* line : {&unit, &rest, &norm, &threshold, &code_norm, &rest_norm}) {
+      line->resize(std::max(lanes, rows));
+      std::generate(line->begin(), line->end(), [&] { return normal(*random); });
+    }
+    unit[1] = rest[1] = std::numeric_limits<float>::infinity();
+    threshold[3] = -std::numeric_limits<float>::infinity();
+    threshold[2] = std::numeric_limits<float>::infinity();
+  }
+
+  // Hits, then the bounds, of a panel of n_vectors.
+  std::vector<float> run(const DigitKernels& kernels, int n_vectors) const {
+    const int64_t lanes = n_vectors * kernels.width;
+    std::vector<uint8_t> packed((dim + 3) / 4 * 4 * lanes);
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t d = 0; d < dim; ++d)
+        packed[(d / 4 * lanes + i) * 4 + d % 4] =
+            static_cast<uint8_t>(digits[i * dim + d] + kernels.bias);
+    DigitScores scores;
+    const bool any = kernels.tile[n_vectors - 1](
+        {packed.data(), unit.data(), rest.data(), norm.data(), threshold.data()},
+        {codes.data(), dim, dim, code_norm.data(), rest_norm.data(), code_sum.data()}, &scores);
+    std::vector<float> found{any ? 1.0f : 0.0f};
+    found.insert(found.end(), scores.hits, scores.hits + kernels.rows);
+    found.insert(found.end(), scores.upper, scores.upper + kernels.rows * lanes);
+    found.insert(found.end(), scores.lower, scores.lower + kernels.rows * lanes);
+    return found;
+  }
+};
+
+}  // namespace
+
+void run_digits() {
+  const DigitKernels& scalar = *fastrag::scalar_digit_kernels();
+  std::mt19937 random(0);
+  for (const Isa isa : {Isa::kNeon, Isa::kDotprod}) {
+    if (!fastrag::has_isa(isa)) continue;
+    const DigitKernels& kernels =
+        *(isa == Isa::kNeon ? fastrag::neon_digit_kernels() : fastrag::dotprod_digit_kernels());
+    for (int64_t dim = 1; dim < 200; dim += dim < 70 ? 1 : 37)
+      for (const int n_vectors : {1, 2}) {
+        const Problem problem(dim, n_vectors * scalar.width, scalar.rows, &random);
+        expect_same(problem.run(kernels, n_vectors), problem.run(scalar, n_vectors),
+                    std::string(fastrag::isa_name(isa)) + ", dim " + std::to_string(dim) + ", " +
+                        std::to_string(n_vectors) + " vectors");
+      }
+  }
+}
