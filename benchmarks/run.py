@@ -42,6 +42,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}")
     parser.add_argument("--providers", help="names with commas between them; default: all")
     parser.add_argument("--shape", nargs="+", help="such as 2,5,32,512,50265; default: the sweep")
+    parser.add_argument(
+        "--curve",
+        nargs="+",
+        metavar="DIM",
+        help="shapes along a dimension, in the op's first mode unless --mode is given; or all",
+    )
     parser.add_argument("--mode", "--marginal", nargs="+", help="default: all of the op's")
     parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; default: {DEFAULT_DTYPE}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
@@ -66,6 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
     if args.dtype not in DTYPES:
         parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    if args.curve and args.shape:
+        parser.error("--curve: has shapes of its own, --shape cannot be given with it")
     known = op.names("ours") if args.base else op.names()
     # Once each, whoever is named twice.
     args.providers = list(dict.fromkeys(args.providers.split(","))) if args.providers else None
@@ -73,11 +81,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in known:
             which = "provider of ours" if args.base else "provider"
             parser.error(f"{op.name} has no {which} {name!r}; known: {', '.join(known)}")
-    args.mode = args.mode or list(op.modes)
+    if args.curve and not args.providers:
+        args.providers = [name for name in op.curve_providers if name in known]
+    args.mode = args.mode or list(op.modes[:1] if args.curve else op.modes)
     for mode in args.mode:
         if mode not in op.modes:
             parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
     shapes = [_shape(parser, op, text) for text in args.shape or ()]
+    shapes += _on_curves(parser, op, args.curve or ())
     args.sweep = {mode: shapes or list(op.sweep(args.device, mode)) for mode in args.mode}
     args.rounds = DEFAULT_ROUNDS[args.device] if args.rounds is None else args.rounds
     if args.rounds < 1:
@@ -100,6 +111,16 @@ def _shape(parser: _Parser, op: Op, text: str) -> Shape:
     if 0 in shape:
         parser.error(f"--shape: expected positive numbers, got {text!r}")
     return shape
+
+
+def _on_curves(parser: _Parser, op: Op, names: Sequence[str]) -> list[Shape]:
+    for name in names:
+        if name not in ("all", *op.curves):
+            there = ", ".join(op.curves) or "none"
+            parser.error(f"--curve: {op.name} has no curve {name!r}; curves: {there}")
+    along = op.curves if "all" in names else dict.fromkeys(names)
+    # Once each: curves may cross.
+    return list(dict.fromkeys(shape for name in along for shape in op.curves[name]))
 
 
 def _check_backend(parser: _Parser) -> None:

@@ -49,6 +49,12 @@ def test_an_entry_is_whole(op: Op) -> None:
     swept = [s for device in DEVICES for mode in op.modes for s in op.sweep(device, mode)]
     for shape in (*op.checked, op.small, *swept):
         assert len(shape) == len(op.dims)
+    assert set(op.curve_providers) <= set(op.names())
+    for name, shapes in op.curves.items():
+        place = op.dims.index(name)
+        others = {shape[:place] + shape[place + 1 :] for shape in shapes}
+        # One line, or one for each setting of the others: three points at least, none twice.
+        assert len(set(shapes)) == len(shapes) >= 3 * len(others), name
     for mode in op.modes:
         assert op.flops(mode, op.small) > 0 and op.bytes(mode, op.small, 4) > 0
 

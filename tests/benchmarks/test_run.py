@@ -58,6 +58,8 @@ FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", 
         (["--op", "marginal_loss", "--rounds", "0"], ["at least 1", "got 0"]),
         (["--op", "marginal_loss", "--csv", "/"], ["--csv", "a file", "folder /"]),
         (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
+        (["--op", "marginal_loss", "--curve", "N"], ["'N'", "B, K, T, V"]),
+        (["--op", "doc_scores", "--curve", "K", "--shape", "2,5,9,8"], ["--curve", "--shape"]),
         ([], ["--op"]),
     ],
 )
@@ -71,6 +73,17 @@ def test_a_bad_argument_is_one_line(
     assert said.out == "" and said.err.count("\n") == 1
     for text in named:
         assert text in said.err
+
+
+def test_the_shapes_of_a_curve_replace_the_sweep() -> None:
+    args = run._parse(["--op", "marginal_loss", "--curve", "V", "K", "--device", "cpu"])
+    # They cross at K = 5, V = 16384.
+    assert list(args.sweep) == ["token"] and len(args.sweep["token"]) == 10
+    assert args.sweep["token"][0] == (2, 5, 32, 512, 4096)
+    assert args.providers == list(OP.curve_providers)
+    both = run._parse(["--op", "mips", "--curve", "all", "--mode", "int8", "--providers", "cpp"])
+    assert list(both.sweep) == ["int8"] and both.providers == ["cpp"]
+    assert set(both.sweep["int8"]) == {s for along in OPS["mips"].curves.values() for s in along}
 
 
 def test_an_unknown_backend_is_refused(
