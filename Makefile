@@ -73,8 +73,8 @@ demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
 	@$(BIN)/python -m examples.demo.ablation
 
 .PHONY: bench
-bench: $(INSTALLED) ## time the loss against its peers, 5 minutes on two cores (BENCH_ARGS="--op mips": the search, 7)
-	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op marginal_loss)
+bench: $(INSTALLED) ## time all ops against their peers in under 10 minutes (BENCH_ARGS="--op mips": all of one)
+	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op all --budget-minutes 9)
 
 .PHONY: clean
 clean: ## remove build outputs and caches; .venv and runs stay

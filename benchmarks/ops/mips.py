@@ -450,6 +450,14 @@ OP = Op(
     check=check,
     share=share,
     patience=3.0,
+    headlines=(
+        ("float32", (200_000, 768, 10, 64)),
+        ("float32", (200_000, 768, 10, 1)),
+        (CODED, (200_000, 768, 10, 64)),
+        ("float32", (200_000, 768, 10, 8)),
+        ("int8", (200_000, 768, 10, 1)),
+        ("bfloat16", (200_000, 768, 10, 1)),
+    ),
     curves={
         # DPR's vectors, one question and a batch: a straight line is what exact search can have
         "N": tuple(

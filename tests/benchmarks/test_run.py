@@ -78,12 +78,13 @@ def test_a_bad_argument_is_one_line(
 def test_the_shapes_of_a_curve_replace_the_sweep() -> None:
     args = run._parse(["--op", "marginal_loss", "--curve", "V", "K", "--device", "cpu"])
     # They cross at K = 5, V = 16384.
-    assert list(args.sweep) == ["token"] and len(args.sweep["token"]) == 10
-    assert args.sweep["token"][0] == (2, 5, 32, 512, 4096)
+    assert {p.mode for p in args.points} == {"token"} and len(args.points) == 10
+    assert args.points[0].shape == (2, 5, 32, 512, 4096)
     assert args.providers == list(OP.curve_providers)
     both = run._parse(["--op", "mips", "--curve", "all", "--mode", "int8", "--providers", "cpp"])
-    assert list(both.sweep) == ["int8"] and both.providers == ["cpp"]
-    assert set(both.sweep["int8"]) == {s for along in OPS["mips"].curves.values() for s in along}
+    assert {p.mode for p in both.points} == {"int8"} and both.providers == ["cpp"]
+    along = OPS["mips"].curves.values()
+    assert {p.shape for p in both.points} == {shape for shapes in along for shape in shapes}
 
 
 def test_an_unknown_backend_is_refused(
@@ -239,6 +240,12 @@ def test_who_is_slow_takes_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=5.0)] == [1, 2]
     assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=0.0)] == [1, 1]
     assert [len(r.turns) for r in turns.time_cases(cases, 5)] == [5, 5]
+
+
+def test_past_its_time_a_run_gives_one_turn_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_workers(monkeypatch)
+    cases = [result(name).case for name in ("cpp", "hf")]
+    assert [len(r.turns) for r in turns.time_cases(cases, 5, until=0.0)] == [1, 1]
 
 
 def test_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
