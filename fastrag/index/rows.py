@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrag.index import inputs
 from fastrag.index.lock import ReadWriteLock
 from fastrag.ops import checks
+from fastrag.profiling import stage
 
 
 class RowIndex(abc.ABC):
@@ -104,7 +105,7 @@ class RowIndex(abc.ABC):
             ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
         """
         inputs.check_query(query_emb, self.dim, k)
-        with self._lock.read():
+        with stage("index/search"), self._lock.read():
             query = query_emb.to(self.device, torch.float32)
             mask = self._removed if self._n_removed else None
             if exclude is not None:
@@ -136,7 +137,7 @@ class RowIndex(abc.ABC):
             ValueError: not whole numbers, or (on the CPU) a row outside the index.
         """
         checks.check_integer("rows", rows)
-        with self._lock.read():
+        with stage("index/vectors"), self._lock.read():
             at = rows.to(self._removed.device, torch.int64)
             outside = (at < -1) | (at >= self._n)
             if at.device.type == "cpu" and bool(outside.any()):

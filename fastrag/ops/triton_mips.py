@@ -28,6 +28,7 @@ from fastrag.kernels import mips_rescore
 from fastrag.kernels.mips_rescore import Passages
 from fastrag.ops import backends, workspace
 from fastrag.ops.mips_topk import unpack
+from fastrag.profiling import stage
 
 # Groups beyond k that are scored. TF32 has the wider error, and more groups within it.
 SLACK = 8
@@ -139,16 +140,18 @@ def find(
     gap: the largest distance of a row of the index from that of `exact`.
     """
     index, n_queries = passages.index, query.shape[0]
-    operand = kernels.prepare(
-        query, index.dtype, passages.scale, passages.offset, plan.has_low, plan.tile
-    )
+    with stage("mips_topk/prepare"):
+        operand = kernels.prepare(
+            query, index.dtype, passages.scale, passages.offset, plan.has_low, plan.tile
+        )
     n_groups = math.ceil(index.shape[0] / plan.group)
     width = math.ceil(n_groups / _BUNDLE) * _BUNDLE
     maxima = query.new_empty(n_queries, width, dtype=torch.float32)
     maxima[:, n_groups:] = -torch.inf
-    kernels.group_maxima(
-        operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
-    )
+    with stage("mips_topk/scan"):
+        kernels.group_maxima(
+            operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
+        )
     # Products that vanish in float32 are outside of any relative bound.
     reach = operand.size * (plan.error if norm is None else norm * plan.error)
     reach = reach + index.shape[1] * torch.finfo(torch.float32).tiny
@@ -160,16 +163,19 @@ def find(
         )
 
     n_chosen = min(plan.n_chosen, n_groups)
-    top, groups = _top_groups(maxima, min(n_chosen + 1, n_groups))
+    with stage("mips_topk/choose"):
+        top, groups = _top_groups(maxima, min(n_chosen + 1, n_groups))
     if n_chosen < n_groups:
         runner_up = top[:, n_chosen].contiguous()
     else:
         runner_up = top.new_full((n_queries,), -torch.inf)
-    keys = mips_rescore.rescore(query, passages, groups[:, :n_chosen].contiguous(), plan.group)
-    keys = _best(keys, k)
-    uncertain = mips_rescore.search_rest(
-        query, passages, operand, maxima, runner_up, reach, keys, plan.group
-    )
+    with stage("mips_topk/rescore"):
+        keys = mips_rescore.rescore(query, passages, groups[:, :n_chosen].contiguous(), plan.group)
+        keys = _best(keys, k)
+    with stage("mips_topk/search_rest"):
+        uncertain = mips_rescore.search_rest(
+            query, passages, operand, maxima, runner_up, reach, keys, plan.group
+        )
     return Found(keys, uncertain)
 
 
