@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from benchmarks import report, shared
+from benchmarks.arguments import (
+    DEFAULT_DTYPE,
+    Parser,
+    check_mode,
+    complete_device,
+    shape_of,
+)
 from benchmarks.commits import CommitError, Pair, checkout, compare
 from benchmarks.measure import facts, free_memory
 from benchmarks.ops import OPS
 from benchmarks.plan import Budget, Point, by_importance, in_turn
-from benchmarks.registry import DEVICES, DTYPES, Op, Shape
+from benchmarks.registry import DTYPES, Op, Shape
 from benchmarks.turns import Case, Result, time_cases
 
-DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
 # A process with torch in it, and the share of free memory that a bound may reach.
 PROCESS_BYTES = 600 << 20
@@ -36,13 +40,8 @@ SAFE_SHARE = 0.8
 ALL = "all"  # ops
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}; or all")
     parser.add_argument("--providers", help="names with commas between them; default: all")
     parser.add_argument("--shape", nargs="+", help="such as 2,5,32,512,50265; default: the sweep")
@@ -73,14 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.op not in (ALL, *OPS):
         parser.error(f"no op is called {args.op!r}; ops: {', '.join(OPS)}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device not in DEVICES:
-        parser.error(f"--device: expected {' or '.join(DEVICES)}, got {args.device!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: torch sees no CUDA device")
-    args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
-    if args.dtype not in DTYPES:
-        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    complete_device(parser, args)
     if args.rounds is None:
         args.rounds = DEFAULT_ROUNDS[args.device]
     if args.rounds < 1:
@@ -94,7 +86,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.base and (args.csv or args.budget_minutes):
         which = "--csv" if args.csv else "--budget-minutes"
         parser.error(f"{which}: not for a comparison with --base")
-    _check_backend(parser)
     if args.op == ALL:
         for name in ("providers", "shape", "curve", "mode", "base"):
             if getattr(args, name):
@@ -105,7 +96,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _choose(parser: _Parser, args: argparse.Namespace, op: Op) -> None:
+def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
     """Sets the points and the providers of one op."""
     if args.curve and args.shape:
         parser.error("--curve: has shapes of its own, --shape cannot be given with it")
@@ -120,9 +111,8 @@ def _choose(parser: _Parser, args: argparse.Namespace, op: Op) -> None:
         args.providers = [name for name in op.curve_providers if name in known]
     modes = args.mode or list(op.modes[:1] if args.curve else op.modes)
     for mode in modes:
-        if mode not in op.modes:
-            parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
-    shapes = [_shape(parser, op, text) for text in args.shape or ()]
+        check_mode(parser, op, mode)
+    shapes = [shape_of(parser, op, text) for text in args.shape or ()]
     shapes += _on_curves(parser, op, args.curve or ())
     args.points = [
         Point(op, mode, shape) for mode in modes for shape in shapes or op.sweep(args.device, mode)
@@ -131,17 +121,7 @@ def _choose(parser: _Parser, args: argparse.Namespace, op: Op) -> None:
         args.points = [p for p in by_importance(op, args.device) if p.mode in modes]
 
 
-def _shape(parser: _Parser, op: Op, text: str) -> Shape:
-    numbers = text.split(",")
-    if len(numbers) != len(op.dims) or not all(n.isascii() and n.isdigit() for n in numbers):
-        parser.error(f"--shape: expected {','.join(op.dims)}, got {text!r}")
-    shape = tuple(map(int, numbers))
-    if 0 in shape:
-        parser.error(f"--shape: expected positive numbers, got {text!r}")
-    return shape
-
-
-def _on_curves(parser: _Parser, op: Op, names: Sequence[str]) -> list[Shape]:
+def _on_curves(parser: Parser, op: Op, names: Sequence[str]) -> list[Shape]:
     for name in names:
         if name not in ("all", *op.curves):
             there = ", ".join(op.curves) or "none"
@@ -149,14 +129,6 @@ def _on_curves(parser: _Parser, op: Op, names: Sequence[str]) -> list[Shape]:
     along = op.curves if "all" in names else dict.fromkeys(names)
     # Once each: curves may cross.
     return list(dict.fromkeys(shape for name in along for shape in op.curves[name]))
-
-
-def _check_backend(parser: _Parser) -> None:
-    from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
-
-    asked = os.environ.get(BACKEND_VARIABLE, "")
-    if asked and asked not in NAMES:
-        parser.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
 
 
 def _cases(args: argparse.Namespace, point: Point) -> list[Case]:
