@@ -70,9 +70,9 @@ def row(op: Op, result: Result, facts: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -97,7 +97,7 @@ def _own(op: Op, results: Sequence[Result]) -> Result | None:
     return next((r for r in results if r.ok and r.case.provider in op.names("ours")), None)
 
 
-def _aligned(lines: Sequence[Sequence[str]], n_left: int) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]], n_left: int) -> list[str]:
     """Cells in columns, the first `n_left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -144,7 +144,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
         cells += [f"{100 * median(ceiling) / p50:.0f}" for ceiling in ceilings]
         for column, cell in zip(lines, cells, strict=True):
             column.append(cell)
-    body = _aligned(list(zip(*lines, strict=True)), n_left=1)
+    body = aligned(list(zip(*lines, strict=True)), n_left=1)
     if peer is not None:
         notes.insert(0, f"best peer: {peer.case.provider}")
     return "\n".join([title, *(f"  {line}" for line in [*body, *notes])])
@@ -206,7 +206,7 @@ def overview(done: Sequence[tuple[Op, Sequence[Result]]], facts: dict[str, str])
         cells.append(f"{median(own) / median(ceiling):.2f}" if own and ceiling else "")
         lines.append([*cells, _mebibytes(own), _mebibytes(peer)])
     title = f"{facts['device']}, {facts['threads']} threads, commit {facts['commit']}"
-    return "\n".join([title, *(f"  {line}" for line in _aligned(lines, n_left=4))])
+    return "\n".join([title, *(f"  {line}" for line in aligned(lines, n_left=4))])
 
 
 def _reason(op: Op, results: Sequence[Result]) -> str:

@@ -114,6 +114,17 @@ def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
     return kept, 4 * (n_states + 6 * n_contexts * (answer_width + 1) * size.vocab)
 
 
+# The paper's K, short answers, passages of some four facts. Not more passages, for a process has to
+# tokenise them before its first step; the search is next to nothing of such a step (curve N).
+BASE = (4, 5, 64, 16, 256, 10_000)
+CURVES = {
+    "B": tuple((n, 5, 64, 16, 256, 10_000) for n in (1, 2, 4, 8)),
+    "K": tuple((4, n, 64, 16, 256, 10_000) for n in (1, 2, 5, 10)),
+    "L": tuple((4, 5, n, 16, 256, 10_000) for n in (64, 128, 256)),
+    "T": tuple((4, 5, 64, n, 256, 10_000) for n in (8, 16, 32, 64)),
+    "N": tuple((4, 5, 64, 16, 256, n) for n in (10_000, 30_000, 100_000)),
+}
+
 OP = Op(
     name="rag_step",
     about="a whole training step: encode, search, contexts, generator, loss, backward, AdamW",
@@ -156,7 +167,7 @@ OP = Op(
     ceiling="generator",
     checked=((3, 4, 41, 7, 16, 50),),  # nothing divides anything
     shapes={
-        "cpu": ((4, 5, 64, 16, 256, 20_000),),
+        "cpu": (BASE,),
         "cuda": (
             (8, 5, 256, 32, 768, 100_000),  # the paper's K on bart-base, DPR's 100-word passages
             (8, 10, 256, 64, 768, 100_000),
@@ -165,5 +176,7 @@ OP = Op(
     small=(2, 2, 48, 8, 16, 200),
     flops=flops,
     bytes=least_bytes,
-    patience=3.0,
+    patience=2.0,
+    curves=CURVES,
+    curve_providers=("fastrag", "hf"),
 )
