@@ -76,6 +76,10 @@ demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
 bench: $(INSTALLED) ## time all ops against their peers in under 10 minutes (BENCH_ARGS="--op mips": all of one)
 	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op all --budget-minutes 9)
 
+.PHONY: plots
+plots: $(INSTALLED) ## draw the figures and write the tables of the documentation from the committed CSVs
+	@$(BIN)/python -m benchmarks.plot
+
 .PHONY: clean
 clean: ## remove build outputs and caches; .venv and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
