@@ -50,7 +50,7 @@ def oracle(mode: str, problem: Problem) -> tuple[Tensor, ...]:
         if not parts.is_given:
             rows = (query_emb.detach() @ vectors.t()).topk(parts.n_docs, dim=1).indices
         doc_scores = (query_emb.unsqueeze(1) * vectors[rows]).sum(2)
-        ids, mask = parts.contexts(rows)
+        ids, mask = parts.corpus.contexts(rows)
         hidden = parts.generator.model(
             input_ids=ids,
             attention_mask=mask,

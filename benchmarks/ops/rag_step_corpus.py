@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fastrag.data import Passage, Question, Template
 
 # Hugging Face's separators, as its retriever lays them out.
@@ -70,6 +72,16 @@ class Corpus:
 
     passages: list[Passage]
     questions: list[Question]
+
+    def contexts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""
+        whole = [
+            TEMPLATE.render(TEMPLATE.render_passage(self.passages[row]), question.question)
+            for question, of_question in zip(self.questions, rows.tolist(), strict=True)
+            for row in of_question
+        ]
+        encoded = tokenizer()(whole, padding=True, return_tensors="pt")
+        return encoded["input_ids"].to(rows.device), encoded["attention_mask"].to(rows.device)
 
 
 def corpus(

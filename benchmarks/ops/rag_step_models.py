@@ -191,22 +191,6 @@ class Parts:
         tokenizer = texts.tokenizer()
         return RagCollator(tokenizer, tokenizer, template=TEMPLATE)(self.corpus.questions)
 
-    def contexts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""
-        passages = [
-            [TEMPLATE.render_passage(self.corpus.passages[row]) for row in of_question]
-            for of_question in rows.tolist()
-        ]
-        questions = [question.question for question in self.corpus.questions]
-        whole = [
-            TEMPLATE.render(passage, question)
-            for of_question, question in zip(passages, questions, strict=True)
-            for passage in of_question
-        ]
-        encoded = texts.tokenizer()(whole, padding=True, return_tensors="pt")
-        ids, mask = encoded["input_ids"].to(rows.device), encoded["attention_mask"].to(rows.device)
-        return ids, mask
-
     def decoder_ids(self) -> Tensor:
         """Start token and labels `[B, T + 1]`, padded with PAD."""
         labels = self.batch["labels"]
@@ -317,7 +301,7 @@ class HfStep(Step):
         self.n_labels = int((labels >= 0).sum())
         self.inputs = {"labels": parts.decoder_ids()}
         if parts.is_given:
-            ids, mask = parts.contexts(parts.rows)
+            ids, mask = parts.corpus.contexts(parts.rows)
             self.inputs |= {"context_input_ids": ids, "context_attention_mask": mask}
         self.question = {name: parts.batch[name] for name in ("input_ids", "attention_mask")}
         return model.train()
@@ -379,7 +363,7 @@ class GeneratorStep(Step):
 
     def make_model(self) -> Any:
         parts = self.parts
-        ids, mask = parts.contexts(parts.rows)
+        ids, mask = parts.corpus.contexts(parts.rows)
         decoder_ids = parts.decoder_ids()[:, :-1].repeat_interleave(parts.n_docs, 0)
         self.inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
         return parts.generator.model
