@@ -45,7 +45,12 @@ class RowIndex(abc.ABC):
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
-        """Where the vectors are searched."""
+        """Where the vectors are."""
+
+    @property
+    def search_device(self) -> torch.device:
+        """Where queries go."""
+        return self.device
 
     @property
     def n_live(self) -> int:
@@ -106,7 +111,7 @@ class RowIndex(abc.ABC):
         """
         inputs.check_query(query_emb, self.dim, k)
         with stage("index/search"), self._lock.read():
-            query = query_emb.to(self.device, torch.float32)
+            query = query_emb.to(self.search_device, torch.float32)
             mask = self._removed if self._n_removed else None
             if exclude is not None:
                 exclude = inputs.checked_exclude(exclude, len(query), self._n, self._removed.device)
@@ -119,7 +124,7 @@ class RowIndex(abc.ABC):
             else:
                 # At most E of the best k + E live rows are excluded, so the best k are among them.
                 wide = self._topk(query, k + exclude.shape[1], mask)
-                scores, rows = inputs.drop_excluded(*wide, exclude, k)
+                scores, rows = inputs.drop_excluded(*wide, exclude.to(wide[1].device), k)
         return scores.to(query_emb.device), rows.to(query_emb.device)
 
     @torch.no_grad()
