@@ -27,7 +27,7 @@ FILLER = "a"  # one token, with a space before it or without
 
 
 @functools.cache
-def _facts() -> Any:
+def facts() -> Any:
     from fastrag.data import default_dataset
 
     return default_dataset()
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    facts = _facts()
+    known = facts()
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -49,8 +49,8 @@ def tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [TEMPLATE.render(TEMPLATE.render_passage(fact), "") for fact in facts.passages]
-    texts += [question.question for question in facts.questions["train"]]
+    texts = [TEMPLATE.render(TEMPLATE.render_passage(fact), "") for fact in known.passages]
+    texts += [question.question for question in known.questions["train"]]
     made.train_from_iterator(texts, trainer)
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
@@ -102,8 +102,8 @@ def corpus(
     questions = _questions(n_questions, answer_width, ragged)
     longest = max(n_tokens(" " + question.question) for question in questions)
     room = context_width - 2 - n_tokens(DOC_SEP.rstrip()) - longest
-    passages = [_passage(n, room) for n in range(n_passages)]
-    if any(not passage.text for passage in passages):
+    passages = [passage(n, room) for n in range(n_passages)]
+    if not all(made.text for made in passages):
         raise ValueError(
             f"L: expected room for a passage beside questions of {longest} tokens, got "
             f"{context_width}"
@@ -114,7 +114,7 @@ def corpus(
 def _questions(n_questions: int, answer_width: int, ragged: bool) -> list[Question]:
     if answer_width < 3:
         raise ValueError(f"T: expected at least 3 tokens (<s>, answer, </s>), got {answer_width}")
-    known = _facts().questions["train"]
+    known = facts().questions["train"]
     stride = max(1, len(known) // n_questions)  # of all kinds: neighbours ask the same thing
     made = []
     for i in range(n_questions):
@@ -126,11 +126,12 @@ def _questions(n_questions: int, answer_width: int, ragged: bool) -> list[Questi
     return made
 
 
-def _passage(n: int, room: int) -> Passage:
-    facts = _facts().passages
-    turn, start = divmod(n, len(facts))
-    title = facts[start].title
-    texts = (facts[(start + j * (1 + turn)) % len(facts)].text for j in range(len(facts)))
+def passage(n: int, room: int) -> Passage:
+    """Passage n, title and text together of `room` tokens."""
+    known = facts().passages
+    turn, start = divmod(n, len(known))
+    title = known[start].title
+    texts = (known[(start + j * (1 + turn)) % len(known)].text for j in range(len(known)))
     # the text follows the title's separator
     left = room - n_tokens(title) - n_tokens(TITLE_SEP.rstrip())
     return Passage(str(n), title, _fit(_words(texts), left, lambda word: n_tokens(" " + word)))
