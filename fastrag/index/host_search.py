@@ -79,11 +79,11 @@ class HostSearch:
         All of `index_emb` has been read when it returns.
 
         Args:
-            query: `[B, D]` float32.
+            query: `[B, D]` float32, on the GPU.
             index_emb: `[N, D]` on the host, N > 0; may be mapped from a file.
             k: how many rows.
-            exclude: as for `mips_topk`.
-            factors: scale and offset of int8 codes.
+            exclude: as for `mips_topk`, on any device.
+            factors: scale and offset of int8 codes, on the host.
 
         Returns:
             scores and rows `[B, k]`, on the GPU or on the host.
@@ -98,7 +98,6 @@ class HostSearch:
             host = index_emb.device
             barred = None if exclude is None else exclude.to(host)
             return functional.mips_topk(query.to(host), index_emb, k, exclude=barred, **factors)
-        query = query.to(self.device)
         moved = {name: x.to(self.device) for name, x in factors.items()}
         barred = None if exclude is None else exclude.to(self.device)
         with self._turn, contextlib.closing(self._blocks(index_emb)) as blocks:

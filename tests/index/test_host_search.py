@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +250,12 @@ def test_a_change_waits_for_the_search_in_progress(
     assert twin.search(torch.ones(B, D), 1)[0].eq(0).all()
 
 
-@pytest.mark.usefixtures("no_kernels")
-def test_searches_take_turns(log: list[str]) -> None:
+def test_searches_take_turns(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.001)  # lets another thread go on
+        return keys_of_block(*args)
+
+    monkeypatch.setattr(triton_mips, "_search_block", slow)
     twin = elsewhere(filled())
     query = torch.randn(8, 1, D)
     expected = [twin.search(q, K)[1] for q in query]
