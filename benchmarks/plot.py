@@ -225,11 +225,13 @@ def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> Non
     own = line[-1].own
     assert own is not None
     peers = iter(PEER_COLOURS)
+    points: list[tuple[float, float]] = []
     ends: list[tuple[float, float, str, str]] = []  # x, y, label, colour
     for provider in op.curve_providers or op.names():
         found = [(x, t[provider].ms) for x, t in zip(xs, tables, strict=True) if provider in t]
         if len(found) < 2 or (provider in op.names("ours") and provider != own.provider):
             continue
+        points += found
         ceiling = provider in op.names("ceiling")
         ours = provider == own.provider
         colour = OURS if ours else FAINT if ceiling else next(peers)
@@ -244,7 +246,7 @@ def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> Non
         )
         label = "fastrag" if ours else f"{provider} (ceiling)" if ceiling else provider
         ends.append((*found[-1], label, colour))
-    _guide(axes, xs)
+    _guide(axes, xs, points)
     axes.set_xticks(xs, [_short(x) for x in xs])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -254,9 +256,8 @@ def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> Non
     _label_ends(axes, ends)
 
 
-def _guide(axes: Axes, xs: Sequence[int]) -> None:
-    """A dotted line of slope 1 below all curves."""
-    points = [point for line in axes.lines for point in line.get_xydata().tolist()]
+def _guide(axes: Axes, xs: Sequence[int], points: Sequence[tuple[float, float]]) -> None:
+    """A dotted line of slope 1 below all points."""
     least = min(y / x for x, y in points)
     bottom = 0.55 * min(y for _, y in points)
     start, end = max(xs[0], bottom / (0.6 * least)), xs[-1]
