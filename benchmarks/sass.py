@@ -59,10 +59,14 @@ def configs(op: str, pattern: str | None = None) -> list[aot.AotConfig]:
 
 
 def aligned(config: aot.AotConfig) -> aot.AotConfig:
-    """The same where D, H and all strides are multiples of 16, as launches with most models are."""
-    widths = {name for name in config.types if name in ("D", "H") or name.startswith("stride_")}
-    there = [name for name in config.kernel.arg_names if name in widths - set(config.constants)]
-    return replace(config, aligned=tuple(dict.fromkeys((*config.aligned, *there))))
+    """The same where D, H, V and all strides are multiples of 16, as they are in most models."""
+    there = [
+        name
+        for name in config.kernel.arg_names
+        if (name in ("D", "H", "V") or name.startswith("stride_"))
+        and name not in (*config.constants, *config.aligned)
+    ]
+    return replace(config, aligned=(*config.aligned, *there))
 
 
 def count(config: aot.AotConfig, arch: int) -> Instructions:
