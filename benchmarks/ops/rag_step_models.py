@@ -232,7 +232,8 @@ class Step:
         raise NotImplementedError
 
     def __call__(self) -> tuple[Tensor, ...]:
-        self.optimizer.zero_grad()
+        with self.stage("optimizer"):
+            self.optimizer.zero_grad()
         with self.problem.autocast():
             loss = self.loss()
         with self.stage("backward"):
