@@ -3,8 +3,8 @@
     python -m benchmarks.largest_batch --budget 4GiB [--marginal token] [--csv largest.csv]
 
 The batch is doubled until the step's peak passes the budget, and the gap is then halved. A peak is
-that of the first step in a fresh process, above the weights: activations, gradients and the moments
-of AdamW. On a GPU the batch that does not fit into it counts as one that passes the budget.
+that of the first step in a fresh process, above weights and moments of AdamW: activations, logits
+and gradients. On a GPU the batch that does not fit into it counts as one that passes the budget.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.write_csv(args.csv, rows, COLUMNS)
     given = f"{','.join(OP.dims[1:])} = {report.shape_text(args.shape[1:])}"
     print(f"{OP.name} {args.mode}  {given}  {args.dtype}  {machine['device']}")
-    print(f"  within {args.budget / report.MIB:.0f} MiB above the weights")
+    print(f"  within {args.budget / report.MIB:.0f} MiB above weights and moments")
     print("\n".join(f"  {line}" for line in [*report.aligned(lines, n_left=1), *notes]))
     return code
 

@@ -223,6 +223,17 @@ class Step:
         self.model = self.make_model()
         self.stage: Range = in_no_stage
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, foreach=True)
+        self._make_moments()
+
+    def _make_moments(self) -> None:
+        """The first step would else be the only one whose backward has no moments beside it."""
+        group = self.optimizer.param_groups[0]
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        group["lr"] = 0.0
+        self.optimizer.step()
+        group["lr"] = LEARNING_RATE
+        self.optimizer.zero_grad()
 
     def make_model(self) -> Any:
         raise NotImplementedError
