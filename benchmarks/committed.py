@@ -35,12 +35,24 @@ class Group:
     mode: str
     dtype: str
     shape: Shape
-    timings: tuple[Timing, ...]
-    facts: tuple[tuple[str, str], ...]  # columns of the CSV that say where and when
+    rows: tuple[dict[str, str], ...]  # of the CSV
 
     @property
     def key(self) -> Key:
         return self.op.name, self.mode, self.dtype, self.shape
+
+    @cached_property
+    def timings(self) -> list[Timing]:
+        """Of those that were timed."""
+        return [
+            Timing(row["provider"], float(row["ms_p50"]), _number(row["peak_mib"]))
+            for row in self.rows
+            if row["status"] == OK
+        ]
+
+    def fact(self, name: str) -> str:
+        """A column that says where or when: the same for all rows."""
+        return self.rows[0][name]
 
     @cached_property
     def own(self) -> Timing | None:
@@ -81,15 +93,10 @@ def load(device: str) -> dict[Key, Group]:
             if reader.fieldnames == COLUMNS:
                 for group in _groups(reader):
                     best = found.get(group.key, group)
-                    found[group.key] = max(best, group, key=lambda g: (len(g.timings), _date(g)))
+                    found[group.key] = max(
+                        best, group, key=lambda g: (len(g.timings), g.fact("date"))
+                    )
     return found
-
-
-FACTS = ("device", "driver", "threads", "torch", "triton", "commit", "date")
-
-
-def _date(group: Group) -> str:
-    return dict(group.facts)["date"]
 
 
 def _groups(rows: Iterable[dict[str, str]]) -> Iterator[Group]:
@@ -100,15 +107,8 @@ def _groups(rows: Iterable[dict[str, str]]) -> Iterator[Group]:
             runs.setdefault(tuple(row[name] for name in point), []).append(row)
     for found in runs.values():
         first = found[0]
-        timings = [
-            Timing(row["provider"], float(row["ms_p50"]), _number(row["peak_mib"]))
-            for row in found
-            if row["status"] == OK
-        ]
         shape = tuple(map(int, first["shape"].split(",")))
-        facts = tuple((name, first[name]) for name in FACTS)
-        op = OPS[first["op"]]
-        yield Group(op, first["mode"], first["dtype"], shape, tuple(timings), facts)
+        yield Group(OPS[first["op"]], first["mode"], first["dtype"], shape, tuple(found))
 
 
 def _number(text: str) -> float | None:
@@ -118,7 +118,7 @@ def _number(text: str) -> float | None:
 def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
     """What was timed of the op's sweep and has one of ours, the most important first."""
     own = [g for g in groups.values() if g.op is op and g.own]
-    device = "cuda" if own and dict(own[0].facts)["driver"] else "cpu"
+    device = "cuda" if own and own[0].fact("driver") else "cpu"
     order = {(p.mode, p.shape): i for i, p in enumerate(by_importance(op, device))}
     return sorted(
         (g for g in own if (g.mode, g.shape) in order), key=lambda g: order[g.mode, g.shape]
@@ -143,13 +143,12 @@ def _without(shape: Shape, place: int) -> Shape:
 
 def source(groups: Sequence[Group]) -> str:
     """Device, versions, commits and days of what is shown."""
-    facts = [dict(g.facts) for g in groups]
 
     def all_of(name: str, show: Callable[[str], str] = str) -> str:
-        return ", ".join(dict.fromkeys(show(f[name]) for f in facts))
+        return ", ".join(dict.fromkeys(show(g.fact(name)) for g in groups))
 
     parts = [all_of("device")]
-    if not facts[0]["driver"]:
+    if not groups[0].fact("driver"):
         parts.append(f"{all_of('threads')} threads")
     parts += [f"torch {all_of('torch')}", f"commit {all_of('commit')}"]
     return " · ".join([*parts, all_of("date", lambda date: date[:10])])

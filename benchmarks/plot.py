@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from benchmarks import committed
+from benchmarks import committed, roofline
 from benchmarks.committed import Group
 from benchmarks.measure import ROOT
 from benchmarks.ops import OPS
-from benchmarks.registry import Op
+from benchmarks.registry import DTYPES, Op
 
 FIGURES = ROOT / "docs" / "figures"
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -39,6 +39,7 @@ TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 OURS, SLOWER, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A5C00", "#000000")
 PANELS = 4  # points of an op that are drawn with all their peers
+N_INTENSITIES = 4  # flops for each byte, that a roofline is drawn from
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.0,
@@ -82,6 +83,8 @@ def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield f"{op.name}_memory", partial(memory_figure, op, measured[:PANELS])
         if len(against_peers) > PANELS:
             yield f"{op.name}_best_peer", partial(best_peer_figure, op, against_peers)
+        if len({op.flops(g.mode, g.shape) / _bytes_of(g) for g in points}) >= N_INTENSITIES:
+            yield f"{op.name}_roofline", partial(roofline_figure, op, points, groups.values())
         for dim in op.curves:
             lines = committed.along(groups, op, dim)
             if lines:
@@ -199,7 +202,18 @@ def _finished(figure: Figure, title: str, points: Sequence[Group]) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------- roofline and curves
+
+
+def roofline_figure(op: Op, points: Sequence[Group], groups: Collection[Group]) -> Figure:
+    """Of the sweep, under the ceilings that any op showed on this machine."""
+    rows = [row for g in points for row in g.rows]
+    others = [row for g in groups if g.op is not op for row in g.rows]
+    return roofline.figure_of(rows, op, beside=others, source=committed.source(points))
+
+
+def _bytes_of(g: Group) -> float:
+    return g.op.bytes(g.mode, g.shape, DTYPES[g.dtype].itemsize)
 
 
 def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:

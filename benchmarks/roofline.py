@@ -27,7 +27,7 @@ from benchmarks.registry import DTYPES, Op
 RESULTS = ROOT / "benchmarks" / "results"
 # What each ceiling bounds.
 ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")
-OURS = {"cpp": "#0b6e4f", "triton": "#0b6e4f", "torch": "#1f77b4", "cpp-float32": "#6aa84f"}
+OURS = {"cpp": "#0072B2", "triton": "#0072B2", "torch": "#56B4E9", "cpp-float32": "#009E73"}
 PEER = "#9a9a9a"
 MARKERS = "os^Dv<>p"
 # The same rows give the same bytes.
@@ -123,6 +123,18 @@ def draw(rows: Sequence[Row], op: Op, path: Path, *, beside: Sequence[Row] = ())
     Raises:
         ValueError: no row of the op was timed.
     """
+    figure = figure_of(rows, op, beside=beside)
+    written = [path.with_suffix(suffix) for suffix in METADATA]
+    with mpl.rc_context(STYLE):
+        for target in written:
+            figure.savefig(target, metadata=dict(METADATA[target.suffix]), dpi=150)
+    return written
+
+
+def figure_of(
+    rows: Sequence[Row], op: Op, *, beside: Sequence[Row] = (), source: str = ""
+) -> Figure:
+    """What `draw` writes; `source` says below it where the rows are from."""
     rows = [r for r in rows if r.get("op") == op.name and r.get("status") == "ok"]
     machine = rows[0] if rows else {}
     points = points_of([r for r in rows if _same_machine(r, machine)], op)
@@ -135,10 +147,9 @@ def draw(rows: Sequence[Row], op: Op, path: Path, *, beside: Sequence[Row] = ())
     )
     with mpl.rc_context(STYLE):
         figure = _figure(points, ceilings, f"{op.name}, {machine['device']}")
-        written = [path.with_suffix(suffix) for suffix in METADATA]
-        for target in written:
-            figure.savefig(target, metadata=dict(METADATA[target.suffix]), dpi=150)
-    return written
+        if source:
+            figure.supxlabel(source, x=0.01, ha="left", fontsize=6.5, color="#555555")
+    return figure
 
 
 def _figure(points: Sequence[Point], ceilings: Ceilings, title: str) -> Figure:
