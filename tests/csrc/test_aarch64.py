@@ -11,10 +11,11 @@ from pathlib import Path
 import pybind11
 import pytest
 
-from tests.csrc.building import FLAGS, ROOT, build_driver, sources
+from benchmarks import native
+from benchmarks.measure import ROOT
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-STRICT = ["-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror"]
 # One processor with the products of bytes of ARMv8.2, and one of before.
 PROCESSORS = {"max": "dotprod neon scalar", "cortex-a72": "neon scalar"}
 
@@ -27,7 +28,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("aarch64")
-    return build_driver(folder, COMPILER, "aarch64", ["-O2", "-static", *STRICT])
+    own, flags = Path(__file__).parent.glob("*.cpp"), [*FLAGS, "-O2", "-static"]
+    return native.build(folder, [*own, *native.sources()], flags, COMPILER, "aarch64")
 
 
 def run(driver: Path, processor: str, what: str) -> str:
@@ -54,7 +56,7 @@ def test_the_best_of_an_old_processor(driver: Path) -> None:
     assert run(driver, "cortex-a72", "threads") == "threads: good"
 
 
-@pytest.mark.parametrize("source", sources(bound=True), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", native.sources(bound=True), ids=lambda path: path.stem)
 def test_bindings_compile(source: Path) -> None:
     """With the headers of this machine's Python: both machines have the same types."""
     headers = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
@@ -62,5 +64,5 @@ def test_bindings_compile(source: Path) -> None:
         pytest.skip("there are no headers of Python")
     folders = [f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}"]
     folders += [f"-isystem{folder}" for folder in headers]
-    command = [COMPILER, *FLAGS, *STRICT, "-fvisibility=hidden", "-fsyntax-only", *folders, source]
+    command = [COMPILER, *FLAGS, "-fvisibility=hidden", "-fsyntax-only", *folders, source]
     subprocess.run(command, check=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.csrc.building import build_driver
+from benchmarks import native
 
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -29,8 +28,9 @@ def driver(
 ) -> tuple[str, Path]:
     """The name of the sanitizer, and the program."""
     folder = tmp_path_factory.mktemp(request.param)
-    flags = ["-O1", "-g", *SANITIZERS[request.param]]
-    return request.param, build_driver(folder, "g++", platform.machine(), flags)
+    flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", *SANITIZERS[request.param]]
+    own = Path(__file__).parent.glob("*.cpp")
+    return request.param, native.build(folder, [*own, *native.sources()], flags)
 
 
 @pytest.mark.parametrize(
