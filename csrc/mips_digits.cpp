@@ -107,7 +107,7 @@ class CodeSearch {
         exclusions_(question, first_query, n_queries) {
     pack();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim);
-    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / kernels_.rows) * kernels_.rows;
+    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / tile_rows_) * tile_rows_;
     const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
     chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
     n_workers_ = worth_waking(threads.count, 1.0 * question.dim * n_queries * matrix.n_rows,
@@ -119,7 +119,7 @@ class CodeSearch {
       Worker worker;
       worker.candidates.assign(n_queries_, CandidateRows(question_.k));
       worker.thresholds.assign(n_lanes_, kInfinity);
-      std::fill_n(worker.thresholds.begin(), n_queries_, -kInfinity);
+      std::fill_n(worker.thresholds.begin(), n_queries_ * line_rows_, -kInfinity);
       workers_.push_back(std::move(worker));
     }
     const int n_threads = static_cast<int>(n_workers_);
@@ -137,31 +137,46 @@ class CodeSearch {
   }
 
  private:
+  using Tile = bool (*)(const DigitPanel&, const CodeRows&, DigitScores*);
+
+  // Queries that one tile takes. Their digits lie in pieces, each piece of the first query before
+  // the next piece of any.
   struct PanelPlace {
-    int64_t first_lane;
-    int n_vectors;
+    Tile tile;
+    int64_t first_query;
+    int64_t n_queries;  // with those that there are not
   };
 
   void pack() {
-    const int64_t dim = question_.dim, width = kernels_.width, dim4 = round_up(dim, 4);
-    n_lanes_ = round_up(n_queries_, width);
-    for (int64_t lane = 0; lane < n_lanes_;) {
-      panels_.push_back({lane, n_lanes_ - lane > width ? 2 : 1});
-      lane += panels_.back().n_vectors * width;
+    const int64_t dim = question_.dim, width = kernels_.width;
+    int size = 0;
+    while (size < kFewSizes && 1 << size < n_queries_) ++size;
+    if (size < kFewSizes && kernels_.few[size]) {
+      const int64_t n = int64_t{1} << size;
+      line_rows_ = width / n;
+      tile_rows_ = width;
+      piece_ = 4 * width;
+      panels_.push_back({kernels_.few[size], 0, n});
+    } else {
+      for (int64_t query = 0; query < n_queries_; query += panels_.back().n_queries) {
+        const int n_vectors = n_queries_ - query > width ? 2 : 1;
+        panels_.push_back({kernels_.tile[n_vectors - 1], query, n_vectors * width});
+      }
     }
-    digits_.assign(n_lanes_ * dim4, 0);
+    const int64_t n_filled = panels_.back().first_query + panels_.back().n_queries;
+    n_lanes_ = n_filled * line_rows_;
+    digits_.assign(n_filled * round_up(dim, piece_), 0);
     unit_.assign(n_lanes_, 0.0f);
     rest_ = norm_ = unit_;
     std::vector<double> weight(dim);
     for (const PanelPlace& panel : panels_)
-      for (int64_t i = 0; i < std::min(panel.n_vectors * width, n_queries_ - panel.first_lane); ++i)
+      for (int64_t i = 0; i < std::min(panel.n_queries, n_queries_ - panel.first_query); ++i)
         pack_query(panel, i, &weight);
   }
 
   void pack_query(const PanelPlace& panel, int64_t i, std::vector<double>* weight) {
-    const int64_t dim = question_.dim, lane = panel.first_lane + i;
-    const int64_t lanes = panel.n_vectors * kernels_.width;
-    const float* query = question_.query_emb + (first_query_ + lane) * dim;
+    const int64_t dim = question_.dim, place = panel.first_query + i;
+    const float* query = question_.query_emb + (first_query_ + place) * dim;
     double largest = 0.0, squares = 0.0;
     for (int64_t d = 0; d < dim; ++d) {
       (*weight)[d] = double{query[d]} * codes_.scale[d];
@@ -170,47 +185,57 @@ class CodeSearch {
     }
     const float unit = static_cast<float>(largest / kernels_.bias);
     double rest = 0.0, digit_squares = 0.0;
-    uint8_t* packed = &digits_[panel.first_lane * round_up(dim, 4)];
+    uint8_t* packed = &digits_[panel.first_query * round_up(dim, piece_)];
     for (int64_t d = 0; d < dim; ++d) {
       const double exact = unit > 0.0f ? std::round((*weight)[d] / unit) : 0.0;
       const double digit = std::clamp<double>(exact, -kernels_.bias, kernels_.bias);
       rest += std::pow((*weight)[d] - digit * unit, 2);
       digit_squares += digit * digit;
-      packed[(d / 4 * lanes + i) * 4 + d % 4] = static_cast<uint8_t>(digit + kernels_.bias);
+      packed[(d / piece_ * panel.n_queries + i) * piece_ + d % piece_] =
+          static_cast<uint8_t>(digit + kernels_.bias);
     }
+    fill_lanes(place, unit, &unit_);
     // The second part is what float32 loses of sums of whole numbers beyond 2^24, and of bounds.
-    unit_[lane] = unit;
-    rest_[lane] = rounded_up(std::sqrt(rest) + 1e-6 * unit * std::sqrt(digit_squares));
-    norm_[lane] = rounded_up(std::sqrt(squares));
+    const double lost = 1e-6 * unit * std::sqrt(digit_squares);
+    fill_lanes(place, rounded_up(std::sqrt(rest) + lost), &rest_);
+    fill_lanes(place, rounded_up(std::sqrt(squares)), &norm_);
+  }
+
+  void fill_lanes(int64_t query, float value, std::vector<float>* lanes) const {
+    std::fill_n(lanes->begin() + query * line_rows_, line_rows_, value);
   }
 
   void scan(int64_t begin, int64_t end, Worker* worker) const {
     for (int64_t block = begin; block < end; block += block_rows_)
       for (const PanelPlace& panel : panels_)
-        for (int64_t row = block; row < std::min(block + block_rows_, end); row += kernels_.rows)
+        for (int64_t row = block; row < std::min(block + block_rows_, end); row += tile_rows_)
           scan_tile(panel, row, worker);
   }
 
   void scan_tile(const PanelPlace& panel, int64_t row, Worker* worker) const {
-    const int64_t lane = panel.first_lane, dim = question_.dim;
-    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
+    const int64_t dim = question_.dim, read_dim = round_up(dim, piece_);
+    const int64_t n = std::min(tile_rows_, matrix_.n_rows - row);
     CodeRows rows{static_cast<const int8_t*>(codes_.data) + row * codes_.pitch,
                   codes_.pitch,
                   dim,
                   bounds_.code_norm + row,
                   bounds_.rest_norm + row,
                   bounds_.code_sum + row};
-    if (n < kernels_.rows) rows = copied_tail(rows, n, worker);
-    const DigitPanel queries{&digits_[lane * round_up(dim, 4)], &unit_[lane], &rest_[lane],
+    const int64_t last = row + tile_rows_ - 1;
+    if (last * codes_.pitch + read_dim > (matrix_.n_rows - 1) * codes_.pitch + dim)
+      rows = copied_tail(rows, n, read_dim, worker);
+    const int64_t lane = panel.first_query * line_rows_, n_lanes = panel.n_queries * line_rows_;
+    const DigitPanel queries{&digits_[panel.first_query * read_dim], &unit_[lane], &rest_[lane],
                              &norm_[lane], &worker->thresholds[lane]};
-    if (!kernels_.tile[panel.n_vectors - 1](queries, rows, &worker->scores)) return;
-    for (int64_t i = 0; i < n; ++i)
-      for (uint64_t hits = worker->scores.hits[i]; hits; hits &= hits - 1) {
+    const DigitScores& found = worker->scores;
+    if (!panel.tile(queries, rows, &worker->scores)) return;
+    for (int64_t line = 0; line * line_rows_ < n; ++line)
+      for (uint64_t hits = found.hits[line]; hits; hits &= hits - 1) {
         const int bit = __builtin_ctzll(hits);
-        const int64_t at = i * panel.n_vectors * kernels_.width + bit;
-        offer(lane + bit,
-              {worker->scores.upper[at], worker->scores.lower[at], static_cast<uint32_t>(row + i)},
-              worker);
+        const int64_t i = line * line_rows_ + bit % line_rows_, at = line * n_lanes + bit;
+        if (i < n)
+          offer(panel.first_query + bit / line_rows_,
+                {found.upper[at], found.lower[at], static_cast<uint32_t>(row + i)}, worker);
       }
   }
 
@@ -218,24 +243,24 @@ class CodeSearch {
     // Bounds of which one overflowed say nothing.
     if (std::isnan(candidate.upper)) candidate.upper = kInfinity;
     if (std::isnan(candidate.lower)) candidate.lower = -kInfinity;
-    float* threshold = &worker->thresholds[query];
-    if (candidate.upper < *threshold || query >= n_queries_) return;
+    if (candidate.upper < worker->thresholds[query * line_rows_] || query >= n_queries_) return;
     if (!exclusions_.allow(query, candidate.row)) return;
     worker->candidates[query].add(candidate);
-    *threshold = worker->candidates[query].threshold();
+    fill_lanes(query, worker->candidates[query].threshold(), &worker->thresholds);
   }
 
-  CodeRows copied_tail(const CodeRows& rows, int64_t n, Worker* worker) const {
-    worker->tail.assign(std::max<int64_t>(1, kernels_.rows * rows.dim), 0);
+  // n rows of read_dim codes each, and zeros to fill the tile.
+  CodeRows copied_tail(const CodeRows& rows, int64_t n, int64_t read_dim, Worker* worker) const {
+    worker->tail.assign(std::max<int64_t>(1, tile_rows_ * read_dim), 0);
     for (int64_t i = 0; i < n; ++i)
-      std::copy_n(rows.codes + i * rows.pitch, rows.dim, &worker->tail[i * rows.dim]);
-    for (std::vector<float>& norms : worker->tail_norms) norms.assign(kernels_.rows, 0.0f);
-    worker->tail_sums.assign(kernels_.rows, 0);
+      std::copy_n(rows.codes + i * rows.pitch, rows.dim, &worker->tail[i * read_dim]);
+    for (std::vector<float>& norms : worker->tail_norms) norms.assign(tile_rows_, 0.0f);
+    worker->tail_sums.assign(tile_rows_, 0);
     std::copy_n(rows.code_norm, n, worker->tail_norms[0].begin());
     std::copy_n(rows.rest_norm, n, worker->tail_norms[1].begin());
     std::copy_n(rows.code_sum, n, worker->tail_sums.begin());
     return {worker->tail.data(),
-            rows.dim,
+            read_dim,
             rows.dim,
             worker->tail_norms[0].data(),
             worker->tail_norms[1].data(),
@@ -275,10 +300,13 @@ class CodeSearch {
   const DigitKernels& kernels_;
   const MipsKernels& float_kernels_;
   const Exclusions exclusions_;
+  int64_t line_rows_ = 1;  // that share a line of scores, and lanes that a query has
+  int64_t piece_ = 4;      // digits of a query that lie together
+  int64_t tile_rows_ = kernels_.rows;
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<uint8_t> digits_;  // panel after panel
-  std::vector<float> unit_, rest_, norm_;
+  std::vector<uint8_t> digits_;            // panel after panel
+  std::vector<float> unit_, rest_, norm_;  // [n_lanes_]
   std::vector<Worker> workers_;
 };
 
