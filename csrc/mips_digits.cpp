@@ -19,8 +19,9 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kChunkRows = 2048;
 constexpr int64_t kGroupQueries = 256;
-constexpr int64_t kMaxDim = 1 << 16;  // whose sum of products fits 32 bits
-constexpr int64_t kFirstRoom = 64;    // candidates, beside some for each of the k
+constexpr int64_t kMaxDim = 1 << 16;   // whose sum of products fits 32 bits
+constexpr double kRounder = 0x1.8p52;  // added and taken away: rounds to a whole number
+constexpr int64_t kFirstRoom = 64;     // candidates, beside some for each of the k
 
 const DigitKernels& digit_kernels(Isa isa) {
   if (isa == Isa::kScalar) return *scalar_digit_kernels();
@@ -122,14 +123,15 @@ Rounding take_digits(std::vector<double>* weights, int bias, const Pieces& piece
   double largest = 0.0, squares = 0.0;
   for (const double w : *weights) largest = std::max(largest, std::fabs(w));
   const float unit = static_cast<float>(largest / bias);
-  const double one = unit > 0.0f ? 1.0 / unit : 0.0;
+  const double per_one = unit > 0.0f ? 1.0 / unit : 0.0;
   int64_t digit_squares = 0;
   uint8_t* piece = pieces.first;
   const int64_t dim = weights->size();
   for (int64_t begin = 0; begin < dim; begin += pieces.size, piece += pieces.step)
     for (int64_t d = begin; d < std::min(begin + pieces.size, dim); ++d) {
       double& w = (*weights)[d];
-      const int digit = std::clamp<int>(std::lrint(w * one), -bias, bias);
+      const double exact = w * per_one + kRounder - kRounder;
+      const int digit = static_cast<int>(std::clamp<double>(exact, -bias, bias));
       piece[d - begin] = static_cast<uint8_t>(digit + bias);
       digit_squares += digit * digit;
       w -= double{unit} * digit;

@@ -20,7 +20,10 @@ struct Dot {
   static F set(float x) { return _mm256_set1_ps(x); }
   static I add(I sum, I digits, I codes) {
     const I pairs = _mm256_maddubs_epi16(digits, codes);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    // An order of additions of the compiler's own would take more registers than there are.
+    asm("" : "+x"(sum));
+    return sum;
   }
   static I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static F number(I sum, I bias) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, bias)); }

@@ -48,7 +48,9 @@ struct Dot {
     I y[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      const I a = x[2 * i], b = x[2 * i + 1];
+      I a = x[2 * i], b = x[2 * i + 1];
+      // What the compiler makes of them for the shuffles would else be kept beside the sums.
+      asm("" : "+v"(a), "+v"(b));
       y[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     }
 #pragma GCC unroll 4
