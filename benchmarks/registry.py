@@ -130,6 +130,11 @@ class Op:
     extra_memory: int | None = None  # bytes beyond inputs and outputs that ours may take
     # (device, mode) -> sweep, where it is not that of the device
     mode_shapes: Mapping[tuple[str, str], tuple[Shape, ...]] = field(default_factory=dict)
+    # (mode, shape) of the sweep that say most, for a run that has not the time for all
+    headlines: tuple[tuple[str, Shape], ...] = ()
+    # dimension -> shapes along it, at one or a few settings of the others
+    curves: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
+    curve_providers: tuple[str, ...] = ()  # who is timed along a curve, unless told; empty: all
     # provider, mode, problem, outputs -> what is wrong, where nearness to the oracle says little
     check: Callable[[Provider, str, Any, tuple[Tensor, ...]], str] | None = None
     # mode, shape -> tensors that all processes on a CPU need

@@ -16,6 +16,7 @@ COLUMNS = ["op", "provider", "mode", "dtype", "shape", "ms_p50", "ms_p20", "ms_p
 COLUMNS += ["gbps", "tflops", "device", "driver", "threads", "torch", "triton", "commit", "date"]
 COLUMNS += ["status"]
 MIB = 1 << 20
+NO_BUDGET = "unavailable: not timed, the budget was spent"
 WORKSPACE_ALLOWANCE = 16 * MIB
 
 
@@ -69,9 +70,9 @@ def row(op: Op, result: Result, facts: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -87,11 +88,32 @@ def _base(op: Op, results: Sequence[Result]) -> Result | None:
     return next((r for r in timed if r.case.provider == op.ceiling), timed[0] if timed else None)
 
 
+def _ceilings(op: Op, results: Sequence[Result]) -> list[Result]:
+    return [r for r in results if r.ok and r.case.provider in op.names("ceiling")]
+
+
+def _own(op: Op, results: Sequence[Result]) -> Result | None:
+    """The first of ours that was timed: what a user gets here."""
+    return next((r for r in results if r.ok and r.case.provider in op.names("ours")), None)
+
+
+def aligned(lines: Sequence[Sequence[str]], n_left: int) -> list[str]:
+    """Cells in columns, the first `n_left` of them to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < n_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
+    ]
+
+
 def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
     """The results of one mode and shape."""
     case = results[0].case
     base, peer = _base(op, results), _best_peer(op, results)
-    ceilings = [r for r in results if r.ok and r.case.provider in op.names("ceiling")]
+    ceilings = _ceilings(op, results)
     title = (
         f"{case.op} {case.mode}  {','.join(op.dims)} = {shape_text(case.shape)}  {case.dtype}  "
         f"{facts['device']}"
@@ -122,14 +144,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
         cells += [f"{100 * median(ceiling) / p50:.0f}" for ceiling in ceilings]
         for column, cell in zip(lines, cells, strict=True):
             column.append(cell)
-    widths = [max(map(len, column)) for column in lines]
-    body = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in zip(*lines, strict=True)
-    ]
+    body = aligned(list(zip(*lines, strict=True)), n_left=1)
     if peer is not None:
         notes.insert(0, f"best peer: {peer.case.provider}")
     return "\n".join([title, *(f"  {line}" for line in [*body, *notes])])
@@ -137,7 +152,7 @@ def table(op: Op, results: Sequence[Result], facts: dict[str, str]) -> str:
 
 def foot(op: Op, results: Sequence[Result]) -> str:
     """What was measured beside the goals, for the first of ours that was timed."""
-    own = next((r for r in results if r.ok and r.case.provider in op.names("ours")), None)
+    own = _own(op, results)
     if own is None:
         return ""
     lines = [f"goals, to be compared by eye ({own.case.provider}):"]
@@ -174,3 +189,38 @@ def _beside(goal: Goal, own: Result, other: Result | None) -> str:
     if own.case.device == "cpu":
         found += f" (by processor time {processor(over) / processor(under):.2f})"
     return f"{what} {found}: {bound}"
+
+
+def overview(done: Sequence[tuple[Op, Sequence[Result]]], facts: dict[str, str]) -> str:
+    """All that was timed, a line each: ours against the best peer and the tightest ceiling."""
+    lines = [["op", "mode", "dtype", "shape", "ours ms", "best peer ms", "times as fast"]]
+    lines[0] += ["ceiling ms", "/ ceiling", "ours MiB", "peer MiB"]
+    for op, results in done:
+        case = results[0].case
+        own, peer = _own(op, results), _best_peer(op, results)
+        ceiling = max(_ceilings(op, results), key=median, default=None)
+        cells = [case.op, case.mode, case.dtype, shape_text(case.shape)]
+        cells += [_reason(op, results) if own is None else f"{median(own):.4g}", _named(peer)]
+        cells.append(f"{median(peer) / median(own):.2f}" if own and peer else "")
+        cells.append(_named(ceiling))
+        cells.append(f"{median(own) / median(ceiling):.2f}" if own and ceiling else "")
+        lines.append([*cells, _mebibytes(own), _mebibytes(peer)])
+    title = f"{facts['device']}, {facts['threads']} threads, commit {facts['commit']}"
+    return "\n".join([title, *(f"  {line}" for line in aligned(lines, n_left=4))])
+
+
+def _reason(op: Op, results: Sequence[Result]) -> str:
+    """Why none of ours was timed."""
+    if all(r.status == NO_BUDGET for r in results):
+        return "not timed: budget"
+    return next((r.status for r in results if r.case.provider in op.names("ours")), "not asked for")
+
+
+def _named(result: Result | None) -> str:
+    return "" if result is None else f"{result.case.provider} {median(result):.4g}"
+
+
+def _mebibytes(result: Result | None) -> str:
+    if result is None or result.extra_bytes is None:
+        return ""
+    return f"{result.extra_bytes / MIB:.0f}"

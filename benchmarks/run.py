@@ -1,6 +1,7 @@
 """Times the providers of an operation against each other.
 
     python -m benchmarks.run --op marginal_loss [--providers cpp,hf] [--shape 2,5,32,512,50265]
+    python -m benchmarks.run --op all --budget-minutes 9
 
 Exit code: 0; 1 if one of ours is wrong, fails, or is slower than --base allows; 2 for a bad
 argument; 130 when interrupted. docs/benchmarks.md says what the columns mean.
@@ -9,43 +10,57 @@ argument; 130 when interrupted. docs/benchmarks.md says what the columns mean.
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from benchmarks import report, shared
+from benchmarks.arguments import (
+    DEFAULT_DTYPE,
+    Parser,
+    check_mode,
+    complete_device,
+    shape_of,
+)
 from benchmarks.commits import CommitError, Pair, checkout, compare
 from benchmarks.measure import facts, free_memory
 from benchmarks.ops import OPS
-from benchmarks.registry import DEVICES, DTYPES, Op, Shape
+from benchmarks.plan import Budget, Point, by_importance, in_turn
+from benchmarks.registry import DTYPES, Op, Shape
 from benchmarks.turns import Case, Result, time_cases
 
-DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
 # A process with torch in it, and the share of free memory that a bound may reach.
 PROCESS_BYTES = 600 << 20
 SAFE_SHARE = 0.8
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+ALL = "all"  # ops
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}")
+    parser = Parser(prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}; or all")
     parser.add_argument("--providers", help="names with commas between them; default: all")
     parser.add_argument("--shape", nargs="+", help="such as 2,5,32,512,50265; default: the sweep")
+    parser.add_argument(
+        "--curve",
+        nargs="+",
+        metavar="DIM",
+        help="shapes along a dimension, in the op's first mode unless --mode is given; or all",
+    )
     parser.add_argument("--mode", "--marginal", nargs="+", help="default: all of the op's")
     parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; default: {DEFAULT_DTYPE}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--rounds", type=int, help=f"turns that count; default: {DEFAULT_ROUNDS}")
+    parser.add_argument(
+        "--budget-minutes",
+        type=float,
+        metavar="M",
+        help="the most important shapes first, and no more of them than fit; default: all",
+    )
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     parser.add_argument("--base", metavar="GIT_REF", help="compare ours with another commit")
     parser.add_argument(
@@ -55,17 +70,36 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --base: exit code 1 if ours takes more than this times as long (default: 1.10)",
     )
     args = parser.parse_args(argv)
-    if args.op not in OPS:
+    if args.op not in (ALL, *OPS):
         parser.error(f"no op is called {args.op!r}; ops: {', '.join(OPS)}")
-    op = OPS[args.op]
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device not in DEVICES:
-        parser.error(f"--device: expected {' or '.join(DEVICES)}, got {args.device!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: torch sees no CUDA device")
-    args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
-    if args.dtype not in DTYPES:
-        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    complete_device(parser, args)
+    if args.rounds is None:
+        args.rounds = DEFAULT_ROUNDS[args.device]
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
+    if args.budget_minutes is not None and not args.budget_minutes > 0:
+        parser.error(f"--budget-minutes: expected more than 0, got {args.budget_minutes}")
+    if args.csv and not args.csv.absolute().parent.is_dir():
+        parser.error(f"--csv: {args.csv.parent} is not a folder")
+    if args.csv and args.csv.is_dir():
+        parser.error(f"--csv: expected a file, got the folder {args.csv}")
+    if args.base and (args.csv or args.budget_minutes):
+        which = "--csv" if args.csv else "--budget-minutes"
+        parser.error(f"{which}: not for a comparison with --base")
+    if args.op == ALL:
+        for name in ("providers", "shape", "curve", "mode", "base"):
+            if getattr(args, name):
+                parser.error(f"--{name}: is for one op, not for --op {ALL}")
+        args.points = in_turn(OPS.values(), args.device)
+    else:
+        _choose(parser, args, OPS[args.op])
+    return args
+
+
+def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
+    """Sets the points and the providers of one op."""
+    if args.curve and args.shape:
+        parser.error("--curve: has shapes of its own, --shape cannot be given with it")
     known = op.names("ours") if args.base else op.names()
     # Once each, whoever is named twice.
     args.providers = list(dict.fromkeys(args.providers.split(","))) if args.providers else None
@@ -73,46 +107,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in known:
             which = "provider of ours" if args.base else "provider"
             parser.error(f"{op.name} has no {which} {name!r}; known: {', '.join(known)}")
-    args.mode = args.mode or list(op.modes)
-    for mode in args.mode:
-        if mode not in op.modes:
-            parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
-    shapes = [_shape(parser, op, text) for text in args.shape or ()]
-    args.sweep = {mode: shapes or list(op.sweep(args.device, mode)) for mode in args.mode}
-    args.rounds = DEFAULT_ROUNDS[args.device] if args.rounds is None else args.rounds
-    if args.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
-    if args.csv and not args.csv.absolute().parent.is_dir():
-        parser.error(f"--csv: {args.csv.parent} is not a folder")
-    if args.csv and args.csv.is_dir():
-        parser.error(f"--csv: expected a file, got the folder {args.csv}")
-    if args.csv and args.base:
-        parser.error("--csv: a comparison with --base has no rows of this form")
-    _check_backend(parser)
-    return args
+    if args.curve and not args.providers:
+        args.providers = [name for name in op.curve_providers if name in known]
+    modes = args.mode or list(op.modes[:1] if args.curve else op.modes)
+    for mode in modes:
+        check_mode(parser, op, mode)
+    shapes = [shape_of(parser, op, text) for text in args.shape or ()]
+    shapes += _on_curves(parser, op, args.curve or ())
+    args.points = [
+        Point(op, mode, shape) for mode in modes for shape in shapes or op.sweep(args.device, mode)
+    ]
+    if args.budget_minutes and not shapes:
+        args.points = [p for p in by_importance(op, args.device) if p.mode in modes]
 
 
-def _shape(parser: _Parser, op: Op, text: str) -> Shape:
-    numbers = text.split(",")
-    if len(numbers) != len(op.dims) or not all(n.isascii() and n.isdigit() for n in numbers):
-        parser.error(f"--shape: expected {','.join(op.dims)}, got {text!r}")
-    shape = tuple(map(int, numbers))
-    if 0 in shape:
-        parser.error(f"--shape: expected positive numbers, got {text!r}")
-    return shape
+def _on_curves(parser: Parser, op: Op, names: Sequence[str]) -> list[Shape]:
+    for name in names:
+        if name not in ("all", *op.curves):
+            there = ", ".join(op.curves) or "none"
+            parser.error(f"--curve: {op.name} has no curve {name!r}; curves: {there}")
+    along = op.curves if "all" in names else dict.fromkeys(names)
+    # Once each: curves may cross.
+    return list(dict.fromkeys(shape for name in along for shape in op.curves[name]))
 
 
-def _check_backend(parser: _Parser) -> None:
-    from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
-
-    asked = os.environ.get(BACKEND_VARIABLE, "")
-    if asked and asked not in NAMES:
-        parser.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
-
-
-def _cases(args: argparse.Namespace, mode: str, shape: Shape) -> list[Case]:
+def _cases(args: argparse.Namespace, point: Point) -> list[Case]:
     """Of the providers asked for, or of all that know the mode."""
-    op = OPS[args.op]
+    op, mode, shape = point
     known = [p.name for p in op.providers if not p.modes or mode in p.modes]
     if args.base:
         known = [name for name in known if name in op.names("ours")]
@@ -120,7 +141,7 @@ def _cases(args: argparse.Namespace, mode: str, shape: Shape) -> list[Case]:
     return [Case(op.name, name, mode, shape, args.dtype, args.device) for name in names]
 
 
-def _time(cases: Sequence[Case], rounds: int) -> list[Result]:
+def _time(cases: Sequence[Case], rounds: int, until: float = math.inf) -> list[Result]:
     """Results in the order of the cases; who cannot run here needs no process to say so."""
     reasons = {
         case: OPS[case.op].provider(case.provider).why_not(case.device, case.dtype, case.mode)
@@ -131,7 +152,7 @@ def _time(cases: Sequence[Case], rounds: int) -> list[Result]:
     if not together:
         _say("one process at a time, all do not fit into memory")
     patience = OPS[cases[0].op].patience
-    timed = time_cases(able, rounds, together=together, patience=patience)
+    timed = time_cases(able, rounds, together=together, patience=patience, until=until)
     done = {result.case: result for result in timed}
     return [done.get(case) or Result(case, f"unavailable: {reasons[case]}") for case in cases]
 
@@ -149,9 +170,10 @@ def _fit_together(cases: Sequence[Case]) -> bool:
     return kept + peak + len(cases) * PROCESS_BYTES < SAFE_SHARE * free
 
 
-def _share(op: Op, mode: str, shape: Shape, device: str) -> None:
-    if op.share is not None and device == "cpu":
-        shared.hold(op.share(mode, shape))
+def _begin(point: Point, device: str) -> None:
+    op, mode, shape = point
+    _say(f"timing {op.name} {mode} {report.shape_text(shape)}")
+    shared.hold(op.share(mode, shape) if op.share is not None and device == "cpu" else {})
 
 
 def _broken(op: Op, results: Iterable[Result]) -> bool:
@@ -163,41 +185,52 @@ def _broken(op: Op, results: Iterable[Result]) -> bool:
 
 
 def _providers(args: argparse.Namespace) -> int:
-    op, machine = OPS[args.op], facts(torch.device(args.device))
+    machine = facts(torch.device(args.device))
+    n_ops = len({point.op.name for point in args.points})
+    budget = Budget(60 * args.budget_minutes if args.budget_minutes else math.inf, n_ops)
     rows: list[dict[str, str]] = []
+    done: list[tuple[Op, list[Result]]] = []
     code = 0
-    for mode in args.mode:
-        for shape in args.sweep[mode]:
-            _say(f"timing {op.name} {mode} {report.shape_text(shape)}")
-            _share(op, mode, shape, args.device)
-            results = _time(_cases(args, mode, shape), args.rounds)
+    try:
+        for point in args.points:
+            op, cases = point.op, _cases(args, point)
+            timed = budget.fits(op)
+            if timed:
+                _begin(point, args.device)
+                with budget.spent_on(op) as until:
+                    results = _time(cases, args.rounds, until)
+                parts = (report.table(op, results, machine), report.foot(op, results))
+                print("\n".join(filter(None, parts)) + "\n", flush=True)
+            else:
+                results = [Result(case, report.NO_BUDGET) for case in cases]
+            done.append((op, results))
             rows += [report.row(op, result, machine) for result in results]
-            if args.csv:  # at once: what is done is kept if a later case is interrupted
+            if args.csv:  # at once: what is done is kept if a later point is interrupted
                 report.write_csv(args.csv, rows)
-            parts = (report.table(op, results, machine), report.foot(op, results))
-            print("\n".join(filter(None, parts)) + "\n", flush=True)
             code = max(code, int(_broken(op, results)))
+    except KeyboardInterrupt:
+        code = 130
+    if args.op == ALL or args.budget_minutes:
+        print(report.overview(done, machine), flush=True)
     return code
 
 
 def _commits(args: argparse.Namespace) -> int:
-    op = OPS[args.op]
     code = 0
     with checkout(args.base) as tree:
-        for mode in args.mode:
-            for shape in args.sweep[mode]:
-                _say(f"timing {op.name} {mode} {report.shape_text(shape)}")
-                _share(op, mode, shape, args.device)
-                cases = [
-                    case
-                    for case in _cases(args, mode, shape)
-                    if not op.provider(case.provider).why_not(case.device, case.dtype, mode)
-                ]
-                print(f"{op.name} {mode} {report.shape_text(shape)} {args.dtype}")
-                for pair in compare(cases, tree, args.rounds):
-                    print(f"  {_verdict(pair, args.base, args.max_regression)}", flush=True)
-                    slower = pair.ratio is not None and pair.ratio > args.max_regression
-                    code = max(code, int(slower or _broken(op, [pair.now])))
+        for point in args.points:
+            op, mode, shape = point
+            _begin(point, args.device)
+            cases = [
+                case
+                for case in _cases(args, point)
+                if not op.provider(case.provider).why_not(case.device, case.dtype, mode)
+            ]
+            print(f"{op.name} {mode} {report.shape_text(shape)} {args.dtype}")
+            for pair in compare(cases, tree, args.rounds):
+                print(f"  {_verdict(pair, args.base, args.max_regression)}", flush=True)
+                slower = pair.ratio is not None and pair.ratio > args.max_regression
+                code = max(code, int(slower or _broken(op, [pair.now])))
     return code
 
 

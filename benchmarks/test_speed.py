@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="installed by the extra `bench`")
 
 from benchmarks import measure
+from benchmarks.arguments import DEFAULT_DTYPE
 from benchmarks.ops import OPS
 from benchmarks.registry import DTYPES, Op, Provider, error_of
-from benchmarks.run import DEFAULT_DTYPE
 from fastrag.ops import workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -131,6 +131,7 @@ def time_cases(
     *,
     together: bool = True,
     patience: float = math.inf,
+    until: float = math.inf,
 ) -> list[Result]:
     """Returns one result per case: `rounds` turns each, after one round that is not counted.
 
@@ -138,14 +139,15 @@ def time_cases(
     case. A worker whose provider is wrong or fails takes no turns. Not `together`: each one has all
     its turns and ends before the next begins. Who has spent `patience` seconds on turns takes no
     more, and whose first call was long needs no turn that is not counted; both have one at least.
+    Nobody takes more than that one when `time.monotonic()` is past `until`.
     """
     placed = list(zip(cases, trees or [None] * len(cases), strict=True))
     groups = [placed] if together else [[one] for one in placed]
-    return [result for group in groups for result in _take_turns(group, rounds, patience)]
+    return [result for group in groups for result in _take_turns(group, rounds, patience, until)]
 
 
 def _take_turns(
-    placed: Sequence[tuple[Case, Path | None]], rounds: int, patience: float
+    placed: Sequence[tuple[Case, Path | None]], rounds: int, patience: float, until: float
 ) -> list[Result]:
     with ExitStack() as stack:
         workers = [stack.enter_context(started(case, tree)) for case, tree in placed]
@@ -154,14 +156,13 @@ def _take_turns(
         for turn in range(rounds + 1):
             for i in range(len(workers)):
                 worker = workers[(turn + i) % len(workers)]
-                if worker.result.status == OK and not _is_done(worker, turn, patience):
+                if worker.result.status == OK and not _is_done(worker, turn, patience, until):
                     worker.go(count=turn > 0)
         return [worker.result for worker in workers]
 
 
-def _is_done(worker: Worker, turn: int, patience: float) -> bool:
-    if patience == math.inf:
-        return False
+def _is_done(worker: Worker, turn: int, patience: float, until: float) -> bool:
     if turn == 0:
-        return worker.first > LONG_SECONDS
-    return worker.spent > patience and bool(worker.result.turns)
+        return patience < math.inf and worker.first > LONG_SECONDS
+    is_over = worker.spent > patience or time.monotonic() > until
+    return is_over and bool(worker.result.turns)

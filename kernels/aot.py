@@ -128,25 +128,36 @@ def all_configs(module: str | None = None) -> list[AotConfig]:
     return [config for offer in chosen for config in offer()]
 
 
+def build(config: AotConfig, arch: int) -> Any:
+    """Compiles one configuration for one compute capability: a triton CompiledKernel."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    target = GPUTarget("cuda", arch, _WARP_SIZE)
+    return triton.compile(config.source(), target=target, options=options)
+
+
+def examine(cubin: bytes, tool: str, *options: str) -> str:
+    """Returns what a tool that comes with Triton, cuobjdump or nvdisasm, says of an object."""
+    path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [path, *options, file.name], capture_output=True, text=True, check=True
+        )
+    return done.stdout
+
+
 def compile_config(config: AotConfig, arch: int) -> Resources:
     """Compiles one configuration for one compute capability and reads its resources.
 
     Raises:
         RuntimeError: the resources cannot be read from the compiled object.
     """
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    target = GPUTarget("cuda", arch, _WARP_SIZE)
-    compiled = triton.compile(config.source(), target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    compiled = build(config, arch)
+    said = examine(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if usage is None:
-        raise RuntimeError(f"{config.name}: cuobjdump says {done.stdout!r}")
+        raise RuntimeError(f"{config.name}: cuobjdump says {said!r}")
     ptx = compiled.asm["ptx"]
     seen = tuple(word for word in ("wgmma", "mma.sync", "tcgen05", "cp.async") if word in ptx)
     return Resources(
@@ -180,13 +191,14 @@ def main(argv: list[str] | None = None) -> int:
     for found in compile_all(args.arch or sorted(SHARED_LIMIT), args.module):
         defects += found.defects()
         row = dataclasses.asdict(found) | {"occupancy": round(found.occupancy, 3)}
-        line = json.dumps(row) if args.json else _line(found)
+        line = json.dumps(row) if args.json else describe(found)
         sys.stdout.write(line + "\n")
     sys.stderr.writelines(f"{defect}\n" for defect in defects)
     return 1 if defects else 0
 
 
-def _line(found: Resources) -> str:
+def describe(found: Resources) -> str:
+    """Returns the resources as one line."""
     return (
         f"sm_{found.arch:<4} {found.registers:>4} registers {found.stack:>5} B stack "
         f"{found.shared:>7} B shared {found.occupancy:>5.0%} occupancy  {found.name}"

@@ -128,4 +128,5 @@ OP = Op(
     small=(16, 20, 20_000, 256),
     flops=flops,
     bytes=least_bytes,
+    curves={"K": tuple((64, n, 100_000, 768) for n in (5, 10, 20, 50, 100, 200))},
 )

@@ -243,4 +243,15 @@ OP = Op(
         Goal("best peer", at_least=1.2),
     ),
     workspace=workspace_bytes,
+    curves={
+        # around a short answer to five passages; a vocabulary of which many points can be afforded
+        "B": tuple((n, 5, 32, 512, 16384) for n in (1, 2, 4, 8)),
+        "K": tuple((2, n, 32, 512, 16384) for n in (1, 2, 5, 10, 20)),
+        "T": tuple((2, 5, n, 512, 16384) for n in (8, 16, 32, 64, 128)),
+        # from a toy's to that of Llama 3.2, and beyond
+        "V": tuple((2, 5, 32, 512, n) for n in (4096, 8192, 16384, 32768, 65536, 131072)),
+    },
+    curve_providers=(
+        *("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger", "hf"),
+    ),
 )

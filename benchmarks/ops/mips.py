@@ -450,4 +450,25 @@ OP = Op(
     check=check,
     share=share,
     patience=3.0,
+    headlines=(
+        ("float32", (200_000, 768, 10, 64)),
+        ("float32", (200_000, 768, 10, 1)),
+        (CODED, (200_000, 768, 10, 64)),
+        ("float32", (200_000, 768, 10, 8)),
+        ("int8", (200_000, 768, 10, 1)),
+        ("bfloat16", (200_000, 768, 10, 1)),
+    ),
+    curves={
+        # DPR's vectors, one question and a batch: a straight line is what exact search can have
+        "N": tuple(
+            (n_rows, 768, 10, n_queries)
+            for n_rows in (50_000, 100_000, 200_000, 400_000, 1_000_000)
+            for n_queries in (1, 64)
+        ),
+        "B": tuple((200_000, 768, 10, n) for n in (1, 4, 16, 64, 256)),
+    },
+    curve_providers=(
+        *("read", "fma", "cpp", "triton", "faiss-tuned", "mm-xq", "mm-tiled", "faiss-gpu"),
+        "numpy",
+    ),
 )

@@ -97,4 +97,8 @@ OP = Op(
     flops=flops,
     bytes=least_bytes,
     workspace=marginal_loss.workspace_bytes,
+    curves={"V": marginal_loss.OP.curves["V"]},
+    curve_providers=(
+        *("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger"),
+    ),
 )

@@ -77,10 +77,15 @@ class FaissIndex(RowIndex):
         self.factory = factory
         self.parameters = parameters
         self._index = support.make(dim, factory, parameters)
+        self._mapped: np.ndarray[Any, Any] | None = None  # where `_index` lies, if it was loaded
         self._device = torch.device(device)
         self._on_gpu: Any = None
         if self._device.type != "cpu":
             support.require_gpu(self._device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which faiss makes in memory."""
+        return self.__dict__ | {"_mapped": None}
 
     def __repr__(self) -> str:
         return (
@@ -114,7 +119,7 @@ class FaissIndex(RowIndex):
             sample = inputs.checked_whole(vectors, self.dim, _CPU)
             support.train(fresh, sample.numpy(), self.factory)
             with self._lock.write():
-                self._index = fresh
+                self._take(fresh)
 
     def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
         """Appends rows; all of them or, on an error, none.
@@ -134,7 +139,7 @@ class FaissIndex(RowIndex):
         with self._writer.write():
             start = self._n
             if start == 0:
-                index = support.clone(self._index)
+                index = support.clone(self._changeable())
                 n = _append(index, self._training(index, vectors))
                 if n:
                     self._swap(index, n)
@@ -143,7 +148,9 @@ class FaissIndex(RowIndex):
                 vectors = list(self._checked_blocks(vectors))
             for _ in self._checked_blocks(vectors):
                 pass
+            changeable = self._changeable()
             with self._lock.write():
+                self._take(changeable)
                 n = _append(self._index, self._checked_blocks(vectors))
                 if n:
                     self._append_live(n)
@@ -167,7 +174,9 @@ class FaissIndex(RowIndex):
             if len(rows) == 0:
                 return
             support.check_updatable(self._index, self.factory)
+            changeable = self._changeable()
             with self._lock.write():
+                self._take(changeable)
                 support.overwrite(self._index, rows.numpy(), checked.numpy())
                 self._changed()
 
@@ -268,7 +277,8 @@ class FaissIndex(RowIndex):
 
         Args:
             dir: the folder.
-            mmap: of no effect, for faiss reads an index into memory.
+            mmap: map what faiss can read in place (all but fast scan) instead of reading it; the
+                first `add` or `update` reads it.
             verify: check every byte against the manifest's checksums.
             device: where to search.
 
@@ -282,7 +292,11 @@ class FaissIndex(RowIndex):
             for key in ("dim", "factory", "parameters", "count", "index_version")
         )
         index = cls(dim, factory, parameters=parameters)
-        index._index = support.read(entry_of(arrays, "index", dir, FORMAT))
+        data = entry_of(arrays, "index", dir, FORMAT)
+        if mmap:
+            index._index, index._mapped = support.read_in_place(data), data
+        else:
+            index._index = support.read(data)
         found = (index._index.d, index._index.ntotal)
         if found != (dim, count):
             raise ValueError(
@@ -303,9 +317,15 @@ class FaissIndex(RowIndex):
         on_cpu = self._device.type == "cpu"
         self._on_gpu = None if on_cpu else support.on_gpu(self._index, self._device)
 
+    def _changeable(self) -> Any:
+        return self._index if self._mapped is None else support.read(self._mapped)
+
+    def _take(self, index: Any) -> None:
+        self._index, self._mapped = index, None
+
     def _swap(self, index: Any, n_new: int) -> None:
         with self._lock.write():
-            self._index = index
+            self._take(index)
             self._append_live(n_new)
             self._changed()
 

@@ -206,7 +206,7 @@ def write(index: Any, sink: Callable[[bytes], object]) -> None:
 
 
 def read(data: np.ndarray[Any, Any]) -> Any:
-    """The index of what `write` gave, from an array that may be mapped.
+    """The index of what `write` gave, in memory of its own.
 
     Raises:
         ValueError: it is not one.
@@ -220,8 +220,28 @@ def read(data: np.ndarray[Any, Any]) -> Any:
         at += len(piece)
         return piece
 
-    with refusals("expected an index that this faiss reads"):
+    with _refusals_to_read():
         return faiss.read_index(faiss.PyCallbackIOReader(take))
+
+
+def read_in_place(data: np.ndarray[Any, Any]) -> Any:
+    """The same, most of it left in `data`, as a rule a mapped file, which has to outlive it.
+
+    faiss ends the process when such an index is to be changed. What it lays out anew (fast scan) is
+    copied, and all of it by a faiss too old to map.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    faiss = load()
+    if not hasattr(faiss, "ZeroCopyIOReader"):
+        return read(data)
+    with _refusals_to_read():
+        return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), data.size))
+
+
+def _refusals_to_read() -> contextlib.AbstractContextManager[None]:
+    return refusals("expected an index that this faiss reads")
 
 
 def require_gpu(device: torch.device) -> None:

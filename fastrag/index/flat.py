@@ -18,6 +18,7 @@ from fastrag import functional
 from fastrag.index import codec, codes, inputs
 from fastrag.index.codec import Codec
 from fastrag.index.codes import RowCodes
+from fastrag.index.host_search import HostSearch
 from fastrag.index.inputs import Vectors
 from fastrag.index.lock import ReadWriteLock
 from fastrag.index.rows import RowIndex
@@ -55,12 +56,17 @@ class FlatIndex(RowIndex):
     Args:
         dim: D, the width of a vector.
         dtype: how vectors are stored: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
-        device: where they are stored and searched.
+        device: where they are stored.
         exact: which vectors a search is exact for: those `"stored"`, or, of an int8 index, the
             `"float32"` ones that were added.
+        search_device: where they are searched, if not where they are: a GPU, to which each search
+            brings vectors that are stored on the CPU, block by block (of `exact="float32"` the
+            float32 rows). What its kernels cannot do, such as a k above 1024, the CPU does; the
+            answers are the same.
 
     Raises:
-        ValueError: `dim` below 1, a dtype that is not supported, or another `exact`.
+        ValueError: `dim` below 1, a dtype that is not supported, another `exact`, or a
+            `search_device` that is not here or does not go with the device.
 
     Example:
         >>> index = FlatIndex(2)
@@ -78,6 +84,7 @@ class FlatIndex(RowIndex):
         device: torch.device | str = "cpu",
         *,
         exact: str = "stored",
+        search_device: torch.device | str | None = None,
     ) -> None:
         super().__init__(dim, device)
         if dtype not in codec.DTYPES:
@@ -85,7 +92,7 @@ class FlatIndex(RowIndex):
         if exact != "stored" and (exact, dtype) != ("float32", "int8"):
             raise ValueError(
                 f"exact: expected 'stored', or 'float32' with dtype 'int8', got {exact!r} with "
-                f"{dtype!r}"
+                f"{dtype!r}; of what can stand beside float32 rows, int8 is smallest and fastest"
             )
         self.dtype = dtype
         self.exact = exact
@@ -95,11 +102,12 @@ class FlatIndex(RowIndex):
         self._making_codes = ReadWriteLock()
         self._n_clamped = 0
         self._mapped = False
+        self._host_search = HostSearch.of(search_device, self.device)
 
     def __repr__(self) -> str:
         return (
             f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, exact={self.exact!r}, n={self._n}, "
-            f"n_live={self.n_live}, device='{self.device}')"
+            f"n_live={self.n_live}, device='{self.device}', search_device='{self.search_device}')"
         )
 
     @property
@@ -111,6 +119,11 @@ class FlatIndex(RowIndex):
     def device(self) -> torch.device:
         """Where the vectors are."""
         return self._data.device
+
+    @property
+    def search_device(self) -> torch.device:
+        """Where they are searched."""
+        return self.device if self._host_search is None else self._host_search.device
 
     @property
     def index_emb(self) -> Tensor:
@@ -137,8 +150,8 @@ class FlatIndex(RowIndex):
 
         Args:
             vectors: `[n, D]`, in memory or mapped from a file (`numpy.load(..., mmap_mode="r")`),
-                or an iterable of such blocks. They are read block by block, and none is kept;
-                where their number is not known beforehand, room grows by doubling.
+                or an iterable of such blocks. They are read block by block, and none is kept. Room
+                grows by doubling, from the rows of the first `add` or of its first block.
 
         Returns:
             The new rows' numbers.
@@ -154,11 +167,7 @@ class FlatIndex(RowIndex):
             n_clamped = 0
             for block in blocks:
                 stored, n = chosen.encode(block, stop - start)
-                self._reserve(
-                    max(stop + len(block), start + (whole or 0)),
-                    keep=stop,
-                    exact=whole is not None,
-                )
+                self._reserve(max(stop + len(block), start + (whole or 0)), keep=stop)
                 self._data[stop : stop + len(block), : self.dim] = stored
                 stop += len(block)
                 n_clamped += n
@@ -188,7 +197,7 @@ class FlatIndex(RowIndex):
                 return
             stored, n_clamped = self._codec.encode(checked)
             if self._mapped:
-                self._reserve(self._n, keep=self._n, exact=True)
+                self._reserve(self._n, keep=self._n)
             with self._lock.write():
                 codec.put_rows(self.index_emb, rows, stored)
                 if self._codes is not None:
@@ -231,6 +240,8 @@ class FlatIndex(RowIndex):
     def astype(self, dtype: str, *, exact: str = "stored") -> Self:
         """Makes an index of the same rows and tombstones in another dtype, block by block.
 
+        It is stored and searched on the same devices.
+
         Args:
             dtype: as for the class; int8 measures all rows first.
             exact: as for the class. `"float32"` of an index that has no float32 rows any more is
@@ -239,7 +250,9 @@ class FlatIndex(RowIndex):
         Raises:
             ValueError: an unknown dtype, or a number beyond its range (the row is named).
         """
-        made = type(self)(self.dim, dtype, self.device, exact=exact)
+        made = type(self)(
+            self.dim, dtype, self.device, exact=exact, search_device=self.search_device
+        )
         with self._lock.read():
             room = codec.allocate(self._n, self.dim, made._codec.dtype, self.device)
             if made._codec.dtype == self._codec.dtype:
@@ -258,17 +271,24 @@ class FlatIndex(RowIndex):
             made._version = self._version
         return made
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(
+        self, device: torch.device | str, *, search_device: torch.device | str | None = None
+    ) -> Self:
         """Moves the vectors; returns the index itself.
 
         Args:
             device: any torch device.
+            search_device: as for the class; None: they are searched where they are then.
+
+        Raises:
+            ValueError: as for the class; nothing changes.
         """
+        host_search = HostSearch.of(search_device, device)
         with self._writer.write(), self._lock.write():
             moved = self._data[: self._n].to(device)
             self._mapped = self._mapped and moved.device == self._data.device
             self._data, self._removed = moved, self._removed.to(device)
-            self._codes = None
+            self._codes, self._host_search = None, host_search
             self._codec = self._codec.to(device)
         return self
 
@@ -335,6 +355,8 @@ class FlatIndex(RowIndex):
         mmap: bool = True,
         verify: bool = False,
         device: torch.device | str = "cpu",
+        *,
+        search_device: torch.device | str | None = None,
     ) -> Self:
         """Opens a saved index, of this or an earlier format version.
 
@@ -343,10 +365,12 @@ class FlatIndex(RowIndex):
             mmap: map the vectors (CPU only) instead of reading them.
             verify: check every byte against the manifest's checksums.
             device: where the vectors go.
+            search_device: as for the class.
 
         Raises:
             ValueError: naming the file, what was expected and what was found: missing, truncated or
-                altered file, another format, a newer format version, unreadable path.
+                altered file, another format, a newer format version, unreadable path; or as for the
+                class.
         """
         manifest, arrays = read_folder(
             dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
@@ -369,7 +393,7 @@ class FlatIndex(RowIndex):
         index._version = version
         index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
-        return index if torch.device(device).type == "cpu" else index.to(device)
+        return index.to(device, search_device=search_device)
 
     def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
         return inputs.checked_blocks(vectors, self.dim, self.device)
@@ -393,6 +417,10 @@ class FlatIndex(RowIndex):
         return codec.fit_int8(measured) if sample else self._codec, blocks
 
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._host_search is not None:
+            return self._host_search.search(
+                query, self.index_emb, k, exclude, **self._codec.arguments
+            )
         if self.exact == "float32" and codes.pay(self.index_emb, k):
             return self._row_codes().search(query, k, exclude)
         return functional.mips_topk(
@@ -413,12 +441,12 @@ class FlatIndex(RowIndex):
         n_rows = max(1, inputs.BLOCK_BYTES // (self.dim * self._data.itemsize))
         return iter(self.index_emb.split(n_rows)) if self._n else iter(())
 
-    def _reserve(self, n: int, *, keep: int, exact: bool) -> None:
+    def _reserve(self, n: int, *, keep: int) -> None:
         """Makes room for n rows in memory of our own and copies the first `keep`."""
         capacity = self._data.shape[0]
         if n <= capacity and not self._mapped:
             return
-        room = n if exact and capacity == 0 else max(n, 2 * capacity if n > capacity else n)
+        room = max(n, 2 * capacity) if n > capacity else n
         grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
+from fastrag.profiling import stage
+
 if TYPE_CHECKING:
     from fastrag.index.passages import PassageStore
 
@@ -184,10 +186,12 @@ def encode_passages(
     bar = _progress_bar(len(rows), progress)
     try:
         for batch in order.split(batch_size):
-            ids, lengths = store.gather(rows[batch].to(store.device), "encoder")
-            ids, lengths = ids.to(device), lengths.to(device)
-            mask = torch.arange(ids.shape[-1], device=device)[None, :] < lengths[:, None]
-            vectors = encoder(ids, mask.to(torch.int64)).float().cpu()
+            with stage("refresh/gather"):
+                ids, lengths = store.gather(rows[batch].to(store.device), "encoder")
+                ids, lengths = ids.to(device), lengths.to(device)
+                mask = torch.arange(ids.shape[-1], device=device)[None, :] < lengths[:, None]
+            with stage("refresh/encode"):
+                vectors = encoder(ids, mask.to(torch.int64)).float().cpu()
             if vectors.ndim != 2 or vectors.shape[0] != len(batch):
                 raise ValueError(f"encoder: expected [{len(batch)}, D], got {list(vectors.shape)}")
             if out is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrag.index import inputs
 from fastrag.index.lock import ReadWriteLock
 from fastrag.ops import checks
+from fastrag.profiling import stage
 
 
 class RowIndex(abc.ABC):
@@ -44,7 +45,12 @@ class RowIndex(abc.ABC):
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
-        """Where the vectors are searched."""
+        """Where the vectors are."""
+
+    @property
+    def search_device(self) -> torch.device:
+        """Where queries go."""
+        return self.device
 
     @property
     def n_live(self) -> int:
@@ -104,8 +110,8 @@ class RowIndex(abc.ABC):
             ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
         """
         inputs.check_query(query_emb, self.dim, k)
-        with self._lock.read():
-            query = query_emb.to(self.device, torch.float32)
+        with stage("index/search"), self._lock.read():
+            query = query_emb.to(self.search_device, torch.float32)
             mask = self._removed if self._n_removed else None
             if exclude is not None:
                 exclude = inputs.checked_exclude(exclude, len(query), self._n, self._removed.device)
@@ -118,7 +124,7 @@ class RowIndex(abc.ABC):
             else:
                 # At most E of the best k + E live rows are excluded, so the best k are among them.
                 wide = self._topk(query, k + exclude.shape[1], mask)
-                scores, rows = inputs.drop_excluded(*wide, exclude, k)
+                scores, rows = inputs.drop_excluded(*wide, exclude.to(wide[1].device), k)
         return scores.to(query_emb.device), rows.to(query_emb.device)
 
     @torch.no_grad()
@@ -136,7 +142,7 @@ class RowIndex(abc.ABC):
             ValueError: not whole numbers, or (on the CPU) a row outside the index.
         """
         checks.check_integer("rows", rows)
-        with self._lock.read():
+        with stage("index/vectors"), self._lock.read():
             at = rows.to(self._removed.device, torch.int64)
             outside = (at < -1) | (at >= self._n)
             if at.device.type == "cpu" and bool(outside.any()):

@@ -11,6 +11,7 @@ from fastrag.nn.heads import LMHead
 from fastrag.nn.objectives import RETRIEVER_TERMS
 from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.reduction import reduce_examples
+from fastrag.profiling import stage
 
 _MARGINALS = ("token", "sequence")
 _OBJECTIVES = ("marginal", *RETRIEVER_TERMS)
@@ -129,31 +130,33 @@ class RagLoss(nn.Module):
         if self.generator_loss == "none":
             hidden, weight = hidden.detach(), weight.detach()
             bias = None if bias is None else bias.detach()
-        loss, log_posterior, token_logp = functional.rag_nll(
-            self.marginal,
-            hidden,
-            weight,
-            labels,
-            doc_scores if self.objective == "marginal" else doc_scores.detach(),
-            bias=bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            example_weight=example_weight,
-            valid_rows=valid_rows,
-        )
-        if self.objective != "marginal":
-            counts = labels != self.ignore_index
-            term = RETRIEVER_TERMS[self.objective](doc_scores, token_logp, counts, self.tau_lm)
-            retriever = reduce_examples(
-                term,
-                self.reduction,
-                normalizer=counts.sum() if normalizer is None else normalizer,
+        with stage("loss"):
+            loss, log_posterior, token_logp = functional.rag_nll(
+                self.marginal,
+                hidden,
+                weight,
+                labels,
+                doc_scores if self.objective == "marginal" else doc_scores.detach(),
+                bias=bias,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                label_smoothing=self.label_smoothing,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                normalizer=normalizer,
                 example_weight=example_weight,
+                valid_rows=valid_rows,
             )
+        if self.objective != "marginal":
+            with stage("objective"):
+                counts = labels != self.ignore_index
+                term = RETRIEVER_TERMS[self.objective](doc_scores, token_logp, counts, self.tau_lm)
+                retriever = reduce_examples(
+                    term,
+                    self.reduction,
+                    normalizer=counts.sum() if normalizer is None else normalizer,
+                    example_weight=example_weight,
+                )
             loss = retriever if self.generator_loss == "none" else loss + retriever
         return RagLossOutput(loss, log_posterior)
 

@@ -28,6 +28,7 @@ from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration, RagOutput
 from fastrag.nn.state import keep_one_name_per_tensor
 from fastrag.ops import checks
+from fastrag.profiling import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,8 +239,9 @@ class RagModel(nn.Module):
         if labels is None:
             return output
         context = self._context(retrieved.rows, prompt_ids, prompt_mask)
-        hidden = self.adapter.hidden(context.ids, context.mask, labels)  # [B, K, T, H]
-        loss = self.loss_fn(
+        with stage("generator"):
+            hidden = self.adapter.hidden(context.ids, context.mask, labels)  # [B, K, T, H]
+        output["loss"], output["log_posterior"] = self.loss_fn(
             hidden,
             self.adapter.head(),
             labels,
@@ -248,7 +250,6 @@ class RagModel(nn.Module):
             example_weight=example_weight,
             valid_rows=valid_rows,
         )
-        output["loss"], output["log_posterior"] = loss
         output["n_cut"] = context.n_cut
         return output
 
@@ -354,7 +355,8 @@ class RagModel(nn.Module):
             self.index.add(vectors)
 
     def _encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        query_emb = self.question_encoder(input_ids, attention_mask)
+        with stage("encode_questions"):
+            query_emb = self.question_encoder(input_ids, attention_mask)
         require_finite(
             query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
         )
@@ -379,7 +381,8 @@ class RagModel(nn.Module):
 
     def _search(self, query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self._check_index()
-        return self.index.search(query_emb, k)
+        with stage("search"):
+            return self.index.search(query_emb, k)
 
     def _explore(self, query_emb: Tensor, n_explored: int) -> Tensor:
         """K - m nearest rows, and m of the next candidates by Gumbel top-m: [B, K]."""
@@ -401,9 +404,10 @@ class RagModel(nn.Module):
             scale, offset = self.index.scale, self.index.offset
         else:
             passage_emb = self.index.vectors(rows).to(query_emb.device)
-        doc_scores = functional.doc_scores(
-            query_emb, passage_emb, rows=rows, tau=self.tau, scale=scale, offset=offset
-        )
+        with stage("score"):
+            doc_scores = functional.doc_scores(
+                query_emb, passage_emb, rows=rows, tau=self.tau, scale=scale, offset=offset
+            )
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
         return doc_scores
@@ -411,10 +415,11 @@ class RagModel(nn.Module):
     def _encode_rows(self, rows: Tensor) -> Tensor:
         """Encode the passages of `rows` with gradient, each once: [B, K, D]."""
         unique, where = rows.clamp(min=0).unique(return_inverse=True)
-        ids, lengths = self.passages.gather(unique, "encoder")
-        mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
         encoder: Any = self.passage_encoder
-        vectors = encoder(ids, mask.long())
+        with stage("encode_passages"):
+            ids, lengths = self.passages.gather(unique, "encoder")
+            mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
+            vectors = encoder(ids, mask.long())
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )
@@ -428,8 +433,9 @@ class RagModel(nn.Module):
         if prompt_mask is None:
             prompt_mask = torch.ones_like(prompt_ids)
         check_ids("prompt_ids", prompt_ids, self.adapter.n_vocab)
-        ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
-        return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
+        with stage("contexts"):
+            ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
+            return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
 
     def _warn_if_flat(self, doc_scores: Tensor) -> None:
         """Say once when the first training batch's prior is as good as uniform."""

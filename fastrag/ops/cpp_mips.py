@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrag import _C
 from fastrag.ops import backends
+from fastrag.profiling import stage
 
 
 def search(
@@ -24,15 +25,16 @@ def search(
     if scale is not None and offset is None:
         offset = torch.zeros_like(scale)
     scores, rows = _empty_answer(query_emb, k)
-    _C.mips_topk(
-        _array(query_emb),
-        _stored(index_emb.detach()),
-        scores.numpy(),
-        rows.numpy(),
-        scale=_array(scale),
-        offset=_array(offset),
-        **_options(exclude),
-    )
+    with stage("mips_topk/scan"):
+        _C.mips_topk(
+            _array(query_emb),
+            _stored(index_emb.detach()),
+            scores.numpy(),
+            rows.numpy(),
+            scale=_array(scale),
+            offset=_array(offset),
+            **_options(exclude),
+        )
     return scores, rows
 
 
@@ -79,13 +81,14 @@ class CodedIndex:
     ) -> tuple[Tensor, Tensor]:
         """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
         scores, rows = _empty_answer(query_emb, k)
-        _C.mips_topk_by_codes(
-            _array(query_emb),
-            scores=scores.numpy(),
-            rows=rows.numpy(),
-            **self.arrays(),
-            **_options(exclude),
-        )
+        with stage("mips_topk/by_codes"):
+            _C.mips_topk_by_codes(
+                _array(query_emb),
+                scores=scores.numpy(),
+                rows=rows.numpy(),
+                **self.arrays(),
+                **_options(exclude),
+            )
         return scores, rows
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
 from fastrag.ops.grads import once_differentiable
+from fastrag.profiling import stage
 
 backends.register("doc_scores", ("triton", "torch"))
 
@@ -87,11 +88,12 @@ def doc_scores(
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
     n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
-    if _backend(query_emb.device, _dtype(query_emb, passage_emb), n_passages) == "triton":
-        from fastrag.kernels.doc_scores import doc_scores_fwd
+    with stage("doc_scores"):
+        if _backend(query_emb.device, _dtype(query_emb, passage_emb), n_passages) == "triton":
+            from fastrag.kernels.doc_scores import doc_scores_fwd
 
-        return doc_scores_fwd(query_emb, passage_emb, rows, tau, scale, offset)
-    return _torch_forward(query_emb, passage_emb, rows, tau, scale, offset)
+            return doc_scores_fwd(query_emb, passage_emb, rows, tau, scale, offset)
+        return _torch_forward(query_emb, passage_emb, rows, tau, scale, offset)
 
 
 @doc_scores.register_fake
@@ -131,11 +133,12 @@ def doc_scores_backward(
     """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
     upstream = (dscores, dlog_prior, log_prior)
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
-    if _backend(query_emb.device, log_prior.dtype, log_prior.shape[1]) == "triton":
-        from fastrag.kernels.doc_scores import doc_scores_bwd
+    with stage("doc_scores_backward"):
+        if _backend(query_emb.device, log_prior.dtype, log_prior.shape[1]) == "triton":
+            from fastrag.kernels.doc_scores import doc_scores_bwd
 
-        return doc_scores_bwd(*args)
-    return _torch_backward(*args)
+            return doc_scores_bwd(*args)
+        return _torch_backward(*args)
 
 
 @doc_scores_backward.register_fake

@@ -37,7 +37,14 @@ from torch import Tensor
 from fastrag.ops import backends, vocab_major, workspace
 from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
 from fastrag.ops.grads import once_differentiable, scaled
-from fastrag.ops.group_pass import Call, GroupPass, SequenceSums, TokenSums, group_pass
+from fastrag.ops.group_pass import (
+    Call,
+    GroupPass,
+    SequenceSums,
+    TokenSums,
+    TokenWeights,
+    group_pass,
+)
 from fastrag.ops.linear_head import HeadGradients, LinearHead
 from fastrag.ops.positions import (
     Chunk,
@@ -47,6 +54,7 @@ from fastrag.ops.positions import (
     check_valid_rows,
 )
 from fastrag.ops.token_logp import fake_head_gradients, token_logp_backward
+from fastrag.profiling import stage
 
 backends.register("marginal_nll", ("cpp", "triton", "torch"))
 
@@ -104,7 +112,7 @@ def marginal_nll(
     keep_log_z = _keeps_log_z(marginal, label_smoothing, deferred, need_dw, need_db)
     if _left_to_backward(deferred, need_dw, need_db):
         need_dx = need_dw = need_db = False
-    with workspace.without_autocast(hidden.device):
+    with stage("marginal_nll"), workspace.without_autocast(hidden.device):
         dtype = workspace.accumulate_dtype(hidden.dtype)
         operand = open_chunk.operand_dtype(hidden.dtype)
         head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
@@ -244,11 +252,24 @@ class _Marginal:
         row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=with_mean)
         limit = self.positions_per_chunk(row_bytes)
         for part in workspace.even_slices(len(self.positions), limit):
-            chunk = self.positions.gather(part)
-            stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold, with_mean=with_mean)
+            chunk = self.gather(part)
+            with stage("marginal_nll/statistics"):
+                stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold, with_mean=with_mean)
             if self.log_z.numel():
                 self.log_z[:, chunk.row] = stats.log_z
             yield chunk, stats
+
+    def gather(self, part: slice) -> Chunk:
+        with stage("marginal_nll/gather"):
+            return self.positions.gather(part)
+
+    def logits(self, chunk: Chunk) -> ChunkLogits:
+        with stage("marginal_nll/logits"):
+            return self.open_chunk(self.head, chunk.x, chunk.gold)
+
+    def add_products(self, chunk: Chunk, draw: Tensor) -> None:
+        with stage("marginal_nll/products"):
+            self.sums.add(draw, chunk.x, chunk.row)
 
     def add_gradients(self, chunk: Chunk, weight: Tensor, smoothing: float = 0.0) -> None:
         """All gradients at once, from the chunk of all positions."""
@@ -276,11 +297,11 @@ class _Token(_Marginal):
         self.found = TokenSums(self.dense(), *by_passage)
         if not self.statistics_first:
             for part in workspace.even_slices(len(self.positions), self.limit):
-                self._chunk(self.positions.gather(part))
+                self._chunk(self.gather(part))
             return
         hits = []
         for chunk, stats in self.forward():
-            weights = self.group.token(self.call, chunk, stats.logp, None, self.found)
+            weights = self._weights(chunk, stats)
             hits.append(weights.hit.view(-1))
         if self.sums and hits:
             self.add_gradients(self.positions.everything(), torch.cat(hits))
@@ -293,18 +314,30 @@ class _Token(_Marginal):
         With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
         of the logits is upstream * (target_k p_kv - G_kv).
         """
-        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+        logits = self.logits(chunk)
         if not self.smoothing:
-            weights = self.group.token(self.call, chunk, logits.statistics().logp, None, self.found)
+            with stage("marginal_nll/statistics"):
+                stats = logits.statistics()
+            weights = self._weights(chunk, stats)
             if self.sums:
-                self.sums.add(logits.gradient(weights.hit.view(-1)), chunk.x, chunk.row)
+                with stage("marginal_nll/gradient"):
+                    draw = logits.gradient(weights.hit.view(-1))
+                self.add_products(chunk, draw)
             return
         prior = torch.where(chunk.counts.unsqueeze(1), self.log_prior[chunk.example], 0.0)
-        stats, smooth, share = logits.mixture_statistics(prior)
-        weights = self.group.token(self.call, chunk, stats.logp, (smooth, share), self.found)
+        with stage("marginal_nll/statistics"):
+            stats, smooth, share = logits.mixture_statistics(prior)
+        weights = self._weights(chunk, stats, (smooth, share))
         if self.sums and weights.target is not None and weights.spread is not None:
-            draw = logits.mixture_gradient(prior, weights.hit, weights.target, weights.spread)
-            self.sums.add(draw, chunk.x, chunk.row)
+            with stage("marginal_nll/gradient"):
+                draw = logits.mixture_gradient(prior, weights.hit, weights.target, weights.spread)
+            self.add_products(chunk, draw)
+
+    def _weights(
+        self, chunk: Chunk, stats: RowStats, mixture: tuple[Tensor, Tensor] | None = None
+    ) -> TokenWeights:
+        with stage("marginal_nll/group_pass"):
+            return self.group.token(self.call, chunk, stats.logp, mixture, self.found)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         nll = -self.undense(self.found.log_marginal).sum(1)
@@ -339,8 +372,10 @@ class _Sequence(_Marginal):
                 self._resident(part, examples)
             return
         for chunk, stats in self.forward(with_mean=bool(self.smoothing)):
-            self.group.sequence_rows(self.call, chunk, stats, self.found)
-        self.group.sequence_posterior(self.call, slice(0, self.n_examples), self.found)
+            with stage("marginal_nll/group_pass"):
+                self.group.sequence_rows(self.call, chunk, stats, self.found)
+        with stage("marginal_nll/group_pass"):
+            self.group.sequence_posterior(self.call, slice(0, self.n_examples), self.found)
         if self.sums:
             chunk = self.positions.everything()
             weight = self.group.sequence_weights(self.call, chunk, self.found)
@@ -370,13 +405,17 @@ class _Sequence(_Marginal):
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
     def _resident(self, part: slice, examples: slice) -> None:
-        chunk = self.positions.gather(part)
-        logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-        stats = logits.statistics(with_mean=bool(self.smoothing))
-        self.group.sequence_rows(self.call, chunk, stats, self.found)
-        self.group.sequence_posterior(self.call, examples, self.found)
-        weight = self.group.sequence_weights(self.call, chunk, self.found)
-        self.sums.add(logits.gradient(weight, self.smoothing), chunk.x, chunk.row)
+        chunk = self.gather(part)
+        logits = self.logits(chunk)
+        with stage("marginal_nll/statistics"):
+            stats = logits.statistics(with_mean=bool(self.smoothing))
+        with stage("marginal_nll/group_pass"):
+            self.group.sequence_rows(self.call, chunk, stats, self.found)
+            self.group.sequence_posterior(self.call, examples, self.found)
+            weight = self.group.sequence_weights(self.call, chunk, self.found)
+        with stage("marginal_nll/gradient"):
+            draw = logits.gradient(weight, self.smoothing)
+        self.add_products(chunk, draw)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (self.n_examples, self.n_passages, self.n_tokens)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, checks, workspace
+from fastrag.profiling import stage
 
 backends.register("mips_topk", ("cpp", "triton", "torch"))
 
@@ -82,16 +83,17 @@ def mips_topk(
     query = query_emb.to(dtype)
     unfit = _unfit(index_emb, k, exclude)
     name = backends.choose("mips_topk", query.device, dtype, unfit)
-    if name == "cpp":
-        from fastrag.ops.cpp_mips import search
+    with stage("mips_topk"):
+        if name == "cpp":
+            from fastrag.ops.cpp_mips import search
 
-        return search(query, index_emb, k, exclude, scale, offset)
-    if name == "triton":
-        from fastrag.ops import triton_mips
+            return search(query, index_emb, k, exclude, scale, offset)
+        if name == "triton":
+            from fastrag.ops import triton_mips
 
-        if triton_mips.pays(query_emb, index_emb, k, exclude):
-            return triton_mips.search(query_emb, index_emb, k, exclude, scale, offset)
-    return _torch_search(query, index_emb, k, exclude, scale, offset)
+            if triton_mips.pays(query_emb, index_emb, k, exclude):
+                return triton_mips.search(query_emb, index_emb, k, exclude, scale, offset)
+        return _torch_search(query, index_emb, k, exclude, scale, offset)
 
 
 @mips_topk.register_fake
@@ -137,10 +139,12 @@ def _torch_search(
     limit = workspace.rows_per_chunk(row_bytes, query.device)
     with workspace.without_autocast(query.device):
         for part in workspace.even_slices(index_emb.shape[0], limit):
-            block = _vectors(index_emb[part].to(query.dtype), scale, offset)
-            keys = _keys(query, block, part, exclude)
-            keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
-            best = torch.cat([best, keys], 1).topk(k, dim=1).values
+            with stage("mips_topk/scan"):
+                block = _vectors(index_emb[part].to(query.dtype), scale, offset)
+                keys = _keys(query, block, part, exclude)
+            with stage("mips_topk/choose"):
+                keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
+                best = torch.cat([best, keys], 1).topk(k, dim=1).values
     return unpack(best)
 
 

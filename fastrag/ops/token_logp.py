@@ -23,6 +23,7 @@ from fastrag.ops.chunk_logits import chunk_logits
 from fastrag.ops.grads import once_differentiable, scaled
 from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
 from fastrag.ops.positions import Chunk, Positions, check_label_values
+from fastrag.profiling import stage
 
 backends.register("token_logp", ("cpp", "triton", "torch"))
 
@@ -53,7 +54,7 @@ def token_logp(
     token_logp, where the head is frozen. Else they are empty.
     """
     at_once = need_dx and not (need_dw or need_db)
-    with workspace.without_autocast(hidden.device):
+    with stage("token_logp"), workspace.without_autocast(hidden.device):
         walk = _Walk(hidden, weight, bias, labels, softcap, logit_scale, ignore_index)
         sums = HeadGradients(walk.head, hidden, need_dx=at_once, need_dw=False, need_db=False)
         logp = hidden.new_zeros(walk.n_rows + 1, dtype=walk.head.dtype)
@@ -107,7 +108,7 @@ def token_logp_backward(
     present [B, K] bool: passages that exist (None: all). valid_rows: as in Positions. With
     label_smoothing, token_logp was (1 - label_smoothing) log p(y) + label_smoothing mean_v log p.
     """
-    with workspace.without_autocast(hidden.device):
+    with stage("token_logp_backward"), workspace.without_autocast(hidden.device):
         settings = (softcap, logit_scale, ignore_index)
         walk = _Walk(hidden, weight, bias, labels, *settings, present, valid_rows)
         need = {"need_dx": need_dx, "need_dw": need_dw, "need_db": need_db}
@@ -189,12 +190,18 @@ class _Walk:
     def forward(self, part: slice, logp: Tensor, log_z: Tensor, sums: HeadGradients) -> None:
         chunk = self.positions.gather(part)
         if sums:
-            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
-            stats = logits.statistics()
+            with stage("token_logp/logits"):
+                logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+            with stage("token_logp/statistics"):
+                stats = logits.statistics()
             weight = self.mask(chunk, torch.full_like(stats.logp, -1.0))
-            sums.add(logits.gradient(weight), chunk.x, chunk.row)
+            with stage("token_logp/gradient"):
+                draw = logits.gradient(weight)
+            with stage("token_logp/products"):
+                sums.add(draw, chunk.x, chunk.row)
         else:
-            stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold)
+            with stage("token_logp/statistics"):
+                stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold)
         logp[chunk.row] = self.mask(chunk, stats.logp)
         log_z[:, chunk.row] = stats.log_z
 

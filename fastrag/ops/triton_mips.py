@@ -17,6 +17,7 @@ Memory: 4 N / group bytes for each query of a slice, within `FASTRAG_WORKSPACE_B
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ from fastrag.kernels import mips_rescore
 from fastrag.kernels.mips_rescore import Passages
 from fastrag.ops import backends, workspace
 from fastrag.ops.mips_topk import unpack
+from fastrag.profiling import stage
 
 # Groups beyond k that are scored. TF32 has the wider error, and more groups within it.
 SLACK = 8
@@ -36,7 +38,6 @@ MAX_EXCLUDED = 256  # rows of a query, each compared with each row that is score
 # Fewer scores than this are made and sorted before the launches of a scan are through.
 _LEAST_SCORES = 1 << 22
 _TMA_CAPABILITY = (9, 0)
-_HOST_BLOCK_BYTES = 256 << 20
 # Wider rows of maxima are sorted by the best of so many.
 _WIDE, _BUNDLE = 1 << 14, 64
 _KEPT_NORMS = 16
@@ -139,16 +140,18 @@ def find(
     gap: the largest distance of a row of the index from that of `exact`.
     """
     index, n_queries = passages.index, query.shape[0]
-    operand = kernels.prepare(
-        query, index.dtype, passages.scale, passages.offset, plan.has_low, plan.tile
-    )
+    with stage("mips_topk/prepare"):
+        operand = kernels.prepare(
+            query, index.dtype, passages.scale, passages.offset, plan.has_low, plan.tile
+        )
     n_groups = math.ceil(index.shape[0] / plan.group)
     width = math.ceil(n_groups / _BUNDLE) * _BUNDLE
     maxima = query.new_empty(n_queries, width, dtype=torch.float32)
     maxima[:, n_groups:] = -torch.inf
-    kernels.group_maxima(
-        operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
-    )
+    with stage("mips_topk/scan"):
+        kernels.group_maxima(
+            operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
+        )
     # Products that vanish in float32 are outside of any relative bound.
     reach = operand.size * (plan.error if norm is None else norm * plan.error)
     reach = reach + index.shape[1] * torch.finfo(torch.float32).tiny
@@ -160,73 +163,39 @@ def find(
         )
 
     n_chosen = min(plan.n_chosen, n_groups)
-    top, groups = _top_groups(maxima, min(n_chosen + 1, n_groups))
+    with stage("mips_topk/choose"):
+        top, groups = _top_groups(maxima, min(n_chosen + 1, n_groups))
     if n_chosen < n_groups:
         runner_up = top[:, n_chosen].contiguous()
     else:
         runner_up = top.new_full((n_queries,), -torch.inf)
-    keys = mips_rescore.rescore(query, passages, groups[:, :n_chosen].contiguous(), plan.group)
-    keys = _best(keys, k)
-    uncertain = mips_rescore.search_rest(
-        query, passages, operand, maxima, runner_up, reach, keys, plan.group
-    )
+    with stage("mips_topk/rescore"):
+        keys = mips_rescore.rescore(query, passages, groups[:, :n_chosen].contiguous(), plan.group)
+        keys = _best(keys, k)
+    with stage("mips_topk/search_rest"):
+        uncertain = mips_rescore.search_rest(
+            query, passages, operand, maxima, runner_up, reach, keys, plan.group
+        )
     return Found(keys, uncertain)
 
 
-def search_host(
+def search_blocks(
     query_emb: Tensor,
-    index_emb: Tensor,
+    blocks: Iterable[tuple[slice, Tensor]],
     k: int,
     exclude: Tensor | None = None,
     scale: Tensor | None = None,
     offset: Tensor | None = None,
-    *,
-    block_bytes: int = _HOST_BLOCK_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Searches an index in host memory with queries on a GPU, block by block.
+    """Searches an index that comes in pieces; the answer is that of `search` of the whole.
 
-    While the GPU searches one block, the next is on its way, and the host moves the one after it to
-    page-locked memory (an index that is page-locked itself is copied from where it is). Device
-    memory: two blocks and the maxima of one. The answer is that of `search`.
-
-    Raises:
-        ValueError: the queries are not on a GPU, or the index is not on the host.
+    blocks: which rows of the index, and these rows `[n, D]` where the queries are, as long as it
+    takes to launch their search: the memory may then be filled anew in the order of the stream.
     """
-    device = query_emb.device
-    if device.type != "cuda" or index_emb.device.type != "cpu":
-        raise ValueError(
-            "query_emb, index_emb: expected queries on a GPU and an index on the host, got "
-            f"{device} and {index_emb.device}"
-        )
     query = query_emb.contiguous()
-    n, dim = index_emb.shape
-    row_bytes = max(1, dim * index_emb.element_size())
-    pitch = math.ceil(row_bytes / 16) * 16 // index_emb.element_size()  # what descriptors can read
-    parts = workspace.even_slices(n, max(1, block_bytes // row_bytes))
-    block_rows = parts[0].stop
-    blocks = [index_emb.new_empty(block_rows, pitch, device=device)[:, :dim] for _ in range(2)]
-    staging = [] if index_emb.is_pinned() else [
-        torch.empty(block_rows, dim, dtype=index_emb.dtype, pin_memory=True) for _ in range(2)
-    ]  # fmt: skip
-    arrived = [torch.cuda.Event() for _ in range(2)]
-    searched = [torch.cuda.Event() for _ in range(2)]
-    compute, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    copies.wait_stream(compute)  # which may still be reading what the blocks are made of
-    best = torch.full((len(query), k), mips_rescore.NOTHING, device=device)
-    for i, part in enumerate(parts):
-        slot, n_rows = i % 2, part.stop - part.start
-        rows = index_emb[part]
-        if staging:
-            arrived[slot].synchronize()  # before the memory that it was sent from changes
-            rows = staging[slot][:n_rows].copy_(rows)
-        block = blocks[slot][:n_rows]
-        with torch.cuda.stream(copies):
-            copies.wait_event(searched[slot])
-            block.copy_(rows, non_blocking=True)
-            arrived[slot].record(copies)
-        compute.wait_event(arrived[slot])
+    best = torch.full((len(query), k), mips_rescore.NOTHING, device=query.device)
+    for part, block in blocks:
         keys = _search_block(query, block, k, exclude, scale, offset, part)
-        searched[slot].record(compute)
         best = _best(torch.cat([best, keys], 1), k)
     return unpack(best)
 
@@ -242,8 +211,6 @@ def _search_block(
 ) -> Tensor:
     if exclude is not None and exclude.dtype == torch.bool:
         exclude = exclude[part]
-    if exclude is not None:
-        exclude = exclude.to(query.device, non_blocking=True)
     passages = _passages(block, scale, offset, exclude, part.start)
     plan = plan_for(query, block, k, exclude)
     norm = None if block.dtype == torch.int8 else kernels.max_norm(block, None, None)

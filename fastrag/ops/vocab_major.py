@@ -19,6 +19,7 @@ from fastrag.ops import workspace
 from fastrag.ops.chunk_logits import ChunkLogits
 from fastrag.ops.linear_head import HeadGradients, add_product
 from fastrag.ops.positions import Chunk
+from fastrag.profiling import stage
 
 # Rows of a chunk below which reading and writing dW for each chunk costs more than a fourth GEMM.
 # With 790 TFLOP/s and 3 TB/s, a large GPU's, it costs 351 / rows of three GEMMs; on a CPU, whose
@@ -75,9 +76,12 @@ def _add_slice(
 ) -> None:
     words = sums.head.words(part)
     inside = (chunk.gold >= part.start) & (chunk.gold < part.stop)
-    logits = open_chunk(words, chunk.x, torch.where(inside, chunk.gold - part.start, -1))
-    logits.resume(log_z)
-    draw = logits.gradient(weight, smoothing)
-    sums.add_words(part, draw, chunk.x)
-    if dx is not None:
-        add_product(dx, draw, words.weight, first=part.start == 0)
+    with stage("vocab_major/logits"):
+        logits = open_chunk(words, chunk.x, torch.where(inside, chunk.gold - part.start, -1))
+    with stage("vocab_major/gradient"):
+        logits.resume(log_z)
+        draw = logits.gradient(weight, smoothing)
+    with stage("vocab_major/products"):
+        sums.add_words(part, draw, chunk.x)
+        if dx is not None:
+            add_product(dx, draw, words.weight, first=part.start == 0)

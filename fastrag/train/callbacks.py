@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from fastrag.index.refresh import RefreshPolicy
+from fastrag.profiling import stage
 from fastrag.train.collation import ResumableCollator
 from fastrag.train.files import replacing
 from fastrag.train.signals import SignalGuard
@@ -78,7 +79,8 @@ class RefreshCallback(TrainerCallback):
         Args:
             step: optimiser steps done, remembered in `refreshed_at`.
         """
-        self.model.refresh_index(self.batch_size)
+        with stage("refresh"):
+            self.model.refresh_index(self.batch_size)
         self.refreshed_at = step
 
     def on_step_end(

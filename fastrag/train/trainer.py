@@ -18,6 +18,7 @@ from fastrag import folders
 from fastrag.eval import EvalResult
 from fastrag.eval import evaluate as evaluate_model
 from fastrag.index.refresh import RefreshPolicy
+from fastrag.profiling import stage
 from fastrag.train.callbacks import (
     CURVE_FILE,
     METRICS_FILE,
@@ -221,6 +222,11 @@ class RagTrainer(Trainer):
         self.finish_index()
         target = output_dir or str(Path(self.args.output_dir) / MODEL_FOLDER)
         super().save_model(target, _internal_call)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of one micro-batch, as `transformers.Trainer` does."""
+        with stage("training_step"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,

@@ -58,6 +58,8 @@ FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", 
         (["--op", "marginal_loss", "--rounds", "0"], ["at least 1", "got 0"]),
         (["--op", "marginal_loss", "--csv", "/"], ["--csv", "a file", "folder /"]),
         (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
+        (["--op", "marginal_loss", "--curve", "N"], ["'N'", "B, K, T, V"]),
+        (["--op", "doc_scores", "--curve", "K", "--shape", "2,5,9,8"], ["--curve", "--shape"]),
         ([], ["--op"]),
     ],
 )
@@ -71,6 +73,18 @@ def test_a_bad_argument_is_one_line(
     assert said.out == "" and said.err.count("\n") == 1
     for text in named:
         assert text in said.err
+
+
+def test_the_shapes_of_a_curve_replace_the_sweep() -> None:
+    args = run._parse(["--op", "marginal_loss", "--curve", "V", "K", "--device", "cpu"])
+    # They cross at K = 5, V = 16384.
+    assert {p.mode for p in args.points} == {"token"} and len(args.points) == 10
+    assert args.points[0].shape == (2, 5, 32, 512, 4096)
+    assert args.providers == list(OP.curve_providers)
+    both = run._parse(["--op", "mips", "--curve", "all", "--mode", "int8", "--providers", "cpp"])
+    assert {p.mode for p in both.points} == {"int8"} and both.providers == ["cpp"]
+    along = OPS["mips"].curves.values()
+    assert {p.shape for p in both.points} == {shape for shapes in along for shape in shapes}
 
 
 def test_an_unknown_backend_is_refused(
@@ -226,6 +240,12 @@ def test_who_is_slow_takes_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=5.0)] == [1, 2]
     assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=0.0)] == [1, 1]
     assert [len(r.turns) for r in turns.time_cases(cases, 5)] == [5, 5]
+
+
+def test_past_its_time_a_run_gives_one_turn_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_workers(monkeypatch)
+    cases = [result(name).case for name in ("cpp", "hf")]
+    assert [len(r.turns) for r in turns.time_cases(cases, 5, until=0.0)] == [1, 1]
 
 
 def test_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

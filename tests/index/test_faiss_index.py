@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,10 +43,16 @@ def query(n: int = 4) -> torch.Tensor:
     return torch.randn(n, DIM, generator=torch.Generator().manual_seed(9))
 
 
-def made(factory: str, given: torch.Tensor | None = None) -> FaissIndex:
+@functools.cache
+def trained(factory: str) -> FaissIndex:
     index = FaissIndex(DIM, factory, parameters=EXHAUSTIVE.get(factory))
-    index.add(vectors() if given is None else given)
+    index.add(vectors())
     return index
+
+
+def made(factory: str) -> FaissIndex:
+    """A copy: to train takes longer than any test of what was trained."""
+    return copy.deepcopy(trained(factory))
 
 
 def flat(given: torch.Tensor | None = None) -> FlatIndex:
@@ -75,7 +83,7 @@ def test_search_as_the_exact_one(factory: str) -> None:
     for each in (index, exact):
         each.remove(torch.tensor([0, 5, 599]))
         each.remove(exact.search(query(), 1)[1].flatten().unique())
-    gc.collect()  # what the search leaves out is held by the search
+    gc.collect(1)  # what the search leaves out is held by the search
     assert index.n_live == exact.n_live < N
     assert_same_hits(index, exact)
     assert_same_hits(index, exact, exclude=torch.arange(N) % 2 == 0)
@@ -142,18 +150,61 @@ def test_save_and_load(factory: str, tmp_path) -> None:
     checksum = index.checksum()
     index.save(tmp_path / "i")
     assert index.source == tmp_path / "i" and index.checksum() == checksum
-    loaded = FaissIndex.load(tmp_path / "i", verify=True)
-    assert loaded.checksum() == checksum and loaded.source == index.source
-    assert (loaded.factory, loaded.parameters) == (factory, EXHAUSTIVE[factory])
-    assert (len(loaded), loaded.n_live, loaded.version) == (N, N - 1, index.version)
-    for found, expected in zip(loaded.search(query(), 7), index.search(query(), 7), strict=True):
-        assert torch.equal(found, expected)
-    assert torch.equal(loaded.vectors(torch.arange(9)), index.vectors(torch.arange(9)))
-    loaded.add(vectors(3))
-    assert loaded.source is None and len(loaded) == N + 3
+    best = index.search(query(), 7)
+    for mmap in (True, False):
+        loaded = FaissIndex.load(tmp_path / "i", mmap=mmap, verify=True)
+        assert loaded.checksum() == checksum and loaded.source == index.source
+        assert (loaded.factory, loaded.parameters) == (factory, EXHAUSTIVE[factory])
+        assert (len(loaded), loaded.n_live, loaded.version) == (N, N - 1, index.version)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.search(query(), 7), best, strict=True))
+        assert torch.equal(loaded.vectors(torch.arange(9)), index.vectors(torch.arange(9)))
+        loaded.add(vectors(3))
+        assert loaded.source is None and len(loaded) == N + 3
+        assert all(torch.equal(a, b) for a, b in zip(index.search(query(), 7), best, strict=True))
     twin = copy.deepcopy(index)
     twin.replace(-vectors())
     assert_same_hits(index, FlatIndex.astype(_without(flat(), 2), "float32"))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4fs"])
+def test_changing_a_mapped_index_leaves_the_disk_alone(factory: str, tmp_path) -> None:
+    index = made(factory)
+    index.save(tmp_path / "i")
+    asked = torch.tensor([5, 599])
+    changes = [
+        lambda i: i.update(asked, vectors(2, seed=3)),
+        lambda i: i.replace(vectors(seed=3)),
+        lambda i: i.remove(asked),
+    ]
+    for change in changes[factory == "IVF8,PQ4x4fs" :]:  # which cannot overwrite rows
+        loaded, twin = FaissIndex.load(tmp_path / "i"), copy.deepcopy(index)
+        for each in (loaded, twin):
+            change(each)
+        assert loaded.checksum() == twin.checksum() != index.checksum()
+        loaded.save(tmp_path / "changed")
+        assert FaissIndex.load(tmp_path / "changed", verify=True).checksum() == twin.checksum()
+        assert FaissIndex.load(tmp_path / "i", verify=True).checksum() == index.checksum()
+    loaded = FaissIndex.load(tmp_path / "i")
+    loaded.save(tmp_path / "i")  # over the file that it lies in
+    twin = copy.deepcopy(loaded)
+    twin.add(vectors(1))
+    assert loaded.checksum() == index.checksum() != twin.checksum()
+
+
+def test_a_mapped_index_takes_no_memory(tmp_path) -> None:
+    def own_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+    index = FaissIndex(256)
+    index.add(torch.ones(1, 256).expand(40_000, -1))  # 40 MB
+    index.save(tmp_path / "i")
+    before = own_bytes()
+    mapped = FaissIndex.load(tmp_path / "i")
+    assert mapped.search(torch.ones(1, 256), 1)[1].tolist() == [[0]]
+    assert own_bytes() - before < 10e6
+    read = FaissIndex.load(tmp_path / "i", mmap=False)
+    assert own_bytes() - before > 30e6 and len(read) == 40_000
 
 
 def _without(index: FlatIndex, row: int) -> FlatIndex:
@@ -310,6 +361,8 @@ def test_what_faiss_cannot_read_is_named(tmp_path) -> None:
 
 def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch) -> None:
     made("Flat").save(tmp_path / "i")
+    negated = made("Flat")
+    negated.replace(-vectors())
     with monkeypatch.context() as patch:
 
         def full(stream: Any, block: Any) -> None:
@@ -317,7 +370,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch) -> None:
 
         patch.setattr(storage.ArrayStream, "append", full)
         with pytest.raises((OSError, ValueError), match="No space left"):
-            made("Flat", -vectors()).save(tmp_path / "i")
+            negated.save(tmp_path / "i")
     assert FaissIndex.load(tmp_path / "i", verify=True).checksum() == made("Flat").checksum()
     assert [path.name for path in tmp_path.iterdir()] == ["i"]
 

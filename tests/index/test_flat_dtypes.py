@@ -255,6 +255,17 @@ def test_an_error_leaves_the_index_as_it_was(dtype: str) -> None:
     assert empty.add(vectors()) == range(60)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_beside_float32_rows_are_refused(dtype: str) -> None:
+    message = f"got 'float32' with '{dtype}'; of what can stand beside float32 rows, int8 is"
+    for make in (
+        lambda: FlatIndex(DIM, dtype, exact="float32"),
+        lambda: filled("float32", vectors()).astype(dtype, exact="float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.data())
 def test_int8_is_never_further_off_than_half_a_step(data: st.DataObject) -> None:

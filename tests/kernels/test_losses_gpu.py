@@ -25,6 +25,7 @@ SHAPES = {
     "one": (1, 1, 1, 16, 33),
 }
 marginals = pytest.mark.parametrize("marginal", LOSSES)
+as_users_run = pytest.mark.usefixtures("plain_torch")
 smoothed = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
 
 
@@ -101,6 +102,7 @@ def test_is_the_backend_by_default() -> None:
         assert backends.choose(op, torch.device("cuda"), torch.float64) == "torch"
 
 
+@as_users_run
 @marginals
 @smoothed
 @pytest.mark.parametrize("listed", [False, True], ids=["all positions", "valid_rows"])
@@ -145,6 +147,7 @@ def test_slices_of_the_vocabulary(
         assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm() + 1e-6
 
 
+@as_users_run
 @marginals
 @pytest.mark.parametrize("masters", [False, True], ids=["bf16", "float32 weight"])
 def test_peak_memory(marginal: str, masters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +172,7 @@ def test_peak_memory(marginal: str, masters: bool, monkeypatch: pytest.MonkeyPat
     del kept
 
 
+@as_users_run
 @marginals
 @smoothed
 def test_offsets_beyond_two_to_the_31(
@@ -186,10 +190,12 @@ def test_offsets_beyond_two_to_the_31(
         assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm() + 1e-6
 
 
+@as_users_run
 @marginals
 def test_cuda_graph(marginal: str) -> None:
     inputs = problem(SHAPES["odd"])
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(side):
         run(marginal, inputs)
     torch.cuda.current_stream().wait_stream(side)
@@ -204,6 +210,7 @@ def test_cuda_graph(marginal: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
 
 
+@as_users_run
 @marginals
 @smoothed
 def test_same_bits_every_time(marginal: str, smoothing: float) -> None:
@@ -246,6 +253,7 @@ def spoil(inputs: list[Tensor], what: str) -> tuple[dict[str, Tensor], str]:
     return {"valid_rows": valid}, r"valid_rows: expected .* got that of \[1, 2\] 0 times"
 
 
+@as_users_run
 @marginals
 @pytest.mark.parametrize("what", ["label", "score", "valid_rows"])
 def test_late_error(marginal: str, what: str) -> None:
@@ -275,10 +283,12 @@ def test_late_error(marginal: str, what: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
 
 
+@as_users_run
 def test_late_error_of_a_graph() -> None:
     """A replay has no Python in it; the next call that has tells what the replay found."""
     inputs = problem(SHAPES["odd"])
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run("token", inputs)
     torch.cuda.current_stream().wait_stream(side)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -394,6 +394,19 @@ def test_says_what_it_cannot_search(monkeypatch: pytest.MonkeyPatch) -> None:
         F.mips_topk(torch.zeros(1, 4), index, 2000)
 
 
-def test_host_search_needs_a_gpu() -> None:
-    with pytest.raises(ValueError, match="expected queries on a GPU and an index on the host"):
-        triton_mips.search_host(torch.zeros(1, 4), torch.zeros(5, 4), 1)
+@needs_cpp
+@pytest.mark.parametrize("kind", ["rows", "mask"])
+def test_an_index_in_pieces(kind: str) -> None:
+    """Each block is gone when the next comes; where one ends, the other's rows begin."""
+    query, index = torch.randn(2, 9), torch.randn(70, 9)
+    exclude = torch.randint(-1, 70, (2, 6)) if kind == "rows" else torch.rand(70) < 0.3
+    block = torch.empty(33, 16)
+
+    def blocks() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, 70, 33):
+            rows = index[start : start + 33]
+            yield slice(start, start + len(rows)), block[: len(rows), :9].copy_(rows)
+            block.fill_(torch.nan)
+
+    found = triton_mips.search_blocks(query, blocks(), 5, exclude)
+    assert same(found, on_cpu(query, index, 5, exclude=exclude))

@@ -1,17 +1,21 @@
 """The search on a GPU: bits, certificates, no waiting, memory, graphs.
 
-Needs torch, triton and pytest alone.
+Needs torch, triton and pytest; for an index on the host, what `fastrag.index` needs too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastrag.functional as F
+from fastrag import FlatIndex
+from fastrag.index import host_search
 from fastrag.ops import backends
 
 from .mips_cases import (
@@ -233,21 +237,92 @@ def test_cuda_graph() -> None:
     assert same(found, oracle(query, index, 10))
 
 
-@each_storage
-@pytest.mark.parametrize("pinned", [False, True], ids=["pageable", "page-locked"])
-def test_index_on_the_host(dtype: torch.dtype, pinned: bool) -> None:
-    from fastrag.ops import triton_mips
+def on_the_host(n: int, dim: int, dtype: str = "float32", search_device: str = "cuda") -> FlatIndex:
+    index = FlatIndex(dim, dtype, search_device=search_device)
+    index.add(torch.randn(n, dim) * (0.5 + torch.rand(n, 1)))
+    return index
 
+
+def same_on_the_cpu(index: FlatIndex, query: Tensor, k: int, **options: Tensor) -> bool:
+    """Whether a search on the GPU finds the bits of one on the CPU."""
+    found = index.search(query, k, **options)
+    chosen = index.search_device
+    expected = index.to("cpu").search(query.cpu(), k, **{n: x.cpu() for n, x in options.items()})
+    index.to("cpu", search_device=chosen)
+    return found[0].device == query.device and same(found, expected)
+
+
+@pytest.mark.skipif(bool(backends.why_not("cpp")), reason="the extension is not built")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_index_on_the_host(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block, in two, and in many, also of a file that is mapped."""
     query = torch.randn(20, 100, device="cuda")
-    index, options = random_index(N, 100, dtype, "cuda")
-    removed = torch.rand(N, device="cuda") < 0.1
-    expected = oracle(query, index, 10, removed, **options)
-    host = index.cpu().pin_memory() if pinned else index.cpu()
-    for block_bytes in (500 * index[0].nbytes, 700_001, 1 << 30):
-        found = triton_mips.search_host(
-            query, host, 10, removed, **options, block_bytes=block_bytes
-        )
-        assert same(found, expected)
+    index = on_the_host(N, 100, dtype)
+    index.save(tmp_path / "index")
+    index.remove(torch.randperm(N)[: N // 10])
+    mapped = FlatIndex.load(tmp_path / "index", search_device="cuda")
+    for block_bytes in (1 << 30, 60 * N, 700_001, 500 * 128):
+        monkeypatch.setattr(host_search, "BLOCK_BYTES", block_bytes)
+        assert same_on_the_cpu(index, query, 10)
+        assert same_on_the_cpu(mapped, query, 10)
+    excluded = index.search(query, 10)[1]
+    assert same_on_the_cpu(index, query, 10, exclude=excluded)
+    assert same_on_the_cpu(index, query.cpu(), 10, exclude=torch.rand(N) < 0.5)
+    assert same_on_the_cpu(index, query, 1100)
+
+
+def test_index_on_the_host_against_the_oracle() -> None:
+    """What the test above finds, without the extension; int8 beside float32 rows too."""
+    query = torch.randn(20, 100, device="cuda")
+    vectors = torch.randn(N, 100)
+    expected = oracle(query, vectors.cuda(), 10)
+    for dtype, exact in (("float32", "stored"), ("int8", "float32")):
+        index = FlatIndex(100, dtype, exact=exact, search_device="cuda")
+        index.add(vectors)
+        assert same(index.search(query, 10), expected)
+
+
+def test_searches_of_an_index_on_the_host_lock_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the GPU holds two blocks while they last, never the index."""
+    locked, plain = [], host_search.page_locked
+    monkeypatch.setattr(host_search, "page_locked", lambda n: locked.append(n) or plain(n))
+    monkeypatch.setattr(host_search, "BLOCK_BYTES", 4 << 20)
+    index, query = on_the_host(200_000, 256), torch.randn(16, 256, device="cuda")  # 205 MB
+    index.search(query, 10)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(5):
+        index.search(query, 10)
+    assert locked == [4 << 20] * 2
+    assert torch.cuda.max_memory_allocated() - before <= 2 * (4 << 20) + (40 << 20)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_many_searches_of_an_index_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two streams and two threads, with rows that change: nothing is read before its time."""
+    monkeypatch.setattr(host_search, "BLOCK_BYTES", 1 << 20)
+    index = on_the_host(N, 64)
+    query = torch.randn(33, 64, device="cuda")
+    best = oracle(query, index.index_emb.cuda(), 10)
+    torch.cuda.synchronize()
+
+    def searches() -> list[bool]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [index.search(query, 10) for _ in range(20)]
+            return [same(each, best) for each in found]
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(searches) for _ in range(2)]:
+            assert all(each.result())
+    rows = torch.arange(N)
+    for _ in range(10):
+        vectors = torch.randn(N, 64)
+        found = index.search(query, 10)
+        index.update(rows, vectors)  # the GPU may still be searching
+        assert same(found, best)
+        best = oracle(query, vectors.cuda(), 10)
 
 
 def test_same_bits_every_time() -> None:

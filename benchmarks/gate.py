@@ -1,0 +1,262 @@
+"""A gate against regressions that needs no clock: what can be counted is compared with gate.json.
+
+    python -m benchmarks.gate [--only SECTION ...] [--update]
+
+- instructions: of the C++ search and of the passes over logits, by valgrind, AVX2 and scalar;
+- kernels: registers, stack and shared memory of one configuration of each Triton kernel on sm_90,
+  the first that has bfloat16 if there is one;
+- allocations: how many and how many bytes a warm call of the loss and a training step make.
+
+A section counts only beside versions that made its numbers, and else says "not compared". Exit
+code: 0; 1 if a number is out of its bounds, is not committed, or is gone; 2 for a bad argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import native
+from benchmarks.arguments import Parser
+from benchmarks.measure import ROOT
+
+FILE = Path(__file__).with_name("gate.json")
+Counts = dict[str, int]
+
+
+class Uncounted(Exception):
+    """This cannot be counted here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Numbers of one kind, and how far they may move from what is committed."""
+
+    name: str
+    versions: Callable[[], str]  # of what makes the numbers; raises Uncounted
+    measure: Callable[[], Counts]
+    rise: float  # as a share of what is committed
+    fall: float | None  # None: as far as they like
+
+
+# ------------------------------------------------------------------------------- instructions
+
+SOURCES = ("mips", "row_pass", "thread_pool")  # and their kernels, mips_avx2 and so on
+NOT_COUNTED = ("mips_bindings", "mips_digits")
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread"]
+SEARCHES = [f"mips_{how}_{kind}" for how in ("few", "tile") for kind in ("float32", "bfloat16")]
+PASSES = ["row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient"]
+
+
+def instruction_versions() -> str:
+    for tool in (native.COMPILER, "valgrind"):
+        if shutil.which(tool) is None:
+            raise Uncounted(f"there is no {tool}")
+    valgrind = _run("valgrind", "--version").strip()
+    return f"{platform.machine()}, {native.compiler_version()}, {valgrind}"
+
+
+def instructions() -> Counts:
+    # valgrind 3.19 knows no AVX-512
+    with tempfile.TemporaryDirectory() as folder:
+        stems = sorted(file.stem for file in (ROOT / "csrc").glob("*.cpp"))
+        counted = [s for s in stems if s.startswith(SOURCES) and not s.startswith(NOT_COUNTED)]
+        program = native.build(Path(folder), Path(__file__).with_suffix(".cpp"), counted, FLAGS)
+        return {
+            f"{work} {isa}": _count(program, work, isa)
+            for work in (*SEARCHES, *PASSES)
+            for isa in ("avx2", "scalar")
+        }
+
+
+def _count(program: Path, work: str, isa: str) -> int:
+    """Instructions inside the function and what it calls, without the making of its numbers."""
+    function = "mips_topk" if work in SEARCHES else work
+    tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    said = _run(*tool, f"--toggle-collect=fastrag::{function}*", str(program), work, isa)
+    found = re.search(r"Collected : (\d+)", said)
+    if found is None or found[1] == "0":
+        raise RuntimeError(f"valgrind counted nothing in {work} {isa}: {said}")
+    return int(found[1])
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise Uncounted(f"{' '.join(command)}: {said[-1] if said else 'failed'}")
+    return done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------ kernels
+
+ARCH = 90
+
+
+def kernel_versions() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        raise Uncounted("triton is not installed") from error
+    return f"triton {triton.__version__}"
+
+
+def kernels() -> Counts:
+    from fastrag.kernels import aot
+
+    counts: Counts = {}
+    configs = [c for c in aot.all_configs() if not c.archs or ARCH in c.archs]
+    configs.sort(key=lambda c: not any("bf16" in kind for kind in c.types.values()))
+    chosen = {c.kernel.fn.__name__: c for c in reversed(configs)}  # the first of each
+    for _, config in sorted(chosen.items()):
+        found = aot.compile_config(config, ARCH)
+        counts[f"{found.name} registers"] = found.registers
+        counts[f"{found.name} stack"] = found.stack
+        counts[f"{found.name} shared"] = found.shared
+    return counts
+
+
+# -------------------------------------------------------------------------------- allocations
+
+# op and mode: the loss alone, whole steps with and without the search, the search
+COUNTED = [("marginal_loss", "token"), ("marginal_loss", "sequence")]
+COUNTED += [("rag_step", "token"), ("rag_step", "sequence-given"), ("mips", "float32")]
+WARM_CALLS = 2  # after which workspaces and the optimiser's state are there
+
+
+def allocation_versions() -> str:
+    import torch
+    import transformers
+
+    from fastrag.ops import backends
+
+    reason = backends.why_not("cpp")
+    if reason:
+        raise Uncounted(reason)
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def allocations() -> Counts:
+    import torch
+
+    from benchmarks.ops import OPS
+
+    torch.set_num_threads(1)
+    counts: Counts = {}
+    for name, mode in COUNTED:
+        op = OPS[name]
+        ours = op.provider(op.names("ours")[0])
+        problem = op.make(op.checked[0], torch.float32, 0, torch.device("cpu"))
+        call = ours.call(mode, problem)
+        for _ in range(WARM_CALLS):
+            call()
+        sizes = _allocated(call)
+        counts[f"{name} {mode} allocations"] = len(sizes)
+        counts[f"{name} {mode} bytes"] = sum(sizes)
+    return counts
+
+
+def _allocated(call: Callable[[], Any]) -> list[int]:
+    """Bytes of each block that torch's allocator hands out in a call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
+    return [change for change in changes if change > 0]
+
+
+SECTIONS = {
+    section.name: section
+    for section in (
+        Section("instructions", instruction_versions, instructions, rise=0.03, fall=0.03),
+        Section("kernels", kernel_versions, kernels, rise=0.0, fall=None),
+        Section("allocations", allocation_versions, allocations, rise=0.0, fall=0.0),
+    )
+}
+
+
+# --------------------------------------------------------------------------------- comparison
+
+
+def differences(section: Section, committed: Mapping[str, int], found: Counts) -> list[str]:
+    """What is out of bounds, a line each."""
+    lines = []
+    for name in dict.fromkeys([*committed, *found]):
+        before, now = committed.get(name), found.get(name)
+        if before is None or now is None:
+            lines.append(f"{name}: {'not committed' if before is None else 'no longer counted'}")
+        elif now > before * (1 + section.rise):
+            lines.append(f"{name}: {_change(before, now)}, at most {section.rise:.0%} are let pass")
+        elif section.fall is not None and now < before * (1 - section.fall):
+            lines.append(f"{name}: {_change(before, now)}, fewer: commit the new number")
+    return lines
+
+
+def _change(before: int, now: int) -> str:
+    share = f" ({now / before - 1:+.1%})" if before else ""
+    return f"{before} -> {now}{share}"
+
+
+def compare(section: Section, committed: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Returns what is out of bounds, and one line that says how the section did."""
+    try:
+        versions = section.versions()
+        if versions != committed.get("with"):
+            raise Uncounted(f"here is {versions}, the numbers are of {committed.get('with')}")
+        lines = differences(section, committed["counts"], section.measure())
+    except Uncounted as reason:
+        return [], f"{section.name}: not compared: {reason}"
+    verdict = f"{len(lines)} out of bounds" if lines else "within bounds"
+    return lines, f"{section.name}: {len(committed['counts'])} numbers, {verdict}"
+
+
+def update(section: Section, committed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the section anew, and what has changed."""
+    versions, counts = section.versions(), section.measure()
+    old = committed.get("counts", {})
+    lines = [
+        f"{name}: {_change(old[name], now) if name in old else now}"
+        for name, now in counts.items()
+        if old.get(name) != now
+    ]
+    lines += [f"{name}: gone" for name in old if name not in counts]
+    return {"with": versions, "counts": counts}, lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="benchmarks.gate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--update", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
+    args: argparse.Namespace = parser.parse_args(argv)
+    committed = json.loads(FILE.read_text()) if FILE.exists() else {}
+    code = 0
+    for name in args.only:
+        section, before = SECTIONS[name], committed.get(name, {})
+        if args.update:
+            committed[name], lines = update(section, before)
+            FILE.write_text(json.dumps(committed, indent=2) + "\n")
+            said = f"{name}: {len(lines)} changed"
+        else:
+            lines, said = compare(section, before)
+            code = max(code, int(bool(lines)))
+        print("\n".join([said, *(f"  {line}" for line in lines)]), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What each step of the suite runs, and what it keeps of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.isolation import (
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    Record,
+    run_isolated,
+    run_limited,
+)
+from benchmarks.measure import ROOT
+
+# A test may compile a dozen kernels before it says that it is done.
+PATIENCE = 150.0
+# Whatever else is installed there, tests run with pytest alone.
+PYTEST_ENV = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+# Each tensor a piece of memory of its own, so that what lies beside it is nobody's.
+SANITIZER_ENV = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SANITIZER_CODE = 99
+QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm"
+QUERY += ",clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.current,compute_mode"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One command of benchmarks.run."""
+
+    op: str
+    mode: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    providers: str = ""
+
+    def command(self, rounds: int, path: Path) -> list[str]:
+        words = [sys.executable, "-m", "benchmarks.run", "--op", self.op, "--device", "cuda"]
+        words += ["--rounds", str(rounds), "--csv", str(path)]
+        for option, values in (("--mode", self.mode), ("--shape", self.shapes)):
+            words += [option, *values] if values else []
+        return [*words, *(["--providers", self.providers] if self.providers else [])]
+
+
+@dataclass
+class Results:
+    """What is known so far; every step adds its own."""
+
+    out: Path
+    rounds: int
+    jobs: int
+    tests: list[Record] = field(default_factory=list)
+    rows: list[dict[str, str]] = field(default_factory=list)
+    sanitizer: dict[str, list[Record]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)  # what else makes the suite fail
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+# ------------------------------------------------------------------------------ machine, extension
+
+
+def environment(results: Results, deadline: float) -> str:
+    commands = {
+        "nvidia-smi": ["nvidia-smi"],
+        "gpu": ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"],
+        "nvcc": [_tool("nvcc") or "nvcc", "--version"],
+        "fastrag": [
+            sys.executable,
+            "-c",
+            "import json; from fastrag.info import collect; print(json.dumps(collect()))",
+        ],
+    }
+    found: dict[str, Any] = {}
+    for name, command in commands.items():
+        try:
+            ended = run_limited(command, min(60.0, deadline - time.monotonic()))
+        except OSError as error:
+            found[name] = str(error)
+            continue
+        found[name] = ended.output.strip().splitlines()
+        if name == "fastrag" and ended.code == 0:
+            found[name] = json.loads(found[name][-1])
+    (results.out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    gpu = found["gpu"]
+    return f"ok: {gpu[-1]}" if isinstance(gpu, list) and gpu else f"ok, but: {gpu}"
+
+
+def build(results: Results, deadline: float) -> str:
+    """The extension for a CPU, which nothing on the GPU waits for."""
+    if any((ROOT / "fastrag").glob("_C*.so")):
+        return "ok: it was there already"
+    ended = run_limited(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        deadline - time.monotonic(),
+        {"FASTRAG_BUILD_EXT": "1"},
+    )
+    return "ok" if ended.code == 0 else f"failed: {_last_line(ended.output)}"
+
+
+def _tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on the path or where the toolkit is."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    beside = shutil.which("nvcc")
+    if beside:
+        homes.insert(0, str(Path(beside).resolve().parents[1]))
+    folders = [f"{home}/bin" for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+# -------------------------------------------------------------------------------------------- tests
+
+
+def test_files() -> list[str]:
+    """The files with tests for a GPU; collecting others takes longer and needs more packages."""
+    marked = re.compile(r"\bmark\.gpu\b")
+    found = (ROOT / "tests").rglob("test_*.py")
+    return sorted(str(p.relative_to(ROOT)) for p in found if marked.search(p.read_text()))
+
+
+def pytest_command(file: str, names: Sequence[str]) -> list[str]:
+    chosen = list(names) or [file]
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.watch"]
+    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *plugins, *chosen]
+
+
+def tests(results: Results, deadline: float) -> str:
+    """Each file in processes of its own, some at a time: most of their time is compilation."""
+    files = test_files()
+
+    def keep(record: Record) -> None:
+        with results.lock:
+            results.tests.append(record)
+
+    def one(file: str) -> list[Record]:
+        return run_isolated(
+            lambda names: pytest_command(file, names),
+            file,
+            deadline=deadline,
+            patience=PATIENCE,
+            env=PYTEST_ENV,
+            tell=keep,
+        )
+
+    with ThreadPoolExecutor(results.jobs) as pool:
+        results.tests = [record for records in pool.map(one, files) for record in records]
+    return _count(results.tests)
+
+
+def _count(records: Sequence[Record]) -> str:
+    kinds = (PASSED, FAILED, "skipped", NOT_RUN)
+    counts = {kind: sum(record.outcome == kind for record in records) for kind in kinds}
+    word = "failed" if counts[FAILED] else "not all ran" if counts[NOT_RUN] else "ok"
+    return f"{word}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def benchmark(results: Results, bench: Bench, deadline: float) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        seconds = deadline - time.monotonic()
+        ended = run_limited(bench.command(results.rounds, path), seconds)
+        rows = _read_rows(path)
+    results.rows += rows
+    _write_rows(results.out / "benchmarks.csv", results.rows)
+    if ended.timed_out:
+        return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
+    if ended.code != 0:
+        results.broken.append(bench.op)
+        return f"failed with code {ended.code}, {len(rows)} rows: {_last_line(ended.output)}"
+    return f"ok: {len(rows)} rows"
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    from benchmarks import report
+
+    report.write_csv(path, rows)
+
+
+# ---------------------------------------------------------------------------------------- sanitizer
+
+
+def sanitizer(results: Results, tool: str, deadline: float) -> str:
+    """Each kernel at a small shape, all in one process as long as it lives."""
+    program = _tool("compute-sanitizer")
+    if program is None:
+        return "not run: there is no compute-sanitizer"
+    from benchmarks.gpu.cases import CASES
+
+    def command(names: Sequence[str]) -> list[str]:
+        words = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_CODE)]
+        words += ["--print-limit", "5", "--target-processes", "application-only"]
+        words += ["--report-api-errors", "no"]  # torch asks what it knows may be refused
+        return [*words, sys.executable, "-m", "benchmarks.gpu.cases", *names]
+
+    log = results.out / f"sanitizer-{tool}.log"
+    records = run_isolated(
+        command,
+        tool,
+        deadline=deadline,
+        patience=PATIENCE,
+        names=list(CASES),
+        env=SANITIZER_ENV,
+        log=log,
+    )
+    said = log.read_text(errors="replace") if log.exists() else ""
+    log.unlink(missing_ok=True)
+    results.sanitizer[tool] = [_with_errors(record, said) for record in records]
+    _write_sanitizer(results.out / "sanitizer.txt", results.sanitizer, said)
+    return _count(results.sanitizer[tool])
+
+
+def _with_errors(record: Record, said: str) -> Record:
+    """A case fails by what the tool printed after its name, also where it ran to its end."""
+    part = re.search(rf"^case: {re.escape(record.name)}\n(.*?)(?=^case: |\Z)", said, re.M | re.S)
+    errors = [] if part is None else re.findall(r"^=+ (.*)$", part[1], re.M)
+    wrong = [line for line in errors if _WRONG.search(line) and "SUMMARY" not in line]
+    if record.outcome == PASSED and wrong:
+        return Record(record.name, FAILED, record.seconds, "\n".join(wrong[:5]))
+    return record
+
+
+_WRONG = re.compile(r"Invalid |Error:|Race reported|hazard|isaligned")
+
+
+def _write_sanitizer(path: Path, by_tool: dict[str, list[Record]], said: str) -> None:
+    lines = []
+    for tool, records in by_tool.items():
+        lines.append(f"{tool}: {_count(records)}")
+        for record in records:
+            lines.append(f"  {record.outcome:<8} {record.seconds:6.1f} s  {record.name}")
+            lines += [f"      {line}" for line in record.text.splitlines() if record.bad]
+    before = path.read_text() if path.exists() else ""
+    kept = before.partition(_LOG)[2]
+    path.write_text("\n".join(lines) + f"\n\n{_LOG}{kept}\n{said[-200_000:]}")
+
+
+_LOG = "what the tool said\n"
+
+
+# ------------------------------------------------------------------------------------------- tuning
+
+
+def tune(results: Results, deadline: float) -> str:
+    seconds = deadline - time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.tune", "--out", str(results.out / "tuned.json")]
+    ended = run_limited([*command, "--seconds", f"{0.9 * seconds:.0f}"], seconds)
+    (results.out / "tune.txt").write_text(ended.output)
+    if ended.code != 0:
+        return f"failed: {_last_line(ended.output)}"
+    return f"ok: {_last_line(ended.output)}"

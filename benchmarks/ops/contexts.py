@@ -1,0 +1,200 @@
+"""What stands between search and generator: tokens of passages, and contexts made of them.
+
+`gather`: the tokens of K passages for each of B questions, padded. `contexts`: passage and question
+laid out as the generator's input. fastrag tokenised the passages when the store was built; Hugging
+Face's `postprocess_docs` joins texts and tokenises them. It gets texts that are at hand: that its
+retriever fetches them from a data set and decodes the questions is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ops import rag_step_corpus as texts
+from benchmarks.ops.rag_step_corpus import TEMPLATE
+from benchmarks.registry import Op, Provider, Shape, needs
+
+GATHER, CONTEXTS = "gather", "contexts"
+ANSWER_WIDTH = 3  # of labels, at which nothing here looks
+STRIDE = 7919  # from one passage to the next; a prime, so that none comes twice
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    shape: Shape  # B, K, L, N
+    device: torch.device
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Ids have no other dtype."""
+        return self
+
+    @property
+    def rows(self) -> Tensor:
+        """[B, K]"""
+        n_questions, n_docs, _, n_passages = self.shape
+        rows = STRIDE * torch.arange(n_questions * n_docs) % n_passages
+        return rows.view(n_questions, n_docs).to(self.device)
+
+    def corpus(self) -> texts.Corpus:
+        n_questions, _, context_width, n_passages = self.shape
+        return texts.corpus(n_passages, n_questions, context_width, ANSWER_WIDTH, ragged=False)
+
+
+def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+    return Problem(shape, device)
+
+
+def oracle(mode: str, problem: Problem) -> tuple[Tensor, ...]:
+    """Ids and mask [B*K, L] of whole texts; or ids [B, K, L] and lengths [B, K] of passages."""
+    corpus, rows = problem.corpus(), problem.rows
+    if mode == CONTEXTS:
+        return corpus.contexts(rows)
+    rendered = [TEMPLATE.render_passage(corpus.passages[row]) for row in rows.flatten().tolist()]
+    encoded = texts.tokenizer()(rendered, add_special_tokens=False)["input_ids"]
+    alone = [torch.tensor(ids, device=rows.device) for ids in encoded]
+    ids = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
+    lengths = torch.tensor([len(ids) for ids in alone], device=rows.device)
+    return ids.view(*rows.shape, -1), lengths.view_as(rows)
+
+
+def check(provider: Provider, mode: str, problem: Problem, found: tuple[Tensor, ...]) -> str:
+    for name, got, right in zip(OP.outputs, found, oracle(mode, problem), strict=True):
+        if not torch.equal(got, right):
+            return f"{name}: {list(got.shape)}, not the {list(right.shape)} of the texts"
+    return ""
+
+
+def call(mode: str, ready: Call) -> tuple[Tensor, ...]:
+    return ready()
+
+
+def with_fastrag(mode: str, problem: Problem) -> Call:
+    from fastrag.data import RagCollator
+    from fastrag.index import PassageStore
+    from fastrag.nn import ContextBuilder
+
+    corpus, rows, tokenizer = problem.corpus(), problem.rows, texts.tokenizer()
+    store = PassageStore.build(
+        corpus.passages,
+        template=TEMPLATE,
+        question_tokenizer=tokenizer,
+        generator_tokenizer=tokenizer,
+    ).to(problem.device)
+    if mode == GATHER:
+        return lambda: store.gather(rows, "generator")
+    batch = RagCollator(tokenizer, tokenizer, template=TEMPLATE)(corpus.questions)
+    prompt = [batch[name].to(problem.device) for name in ("prompt_ids", "prompt_mask")]
+    width = problem.shape[2]
+    builder = ContextBuilder(TEMPLATE.bind(tokenizer, "seq2seq"), width)
+
+    def build() -> tuple[Tensor, ...]:
+        ids, lengths = store.gather(rows, "generator", max_length=width)
+        built = builder.build(ids, lengths, *prompt)
+        return built.ids, built.mask
+
+    return build
+
+
+def with_hugging_face(mode: str, problem: Problem) -> Call:
+    from transformers import BartConfig, DPRConfig, RagConfig, RagRetriever
+
+    n_questions, n_docs, context_width, _ = problem.shape
+    config = RagConfig.from_question_encoder_generator_configs(
+        DPRConfig(),
+        BartConfig(),
+        n_docs=n_docs,
+        max_combined_length=context_width,
+        title_sep=texts.TITLE_SEP,
+        doc_sep=texts.DOC_SEP,
+    )
+    corpus, tokenizer = problem.corpus(), texts.tokenizer()
+    nothing: Any = object()  # an index that no search reaches
+    retriever = RagRetriever(config, tokenizer, tokenizer, index=nothing, init_retrieval=False)
+    found = [[corpus.passages[row] for row in rows] for rows in problem.rows.tolist()]
+    docs = [{"title": [p.title for p in of], "text": [p.text for p in of]} for of in found]
+    questions = [question.question for question in corpus.questions]
+
+    def postprocess() -> tuple[Tensor, ...]:
+        made = retriever.postprocess_docs(docs, questions, "", n_docs, return_tensors="pt")
+        return tuple(x.to(problem.device) for x in made)
+
+    return postprocess
+
+
+def with_pad_sequence(mode: str, problem: Problem) -> Call:
+    ids, lengths = oracle(GATHER, problem)
+    flat = zip(ids.flatten(0, 1).cpu(), lengths.flatten().tolist(), strict=True)
+    tokenised = [row[:n].clone() for row, n in flat]
+
+    def pad() -> tuple[Tensor, ...]:
+        padded = torch.nn.utils.rnn.pad_sequence(tokenised, batch_first=True)
+        widths = torch.tensor([len(row) for row in tokenised])
+        return (
+            padded.view(*lengths.shape, -1).to(problem.device),
+            widths.view_as(lengths).to(problem.device),
+        )
+
+    return pad
+
+
+def with_copy(mode: str, problem: Problem) -> Call:
+    n_questions, n_docs, width, _ = problem.shape
+    source = torch.ones(2, n_questions * n_docs, width, dtype=torch.int64, device=problem.device)
+    taken = source if mode == CONTEXTS else source[0]
+    return lambda: (taken.clone(),)
+
+
+def flops(mode: str, shape: Shape) -> float:
+    return 0.0
+
+
+def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
+    """Tokens of four bytes are read, of eight bytes written, with a mask as large."""
+    n_questions, n_docs, width, _ = shape
+    return float(n_questions * n_docs * width * (4 + 8 * (2 if mode == CONTEXTS else 1)))
+
+
+OP = Op(
+    name="contexts",
+    about="tokens of retrieved passages, and the generator's inputs made of them",
+    dims=("B", "K", "L", "N"),
+    modes=(GATHER, CONTEXTS),
+    outputs=("ids", "lengths"),
+    make=make,
+    make_checked=make,
+    oracle=oracle,
+    providers=(
+        Provider("copy", call, "a copy of the result", kind="ceiling", setup=with_copy),
+        Provider("fastrag", call, "PassageStore, ContextBuilder", kind="ours", setup=with_fastrag),
+        Provider(
+            "pad-sequence",
+            call,
+            "torch: pad_sequence of tensors, a passage each",
+            modes=(GATHER,),
+            setup=with_pad_sequence,
+        ),
+        Provider(
+            "hf",
+            call,
+            "RagRetriever.postprocess_docs of texts at hand",
+            modes=(CONTEXTS,),
+            setup=with_hugging_face,
+            missing=needs("transformers"),
+        ),
+    ),
+    ceiling="copy",
+    checked=((3, 4, 41, 50),),
+    # 64 passages of about 256 tokens
+    shapes={"cpu": ((16, 4, 280, 4000),), "cuda": ((16, 4, 280, 4000),)},
+    small=(4, 4, 64, 500),
+    flops=flops,
+    bytes=least_bytes,
+    check=check,
+)

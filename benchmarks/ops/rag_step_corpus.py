@@ -1,0 +1,154 @@
+"""What a training step reads: tokenizer, passages and questions, from the embedded data set.
+
+Passages and answers are made so long that the longest context of a batch has exactly L tokens and
+every answer exactly T. Passage n starts with fact n and goes on with the facts behind it; where
+there are more passages than facts, the next ones leave out ever more facts in between. All is text:
+Hugging Face's retriever decodes questions and tokenises passages anew in every step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastrag.data import Passage, Question, Template
+
+# Hugging Face's separators, as its retriever lays them out.
+TITLE_SEP, DOC_SEP = " / ", " // "
+TEMPLATE = Template(context="{passage}" + DOC_SEP + "{question}", passage="{title} / {text}")
+BOS, PAD, EOS = 0, 1, 2  # as BART has them
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+N_TOKENS = 4096  # that the tokenizer knows; the models' vocabularies are larger
+FILLER = "a"  # one token, with a space before it or without
+
+
+@functools.cache
+def facts() -> Any:
+    from fastrag.data import default_dataset
+
+    return default_dataset()
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """A byte-level BPE of the facts, which puts <s> and </s> around a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    known = facts()
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_TOKENS,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [TEMPLATE.render(TEMPLATE.render_passage(fact), "") for fact in known.passages]
+    texts += [question.question for question in known.questions["train"]]
+    made.train_from_iterator(texts, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, clean_up_tokenization_spaces=False, **names
+    )
+
+
+@functools.cache
+def n_tokens(text: str) -> int:
+    return len(tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """N passages, and the B questions of a batch with their answers."""
+
+    passages: list[Passage]
+    questions: list[Question]
+
+    def contexts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""
+        whole = [
+            TEMPLATE.render(TEMPLATE.render_passage(self.passages[row]), question.question)
+            for question, of_question in zip(self.questions, rows.tolist(), strict=True)
+            for row in of_question
+        ]
+        encoded = tokenizer()(whole, padding=True, return_tensors="pt")
+        return encoded["input_ids"].to(rows.device), encoded["attention_mask"].to(rows.device)
+
+
+def corpus(
+    n_passages: int, n_questions: int, context_width: int, answer_width: int, ragged: bool
+) -> Corpus:
+    """Returns texts whose contexts have at most `context_width` tokens, the longest exactly so.
+
+    Args:
+        n_passages: N.
+        n_questions: B.
+        context_width: L, special tokens and question included.
+        answer_width: T, special tokens included.
+        ragged: answers get shorter from question to question.
+
+    Raises:
+        ValueError: L or T leaves no room for a passage or an answer.
+    """
+    questions = _questions(n_questions, answer_width, ragged)
+    longest = max(n_tokens(" " + question.question) for question in questions)
+    room = context_width - 2 - n_tokens(DOC_SEP.rstrip()) - longest
+    passages = [passage(n, room) for n in range(n_passages)]
+    if not all(made.text for made in passages):
+        raise ValueError(
+            f"L: expected room for a passage beside questions of {longest} tokens, got "
+            f"{context_width}"
+        )
+    return Corpus(passages, questions)
+
+
+def _questions(n_questions: int, answer_width: int, ragged: bool) -> list[Question]:
+    if answer_width < 3:
+        raise ValueError(f"T: expected at least 3 tokens (<s>, answer, </s>), got {answer_width}")
+    known = facts().questions["train"]
+    stride = max(1, len(known) // n_questions)  # of all kinds: neighbours ask the same thing
+    made = []
+    for i in range(n_questions):
+        at = i * stride % len(known)
+        words = (known[(at + 8 * j) % len(known)].answers[0] for j in range(answer_width))
+        width = max(1, answer_width - 2 - (i if ragged else 0))
+        answer = _fit(_words(words), width, n_tokens)
+        made.append(Question(str(i), known[at].question, (answer,)))
+    return made
+
+
+def passage(n: int, room: int) -> Passage:
+    """Passage n, title and text together of `room` tokens."""
+    known = facts().passages
+    turn, start = divmod(n, len(known))
+    title = known[start].title
+    texts = (known[(start + j * (1 + turn)) % len(known)].text for j in range(len(known)))
+    # the text follows the title's separator
+    left = room - n_tokens(title) - n_tokens(TITLE_SEP.rstrip())
+    return Passage(str(n), title, _fit(_words(texts), left, lambda word: n_tokens(" " + word)))
+
+
+def _words(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        yield from text.split(" ")
+
+
+def _fit(words: Iterator[str], width: int, first: Any) -> str:
+    """Words of exactly `width` tokens: as many as fit, then fillers. `first` counts the first."""
+    taken: list[str] = []
+    for word in words:
+        cost = n_tokens(" " + word) if taken else first(word)
+        if cost > width:
+            break
+        taken.append(word)
+        width -= cost
+    return " ".join(taken + [FILLER] * width)

@@ -1,0 +1,60 @@
+"""Which points a run times, in which order, and for which of them its budget is enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+from benchmarks.registry import Op, Shape
+
+# What a point of an op that was not timed yet is taken to cost: it is that on two busy cores.
+FIRST_SECONDS = 60.0
+
+
+class Point(NamedTuple):
+    op: Op
+    mode: str
+    shape: Shape
+
+
+def by_importance(op: Op, device: str) -> list[Point]:
+    """The op's sweep: its headlines, then all modes of one shape after the other."""
+    sweeps = ([Point(op, mode, shape) for shape in op.sweep(device, mode)] for mode in op.modes)
+    sweep = [point for points in zip_longest(*sweeps) for point in points if point]
+    headlines = [Point(op, mode, shape) for mode, shape in op.headlines]
+    first = [point for point in headlines if point in sweep]
+    return first + [point for point in sweep if point not in first]
+
+
+def in_turn(ops: Iterable[Op], device: str) -> list[Point]:
+    """The most important point of each op, then the second of each, and so on."""
+    each = (by_importance(op, device) for op in ops)
+    return [point for point in chain.from_iterable(zip_longest(*each)) if point]
+
+
+class Budget:
+    """Seconds for a whole run over `n_ops`.
+
+    A point is begun if the longest one of its op would still fit, and may then take its op's share
+    of what is left: on a busy machine all ops have fewer turns, and not the first one them all.
+    """
+
+    def __init__(
+        self, seconds: float, n_ops: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock, self.n_ops = clock, n_ops
+        self.until = clock() + seconds
+        self.longest: dict[str, float] = {}
+
+    def fits(self, op: Op) -> bool:
+        return self.clock() + self.longest.get(op.name, FIRST_SECONDS) <= self.until
+
+    @contextmanager
+    def spent_on(self, op: Op) -> Iterator[float]:
+        """Yields the time after which turns should end."""
+        start = self.clock()
+        yield start + (self.until - start) / self.n_ops
+        self.longest[op.name] = max(self.longest.get(op.name, 0.0), self.clock() - start)

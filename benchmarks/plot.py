@@ -1,0 +1,476 @@
+"""Draws the figures and writes the tables that the documentation shows, from committed CSVs alone.
+
+    python -m benchmarks.plot [--check]
+
+docs/figures/<device>/ gets PNG and SVG, the same bytes wherever the pinned versions run; README.md
+and docs/performance.md get their tables, each between two markers. `--check` writes nothing and
+exits with 1 if something would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from benchmarks import committed, roofline
+from benchmarks.committed import Group
+from benchmarks.measure import ROOT
+from benchmarks.ops import OPS
+from benchmarks.registry import DTYPES, Op
+from benchmarks.stages import WHOLE
+
+FIGURES = ROOT / "docs" / "figures"
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+
+# Of the palette of Okabe and Ito, which people tell apart however they see colours.
+OURS, SLOWER, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
+PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A5C00", "#000000")
+# of stages, light enough for dark numbers on them
+STAGE_COLOURS = ["#56B4E9", "#E69F00", "#F0E442", "#8FD3C0", "#A9C4EB", "#F2A07B", "#DDA7C8"]
+STAGE_COLOURS += ["#C9C9C9", "#9FC97F"]
+PANELS = 4  # points of an op that are drawn with all their peers
+N_INTENSITIES = 4  # flops for each byte, that a roofline is drawn from
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.hashsalt": "fastrag",
+    "savefig.dpi": 160,
+}
+METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+
+
+def draw_all(folder: Path) -> None:
+    """Writes the figures of all devices, in the style above whatever a matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+        matplotlib.rcParams.update(STYLE)
+        for device in committed.devices():
+            (folder / device).mkdir(parents=True, exist_ok=True)
+            for name, draw in figures_of(device):
+                figure = draw()
+                for suffix, metadata in METADATA.items():
+                    figure.savefig(folder / device / f"{name}{suffix}", metadata=metadata)
+
+
+def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Their names, and what draws them."""
+    groups = committed.load(device)
+    for op in OPS.values():
+        points = committed.swept(groups, op)
+        against_peers = [g for g in points if g.best_peer]
+        if against_peers:
+            yield f"{op.name}_peers", partial(peers_figure, op, against_peers[:PANELS])
+        measured = [g for g in against_peers if g.own and g.own.mib is not None]
+        if measured:
+            yield f"{op.name}_memory", partial(memory_figure, op, measured[:PANELS])
+        if len(against_peers) > PANELS:
+            yield f"{op.name}_best_peer", partial(best_peer_figure, op, against_peers)
+        if len({op.flops(g.mode, g.shape) / _bytes_of(g) for g in points}) >= N_INTENSITIES:
+            yield f"{op.name}_roofline", partial(roofline_figure, op, points, groups.values())
+        stages = [g for g in committed.load_stages(device) if g.op is op and g.timings]
+        if stages:
+            yield f"{op.name}_stages", partial(stages_figure, op, stages)
+        for dim in op.curves:
+            lines = committed.along(groups, op, dim)
+            if lines:
+                yield f"{op.name}_over_{dim}", partial(curve_figure, op, dim, lines)
+
+
+# -------------------------------------------------------------------------------------- bars
+
+
+def peers_figure(op: Op, points: Sequence[Group]) -> Figure:
+    """How many times as long as ours each peer takes, and the ceiling; a panel for each point."""
+
+    def bars(g: Group, axes: Axes, n_places: int) -> None:
+        others = sorted(g.of("peer"), key=lambda t: t.ms)
+        others += [g.ceiling] if g.ceiling else []
+        values = [g.times_as_fast(t) or 0.0 for t in others]
+        colours = [
+            FAINT if t is g.ceiling else OURS if value > 1 else SLOWER
+            for t, value in zip(others, values, strict=True)
+        ]
+        names = [f"{t.provider} (ceiling)" if t is g.ceiling else t.provider for t in others]
+        _bars(axes, names, values, colours, [f"{value:.2f} ×" for value in values], n_places)
+        _line_at_one(axes, len(others))
+        assert g.own is not None
+        axes.set_title(f"{committed.point_text(g)}\nfastrag: {committed.in_ms(g.own)} ms")
+
+    title = f"{op.name}: time of each peer over that of fastrag (longer: fastrag is faster)"
+    return _panels(title, points, bars)
+
+
+def memory_figure(op: Op, points: Sequence[Group]) -> Figure:
+    def bars(g: Group, axes: Axes, n_places: int) -> None:
+        assert g.own is not None
+        shown = [g.own, *g.of("peer")]
+        known = sorted((t for t in shown if t.mib is not None), key=lambda t: t.mib or 0.0)
+        values = [t.mib or 0.0 for t in known]
+        colours = [OURS if t is g.own else FAINT for t in known]
+        names = ["fastrag" if t is g.own else t.provider for t in known]
+        _bars(axes, names, values, colours, [f"{value:.1f}" for value in values], n_places)
+        axes.set_title(committed.point_text(g))
+
+    title = f"{op.name}: memory beyond inputs and outputs, MiB (shorter is better)"
+    return _panels(title, points, bars)
+
+
+def best_peer_figure(op: Op, points: Sequence[Group]) -> Figure:
+    """All points of the sweep, against the best peer of each."""
+    figure = Figure(figsize=(7.2, 1.0 + 0.2 * len(points)), layout="constrained")
+    axes = figure.add_subplot()
+    points = sorted(points, key=lambda g: (op.modes.index(g.mode), *g.shape))
+    values = [g.times_as_fast(g.best_peer) or 0.0 for g in points]
+    labels = [
+        f"{value:.2f} ×  {g.best_peer.provider}"
+        for g, value in zip(points, values, strict=True)
+        if g.best_peer
+    ]
+    names = [committed.point_text(g) for g in points]
+    _bars(axes, names, values, [OURS if v > 1 else SLOWER for v in values], labels)
+    _line_at_one(axes, len(points))
+    title = f"{op.name}: time of the best peer over that of fastrag\n({','.join(op.dims)})"
+    return _finished(figure, title, points)
+
+
+def _bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    labels: Sequence[str],
+    n_places: int = 0,
+) -> None:
+    """Horizontal, the first on top, each with its name and its number; room for `n_places`."""
+    places = range(len(values))
+    axes.barh(places, values, color=colours, height=0.68)
+    axes.set_yticks(places, names)
+    axes.set_ylim(max(n_places, len(names)) - 0.5, -0.5)
+    axes.spines["left"].set_bounds(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    most = max(values)
+    axes.set_xlim(0, 1.28 * most if most else 1.0)  # room for the numbers
+    for place, value, label in zip(places, values, labels, strict=True):
+        axes.annotate(
+            label,
+            (value, place),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
+
+
+def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
+    """Where the time of a call goes: a bar of its stages for each provider."""
+    figure = Figure(figsize=(7.2, 1.1 + 0.75 * len(points)), layout="constrained")
+    names = dict.fromkeys(row[committed.STAGE] for g in points for row in g.rows if row["ms_p50"])
+    colours = dict(zip([n for n in names if n != WHOLE], STAGE_COLOURS, strict=False))
+    for i, g in enumerate(points):
+        axes = figure.add_subplot(len(points), 1, i + 1)
+        axes.set_title(committed.point_text(g))
+        providers = list(dict.fromkeys(t.provider for t in g.timings))
+        for place, provider in enumerate(providers):
+            _stack(axes, place, g, provider, colours)
+        axes.set_yticks(range(len(providers)), providers)
+        axes.set_ylim(len(providers) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize=7)
+    return _finished(
+        figure, f"{op.name}: milliseconds of each stage\n({','.join(op.dims)})", points
+    )
+
+
+def _stack(axes: Axes, place: int, g: Group, provider: str, colours: Mapping[str, str]) -> None:
+    """Stages wide enough for it have their number inside, the sum stands at the end."""
+    times = {
+        row[committed.STAGE]: float(row["ms_p50"])
+        for row in g.rows
+        if row["provider"] == provider and row["ms_p50"]
+    }
+    longest = max(t.ms for t in g.timings)
+    left = 0.0
+    for name, ms in times.items():
+        if name == WHOLE:
+            continue
+        axes.barh(place, ms, left=left, color=colours.get(name, FAINT), height=0.62)
+        if ms > 0.07 * longest:
+            axes.text(
+                left + ms / 2, place, committed.in_digits(ms), ha="center", va="center", fontsize=7
+            )
+        left += ms
+    label = committed.in_digits(times.get(WHOLE, left))
+    axes.annotate(label, (left, place), (3, 0), textcoords="offset points", va="center")
+
+
+def _line_at_one(axes: Axes, n_bars: int) -> None:
+    axes.plot([1, 1], [-0.5, n_bars - 0.5], color=INK, linewidth=0.8)
+
+
+Panel = Callable[[Group, Axes, int], None]
+
+
+def _panels(title: str, points: Sequence[Group], draw: Panel) -> Figure:
+    """Two in a row."""
+    n_rows = (len(points) + 1) // 2
+    most = max(len(g.of("peer")) + 1 for g in points)
+    figure = Figure(figsize=(7.2, 0.7 + n_rows * (0.6 + 0.17 * most)), layout="constrained")
+    for i, g in enumerate(points):
+        draw(g, figure.add_subplot(n_rows, min(2, len(points)), i + 1), most)
+    return _finished(figure, f"{title}\n({','.join(points[0].op.dims)})", points)
+
+
+def _finished(figure: Figure, title: str, points: Sequence[Group]) -> Figure:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    figure.supxlabel(committed.source(points), x=0.01, ha="left", fontsize=6.5, color="#555555")
+    return figure
+
+
+# ------------------------------------------------------------------------- roofline and curves
+
+
+def roofline_figure(op: Op, points: Sequence[Group], groups: Collection[Group]) -> Figure:
+    """Of the sweep, under the ceilings that any op showed on this machine."""
+    rows = [row for g in points for row in g.rows]
+    others = [row for g in groups if g.op is not op for row in g.rows]
+    return roofline.figure_of(rows, op, beside=others, source=committed.source(points))
+
+
+def _bytes_of(g: Group) -> float:
+    return g.op.bytes(g.mode, g.shape, DTYPES[g.dtype].itemsize)
+
+
+def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
+    """Time over one dimension, both logarithmic, with a line of slope 1 to compare with."""
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    place = op.dims.index(dim)
+    for i, line in enumerate(lines):
+        axes = figure.add_subplot(1, len(lines), i + 1)
+        fixed = [f"{d} = {n}" for d, n in zip(op.dims, line[0].shape, strict=True) if d != dim]
+        words = dict.fromkeys([line[0].mode, line[0].dtype])
+        axes.set_title(", ".join([*words, *fixed]))
+        _curves(axes, op, [g.shape[place] for g in line], line)
+        axes.set_xlabel(dim)
+    figure.axes[0].set_ylabel("milliseconds")
+    points = [g for line in lines for g in line]
+    return _finished(figure, f"{op.name}: time over {dim}", points)
+
+
+def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    tables = [{t.provider: t for t in g.timings} for g in line]
+    own = line[-1].own
+    assert own is not None
+    peers = iter(PEER_COLOURS)
+    points: list[tuple[float, float]] = []
+    ends: list[tuple[float, float, str, str]] = []  # x, y, label, colour
+    for provider in op.curve_providers or op.names():
+        found = [(x, t[provider].ms) for x, t in zip(xs, tables, strict=True) if provider in t]
+        if len(found) < 2 or (provider in op.names("ours") and provider != own.provider):
+            continue
+        points += found
+        ceiling = provider in op.names("ceiling")
+        ours = provider == own.provider
+        colour = OURS if ours else FAINT if ceiling else next(peers)
+        axes.plot(
+            *zip(*found, strict=True),
+            color=colour,
+            linewidth=2.2 if ours else 1.1,
+            linestyle="--" if ceiling else "-",
+            marker="o",
+            markersize=3.5 if ours else 2.5,
+            zorder=3 if ours else 2,
+        )
+        label = "fastrag" if ours else f"{provider} (ceiling)" if ceiling else provider
+        ends.append((*found[-1], label, colour))
+    _guide(axes, xs, points)
+    axes.set_xticks(xs, [_short(x) for x in xs])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _label_ends(axes, ends)
+
+
+def _guide(axes: Axes, xs: Sequence[int], points: Sequence[tuple[float, float]]) -> None:
+    """A dotted line of slope 1 below all points."""
+    least = min(y / x for x, y in points)
+    bottom = 0.55 * min(y for _, y in points)
+    start, end = max(xs[0], bottom / (0.6 * least)), xs[-1]
+    ends = [0.6 * least * x for x in (start, end)]
+    axes.plot([start, end], ends, color=FAINT, linestyle=":", linewidth=0.9)
+    axes.annotate(
+        "slope 1",
+        (end, ends[1]),
+        (4, -3),
+        textcoords="offset points",
+        color=FAINT,
+        fontsize=6.5,
+        annotation_clip=False,
+    )
+    axes.set_ylim(0.7 * bottom)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right ends, moved apart where the lines end close to each other."""
+    low, high = (math.log10(y) for y in axes.get_ylim())
+    step = 0.052 * (high - low)
+    ends = sorted(ends, key=lambda end: end[1])
+    heights: list[float] = []
+    for _, y, _, _ in ends:
+        heights.append(max(math.log10(y), heights[-1] + step) if heights else math.log10(y))
+    over = max(0.0, heights[-1] - high)
+    for i in reversed(range(len(heights))):
+        most = heights[i + 1] - step if i + 1 < len(heights) else heights[i] - over
+        heights[i] = min(heights[i], most)
+    for (x, y, label, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            (x, y),
+            (1.03, (height - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=7,
+            annotation_clip=False,
+        )
+
+
+def _short(n: int) -> str:
+    if n >= 1_000_000 and n % 100_000 == 0:
+        return f"{n / 1e6:g}M"
+    return f"{n // 1000}k" if n >= 10_000 and n % 1000 == 0 else str(n)
+
+
+# -------------------------------------------------------------------------------------- texts
+
+# Blocks: the one of README.md, where no peer is beaten, an op each, and ops that have none there.
+SHORT, NOT_WON, OTHERS = "all", "not-won", "others"
+N_SHORT = 2  # points of an op that the short table has
+SHORT_PICTURES = 3
+BLOCK = re.compile(r"(<!-- figures: begin (\S+) -->\n).*?(<!-- figures: end -->)", re.DOTALL)
+
+
+def filled(text: str, place: Path) -> str:
+    """The text of a Markdown file with its blocks made anew; `place` is the folder it is in."""
+    named = [found[1] for found in BLOCK.findall(text)]
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] != OTHERS:
+            return found[1] + _block(found[2], place) + found[3]
+        made = {name: _block(name, place) for name in OPS if name not in named}
+        texts = [
+            f"\n## `{name}`: {OPS[name].about}\n{text}"
+            for name, text in made.items()
+            if text.strip()
+        ]
+        return found[1] + "".join(texts) + found[3]
+
+    return BLOCK.sub(block, text)
+
+
+def _block(name: str, place: Path) -> str:
+    if name not in (SHORT, NOT_WON, *OPS):
+        known = f"{SHORT}, {NOT_WON}, {OTHERS} or an op"
+        raise ValueError(f"figures: expected {known}, got {name!r}")
+    parts = []
+    for device in committed.devices():
+        groups = committed.load(device)
+        points = {op.name: committed.swept(groups, op) for op in OPS.values()}
+        every = [g for found in points.values() for g in found]
+        drawn = [figure for figure, _ in figures_of(device)]
+        if name == NOT_WON:
+            shown, body, pictures = every, committed.not_won(every), []
+        elif name == SHORT:
+            shown = [g for found in points.values() for g in found[:N_SHORT]]
+            body = committed.table(shown)
+            pictures = [figure for figure in drawn if figure.endswith("_peers")][:SHORT_PICTURES]
+        else:
+            shown = points[name]
+            body = committed.table(shown)
+            pictures = [figure for figure in drawn if figure.startswith(f"{name}_")]
+        if shown:
+            folder = os.path.relpath(FIGURES / device, place)
+            images = [f"![{p.replace('_', ' ')}]({folder}/{p}.png)" for p in pictures]
+            parts += [f"**{committed.source(shown)}**", body, *images]
+    return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
+
+
+# --------------------------------------------------------------------------------------- main
+
+
+def stale(folder: Path) -> list[str]:
+    """Which of the committed figures differ from those in `folder`, and which texts are not made
+    of the committed rows."""
+    files = {f.relative_to(root) for root in (folder, FIGURES) for f in root.rglob("*.[ps][nv]g")}
+    wrong = [
+        os.path.relpath(FIGURES / file, ROOT)
+        for file in sorted(files)
+        if _bytes(folder / file) != _bytes(FIGURES / file)
+    ]
+    for file in TEXTS:
+        text = file.read_text(encoding="utf-8")
+        if filled(text, file.parent) != text:
+            wrong.append(os.path.relpath(file, ROOT))
+    return wrong
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.plot", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
+    args = parser.parse_args(argv)
+    if args.check:
+        with tempfile.TemporaryDirectory() as folder:
+            draw_all(Path(folder))
+            wrong = stale(Path(folder))
+        for name in wrong:
+            print(f"stale: {name}; `make plots` makes it anew")
+        return int(bool(wrong))
+    shutil.rmtree(FIGURES, ignore_errors=True)
+    draw_all(FIGURES)
+    for file in TEXTS:
+        file.write_text(filled(file.read_text(encoding="utf-8"), file.parent), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""Where the time of an operation goes: a timeline, or what the kernels are made of.
+
+    python -m benchmarks.profile --op mips                     a timeline by torch.profiler, a table
+    python -m benchmarks.profile --op marginal_loss --ncu      counters of each kernel, on a GPU
+    python -m benchmarks.profile --op marginal_loss --sass     instructions of the kernels, no GPU
+    python -m benchmarks.profile --op mips --aot --arch 80     registers and occupancy, no GPU
+    python -m benchmarks.profile --op mips --roofline          measured rates under their ceilings
+
+Exit code: 0; 1 if a tool fails; 2 for a bad argument, or for what cannot run here.
+docs/profiling.md says more.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# Beside this file `import profile` finds it in place of the standard library's, which torch needs.
+if not __package__:
+    sys.stderr.write(
+        "benchmarks: run from the root of the checkout, as python -m benchmarks.NAME\n"
+    )
+    sys.exit(2)
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ncu
+from benchmarks.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.measure import ROOT
+from benchmarks.ops import OPS
+from benchmarks.registry import DTYPES, Op, Provider, Shape
+
+WARM_CALLS = 2
+MODES = ("ncu", "nsys", "sass", "aot", "roofline", "loop")
+_N_OPERATIONS = 15
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(prog="benchmarks.profile", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}")
+    parser.add_argument("--provider", help="default: the first of ours that runs here")
+    parser.add_argument("--mode", "--marginal", help="default: the op's first")
+    parser.add_argument("--shape", help="such as 2,5,32,512,50265; default: first of the sweep")
+    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--calls", type=int, default=3, help="calls that are recorded (3)")
+    parser.add_argument("--out", type=Path, help="folder for what is written; runs/profile/OP")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ncu", action="store_true", help="Nsight Compute: counters of the kernels")
+    what.add_argument("--nsys", action="store_true", help="print a command for Nsight Systems")
+    what.add_argument("--sass", action="store_true", help="count the kernels' instructions")
+    what.add_argument("--aot", action="store_true", help="registers, shared memory, occupancy")
+    what.add_argument("--roofline", action="store_true", help="plot rows of benchmarks.run")
+    what.add_argument("--loop", action="store_true", help="the calls alone; --ncu runs this")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="for --sass, --aot (90)")
+    parser.add_argument("--kernel", metavar="REGEX", help="for --ncu, --sass, --aot; default: all")
+    parser.add_argument(
+        "--aligned", action="store_true", help="for --sass, --aot: widths are multiples of 16"
+    )
+    parser.add_argument("--csv", type=Path, help="for --roofline: rows of benchmarks.run")
+    args = parser.parse_args(argv)
+    if args.op not in OPS:
+        parser.error(f"no op is called {args.op!r}; ops: {', '.join(OPS)}")
+    if args.calls < 1:
+        parser.error(f"--calls: expected at least 1, got {args.calls}")
+    try:
+        re.compile(args.kernel or "")
+    except re.error as error:
+        parser.error(f"--kernel: expected a regular expression, got {args.kernel!r}: {error}")
+    args.out = args.out or ROOT / "runs" / "profile" / args.op
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {args.out}")
+    return parser, args
+
+
+def _choose(parser: Parser, args: argparse.Namespace, device: str) -> tuple[Provider, Shape]:
+    """Fills in the mode; returns the provider, which knows it, and the shape."""
+    op = OPS[args.op]
+    if args.provider and args.provider not in op.names():
+        known = ", ".join(op.names())
+        parser.error(f"{op.name} has no provider {args.provider!r}; known: {known}")
+    swept = [mode for mode in op.modes if op.sweep(device, mode)]
+    args.mode = args.mode or (op.modes if args.shape else swept)[0]
+    check_mode(parser, op, args.mode)
+    if not args.shape and args.mode not in swept:
+        parser.error(f"--shape: {op.name} has no shapes of its own for {args.mode} on {device}")
+    shape = shape_of(parser, op, args.shape) if args.shape else op.sweep(device, args.mode)[0]
+    if args.provider:
+        return op.provider(args.provider), shape
+    own = [p for p in op.providers if p.kind == "ours" and device in p.devices]
+    if not own:
+        parser.error(f"{op.name} has no provider of ours on {device}")
+    if device == args.device:  # and not only named in a command for elsewhere
+        own = [p for p in own if not p.why_not(device, args.dtype, args.mode)] or own
+    return own[0], shape
+
+
+def _call(parser: Parser, args: argparse.Namespace) -> tuple[Callable[[], Any], str]:
+    """Returns what is to be recorded, warm, and a line that says what it is."""
+    complete_device(parser, args)
+    op = OPS[args.op]
+    provider, shape = _choose(parser, args, args.device)
+    reason = provider.why_not(args.device, args.dtype, args.mode)
+    if reason:
+        parser.error(f"{provider.name}: {reason}")
+    problem = op.make(shape, DTYPES[args.dtype], 0, torch.device(args.device))
+    call = provider.call(args.mode, problem)
+    for _ in range(WARM_CALLS):
+        call()
+    sizes = ", ".join(f"{dim} {n}" for dim, n in zip(op.dims, shape, strict=True))
+    return call, f"{op.name} {args.mode}, {provider.name}, {args.dtype} on {args.device}: {sizes}"
+
+
+# ----------------------------------------------------------------------------------- timeline
+
+
+def _trace(parser: Parser, args: argparse.Namespace) -> int:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from fastrag.profiling import set_ranges
+
+    call, title = _call(parser, args)
+    activities = [ProfilerActivity.CPU]
+    if args.device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    set_ranges("torch")
+    try:
+        with profile(activities=activities, record_shapes=True) as found:
+            for _ in range(args.calls):
+                with record_function("call"):
+                    call()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+    finally:
+        set_ranges(None)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "trace.json"
+    found.export_chrome_trace(str(path))
+    print(f"{title}\n{_tables(list(found.key_averages()), args.calls, args.device)}")
+    print(f"{path}: a timeline, to be opened in https://ui.perfetto.dev")
+    return 0
+
+
+def _tables(events: Sequence[Any], calls: int, device: str) -> str:
+    """Stages in the order of their names, so that parts follow the whole; operations by time."""
+    from fastrag.profiling import PREFIX
+
+    where = "cpu_time_total" if device == "cpu" else "device_time_total"
+    self_time = f"self_{where}"
+    whole = sum(getattr(event, self_time) for event in events) or 1.0
+    stages = sorted((e for e in events if e.key.startswith(PREFIX)), key=lambda e: e.key)
+    # The time of C++ is that of the stage around it: so stages compete with operations.
+    busiest = sorted(events, key=lambda e: -getattr(e, self_time))[:_N_OPERATIONS]
+
+    width = max(len(event.key[:60]) for event in [*stages, *busiest])
+
+    def lines(title: str, chosen: Sequence[Any]) -> list[str]:
+        found = [f"  {title:{width}}  calls   total ms    self ms  self %"]
+        for e in chosen:
+            each = f"{e.count / calls:5g}  {getattr(e, where) / 1e3 / calls:9.3f}"
+            own = getattr(e, self_time)
+            share = f"{own / 1e3 / calls:9.3f}  {100 * own / whole:6.1f}"
+            found.append(f"  {e.key[:60]:{width}}  {each}  {share}")
+        return found
+
+    found = [f"  of one call of {calls}, on the {device.upper().replace('CUDA', 'GPU')}:"]
+    if stages:
+        found += lines("stage", stages)
+    return "\n".join(found + lines("most self time", busiest))
+
+
+# ------------------------------------------------------------------------------------- Nsight
+
+
+def _loop(parser: Parser, args: argparse.Namespace) -> int:
+    if args.device == "cpu" or not torch.cuda.is_available():
+        parser.error("--loop: is for a CUDA device, where Nsight sees it")
+    call, _ = _call(parser, args)
+    torch.cuda.synchronize()
+    with torch.cuda.nvtx.range(ncu.RANGE):
+        for _ in range(args.calls):
+            call()
+        torch.cuda.synchronize()
+    return 0
+
+
+def _loop_command(parser: Parser, args: argparse.Namespace) -> list[str]:
+    """This module again, to run calls on a GPU and nothing else."""
+    args.dtype = args.dtype or "bfloat16"
+    if args.dtype not in DTYPES:
+        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    if args.device not in (None, "cuda"):
+        parser.error(f"--device: expected cuda, got {args.device!r}")
+    args.device = None
+    provider, shape = _choose(parser, args, "cuda")
+    settings = {
+        "--op": args.op,
+        "--provider": provider.name,
+        "--mode": args.mode,
+        "--shape": ",".join(map(str, shape)),
+        "--dtype": args.dtype,
+        "--device": "cuda",
+        "--calls": str(args.calls),
+    }
+    command = [sys.executable, "-m", "benchmarks.profile", "--loop"]
+    return command + [word for pair in settings.items() for word in pair]
+
+
+def _nsight(parser: Parser, args: argparse.Namespace) -> int:
+    loop = _loop_command(parser, args)
+    if args.nsys:
+        report = args.out / "timeline"
+        command = ["nsys", "profile", "-t", "cuda,nvtx,cublas", "-o", str(report), *loop]
+        print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}")
+        return 0
+    report = args.out / "kernels"
+    command = ncu.command(report, loop, args.kernel or _kernel_names(parser, args))
+    print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}", flush=True)
+    reason = ncu.why_not()
+    if reason:
+        parser.error(reason)
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"FASTRAG_RANGES": "nvtx"}
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
+        return 1
+    raw = subprocess.run(ncu.export(report), capture_output=True, text=True, check=False)
+    if raw.returncode:
+        print(f"benchmarks.profile: ncu: {raw.stderr.strip() or raw.stdout.strip()}")
+        return 1
+    print(ncu.table(ncu.read(raw.stdout)))
+    return 0
+
+
+# -------------------------------------------------------------------------- what needs no GPU
+
+
+def _kernel_names(parser: Parser, args: argparse.Namespace) -> str:
+    """A regular expression of the op's kernels."""
+    names = {config.kernel.fn.__name__ for config in _configs(parser, args)}
+    return f"^({'|'.join(sorted(names))})$"
+
+
+def _configs(parser: Parser, args: argparse.Namespace) -> list[Any]:
+    try:
+        from benchmarks import sass
+
+        found = sass.configs(args.op, args.kernel)
+        return [sass.aligned(config) for config in found] if args.aligned else found
+    except (ImportError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _compiled(parser: Parser, args: argparse.Namespace) -> int:
+    configs = _configs(parser, args)
+    from fastrag.kernels import aot
+
+    from benchmarks import sass
+
+    for arch in args.arch:
+        if arch not in aot.SHARED_LIMIT:
+            known = ", ".join(map(str, sorted(aot.SHARED_LIMIT)))
+            parser.error(f"--arch: expected some of {known}, got {arch}")
+    for arch in args.arch:
+        for config in configs:
+            if config.archs and arch not in config.archs:
+                continue
+            found = sass.count(config, arch) if args.sass else aot.compile_config(config, arch)
+            line = sass.describe(found) if args.sass else aot.describe(found)
+            print(line, flush=True)
+    return 0
+
+
+def _roofline(parser: Parser, args: argparse.Namespace) -> int:
+    try:
+        from benchmarks import roofline
+    except ImportError as error:
+        parser.error(f"--roofline: {error}")
+    op: Op = OPS[args.op]
+    try:
+        path = args.csv or roofline.committed(op)
+        rows = roofline.rows_of(path)
+        args.out.mkdir(parents=True, exist_ok=True)
+        written = roofline.draw(rows, op, args.out / "roofline.svg", beside=roofline.beside(path))
+    except (OSError, ValueError) as error:
+        parser.error(f"--roofline: {error}")
+    print("\n".join(map(str, written)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser, args = _parse(argv)
+    chosen = next((mode for mode in MODES if getattr(args, mode)), "trace")
+    do = {
+        "trace": _trace,
+        "loop": _loop,
+        "ncu": _nsight,
+        "nsys": _nsight,
+        "sass": _compiled,
+        "aot": _compiled,
+        "roofline": _roofline,
+    }[chosen]
+    return do(parser, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

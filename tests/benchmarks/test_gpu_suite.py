@@ -1,0 +1,385 @@
+"""The suite for a GPU, with pieces that need none: what it survives, what fits, what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite
+from benchmarks.gpu import cases, steps, summary
+from benchmarks.gpu.isolation import Record, run_isolated, run_limited
+from benchmarks.gpu.plan import Done, Run, Step
+from benchmarks.gpu.steps import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A child that does its pieces as their names say.
+CHILD = """
+import json, os, sys, time
+def say(**fields):
+    with open(os.environ["FASTRAG_RECORDS"], "a") as file:
+        file.write(json.dumps(fields) + "\\n")
+names = sys.argv[1:] or ["a", "b", "c", "d"]
+act = json.loads(os.environ["ACT"])
+say(names=names)
+for name in names:
+    say(start=name)
+    print("doing", name, flush=True)
+    how = act.get(name, "")
+    if how == "crash":
+        os._exit(139)
+    if how == "hang":
+        time.sleep(60)
+    say(end=name, outcome="failed" if how == "lost" else "passed", seconds=0.0, text=how)
+    if how == "lost":
+        sys.exit(2)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Path:
+    path = tmp_path / "child.py"
+    path.write_text(CHILD)
+    return path
+
+
+def isolated(
+    child: Path, act: dict[str, str], seconds: float = 30.0, names: Sequence[str] = ()
+) -> tuple[list[Record], list[list[str]]]:
+    """The records, and the pieces that each process was asked for."""
+    asked: list[list[str]] = []
+
+    def command(pieces: Sequence[str]) -> list[str]:
+        asked.append(list(pieces))
+        return [sys.executable, str(child), *pieces]
+
+    records = run_isolated(
+        command,
+        "all",
+        deadline=time.monotonic() + seconds,
+        patience=1.0,
+        names=names,
+        env={"ACT": json.dumps(act)},
+    )
+    return records, asked
+
+
+def outcomes(records: Sequence[Record]) -> dict[str, str]:
+    return {record.name: record.outcome for record in records}
+
+
+# ---------------------------------------------------------------------------------------- isolation
+
+
+def test_one_process_does_it_all(child: Path) -> None:
+    records, asked = isolated(child, {})
+    assert outcomes(records) == dict.fromkeys("abcd", "passed")
+    assert asked == [[]]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("crash", "code 139\ndoing"), ("hang", "nothing happened for 1 s"), ("lost", "lost")],
+)
+def test_the_next_process_goes_on_behind_what_ended_the_last(
+    child: Path, how: str, said: str
+) -> None:
+    records, asked = isolated(child, {"b": how, "d": how})
+    assert outcomes(records) == {"a": "passed", "b": "failed", "c": "passed", "d": "failed"}
+    assert asked == [[], ["c", "d"]]
+    assert said in records[1].text
+
+
+def test_what_the_time_does_not_allow_is_listed(child: Path) -> None:
+    records, _ = isolated(child, {"b": "hang"}, seconds=0.6)
+    assert outcomes(records) == {"a": "passed", "b": "not run", "c": "not run", "d": "not run"}
+    assert isolated(child, {}, seconds=-1.0)[0] == [Record("all", "not run", 0.0, records[1].text)]
+
+
+def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
+    child.write_text("import sys; sys.exit('no such package')")
+    records, asked = isolated(child, {})
+    assert outcomes(records) == {"all": "failed"} and len(asked) == 1
+    assert "ended with code 1" in records[0].text and "no such package" in records[0].text
+    records, asked = isolated(child, {}, names=["x", "y"])
+    assert outcomes(records) == {"x": "failed", "y": "failed"} and len(asked) == 1
+
+
+def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    code = (
+        "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); "
+        f"open({str(mark)!r}, 'w').write(str(p.pid)); print('said', flush=True); p.wait()"
+    )
+    ended = run_limited([sys.executable, "-c", code], 1.0)
+    assert ended.timed_out and ended.output == "said\n" and ended.seconds < 10
+    for _ in range(50):
+        status = Path(f"/proc/{mark.read_text()}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the grandchild lives")
+
+
+# What torch is to the plugin: a module whose synchronize fails for ever after a fault.
+TESTS = """
+import sys, types
+import pytest
+
+pytestmark = getattr(pytest.mark, 'gpu')
+fault = []
+
+def synchronize():
+    if fault:
+        raise RuntimeError("an illegal memory access was encountered")
+
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+
+def test_good(): pass
+def test_wrong(): assert 1 == 2
+@pytest.mark.parametrize("what", ["two words", "b"])
+def test_fault(what): fault.append(what)
+def test_after(): assert not fault
+@pytest.mark.skip(reason="needs two GPUs")
+def test_skipped(): pass
+"""
+
+
+def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
+    """A fault that no test sees is that of the test which made it, and of no other."""
+    file = tmp_path / "test_some_gpu.py"
+    file.write_text(TESTS)
+
+    def command(names: Sequence[str]) -> list[str]:  # which are from the folder of the project
+        return steps.pytest_command(str(file), [f"{file}::{n.partition('::')[2]}" for n in names])
+
+    records = run_isolated(
+        command,
+        "file",
+        deadline=time.monotonic() + 60,
+        patience=30.0,
+        env=steps.PYTEST_ENV,
+    )
+    short = {record.name.partition("::")[2]: record for record in records}
+    assert {name: record.outcome for name, record in short.items()} == {
+        "test_good": "passed",
+        "test_wrong": "failed",
+        "test_fault[two words]": "failed",
+        "test_fault[b]": "failed",
+        "test_after": "passed",
+        "test_skipped": "skipped",
+    }
+    assert "assert 1 == 2" in short["test_wrong"].text
+    assert "CUDA is lost" in short["test_fault[b]"].text
+    assert "two GPUs" in short["test_skipped"].text
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def test_steps_fail_alone_and_fit_the_time() -> None:
+    seen: list[int] = []
+
+    def step(name: str, run, estimate: float = 0.1, **more: object) -> Step:
+        return Step(name, "", run, estimate, 0.5, **more)
+
+    def broken(deadline: float) -> str:
+        raise OSError("no such program")
+
+    beside = step("beside", lambda deadline: "ok", background=True)
+    found = Run(time.monotonic() + 5, lambda done: seen.append(len(done))).all(
+        [
+            step("breaks", broken),
+            step("too long", lambda deadline: "ok", estimate=100.0),
+            step("limited", lambda deadline: f"{deadline - time.monotonic():.1f}"),
+            beside,
+        ]
+    )
+    how = {done.name: done.how for done in found}
+    assert how["breaks"] == "failed: OSError: no such program"
+    assert how["too long"].startswith("not run: budget (5 s left, about 100 needed)")
+    assert how["limited"] == "0.5" and how["beside"] == "ok"
+    assert seen == [1, 2, 3, 4]  # told of each at once
+
+
+def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--dry-run", "--budget-minutes", "8", "--no-build"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[2 if " s  " in line[:12] else 1] for line in lines[1:]]
+    assert names[:3] == ["environment", "tests", "marginal_loss"]
+    assert {"mips", "doc_scores", "token_logp", "memcheck", "racecheck", "tune"} <= set(names)
+    assert "build" not in names
+    assert any(line.split()[0] == "budget" for line in lines)
+    assert gpu_suite.main(["--dry-run", "--only", "mips"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--only", "test"], "no step is called 'test'"),
+        (["--budget-minutes", "0"], "--budget-minutes: expected a positive number"),
+        (["--rounds", "0"], "--rounds: expected at least 1"),
+        (["--out", __file__], "--out: expected a folder"),
+    ],
+)
+def test_a_bad_argument_is_one_line(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        gpu_suite.main(args)
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and said in told and told.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "torch sees no CUDA device" in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_found_by_their_mark() -> None:
+    found = steps.test_files()
+    kernels = {f"tests/kernels/test_{name}_gpu.py" for name in ("doc_scores", "losses", "mips")}
+    assert kernels <= set(found)
+    assert all(Path(name).name.startswith("test_") for name in found)
+    assert "tests/benchmarks/test_gpu_suite.py" not in found
+
+
+def test_needs_no_package_that_a_bare_machine_lacks() -> None:
+    absent = ("faiss", "datasets", "matplotlib", "usearch", "peft", "bm25s", "hypothesis")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from benchmarks import gpu_suite, run\n"
+        "assert gpu_suite.main(['--dry-run']) == 0\n"
+        "run.main(['--op', 'marginal_loss', '--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--max-regression" in done.stdout
+
+
+# -------------------------------------------------------------------------------- steps and summary
+
+
+def results(tmp_path: Path) -> Results:
+    return Results(tmp_path, rounds=1, jobs=2)
+
+
+@dataclass(frozen=True)
+class FakeBench:
+    code: str
+    op: str = "fake"
+
+    def command(self, rounds: int, path: Path) -> list[str]:
+        return [sys.executable, "-c", self.code, str(path)]
+
+
+ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours,1.5\\n')\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "broken"),
+    [
+        (ROWS, "ok: 1 rows", False),
+        (ROWS + "sys.exit('ours is wrong')", "failed with code 1, 1 rows: ours is wrong", True),
+        (ROWS + "import time; time.sleep(60)", "cut off after 1 s, 1 rows", False),
+    ],
+    ids=["good", "wrong", "slow"],
+)
+def test_rows_that_were_written_are_kept(
+    tmp_path: Path, code: str, said: str, broken: bool
+) -> None:
+    found = results(tmp_path)
+    assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
+    assert found.broken == ["fake"] * broken
+    assert "fake,ours" in (tmp_path / "benchmarks.csv").read_text()
+
+
+def test_errors_of_the_sanitizer_belong_to_the_case_before_them() -> None:
+    said = (
+        "========= COMPUTE-SANITIZER\ncase: a\ncase: b\n"
+        "========= Invalid __global__ write of size 4 bytes\n=========     at kernel\n"
+        "case: c\n========= RACECHECK SUMMARY: 0 hazards displayed\n"
+    )
+    found = [steps._with_errors(Record(name, "passed"), said) for name in "abc"]
+    assert outcomes(found) == {"a": "passed", "b": "failed", "c": "passed"}
+    assert found[1].text == "Invalid __global__ write of size 4 bytes"
+
+
+def test_cases_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the interpreter one that costs it little."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTRAG_BACKEND", "triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert cases.run(["doc_scores gathered"], device) == 0
+    assert "failed" not in capsys.readouterr().out
+    monkeypatch.setitem(cases.CASES, "breaks", lambda device: torch.zeros(2)[3])
+    assert cases.run(["breaks"], device) == 1
+    assert "failed: breaks: IndexError" in capsys.readouterr().out
+    assert gpu_suite.main(["--one-kernel", "nope"]) == 2
+
+
+RECORDS = [
+    Record("tests/a_gpu.py::test_good[x]", "passed", 1.0),
+    Record("tests/a_gpu.py::test_bad", "failed", 2.0, "def test():\nE   assert 1 == 2\x1b[0m"),
+    Record("tests/a_gpu.py::test_two", "skipped", 0.0, "needs two GPUs"),
+    Record("tests/b_gpu.py", "not run", 0.0, "the time was over"),
+]
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    found.tests = RECORDS
+    found.rows = [
+        {"op": "mips", "mode": "m", "dtype": "d", "shape": "1,2", "provider": p, "ms_p50": ms,
+         "status": status}
+        for p, ms, status in (("read", "2.0", "ok"), ("triton", "3.0", "ok"), ("x", "", "wrong: y"))
+    ]  # fmt: skip
+    text = summary.write(found, [Done("tests", "failed: 1", 3.0)], complete=True)
+    assert text == (tmp_path / "summary.md").read_text()
+    assert "- tests: failed: 1 (3 s)" in text
+    assert "tests/a_gpu.py::test_bad\n    E   assert 1 == 2" in text
+    assert "mips m d 1,2: read 2 (1.00), triton 3 (1.50), x wrong: y" in text
+    suite = ElementTree.parse(tmp_path / "tests.xml").getroot()
+    assert [suite.get(key) for key in ("tests", "failures", "skipped")] == ["4", "1", "2"]
+    assert [case.get("classname") for case in suite][0] == "tests.a_gpu"
+    lines = (tmp_path / "tests.txt").read_text().splitlines()
+    assert lines[0] == "FAILED tests/a_gpu.py::test_bad"
+    assert len(summary.short("x" * 50_000)) <= summary.MOST
+
+
+@pytest.mark.parametrize(
+    ("records", "how", "code"),
+    [
+        (RECORDS[:1], "ok", 0),
+        (RECORDS[:2], "failed: 1", 1),
+        (RECORDS[2:], "not all ran", 1),
+        ([], "not run: budget", 1),
+        (RECORDS[:1], "failed: OSError", 1),
+    ],
+    ids=["passed", "failed", "not run", "no test", "a step"],
+)
+def test_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Record], how: str, code: int
+) -> None:
+    def fake(found: Results, deadline: float) -> str:
+        found.tests = records
+        return how
+
+    monkeypatch.setattr(steps, "tests", fake)
+    monkeypatch.setattr(gpu_suite, "missing", lambda: "")
+    assert gpu_suite.main(["--only", "tests", "--out", str(tmp_path / "out")]) == code
+    assert (tmp_path / "out" / "summary.md").read_text().startswith("# GPU suite\n")

@@ -1,0 +1,182 @@
+"""What the documentation shows is what the committed rows say, to the byte."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import matplotlib
+
+from benchmarks import committed, plot
+from benchmarks.ops import OPS
+from benchmarks.report import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = re.search(r"^matplotlib==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+# A number that says how fast something is.
+SPEED = re.compile(r"\d\s*(?:×(?!\s*\d)|x\b(?!\s*\d)|ms\b|milliseconds|times (?:as|faster))")
+BEFORE, SINCE = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    plot.draw_all(folder)
+    return folder
+
+
+@pytest.mark.skipif(
+    PINNED is None or matplotlib.__version__ != PINNED[1],
+    reason="another matplotlib than the pinned one draws other bytes",
+)
+def test_figures_and_tables_are_made_of_the_committed_rows(drawn: Path) -> None:
+    assert plot.stale(drawn) == [], "`make plots` makes them anew"
+
+
+def test_what_is_stale_is_named(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(drawn, tmp_path / "figures")
+    text = tmp_path / "page.md"
+    page = "kept <!-- figures: begin mips -->\n<!-- figures: end --> kept\n"
+    text.write_text(plot.filled(page, tmp_path))
+    monkeypatch.setattr(plot, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(plot, "TEXTS", (text,))
+    text.write_text(plot.filled(page, tmp_path))
+    assert text.read_text().startswith("kept <!--") and text.read_text().endswith("--> kept\n")
+    assert plot.stale(drawn) == []
+
+    number = re.search(r"\d\.\d\d ×", text.read_text())
+    assert number is not None
+    text.write_text(text.read_text().replace(number[0], "9" + number[0], 1))
+    changed, gone, *_ = sorted((tmp_path / "figures").rglob("*.svg"))
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    gone.unlink()
+    extra = changed.with_name("of_old.png")
+    extra.touch()
+    wrong = {os.path.relpath(file, ROOT) for file in (text, changed, gone, extra)}
+    assert set(plot.stale(drawn)) == wrong
+
+
+@pytest.mark.parametrize("file", plot.TEXTS, ids=lambda file: file.name)
+def test_speeds_stand_between_markers_only(file: Path) -> None:
+    text = plot.BLOCK.sub("", file.read_text())
+    assert SPEED.findall(text) == []
+    assert text != file.read_text()
+
+
+@pytest.mark.parametrize("said", ["1.3 × as fast", "2x faster", "18 ms", "3 times as fast"])
+def test_what_counts_as_a_speed(said: str) -> None:
+    assert SPEED.search(said)
+    assert not SPEED.search("200,000 x 768, 21,000,000 × 768, 12 models, 3 times")
+
+
+def test_every_figure_is_shown() -> None:
+    shown = (ROOT / "docs" / "performance.md").read_text()
+    for device in committed.devices():
+        for name, _ in plot.figures_of(device):
+            assert f"](figures/{device}/{name}.png)" in shown
+
+
+def test_an_unknown_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected all, not-won, others or an op, got 'mipps'"):
+        plot.filled("<!-- figures: begin mipps -->\n<!-- figures: end -->", ROOT)
+
+
+# ----------------------------------------------------------------------------- rows and groups
+
+
+def write(
+    file: Path, shape: str, times: dict[str, float], date: str = BEFORE, mode: str = "float32"
+) -> None:
+    facts = {"device": "a machine", "threads": "2", "torch": "2", "commit": "abc", "date": date}
+    point = {"op": "mips", "mode": mode, "dtype": "float32", "shape": shape}
+    new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for provider, ms in times.items():
+            ok = {"ms_p50": str(ms), "peak_mib": "1.0", "status": "ok"}
+            writer.writerow({**point, **facts, "provider": provider, **ok})
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(committed, "RESULTS", tmp_path)
+    return tmp_path / "here"
+
+
+SWEPT = "200000,768,10,1"
+ALL = {"read": 20.0, "fma": 1.0, "cpp": 18.0, "numpy": 17.0, "faiss": 30.0}
+
+
+def test_ours_best_peer_and_tightest_ceiling(results: Path) -> None:
+    write(results / "mips.csv", SWEPT, ALL)
+    (group,) = committed.swept(committed.load("here"), OPS["mips"])
+    assert group.own and group.best_peer and group.ceiling
+    assert (group.own.provider, group.best_peer.provider) == ("cpp", "numpy")
+    assert group.ceiling.provider == "read"
+    assert group.times_as_fast(group.best_peer) == 17 / 18
+    assert "| 18 | numpy 17 | 0.94 × | read 20 | 0.90 | 1.0 | 1.0 |" in committed.table([group])
+    lost = committed.not_won([group])
+    assert "at 0 of 1 points" in lost and "numpy takes 17 ms, fastrag 18." in lost
+
+
+def test_a_run_of_more_providers_counts_and_then_the_newer(results: Path) -> None:
+    write(results / "a.csv", SWEPT, ALL)
+    write(results / "b.csv", SWEPT, {"cpp": 9.0, "numpy": 9.0}, SINCE)  # of a curve, perhaps
+    (group,) = committed.load("here").values()
+    assert group.own and group.own.ms == 18.0
+    write(results / "c.csv", SWEPT, {**ALL, "cpp": 8.0}, SINCE)
+    (group,) = committed.load("here").values()
+    assert group.own and group.own.ms == 8.0
+
+
+def test_stages_are_of_the_newest_run_and_ops_without_a_block_get_one(results: Path) -> None:
+    for date, ms in ((SINCE, 3.0), (BEFORE, 9.0)):
+        file = results / f"{date[:7]}.csv"
+        write(file, SWEPT, {"cpp": ms, "numpy": ms}, date)
+        lines = file.read_text().splitlines()
+        text = "\n".join(
+            f"{line},{'stage' if i == 0 else 'search'}" for i, line in enumerate(lines)
+        )
+        file.write_text(text + "\n")
+    (group,) = committed.load_stages("here")
+    assert [t.ms for t in group.timings] == [3.0, 3.0] and not committed.load("here")
+    assert [name for name, _ in plot.figures_of("here")] == ["mips_stages"]
+
+    write(results / "mips.csv", SWEPT, ALL)
+    page = "<!-- figures: begin {} -->\n<!-- figures: end -->\n"
+    both = plot.filled(page.format("mips") + page.format("others"), ROOT)
+    assert both.count("numpy 17") == 1 and "## `mips`" not in both
+    rest = plot.filled(page.format("doc_scores") + page.format("others"), ROOT)
+    assert rest.count("numpy 17") == 1 and "## `mips`: the k rows" in rest
+    assert "mips_stages.png" in rest and "## `token_logp`" not in rest
+
+
+def test_files_of_other_columns_and_ops_are_left_alone(results: Path) -> None:
+    (results / "stages.csv").write_text("op,stage,ms\nmips,search,3\n")
+    write(results / "mips.csv", SWEPT, ALL)
+    text = (results / "mips.csv").read_text()
+    (results / "old.csv").write_text(text.replace("mips,", "no_longer_there,"))
+    assert [key[0] for key in committed.load("here")] == ["mips"]
+
+
+def test_a_curve_is_of_three_points_that_differ_in_one_dimension(results: Path) -> None:
+    for n_rows in (100_000, 200_000, 400_000):
+        write(results / "mips.csv", f"{n_rows},768,10,1", ALL)
+    for shape in ("200000,768,10,64", "400000,768,10,64", "300000,384,10,1"):
+        write(results / "mips.csv", shape, ALL)
+    write(results / "mips.csv", "50000,768,10,1", ALL, mode="int8")
+    (line,) = committed.along(committed.load("here"), OPS["mips"], "N")
+    assert [g.shape[0] for g in line] == [100_000, 200_000, 400_000]
+    assert committed.along(committed.load("here"), OPS["mips"], "B") == []

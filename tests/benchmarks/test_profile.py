@@ -1,0 +1,262 @@
+"""The profiles: a timeline with the stages in it, the commands, and what the parsers read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ncu, profile, roofline
+from benchmarks.ops import OPS
+from benchmarks.report import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"mips": "64,16,3,2", "marginal_loss": "2,2,3,8,50"}
+
+# ----------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--op", "nope"], ["'nope'", "marginal_loss", "mips"]),
+        (["--op", "mips", "--provider", "fais"], ["'fais'", "faiss", "cpp"]),
+        (["--op", "mips", "--mode", "token"], ["'token'", "float32"]),
+        (["--op", "mips", "--shape", "1,2"], ["N,D,k,B", "'1,2'"]),
+        (["--op", "mips", "--calls", "0"], ["--calls", "got 0"]),
+        (["--op", "mips", "--device", "cuda"], ["--device", "torch sees no CUDA device"]),
+        (["--op", "mips", "--loop", "--shape", SMALL["mips"]], ["--loop", "CUDA"]),
+        (["--op", "mips", "--kernel", "("], ["--kernel", "'('"]),
+        (["--op", "mips", "--roofline", "--csv", "/nowhere.csv"], ["--roofline", "/nowhere.csv"]),
+        (["--op", "mips", "--roofline", "--csv", __file__], ["--roofline", "rows of mips"]),
+        (["--op", "mips", "--out", __file__], ["--out", "a folder"]),
+        (["--op", "marginal_loss", "--provider", "cce"], ["cce", "cuda"]),
+        (["--op", "mips", "--nsys", "--mode", "float32"], ["--shape", "float32", "cuda"]),
+        (["--op", "mips", "--ncu", "--sass"], ["--ncu", "--sass"]),
+    ],
+)
+def test_a_bad_argument_is_one_line(
+    args: list[str], named: list[str], capsys: pytest.CaptureFixture[str], no_gpu: None
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        profile.main(args)
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    for text in named:
+        assert text in said.err
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.parametrize("script", ["profile.py", "report.py"])
+def test_run_by_path_says_how_to_run_it(script: str) -> None:
+    """By path, this folder comes before the standard library, whose `profile` others import."""
+    code = f"import runpy; import profile; runpy.run_path('benchmarks/{script}')"
+    command = [sys.executable, "benchmarks/profile.py", "--help"]
+    if script != "profile.py":
+        command = [sys.executable, "-c", f"import sys; sys.path[0] = 'benchmarks'; {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "python -m benchmarks.NAME" in done.stderr
+
+
+# ------------------------------------------------------------------------------------ timeline
+
+
+@pytest.mark.parametrize(
+    ("op", "stages"),
+    [
+        ("mips", ["mips_topk", "mips_topk/scan"]),
+        ("marginal_loss", ["marginal_nll/logits", "marginal_nll/products"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the profiler, where there is no GPU
+def test_a_timeline_has_the_stages(
+    op: str, stages: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--op", op, "--shape", SMALL[op], "--device", "cpu", "--out", str(tmp_path)]
+    assert profile.main(args) == 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("ph") == "X"]
+    assert names.count("call") == 3
+    said = capfd.readouterr().out
+    assert f"{tmp_path / 'trace.json'}" in said and "ui.perfetto.dev" in said
+    for stage in stages:
+        assert names.count(f"fastrag/{stage}") == 3
+        assert f"fastrag/{stage} " in said
+
+
+# -------------------------------------------------------------------------------------- Nsight
+
+
+def test_ncu_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    args = ["--op", "doc_scores", "--ncu", "--kernel", "_fwd", "--shape", "2,3,4,8"]
+    with pytest.raises(SystemExit) as caught:
+        profile.main(args)
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("FASTRAG_RANGES=nvtx ncu --clock-control none --nvtx ")
+    for part in ("--nvtx-include fastrag-profile/", "--set full", "-k regex:_fwd", "-o "):
+        assert part in said.out
+    tail = "--loop --op doc_scores --provider triton --mode forward --shape 2,3,4,8 "
+    assert tail + "--dtype bfloat16 --device cuda --calls 3\n" in said.out
+    assert "is not installed" in said.err and said.err.count("\n") == 1
+
+
+def test_nsys_command(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--op", "mips", "--nsys", "--provider", "torch", "--mode", "bfloat16"]
+    assert profile.main(args) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("FASTRAG_RANGES=nvtx nsys profile -t cuda,nvtx")
+    assert "--loop --op mips --provider torch" in said
+
+
+# Columns as the documentation of the raw page has them: names, units, then launches.
+REPORT = """==PROF== Connected to process 7
+"ID","Kernel Name","Block Size","dram__bytes_read.sum","dram__bytes_write.sum",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
+"launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
+"","","","Mbyte","Kbyte","%","usecond","register/thread","%","inst","inst","inst"
+"0","_group_max_kernel","(128, 1, 1)","1,500.0","500,000.00","61.5","1,000.00","168","25.0","9.5",\
+"0","1.25"
+"1","other","(32, 1, 1)","n/a","0","","2.5","16","","","",""
+"""
+
+
+def test_ncu_report() -> None:
+    first, second = ncu.read(REPORT)
+    assert first.name == "_group_max_kernel"
+    assert first.microseconds == pytest.approx(1000.0)
+    assert first.gbps == pytest.approx(2000.0)  # 2 GB in a millisecond
+    assert (first.memory, first.compute, first.occupancy) == (61.5, None, 25.0)
+    assert first.registers == 168
+    assert first.stalls == (("long_scoreboard", 9.5), ("wait", 1.25))
+    assert second.microseconds == pytest.approx(2.5)
+    assert (second.gbps, second.occupancy, second.stalls) == (None, None, ())
+    table = ncu.table([first, second]).splitlines()
+    assert len(table) == 3 and "2000" in table[1] and "long_scoreboard 9.5" in table[1]
+    assert "?" in table[2]
+
+
+@pytest.mark.parametrize("text", ["", "==ERROR== no kernels were profiled", '"ID","a"\n'])
+def test_ncu_report_of_another_form(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a table of the raw page"):
+        ncu.read(text)
+
+
+# --------------------------------------------------------------------------- instructions, AOT
+
+LISTING = """
+.text._some_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0020*/              @!P1 LDG.E.U8 R8, desc[UR6][R2.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR6][R2.64] ;
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
+        /*0060*/             @!UP0 UTMALDG.2D [UR8], [UR4] ;
+        /*0070*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
+        /*0080*/                   STL.64 [R1+0x8], R4 ;
+        /*0090*/                   LDL R4, [R1+0x8] ;
+        /*00a0*/                   STG.E desc[UR6][R2.64], R4 ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   NOP;
+"""
+
+
+def test_instructions_by_family() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import sass
+
+    total, families = sass.tally(LISTING)
+    assert total == 12
+    once = ("wgmma", "mma", "tcgen05", "tma", "ldgsts", "ldg.128", "stg")
+    assert families == dict.fromkeys(once, 1) | {"ldg": 2, "atomic": 0, "spill": 2}
+
+
+def test_every_op_has_kernels() -> None:
+    pytest.importorskip("triton")
+    from benchmarks import sass
+
+    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    named = {module for modules in sass.MODULES.values() for module in modules}
+    assert named == modules - {"aot", "launch"}
+
+
+def test_compiled_kernels() -> None:
+    """In a process of their own, since kernels decorated for the interpreter cannot be compiled."""
+    pytest.importorskip("triton")
+    pattern = "_fwd_kernel.fp32,.*HAS_ROWS=False.*BLOCK_K=8,"
+    args = ["--op", "doc_scores", "--kernel", pattern, "--arch", "80", "--aligned"]
+    code = (
+        f"from benchmarks.profile import main\nfor mode in '--sass', '--aot': main({args} + [mode])"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    instructions, resources = done.stdout.splitlines()
+    assert instructions.startswith("sm_80") and " instructions  ldg " in instructions
+    assert "ldg.128" in instructions and "spill" not in instructions
+    assert resources.startswith("sm_80") and " registers " in resources and "%" in resources
+
+
+# ------------------------------------------------------------------------------------ roofline
+
+
+def rows(op: str, **times: float) -> list[dict[str, str]]:
+    """Two rows of each provider, at shapes of different intensity, with these milliseconds."""
+    found = []
+    for provider, ms in times.items():
+        for shape in ("1000,64,10,1", "1000,64,10,64"):
+            row = dict.fromkeys(COLUMNS, "") | {"op": op, "provider": provider, "shape": shape}
+            row |= {"mode": "float32", "dtype": "float32", "ms_p50": str(ms), "status": "ok"}
+            row |= {"device": "a machine", "threads": "2", "gbps": f"{10 / ms}"}
+            found.append(row | {"tflops": f"{0.3 / ms}"})
+    return found
+
+
+def test_points_and_ceilings() -> None:
+    found = rows("mips", cpp=2.0, gone=1.0, read=0.5)
+    first, second = roofline.points_of(found, OPS["mips"])
+    assert (first.provider, first.shape) == ("cpp", (1000, 64, 10, 1))
+    assert first.gflops == pytest.approx(2 * 1000 * 64 / 2e-3 / 1e9)
+    assert second.gflops == pytest.approx(64 * first.gflops)
+    assert second.intensity > first.intensity
+    ceilings = roofline.ceilings_of(found, found[0])
+    assert (ceilings.gflops, ceilings.gbps) == (None, 20.0)
+    elsewhere = [row | {"device": "another"} for row in rows("mips", read=0.1, fma=0.1)]
+    assert roofline.ceilings_of(found + elsewhere, found[0]) == ceilings
+
+
+def test_a_roofline_is_the_same_each_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "mips.csv"
+    for name, found in ((table, rows("mips", cpp=2.0, faiss=3.0, read=1.0)),
+                        (tmp_path / "loss.csv", rows("marginal_loss", gemms=1.0))):  # fmt: skip
+        with name.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(found)
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        args = ["--op", "mips", "--roofline", "--csv", str(table), "--out", str(folder)]
+        assert profile.main(args) == 0
+        written.append([(folder / f"roofline.{kind}").read_bytes() for kind in ("svg", "png")])
+        assert str(folder / "roofline.svg") in capsys.readouterr().out
+    assert written[0] == written[1]
+    assert b"10 GB/s" not in written[0][1] and written[0][1].startswith(b"\x89PNG")

@@ -1,0 +1,148 @@
+"""Every stage of a step is seen, once, and together they are the whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report, stages, steps
+from benchmarks.ops.rag_step import OP
+from benchmarks.stages import REST, STAGES, WHOLE, Clock, Timed
+from fastrag import profiling
+
+TINY = OP.checked[0]
+SEEN = {
+    "fastrag": set(STAGES),
+    "hf": set(STAGES) - {"score"},  # two lines of its forward, of which nothing can take hold
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ranges_are_left() -> Iterator[None]:
+    yield
+    profiling.set_ranges(None)
+
+
+class Hand(Clock):
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+
+def test_a_stage_does_not_count_what_is_opened_within_it() -> None:
+    clock = Hand()
+    with clock.stage("generator"):
+        clock.time += 1.0
+        with clock.stage("loss"):
+            clock.time += 10.0
+            with clock.stage("marginal_nll/logits"):  # a part of the loss
+                clock.time += 100.0
+        clock.time += 1000.0
+    clock.time += 5.0
+    with clock.stage("loss"):
+        clock.time += 10000.0
+    assert clock.spent == {"generator": 1001.0, "loss": 10110.0}
+
+
+@pytest.mark.parametrize("mode", ["token", "sequence-given"])
+@pytest.mark.parametrize("provider", SEEN)
+def test_the_stages_are_the_step(provider: str, mode: str) -> None:
+    reason = OP.provider(provider).why_not("cpu", "float32", mode)
+    if reason:
+        pytest.skip(reason)
+    found = Timed(provider, mode, TINY, "float32", "cpu").turn()
+    expected = SEEN[provider]
+    if mode.endswith("-given"):
+        expected = expected - ({"search"} if provider == "fastrag" else {"search", "contexts"})
+    assert set(found) == expected | {REST, WHOLE}
+    assert all(ms > 0.0 for ms in found.values())
+    assert sum(found.values()) == pytest.approx(2 * found[WHOLE])
+
+
+def test_a_step_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "error_of", lambda *args: "loss: norm of the error is 1")
+    with pytest.raises(ValueError, match=r"^wrong: loss: norm of the error is 1$"):
+        Timed("fastrag", "token-given", TINY, "float32", "cpu")
+
+
+TURNS = {
+    "fastrag": [{"search": 1.0, "loss": 4.0, REST: 1.0, WHOLE: float(n)} for n in (6, 8, 10)],
+    "hf": [{"search": 2.0, REST: 14.0, WHOLE: 16.0}],
+}
+
+
+def test_rows_are_one_a_stage_or_say_why_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "unavailable: datasets is not installed"
+    monkeypatch.setattr(
+        stages, "measure", lambda *args: (TURNS | {"hf": []}, {"fastrag": "ok", "hf": why})
+    )
+    file = tmp_path / "stages.csv"
+    assert stages.main(["--csv", str(file)]) == 0
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [(row["provider"], row["stage"], row["ms_p50"], row["status"]) for row in rows] == [
+        ("fastrag", "search", "1.0000", "ok"),
+        ("fastrag", "loss", "4.0000", "ok"),
+        ("fastrag", "rest", "1.0000", "ok"),
+        ("fastrag", "whole", "8.0000", "ok"),
+        ("hf", "", "", why),
+    ]
+    assert rows[0]["op"] == "rag_step" and rows[0]["shape"] == report.shape_text(
+        OP.shapes["cpu"][0]
+    )
+    assert f"  hf: {why}" in capsys.readouterr().out
+
+
+def test_the_table_has_medians_and_shares() -> None:
+    lines = [line.split() for line in stages.table(TURNS).splitlines()]
+    assert lines == [
+        ["stage", "fastrag", "ms", "%", "hf", "ms", "%"],
+        ["search", "1", "12", "2", "12"],
+        ["loss", "4", "50"],
+        ["rest", "1", "12", "14", "88"],
+        ["whole", "8", "100", "16", "100"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--providers", "faiss"], "no provider is called 'faiss'; known: fastrag, hf"),
+        (["--mode", "both"], "rag_step has no mode 'both'"),
+        (["--shape", "1,2"], "--shape: expected B,K,L,T,H,N, got '1,2'"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        stages.main(argv)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def end_of_process() -> None:
+    import os
+
+    os._exit(3)
+
+
+def test_a_process_answers_fails_or_ends() -> None:
+    with steps.new_process() as process:
+        assert steps.ask(process, json.loads, "[1]") == ("ok", [1])
+        status, found = steps.ask(process, json.loads, "[")
+        assert status.startswith("failed: JSONDecodeError: ") and found is None
+        assert steps.ask(process, end_of_process) == ("failed: its process ended", None)
