@@ -87,16 +87,27 @@ def load(device: str) -> dict[Key, Group]:
     """The groups of one device. Of two runs at a point, the one that timed more providers counts,
     and of equals the newer one; files with columns of their own are not of this kind."""
     found: dict[Key, Group] = {}
+    for group in _groups_of(device, COLUMNS):
+        best = found.get(group.key, group)
+        found[group.key] = max(best, group, key=lambda g: (len(g.timings), g.fact("date")))
+    return found
+
+
+STAGE = "stage"  # the column that benchmarks.stages adds
+
+
+def load_stages(device: str) -> list[Group]:
+    """What `benchmarks.stages` wrote: of each provider a row for each stage; the newest runs."""
+    groups = sorted(_groups_of(device, [*COLUMNS, STAGE]), key=lambda g: g.fact("date"))
+    return list({group.key: group for group in groups}.values())
+
+
+def _groups_of(device: str, columns: Sequence[str]) -> Iterator[Group]:
     for file in sorted((RESULTS / device).glob("*.csv")):
         with file.open(newline="", encoding="utf-8") as lines:
             reader = csv.DictReader(lines)
-            if reader.fieldnames == COLUMNS:
-                for group in _groups(reader):
-                    best = found.get(group.key, group)
-                    found[group.key] = max(
-                        best, group, key=lambda g: (len(g.timings), g.fact("date"))
-                    )
-    return found
+            if reader.fieldnames == list(columns):
+                yield from _groups(reader)
 
 
 def _groups(rows: Iterable[dict[str, str]]) -> Iterator[Group]:
@@ -149,7 +160,8 @@ def source(groups: Sequence[Group]) -> str:
 
     parts = [all_of("device")]
     if not groups[0].fact("driver"):
-        parts.append(f"{all_of('threads')} threads")
+        threads = all_of("threads")
+        parts.append("1 thread" if threads == "1" else f"{threads} threads")
     parts += [f"torch {all_of('torch')}", f"commit {all_of('commit')}"]
     return " · ".join([*parts, all_of("date", lambda date: date[:10])])
 
@@ -203,7 +215,12 @@ def not_won(points: Sequence[Group]) -> str:
 
 
 def in_ms(timing: Timing) -> str:
-    return f"{timing.ms:.3g}" if timing.ms < 100 else f"{timing.ms:.0f}"
+    return in_digits(timing.ms)
+
+
+def in_digits(x: float) -> str:
+    """Three at the least, and no exponent."""
+    return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def _named(timing: Timing | None) -> str:

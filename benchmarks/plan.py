@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,12 +36,16 @@ def in_turn(ops: Iterable[Op], device: str) -> list[Point]:
 
 
 class Budget:
-    """Seconds for a whole run. A point is begun if the longest one of its op would still fit."""
+    """Seconds for a whole run over `n_ops`.
+
+    A point is begun if the longest one of its op would still fit, and may then take its op's share
+    of what is left: on a busy machine all ops have fewer turns, and not the first one them all.
+    """
 
     def __init__(
-        self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
+        self, seconds: float, n_ops: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.clock = clock
+        self.clock, self.n_ops = clock, n_ops
         self.until = clock() + seconds
         self.longest: dict[str, float] = {}
 
@@ -50,7 +53,8 @@ class Budget:
         return self.clock() + self.longest.get(op.name, FIRST_SECONDS) <= self.until
 
     @contextmanager
-    def spent_on(self, op: Op) -> Iterator[None]:
+    def spent_on(self, op: Op) -> Iterator[float]:
+        """Yields the time after which turns should end."""
         start = self.clock()
-        yield
+        yield start + (self.until - start) / self.n_ops
         self.longest[op.name] = max(self.longest.get(op.name, 0.0), self.clock() - start)

@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks import committed, roofline
@@ -31,6 +32,7 @@ from benchmarks.committed import Group
 from benchmarks.measure import ROOT
 from benchmarks.ops import OPS
 from benchmarks.registry import DTYPES, Op
+from benchmarks.stages import WHOLE
 
 FIGURES = ROOT / "docs" / "figures"
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -38,6 +40,9 @@ TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 # Of the palette of Okabe and Ito, which people tell apart however they see colours.
 OURS, SLOWER, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A5C00", "#000000")
+# of stages, light enough for dark numbers on them
+STAGE_COLOURS = ["#56B4E9", "#E69F00", "#F0E442", "#8FD3C0", "#A9C4EB", "#F2A07B", "#DDA7C8"]
+STAGE_COLOURS += ["#C9C9C9", "#9FC97F"]
 PANELS = 4  # points of an op that are drawn with all their peers
 N_INTENSITIES = 4  # flops for each byte, that a roofline is drawn from
 STYLE: dict[str, Any] = {
@@ -85,6 +90,9 @@ def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield f"{op.name}_best_peer", partial(best_peer_figure, op, against_peers)
         if len({op.flops(g.mode, g.shape) / _bytes_of(g) for g in points}) >= N_INTENSITIES:
             yield f"{op.name}_roofline", partial(roofline_figure, op, points, groups.values())
+        stages = [g for g in committed.load_stages(device) if g.op is op and g.timings]
+        if stages:
+            yield f"{op.name}_stages", partial(stages_figure, op, stages)
         for dim in op.curves:
             lines = committed.along(groups, op, dim)
             if lines:
@@ -177,6 +185,53 @@ def _bars(
             color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
+
+
+def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
+    """Where the time of a call goes: a bar of its stages for each provider."""
+    figure = Figure(figsize=(7.2, 1.1 + 0.75 * len(points)), layout="constrained")
+    names = dict.fromkeys(row[committed.STAGE] for g in points for row in g.rows if row["ms_p50"])
+    colours = dict(zip([n for n in names if n != WHOLE], STAGE_COLOURS, strict=False))
+    for i, g in enumerate(points):
+        axes = figure.add_subplot(len(points), 1, i + 1)
+        axes.set_title(committed.point_text(g))
+        providers = list(dict.fromkeys(t.provider for t in g.timings))
+        for place, provider in enumerate(providers):
+            _stack(axes, place, g, provider, colours)
+        axes.set_yticks(range(len(providers)), providers)
+        axes.set_ylim(len(providers) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize=7)
+    return _finished(
+        figure, f"{op.name}: milliseconds of each stage\n({','.join(op.dims)})", points
+    )
+
+
+def _stack(axes: Axes, place: int, g: Group, provider: str, colours: Mapping[str, str]) -> None:
+    """Stages wide enough for it have their number inside, the sum stands at the end."""
+    times = {
+        row[committed.STAGE]: float(row["ms_p50"])
+        for row in g.rows
+        if row["provider"] == provider and row["ms_p50"]
+    }
+    longest = max(t.ms for t in g.timings)
+    left = 0.0
+    for name, ms in times.items():
+        if name == WHOLE:
+            continue
+        axes.barh(place, ms, left=left, color=colours.get(name, FAINT), height=0.62)
+        if ms > 0.07 * longest:
+            axes.text(
+                left + ms / 2, place, committed.in_digits(ms), ha="center", va="center", fontsize=7
+            )
+        left += ms
+    label = committed.in_digits(times.get(WHOLE, left))
+    axes.annotate(label, (left, place), (3, 0), textcoords="offset points", va="center")
 
 
 def _line_at_one(axes: Axes, n_bars: int) -> None:
@@ -322,20 +377,35 @@ def _short(n: int) -> str:
 
 # -------------------------------------------------------------------------------------- texts
 
-SHORT = "all"  # the block of README.md; the others are named for ops, and one is NOT_WON
-NOT_WON = "not-won"
-N_SHORT = 4  # points of an op that the short table has
+# Blocks: the one of README.md, where no peer is beaten, an op each, and ops that have none there.
+SHORT, NOT_WON, OTHERS = "all", "not-won", "others"
+N_SHORT = 2  # points of an op that the short table has
+SHORT_PICTURES = 3
 BLOCK = re.compile(r"(<!-- figures: begin (\S+) -->\n).*?(<!-- figures: end -->)", re.DOTALL)
 
 
 def filled(text: str, place: Path) -> str:
     """The text of a Markdown file with its blocks made anew; `place` is the folder it is in."""
-    return BLOCK.sub(lambda found: found[1] + _block(found[2], place) + found[3], text)
+    named = [found[1] for found in BLOCK.findall(text)]
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] != OTHERS:
+            return found[1] + _block(found[2], place) + found[3]
+        made = {name: _block(name, place) for name in OPS if name not in named}
+        texts = [
+            f"\n## `{name}`: {OPS[name].about}\n{text}"
+            for name, text in made.items()
+            if text.strip()
+        ]
+        return found[1] + "".join(texts) + found[3]
+
+    return BLOCK.sub(block, text)
 
 
 def _block(name: str, place: Path) -> str:
     if name not in (SHORT, NOT_WON, *OPS):
-        raise ValueError(f"figures: expected {SHORT}, {NOT_WON} or an op, got {name!r}")
+        known = f"{SHORT}, {NOT_WON}, {OTHERS} or an op"
+        raise ValueError(f"figures: expected {known}, got {name!r}")
     parts = []
     for device in committed.devices():
         groups = committed.load(device)
@@ -347,7 +417,7 @@ def _block(name: str, place: Path) -> str:
         elif name == SHORT:
             shown = [g for found in points.values() for g in found[:N_SHORT]]
             body = committed.table(shown)
-            pictures = [figure for figure in drawn if figure.endswith("_peers")]
+            pictures = [figure for figure in drawn if figure.endswith("_peers")][:SHORT_PICTURES]
         else:
             shown = points[name]
             body = committed.table(shown)

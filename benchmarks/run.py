@@ -186,7 +186,8 @@ def _broken(op: Op, results: Iterable[Result]) -> bool:
 
 def _providers(args: argparse.Namespace) -> int:
     machine = facts(torch.device(args.device))
-    budget = Budget(60 * args.budget_minutes if args.budget_minutes else math.inf)
+    n_ops = len({point.op.name for point in args.points})
+    budget = Budget(60 * args.budget_minutes if args.budget_minutes else math.inf, n_ops)
     rows: list[dict[str, str]] = []
     done: list[tuple[Op, list[Result]]] = []
     code = 0
@@ -196,8 +197,8 @@ def _providers(args: argparse.Namespace) -> int:
             timed = budget.fits(op)
             if timed:
                 _begin(point, args.device)
-                with budget.spent_on(op):
-                    results = _time(cases, args.rounds, budget.until)
+                with budget.spent_on(op) as until:
+                    results = _time(cases, args.rounds, until)
                 parts = (report.table(op, results, machine), report.foot(op, results))
                 print("\n".join(filter(None, parts)) + "\n", flush=True)
             else:

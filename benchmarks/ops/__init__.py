@@ -5,7 +5,8 @@ from __future__ import annotations
 from benchmarks.ops import contexts, doc_scores, marginal_loss, mips, rag_step, token_logp
 from benchmarks.registry import Op
 
+# The most important first: a run with a budget takes them in this order.
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
-    for module in (marginal_loss, token_logp, doc_scores, mips, contexts, rag_step)
+    for module in (marginal_loss, rag_step, mips, token_logp, doc_scores, contexts)
 }

@@ -45,8 +45,9 @@ class FlatIndex(RowIndex):
     `n_clamped` counts them. `astype` and `replace` measure all rows.
 
     int8 with `exact="float32"` keeps the float32 rows too, and answers as a float32 index does, to
-    the bit: a search of many queries reads all codes, and only those rows that could be among the
-    best. The codes are made by the first such search, from all rows, and are not saved.
+    the bit: a search of a large index reads all codes, and only those rows that could be among the
+    best. The codes are made by the first search after an `add` or a `replace`, from all rows, which
+    takes as long as some tens of searches; they are not saved.
 
     Memory: a loaded index is mapped, read-only, and costs no memory of its own until it is changed;
     the first change (`add`, `update`) copies all vectors into memory. Nothing on disk ever
@@ -149,8 +150,8 @@ class FlatIndex(RowIndex):
 
         Args:
             vectors: `[n, D]`, in memory or mapped from a file (`numpy.load(..., mmap_mode="r")`),
-                or an iterable of such blocks. They are read block by block, and none is kept;
-                where their number is not known beforehand, room grows by doubling.
+                or an iterable of such blocks. They are read block by block, and none is kept. Room
+                grows by doubling, from the rows of the first `add` or of its first block.
 
         Returns:
             The new rows' numbers.
@@ -166,11 +167,7 @@ class FlatIndex(RowIndex):
             n_clamped = 0
             for block in blocks:
                 stored, n = chosen.encode(block, stop - start)
-                self._reserve(
-                    max(stop + len(block), start + (whole or 0)),
-                    keep=stop,
-                    exact=whole is not None,
-                )
+                self._reserve(max(stop + len(block), start + (whole or 0)), keep=stop)
                 self._data[stop : stop + len(block), : self.dim] = stored
                 stop += len(block)
                 n_clamped += n
@@ -200,7 +197,7 @@ class FlatIndex(RowIndex):
                 return
             stored, n_clamped = self._codec.encode(checked)
             if self._mapped:
-                self._reserve(self._n, keep=self._n, exact=True)
+                self._reserve(self._n, keep=self._n)
             with self._lock.write():
                 codec.put_rows(self.index_emb, rows, stored)
                 if self._codes is not None:
@@ -424,7 +421,7 @@ class FlatIndex(RowIndex):
             return self._host_search.search(
                 query, self.index_emb, k, exclude, **self._codec.arguments
             )
-        if self.exact == "float32" and codes.pay(query):
+        if self.exact == "float32" and codes.pay(self.index_emb, k):
             return self._row_codes().search(query, k, exclude)
         return functional.mips_topk(
             query, self.index_emb, k, exclude=exclude, **self._codec.arguments
@@ -444,12 +441,12 @@ class FlatIndex(RowIndex):
         n_rows = max(1, inputs.BLOCK_BYTES // (self.dim * self._data.itemsize))
         return iter(self.index_emb.split(n_rows)) if self._n else iter(())
 
-    def _reserve(self, n: int, *, keep: int, exact: bool) -> None:
+    def _reserve(self, n: int, *, keep: int) -> None:
         """Makes room for n rows in memory of our own and copies the first `keep`."""
         capacity = self._data.shape[0]
         if n <= capacity and not self._mapped:
             return
-        room = n if exact and capacity == 0 else max(n, 2 * capacity if n > capacity else n)
+        room = max(n, 2 * capacity) if n > capacity else n
         grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():

@@ -27,7 +27,7 @@ class Index(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it is searched."""
+        """Where `index_emb` is, or else where it is searched; what `to` sets."""
 
     @property
     def version(self) -> int:

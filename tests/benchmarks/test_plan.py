@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,16 +52,21 @@ def test_ops_take_turns() -> None:
 
 def test_a_point_is_begun_if_the_longest_of_its_op_still_fits() -> None:
     clock, mips, loss = Clock(), OPS["mips"], OPS["marginal_loss"]
-    budget = Budget(200.0, clock)
+    budget = Budget(200.0, 2, clock)
+    ends = []
     for seconds in (30.0, 80.0, 20.0):
         assert budget.fits(mips)
-        with budget.spent_on(mips):
+        with budget.spent_on(mips) as until:
+            ends.append(until)
             clock.now += seconds
+    assert ends == [100.0, 30.0 + 170.0 / 2, 110.0 + 90.0 / 2]
     assert not budget.fits(mips)  # 130 + 80
     assert budget.fits(loss)  # 130 + 60
     clock.now = 150.0
     assert not budget.fits(loss)
-    assert Budget().fits(mips)
+    endless = Budget(math.inf, 2, clock)
+    with endless.spent_on(mips) as until:
+        assert endless.fits(mips) and until == math.inf
 
 
 # ---------------------------------------------------------------------------- the whole command
@@ -70,7 +76,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, n_points: int) -> Clock:
     """All providers take 10 ms, each point takes 50 s, and the user interrupts after `n_points`."""
     clock = Clock()
     monkeypatch.setattr(shared, "hold", lambda specs: None)
-    monkeypatch.setattr(run, "Budget", lambda seconds: Budget(seconds, clock))
+    monkeypatch.setattr(run, "Budget", lambda seconds, n_ops: Budget(seconds, n_ops, clock))
 
     def fake(cases: Sequence[Case], rounds: int, until: float) -> list[Result]:
         if clock.now >= 50.0 * n_points:

@@ -86,7 +86,7 @@ def test_every_figure_is_shown() -> None:
 
 
 def test_an_unknown_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected all, not-won or an op, got 'mipps'"):
+    with pytest.raises(ValueError, match="expected all, not-won, others or an op, got 'mipps'"):
         plot.filled("<!-- figures: begin mipps -->\n<!-- figures: end -->", ROOT)
 
 
@@ -139,6 +139,28 @@ def test_a_run_of_more_providers_counts_and_then_the_newer(results: Path) -> Non
     write(results / "c.csv", SWEPT, {**ALL, "cpp": 8.0}, SINCE)
     (group,) = committed.load("here").values()
     assert group.own and group.own.ms == 8.0
+
+
+def test_stages_are_of_the_newest_run_and_ops_without_a_block_get_one(results: Path) -> None:
+    for date, ms in ((SINCE, 3.0), (BEFORE, 9.0)):
+        file = results / f"{date[:7]}.csv"
+        write(file, SWEPT, {"cpp": ms, "numpy": ms}, date)
+        lines = file.read_text().splitlines()
+        text = "\n".join(
+            f"{line},{'stage' if i == 0 else 'search'}" for i, line in enumerate(lines)
+        )
+        file.write_text(text + "\n")
+    (group,) = committed.load_stages("here")
+    assert [t.ms for t in group.timings] == [3.0, 3.0] and not committed.load("here")
+    assert [name for name, _ in plot.figures_of("here")] == ["mips_stages"]
+
+    write(results / "mips.csv", SWEPT, ALL)
+    page = "<!-- figures: begin {} -->\n<!-- figures: end -->\n"
+    both = plot.filled(page.format("mips") + page.format("others"), ROOT)
+    assert both.count("numpy 17") == 1 and "## `mips`" not in both
+    rest = plot.filled(page.format("doc_scores") + page.format("others"), ROOT)
+    assert rest.count("numpy 17") == 1 and "## `mips`: the k rows" in rest
+    assert "mips_stages.png" in rest and "## `token_logp`" not in rest
 
 
 def test_files_of_other_columns_and_ops_are_left_alone(results: Path) -> None:

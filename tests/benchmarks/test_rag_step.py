@@ -151,7 +151,8 @@ def test_flops_are_those_of_the_matrix_products() -> None:
         side.loss().backward()
     # one column of the decoder and of the head more than there are labels
     expected = OP.flops("token-given", (*shape[:3], 9, *shape[4:]))
-    assert 0.97 < counter.get_total_flops() / expected < 1.06
+    # the questions have 15 tokens, not the 12 of the formula
+    assert 0.999 < counter.get_total_flops() / expected < 1.01
 
 
 def test_the_ceiling_is_the_body_alone() -> None:

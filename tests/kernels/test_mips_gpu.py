@@ -287,7 +287,7 @@ def test_searches_of_an_index_on_the_host_lock_pages_once(monkeypatch: pytest.Mo
     locked, plain = [], host_search.page_locked
     monkeypatch.setattr(host_search, "page_locked", lambda n: locked.append(n) or plain(n))
     monkeypatch.setattr(host_search, "BLOCK_BYTES", 4 << 20)
-    index, query = on_the_host(200_000, 64), torch.randn(16, 64, device="cuda")
+    index, query = on_the_host(200_000, 256), torch.randn(16, 256, device="cuda")  # 205 MB
     index.search(query, 10)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -295,7 +295,7 @@ def test_searches_of_an_index_on_the_host_lock_pages_once(monkeypatch: pytest.Mo
     for _ in range(5):
         index.search(query, 10)
     assert locked == [4 << 20] * 2
-    assert torch.cuda.max_memory_allocated() - before <= 2 * (4 << 20) + (8 << 20)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * (4 << 20) + (40 << 20)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
 
