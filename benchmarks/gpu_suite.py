@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+from benchmarks.arguments import Parser
 from benchmarks.gpu import plan, steps, summary
 from benchmarks.gpu.isolation import NOT_RUN
 from benchmarks.gpu.plan import Step
@@ -49,13 +49,8 @@ BENCHES: tuple[tuple[str, Bench, float], ...] = (
 PEERS = ("peers", Bench("marginal_loss", ("token",), LOSS_SHAPES[:1]), 120)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="benchmarks.gpu_suite", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="benchmarks.gpu_suite", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget-minutes", type=float, default=8.0, help="default: 8")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of those that --dry-run lists")

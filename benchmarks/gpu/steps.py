@@ -178,7 +178,10 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         seconds = deadline - time.monotonic()
-        ended = run_limited(bench.command(results.rounds, path), seconds)
+        command = bench.command(results.rounds, path)
+        if not bench.shapes:  # the most important first, and an end before it is cut off
+            command += ["--budget-minutes", f"{seconds / 60:.2f}"]
+        ended = run_limited(command, seconds)
         rows = _read_rows(path)
     results.rows += rows
     _write_rows(results.out / "benchmarks.csv", results.rows)
@@ -200,7 +203,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     from benchmarks import report
 
-    report.write_csv(path, rows)
+    report.write_csv(path, rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 # ---------------------------------------------------------------------------------------- sanitizer

@@ -282,6 +282,7 @@ def results(tmp_path: Path) -> Results:
 class FakeBench:
     code: str
     op: str = "fake"
+    shapes: tuple[str, ...] = ()
 
     def command(self, rounds: int, path: Path) -> list[str]:
         return [sys.executable, "-c", self.code, str(path)]
