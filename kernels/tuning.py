@@ -72,7 +72,7 @@ def _chosen(
 def architecture(device: torch.device | None) -> str:
     """Such as "sm_90", the empty string without a GPU."""
     if device is None:
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_initialized():
             return ""
         device = torch.device("cuda", torch.cuda.current_device())
     return _architecture(device) if device.type == "cuda" else ""

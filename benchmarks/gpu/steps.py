@@ -184,7 +184,8 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
         ended = run_limited(command, seconds)
         rows = _read_rows(path)
     results.rows += rows
-    _write_rows(results.out / "benchmarks.csv", results.rows)
+    if results.rows:
+        _write_rows(results.out / "benchmarks.csv", results.rows)
     if ended.timed_out:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
     if ended.code != 0:
