@@ -31,7 +31,8 @@ NEEDED = ("torch", "triton", "transformers", "pytest")
 # Percentiles of fewer turns, where all has to fit some minutes.
 FEW_ROUNDS, MANY_ROUNDS, MANY_FROM_MINUTES = 8, 20, 15
 TESTS_SHARE = 0.5
-CPUS_PER_FILE = 4
+# Of processes that compile, and share the memory of the GPU.
+MOST_JOBS, CPUS_PER_JOB = 8, 2
 
 LOSS_SHAPES = ("8,5,64,1024,50265", "4,8,256,2048,128256", "8,10,128,1024,50265")
 SEARCHES = tuple(f"21000000,768,10,{n}" for n in (1, 1024, 64, 256))
@@ -56,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of those that --dry-run lists")
     parser.add_argument("--no-build", action="store_true", help="leave the C++ extension unbuilt")
     parser.add_argument("--rounds", type=int, help="turns of a provider that count")
-    parser.add_argument("--jobs", type=int, help="files of tests at a time; default: by the CPUs")
+    parser.add_argument("--jobs", type=int, help="tests at a time; default: by the CPUs")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
         "--one-kernel", metavar="NAME", help="run one case of benchmarks.gpu.cases, and no more"
@@ -73,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rounds = args.rounds or (
         MANY_ROUNDS if args.budget_minutes >= MANY_FROM_MINUTES else FEW_ROUNDS
     )
-    args.jobs = args.jobs or max(1, min(4, (os.cpu_count() or 1) // CPUS_PER_FILE))
+    args.jobs = args.jobs or max(1, min(MOST_JOBS, (os.cpu_count() or 1) // CPUS_PER_JOB))
     results = Results(args.out, args.rounds, args.jobs)
     args.results, args.steps = results, all_steps(results, 60 * args.budget_minutes)
     if args.no_build:
@@ -109,7 +110,7 @@ def all_steps(results: Results, budget: float) -> list[Step]:
         Step("build", "setup.py", partial(steps.build, results), 120, 600, background=True),
         Step(
             "tests",
-            "pytest -m gpu, a process for each file",
+            "pytest -m gpu, a process for each function",
             partial(steps.tests, results),
             min(180.0, TESTS_SHARE * budget),
             max(120.0, TESTS_SHARE * budget),
