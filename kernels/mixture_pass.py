@@ -31,6 +31,8 @@ from torch import Tensor
 _BLOCKS_K = (4, 16, 64, 256)
 # Logits per program and tile, and num_warps: 16 a thread; then others that a GPU may like better.
 _TILES = ((2048, 4), (4096, 8), (2048, 8), (1024, 4))
+# A grid has at most 65535 programs along its second axis, and each takes so many words.
+_LEAST_WORDS = 8
 MAX_PASSAGES = _BLOCKS_K[-1]
 
 
@@ -53,6 +55,7 @@ def tiles(block_k: int) -> tuple[dict[str, int], ...]:
     return tuple(
         {"BLOCK_K": block_k, "BLOCK_V": tile // block_k, "num_warps": num_warps}
         for tile, num_warps in _TILES
+        if tile // block_k >= _LEAST_WORDS
     )
 
 
