@@ -120,6 +120,23 @@ class _Seen:
         return f"{manner}\n{self.ended.tail}"
 
 
+def collect(
+    command: Sequence[str],
+    label: str,
+    *,
+    deadline: float,
+    patience: float,
+    env: Mapping[str, str] | None = None,
+) -> list[str] | Record:
+    """Returns the names that a command says there are, or why it says none, in the label's name."""
+    seen = _one_process(command, deadline, patience, env or {})
+    if seen.names is not None:
+        return seen.names
+    if seen.why == BUDGET:
+        return Record(label, NOT_RUN, 0.0, BUDGET)
+    return Record(label, FAILED, seen.ended.seconds, seen.ending())
+
+
 def run_isolated(
     command: Callable[[Sequence[str]], Sequence[str]],
     label: str,

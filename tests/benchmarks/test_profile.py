@@ -106,7 +106,7 @@ def test_ncu_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert said.out.startswith("FASTRAG_RANGES=nvtx ncu --clock-control none --nvtx ")
-    for part in ("--nvtx-include fastrag-profile/", "--set full", "-k regex:_fwd", "-o "):
+    for part in ("--profile-from-start off", "--set full", "-k regex:_fwd", "-o "):
         assert part in said.out
     tail = "--loop --op doc_scores --provider triton --mode forward --shape 2,3,4,8 "
     assert tail + "--dtype bfloat16 --device cuda --calls 3\n" in said.out
@@ -191,9 +191,10 @@ def test_every_op_has_kernels() -> None:
     pytest.importorskip("triton")
     from benchmarks import sass
 
-    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    files = (ROOT / "kernels").glob("*.py")
+    modules = {path.stem for path in files if "def aot_configs(" in path.read_text()}
     named = {module for modules in sass.MODULES.values() for module in modules}
-    assert named == modules - {"aot", "launch"}
+    assert named == modules
 
 
 def test_compiled_kernels() -> None:
