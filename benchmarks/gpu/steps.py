@@ -148,9 +148,13 @@ def tests(results: Results, deadline: float) -> str:
     def look_into(file: str) -> list[str] | Record:
         return collect(pytest_command([file], "--collect-only"), file, **limits)
 
+    path = results.out / "tests.txt"  # in its final form when all is done
+    path.unlink(missing_ok=True)
+
     def keep(record: Record) -> None:
-        with results.lock:
+        with results.lock, path.open("a", encoding="utf-8") as file:
             results.tests.append(record)
+            file.write(f"{record.outcome} {record.name}\n{record.text}".rstrip() + "\n")
 
     def one(names: list[str]) -> list[Record]:
         return run_isolated(pytest_command, names[0], names=names, tell=keep, **limits)

@@ -114,6 +114,21 @@ def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
     assert outcomes(records) == {"x": "failed", "y": "failed"} and len(asked) == 1
 
 
+def test_records_are_told_while_the_process_runs(child: Path) -> None:
+    """Whoever is stopped from outside has kept what was done."""
+    told: list[tuple[str, float]] = []
+    began = time.monotonic()
+    run_isolated(
+        lambda names: [sys.executable, str(child)],
+        "all",
+        deadline=began + 3.0,
+        patience=30.0,
+        env={"ACT": json.dumps({"b": "hang"})},
+        tell=lambda record: told.append((record.name, time.monotonic() - began)),
+    )
+    assert [name for name, _ in told] == ["a"] and told[0][1] < 2.5
+
+
 def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
     limits = {"patience": 5.0, "env": {"ACT": "{}"}}
     command = [sys.executable, str(child)]
