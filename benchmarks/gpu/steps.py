@@ -197,8 +197,19 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
     if ended.code != 0:
         results.broken.append(bench.op)
-        return f"failed with code {ended.code}, {len(rows)} rows: {_last_line(ended.output)}"
+        told = "; ".join(_bad(rows)[:3]) or _last_line(ended.output)
+        return f"failed with code {ended.code}, {len(rows)} rows: {told}"
     return f"ok: {len(rows)} rows"
+
+
+def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
+    """What went wrong, by the rows."""
+    fine = ("ok", "unavailable")
+    return [
+        f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
+        for row in rows
+        if (status := row.get("status", "")) and not status.startswith(fine)
+    ]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -314,6 +314,11 @@ class FakeBench:
         return [sys.executable, "-c", self.code, str(path)]
 
 
+HEAD = "op,provider,mode,shape,status"
+WRONG = (
+    "import sys; open(sys.argv[1], 'w').write("
+    f"'{HEAD}\\nfake,triton,token,\"1,2\",wrong: loss\\n'); sys.exit('a foot')"
+)
 ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours,1.5\\n')\n"
 
 
@@ -322,9 +327,10 @@ ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours
     [
         (ROWS, "ok: 1 rows", False),
         (ROWS + "sys.exit('ours is wrong')", "failed with code 1, 1 rows: ours is wrong", True),
+        (WRONG, "failed with code 1, 1 rows: triton token 1,2 wrong: loss", True),
         (ROWS + "import time; time.sleep(60)", "cut off after 1 s, 1 rows", False),
     ],
-    ids=["good", "wrong", "slow"],
+    ids=["good", "broken", "wrong", "slow"],
 )
 def test_rows_that_were_written_are_kept(
     tmp_path: Path, code: str, said: str, broken: bool
@@ -332,7 +338,7 @@ def test_rows_that_were_written_are_kept(
     found = results(tmp_path)
     assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
-    assert "fake,ours" in (tmp_path / "benchmarks.csv").read_text()
+    assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
 
 
 def test_errors_of_the_sanitizer_belong_to_the_case_before_them() -> None:
