@@ -111,9 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from fastrag.kernels import tuning
 
+    from benchmarks.gpu.tuning import JOBS, fits
     from benchmarks.measure import facts
 
     device = torch.device("cuda", torch.cuda.current_device())
+    names = [name for name in args.jobs if fits(JOBS[name], device)]
     arch, machine = tuning.architecture(device), facts(device)
     seen: list[Record] = []
 
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tuning",
         deadline=time.monotonic() + args.seconds,
         patience=PATIENCE,
-        names=args.jobs,
+        names=names,
         tell=tell,
     )
     found = document(records, arch, machine)

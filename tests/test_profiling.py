@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,3 +232,14 @@ def test_compiled_graphs_have_no_stages(ranges: str | None) -> None:
     finally:
         set_ranges(None)
         torch.compiler.reset()
+
+
+def test_stages_are_documented() -> None:
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs" / "profiling.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in (root / "fastrag").rglob("*.py"))
+    names = set(re.findall(r'with stage\("([a-z_/]+)"\)', code)) - {"rerank"}
+    assert len(names) > 20
+    for name in names:
+        whole, slash, part = name.partition("/")
+        assert f"`{name}`" in text or (f"`{whole}" in text and f"`{slash}{part}`" in text), name

@@ -148,9 +148,13 @@ def tests(results: Results, deadline: float) -> str:
     def look_into(file: str) -> list[str] | Record:
         return collect(pytest_command([file], "--collect-only"), file, **limits)
 
+    path = results.out / "tests.txt"  # in its final form when all is done
+    path.unlink(missing_ok=True)
+
     def keep(record: Record) -> None:
-        with results.lock:
+        with results.lock, path.open("a", encoding="utf-8") as file:
             results.tests.append(record)
+            file.write(f"{record.outcome} {record.name}\n{record.text}".rstrip() + "\n")
 
     def one(names: list[str]) -> list[Record]:
         return run_isolated(pytest_command, names[0], names=names, tell=keep, **limits)
@@ -193,8 +197,19 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
     if ended.code != 0:
         results.broken.append(bench.op)
-        return f"failed with code {ended.code}, {len(rows)} rows: {_last_line(ended.output)}"
+        told = "; ".join(_bad(rows)[:3]) or _last_line(ended.output)
+        return f"failed with code {ended.code}, {len(rows)} rows: {told}"
     return f"ok: {len(rows)} rows"
+
+
+def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
+    """What went wrong, by the rows."""
+    fine = ("ok", "unavailable")
+    return [
+        f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
+        for row in rows
+        if (status := row.get("status", "")) and not status.startswith(fine)
+    ]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.gpu.watch import Recorder, cuda_error
+from fastrag.ops import triton_mips
 from fastrag.ops.triton_chunk_logits import padded
 
 ROUNDS = 5
@@ -230,6 +231,11 @@ def _jobs() -> list[Job]:
 
 
 JOBS = {job.name: job for job in _jobs()}
+
+
+def fits(job: Job, device: torch.device) -> bool:
+    """Whether this GPU has the regime: where it has no descriptors there is no choice of tiles."""
+    return not job.regime.get("use_tma") or triton_mips._has_tma(device)
 
 
 class LostError(RuntimeError):

@@ -114,6 +114,21 @@ def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
     assert outcomes(records) == {"x": "failed", "y": "failed"} and len(asked) == 1
 
 
+def test_records_are_told_while_the_process_runs(child: Path) -> None:
+    """Whoever is stopped from outside has kept what was done."""
+    told: list[tuple[str, float]] = []
+    began = time.monotonic()
+    run_isolated(
+        lambda names: [sys.executable, str(child)],
+        "all",
+        deadline=began + 3.0,
+        patience=30.0,
+        env={"ACT": json.dumps({"b": "hang"})},
+        tell=lambda record: told.append((record.name, time.monotonic() - began)),
+    )
+    assert [name for name, _ in told] == ["a"] and told[0][1] < 2.5
+
+
 def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
     limits = {"patience": 5.0, "env": {"ACT": "{}"}}
     command = [sys.executable, str(child)]
@@ -299,6 +314,11 @@ class FakeBench:
         return [sys.executable, "-c", self.code, str(path)]
 
 
+HEAD = "op,provider,mode,shape,status"
+WRONG = (
+    "import sys; open(sys.argv[1], 'w').write("
+    f"'{HEAD}\\nfake,triton,token,\"1,2\",wrong: loss\\n'); sys.exit('a foot')"
+)
 ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours,1.5\\n')\n"
 
 
@@ -307,9 +327,10 @@ ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours
     [
         (ROWS, "ok: 1 rows", False),
         (ROWS + "sys.exit('ours is wrong')", "failed with code 1, 1 rows: ours is wrong", True),
+        (WRONG, "failed with code 1, 1 rows: triton token 1,2 wrong: loss", True),
         (ROWS + "import time; time.sleep(60)", "cut off after 1 s, 1 rows", False),
     ],
-    ids=["good", "wrong", "slow"],
+    ids=["good", "broken", "wrong", "slow"],
 )
 def test_rows_that_were_written_are_kept(
     tmp_path: Path, code: str, said: str, broken: bool
@@ -317,7 +338,7 @@ def test_rows_that_were_written_are_kept(
     found = results(tmp_path)
     assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
-    assert "fake,ours" in (tmp_path / "benchmarks.csv").read_text()
+    assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
 
 
 def test_errors_of_the_sanitizer_belong_to_the_case_before_them() -> None:

@@ -31,6 +31,7 @@ def test_every_tunable_kernel_has_jobs_in_known_regimes() -> None:
     assert len(jobs.JOBS) == len(jobs._jobs())
     for job in jobs.JOBS.values():
         assert len(job.candidates(**job.regime)) >= 2, job.name
+        assert jobs.fits(job, CPU) == (job.kernel != "group_max")  # which is of descriptors
 
 
 @pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
