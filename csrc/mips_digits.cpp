@@ -19,8 +19,9 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kChunkRows = 2048;
 constexpr int64_t kGroupQueries = 256;
-constexpr int64_t kMaxDim = 1 << 16;  // whose sum of products fits 32 bits
-constexpr int64_t kFirstRoom = 512;   // candidates, beside some for each of the k
+constexpr int64_t kMaxDim = 1 << 16;   // whose sum of products fits 32 bits
+constexpr double kRounder = 0x1.8p52;  // added and taken away: rounds to a whole number
+constexpr int64_t kFirstRoom = 64;     // candidates, beside some for each of the k
 
 const DigitKernels& digit_kernels(Isa isa) {
   if (isa == Isa::kScalar) return *scalar_digit_kernels();
@@ -39,6 +40,12 @@ const float* row_of_matrix(const MipsMatrix& matrix, int64_t row) {
 }
 
 struct Candidate {
+  // Bounds of which one overflowed say nothing.
+  Candidate(float upper, float lower, int64_t row)
+      : upper(std::isnan(upper) ? kInfinity : upper),
+        lower(std::isnan(lower) ? -kInfinity : lower),
+        row(static_cast<uint32_t>(row)) {}
+
   float upper, lower;
   uint32_t row;
 };
@@ -46,10 +53,10 @@ struct Candidate {
 // The rows of one query that may be among its best k, and how high a row must reach.
 class CandidateRows {
  public:
-  explicit CandidateRows(int64_t k) : k_(k), room_(4 * k + kFirstRoom) {}
+  explicit CandidateRows(int64_t k) : k_(k), room_(2 * k + kFirstRoom) {}
 
   float threshold() const { return threshold_; }
-  const std::vector<Candidate>& rows() const { return rows_; }
+  std::vector<Candidate>& rows() { return rows_; }
 
   void add(const Candidate& candidate) {
     rows_.push_back(candidate);
@@ -59,8 +66,8 @@ class CandidateRows {
   }
 
   void add_all(const CandidateRows& other) {
-    rows_.insert(rows_.end(), other.rows_.begin(), other.rows_.end());
     threshold_ = std::max(threshold_, other.threshold_);
+    rows_.insert(rows_.end(), other.rows_.begin(), other.rows_.end());
   }
 
   // k rows score at least as much as the k-th largest lower bound.
@@ -81,14 +88,57 @@ class CandidateRows {
   float threshold_ = -kInfinity;
 };
 
+// A tile of codes from other rows, and zeros between and below them.
+struct CopiedRows {
+  std::vector<int8_t> codes;
+  std::vector<float> code_norm, rest_norm;
+  std::vector<int32_t> code_sum;
+};
+
 struct Worker {
   std::vector<CandidateRows> candidates;  // [n_queries]
   std::vector<float> thresholds;          // [n_lanes]
   DigitScores scores;
-  std::vector<int8_t> tail;  // the last codes and their bounds, with zeros to fill the tile
-  std::vector<float> tail_norms[2];
-  std::vector<int32_t> tail_sums;
+  CopiedRows tail;
 };
+
+// Where the digits of a query are: in pieces, each so many bytes after the one before.
+struct Pieces {
+  uint8_t* first;
+  int64_t size, step;
+};
+
+// What weights are rounded to: the value of a one, and the norms of the digits and of the rest.
+struct Rounding {
+  float unit;
+  double digits, rest;
+
+  // What is lost at most for each of |code|: beside the rest, what float32 loses of sums of whole
+  // numbers beyond 2^24, and of bounds.
+  float slack() const { return rounded_up(rest + 1e-6 * unit * digits); }
+};
+
+// Rounds to whole multiples of a unit, and leaves the rest in weights.
+Rounding take_digits(std::vector<double>* weights, int bias, const Pieces& pieces) {
+  double largest = 0.0, squares = 0.0;
+  for (const double w : *weights) largest = std::max(largest, std::fabs(w));
+  const float unit = static_cast<float>(largest / bias);
+  const double per_one = unit > 0.0f ? 1.0 / unit : 0.0;
+  int64_t digit_squares = 0;
+  uint8_t* piece = pieces.first;
+  const int64_t dim = weights->size();
+  for (int64_t begin = 0; begin < dim; begin += pieces.size, piece += pieces.step)
+    for (int64_t d = begin; d < std::min(begin + pieces.size, dim); ++d) {
+      double& w = (*weights)[d];
+      const double exact = w * per_one + kRounder - kRounder;
+      const int digit = static_cast<int>(std::clamp<double>(exact, -bias, bias));
+      piece[d - begin] = static_cast<uint8_t>(digit + bias);
+      digit_squares += digit * digit;
+      w -= double{unit} * digit;
+      squares += w * w;
+    }
+  return {unit, std::sqrt(1.0 * digit_squares), std::sqrt(squares)};
+}
 
 // A group of queries against all codes, and then against the rows that are left.
 class CodeSearch {
@@ -107,7 +157,7 @@ class CodeSearch {
         exclusions_(question, first_query, n_queries) {
     pack();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim);
-    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / kernels_.rows) * kernels_.rows;
+    block_rows_ = std::max<int64_t>(1, kBlockBytes / row_bytes / tile_rows_) * tile_rows_;
     const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
     chunk_rows_ = round_up(std::min(share, kChunkRows), block_rows_);
     n_workers_ = worth_waking(threads.count, 1.0 * question.dim * n_queries * matrix.n_rows,
@@ -119,7 +169,7 @@ class CodeSearch {
       Worker worker;
       worker.candidates.assign(n_queries_, CandidateRows(question_.k));
       worker.thresholds.assign(n_lanes_, kInfinity);
-      std::fill_n(worker.thresholds.begin(), n_queries_, -kInfinity);
+      std::fill_n(worker.thresholds.begin(), n_queries_ * line_rows_, -kInfinity);
       workers_.push_back(std::move(worker));
     }
     const int n_threads = static_cast<int>(n_workers_);
@@ -131,125 +181,188 @@ class CodeSearch {
         scan(begin, std::min(begin + chunk_rows_, matrix_.n_rows), &workers_[i]);
       }
     });
-    parallel_for(n_threads, n_queries_,
-                 [&](int64_t query) { looked_at += look_at_rows(query, answer); });
+    parallel_for(n_threads, n_queries_, [&](int64_t query) {
+      looked_at += look_at_rows(query, candidate_rows(query), answer);
+    });
     return looked_at;
   }
 
  private:
+  using Tile = bool (*)(const DigitPanel&, const CodeRows&, DigitScores*);
+
+  // Queries that one tile takes. Their digits lie in pieces, a piece of each query before the next
+  // of any.
   struct PanelPlace {
-    int64_t first_lane;
-    int n_vectors;
+    Tile tile;
+    int64_t first_query;
+    int64_t n_queries;  // with those that there are not
   };
 
   void pack() {
-    const int64_t dim = question_.dim, width = kernels_.width, dim4 = round_up(dim, 4);
-    n_lanes_ = round_up(n_queries_, width);
-    for (int64_t lane = 0; lane < n_lanes_;) {
-      panels_.push_back({lane, n_lanes_ - lane > width ? 2 : 1});
-      lane += panels_.back().n_vectors * width;
+    const int64_t dim = question_.dim, width = kernels_.width;
+    int size = 0;
+    while (size < kFewSizes && 1 << size < n_queries_) ++size;
+    if (size < kFewSizes && kernels_.few[size]) {
+      const int64_t n = int64_t{1} << size;
+      line_rows_ = width / n;
+      tile_rows_ = width;
+      piece_ = 4 * width;
+      panels_.push_back({kernels_.few[size], 0, n});
+    } else {
+      for (int64_t query = 0; query < n_queries_; query += panels_.back().n_queries) {
+        const int n_vectors = n_queries_ - query > width ? 2 : 1;
+        panels_.push_back({kernels_.tile[n_vectors - 1], query, n_vectors * width});
+      }
     }
-    digits_.assign(n_lanes_ * dim4, 0);
+    const int64_t n_filled = panels_.back().first_query + panels_.back().n_queries;
+    n_lanes_ = n_filled * line_rows_;
+    digits_.assign(n_filled * round_up(dim, piece_), 0);
     unit_.assign(n_lanes_, 0.0f);
     rest_ = norm_ = unit_;
-    std::vector<double> weight(dim);
     for (const PanelPlace& panel : panels_)
-      for (int64_t i = 0; i < std::min(panel.n_vectors * width, n_queries_ - panel.first_lane); ++i)
-        pack_query(panel, i, &weight);
+      for (int64_t i = 0; i < std::min(panel.n_queries, n_queries_ - panel.first_query); ++i)
+        pack_query(panel, i);
   }
 
-  void pack_query(const PanelPlace& panel, int64_t i, std::vector<double>* weight) {
-    const int64_t dim = question_.dim, lane = panel.first_lane + i;
-    const int64_t lanes = panel.n_vectors * kernels_.width;
-    const float* query = question_.query_emb + (first_query_ + lane) * dim;
-    double largest = 0.0, squares = 0.0;
-    for (int64_t d = 0; d < dim; ++d) {
-      (*weight)[d] = double{query[d]} * codes_.scale[d];
-      largest = std::max(largest, std::fabs((*weight)[d]));
-      squares += double{query[d]} * query[d];
-    }
-    const float unit = static_cast<float>(largest / kernels_.bias);
-    double rest = 0.0, digit_squares = 0.0;
-    uint8_t* packed = &digits_[panel.first_lane * round_up(dim, 4)];
-    for (int64_t d = 0; d < dim; ++d) {
-      const double exact = unit > 0.0f ? std::round((*weight)[d] / unit) : 0.0;
-      const double digit = std::clamp<double>(exact, -kernels_.bias, kernels_.bias);
-      rest += std::pow((*weight)[d] - digit * unit, 2);
-      digit_squares += digit * digit;
-      packed[(d / 4 * lanes + i) * 4 + d % 4] = static_cast<uint8_t>(digit + kernels_.bias);
-    }
-    // The second part is what float32 loses of sums of whole numbers beyond 2^24, and of bounds.
-    unit_[lane] = unit;
-    rest_[lane] = rounded_up(std::sqrt(rest) + 1e-6 * unit * std::sqrt(digit_squares));
-    norm_[lane] = rounded_up(std::sqrt(squares));
+  const float* vector_of(int64_t query) const {
+    return question_.query_emb + (first_query_ + query) * question_.dim;
+  }
+
+  // Of the codes in the score.
+  std::vector<double> weights_of(int64_t query) const {
+    std::vector<double> weights(question_.dim);
+    for (int64_t d = 0; d < question_.dim; ++d)
+      weights[d] = double{vector_of(query)[d]} * codes_.scale[d];
+    return weights;
+  }
+
+  void pack_query(const PanelPlace& panel, int64_t i) {
+    const int64_t dim = question_.dim, query = panel.first_query + i;
+    uint8_t* digits = &digits_[panel.first_query * round_up(dim, piece_) + i * piece_];
+    std::vector<double> weights = weights_of(query);
+    const Rounding rounding =
+        take_digits(&weights, kernels_.bias, {digits, piece_, panel.n_queries * piece_});
+    double squares = 0.0;
+    for (int64_t d = 0; d < dim; ++d) squares += double{vector_of(query)[d]} * vector_of(query)[d];
+    fill_lanes(query, rounding.unit, &unit_);
+    fill_lanes(query, rounding.slack(), &rest_);
+    fill_lanes(query, rounded_up(std::sqrt(squares)), &norm_);
+  }
+
+  void fill_lanes(int64_t query, float value, std::vector<float>* lanes) const {
+    std::fill_n(lanes->begin() + query * line_rows_, line_rows_, value);
   }
 
   void scan(int64_t begin, int64_t end, Worker* worker) const {
     for (int64_t block = begin; block < end; block += block_rows_)
       for (const PanelPlace& panel : panels_)
-        for (int64_t row = block; row < std::min(block + block_rows_, end); row += kernels_.rows)
+        for (int64_t row = block; row < std::min(block + block_rows_, end); row += tile_rows_)
           scan_tile(panel, row, worker);
   }
 
   void scan_tile(const PanelPlace& panel, int64_t row, Worker* worker) const {
-    const int64_t lane = panel.first_lane, dim = question_.dim;
-    const int64_t n = std::min<int64_t>(kernels_.rows, matrix_.n_rows - row);
-    CodeRows rows{static_cast<const int8_t*>(codes_.data) + row * codes_.pitch,
-                  codes_.pitch,
-                  dim,
-                  bounds_.code_norm + row,
-                  bounds_.rest_norm + row,
-                  bounds_.code_sum + row};
-    if (n < kernels_.rows) rows = copied_tail(rows, n, worker);
-    const DigitPanel queries{&digits_[lane * round_up(dim, 4)], &unit_[lane], &rest_[lane],
+    const int64_t dim = question_.dim, read_dim = round_up(dim, piece_);
+    const int64_t n = std::min(tile_rows_, matrix_.n_rows - row), last = row + tile_rows_ - 1;
+    const bool beyond = last * codes_.pitch + read_dim > (matrix_.n_rows - 1) * codes_.pitch + dim;
+    const CodeRows rows =
+        beyond
+            ? copied_rows([&](int64_t i) { return row + i; }, n, tile_rows_, read_dim,
+                          &worker->tail)
+            : CodeRows{codes_of(row),           codes_.pitch,          dim, bounds_.code_norm + row,
+                       bounds_.rest_norm + row, bounds_.code_sum + row};
+    const int64_t lane = panel.first_query * line_rows_, n_lanes = panel.n_queries * line_rows_;
+    const DigitPanel queries{&digits_[panel.first_query * read_dim], &unit_[lane], &rest_[lane],
                              &norm_[lane], &worker->thresholds[lane]};
-    if (!kernels_.tile[panel.n_vectors - 1](queries, rows, &worker->scores)) return;
-    for (int64_t i = 0; i < n; ++i)
-      for (uint64_t hits = worker->scores.hits[i]; hits; hits &= hits - 1) {
+    const DigitScores& found = worker->scores;
+    if (!panel.tile(queries, rows, &worker->scores)) return;
+    for (int64_t line = 0; line * line_rows_ < n; ++line)
+      for (uint64_t hits = found.hits[line]; hits; hits &= hits - 1) {
         const int bit = __builtin_ctzll(hits);
-        const int64_t at = i * panel.n_vectors * kernels_.width + bit;
-        offer(lane + bit,
-              {worker->scores.upper[at], worker->scores.lower[at], static_cast<uint32_t>(row + i)},
-              worker);
+        const int64_t i = line * line_rows_ + bit % line_rows_, at = line * n_lanes + bit;
+        if (i < n)
+          offer(panel.first_query + bit / line_rows_, {found.upper[at], found.lower[at], row + i},
+                worker);
       }
   }
 
-  void offer(int64_t query, Candidate candidate, Worker* worker) const {
-    // Bounds of which one overflowed say nothing.
-    if (std::isnan(candidate.upper)) candidate.upper = kInfinity;
-    if (std::isnan(candidate.lower)) candidate.lower = -kInfinity;
-    float* threshold = &worker->thresholds[query];
-    if (candidate.upper < *threshold || query >= n_queries_) return;
+  void offer(int64_t query, const Candidate& candidate, Worker* worker) const {
+    if (candidate.upper < worker->thresholds[query * line_rows_] || query >= n_queries_) return;
     if (!exclusions_.allow(query, candidate.row)) return;
     worker->candidates[query].add(candidate);
-    *threshold = worker->candidates[query].threshold();
+    fill_lanes(query, worker->candidates[query].threshold(), &worker->thresholds);
   }
 
-  CodeRows copied_tail(const CodeRows& rows, int64_t n, Worker* worker) const {
-    worker->tail.assign(std::max<int64_t>(1, kernels_.rows * rows.dim), 0);
-    for (int64_t i = 0; i < n; ++i)
-      std::copy_n(rows.codes + i * rows.pitch, rows.dim, &worker->tail[i * rows.dim]);
-    for (std::vector<float>& norms : worker->tail_norms) norms.assign(kernels_.rows, 0.0f);
-    worker->tail_sums.assign(kernels_.rows, 0);
-    std::copy_n(rows.code_norm, n, worker->tail_norms[0].begin());
-    std::copy_n(rows.rest_norm, n, worker->tail_norms[1].begin());
-    std::copy_n(rows.code_sum, n, worker->tail_sums.begin());
-    return {worker->tail.data(),
-            rows.dim,
-            rows.dim,
-            worker->tail_norms[0].data(),
-            worker->tail_norms[1].data(),
-            worker->tail_sums.data()};
+  const int8_t* codes_of(int64_t row) const {
+    return static_cast<const int8_t*>(codes_.data) + row * codes_.pitch;
   }
 
-  int64_t look_at_rows(int64_t query, const MipsAnswer& answer) const {
+  // n rows of read_dim codes each, in the place of a tile.
+  template <class RowAt>
+  CodeRows copied_rows(RowAt row_at, int64_t n, int64_t n_filled, int64_t read_dim,
+                       CopiedRows* out) const {
+    out->codes.resize(std::max<int64_t>(1, n_filled * read_dim));
+    out->code_norm.resize(n_filled);
+    out->rest_norm.resize(n_filled);
+    out->code_sum.resize(n_filled);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = row_at(i);
+      std::copy_n(codes_of(row), question_.dim, &out->codes[i * read_dim]);
+      out->code_norm[i] = bounds_.code_norm[row];
+      out->rest_norm[i] = bounds_.rest_norm[row];
+      out->code_sum[i] = bounds_.code_sum[row];
+    }
+    return {out->codes.data(),     read_dim,
+            question_.dim,         out->code_norm.data(),
+            out->rest_norm.data(), out->code_sum.data()};
+  }
+
+  // The rows that may be among the best k, in ascending order.
+  std::vector<Candidate> candidate_rows(int64_t query) const {
     CandidateRows left(question_.k);
     for (const Worker& worker : workers_) left.add_all(worker.candidates[query]);
     left.prune();
-    std::vector<Candidate> rows = left.rows();
-    std::sort(rows.begin(), rows.end(),
+    std::sort(left.rows().begin(), left.rows().end(),
               [](const Candidate& a, const Candidate& b) { return a.row < b.row; });
-    const float* vector = question_.query_emb + (first_query_ + query) * question_.dim;
+    if (static_cast<int64_t>(left.rows().size()) > 2 * question_.k + kFirstRoom) {
+      refine(query, &left.rows());
+      left.prune();
+    }
+    return left.rows();
+  }
+
+  // Bounds that know the second digits of the query too, in the place of a second query.
+  void refine(int64_t query, std::vector<Candidate>* rows) const {
+    const int64_t width = kernels_.width, n_rows = rows->size(), piece = 4 * width;
+    const int64_t line_rows = width / 2, read_dim = round_up(question_.dim, piece);
+    std::vector<uint8_t> digits(2 * read_dim);
+    std::vector<double> weights = weights_of(query);
+    const Rounding first = take_digits(&weights, kernels_.bias, {&digits[0], piece, 2 * piece});
+    const Rounding second =
+        take_digits(&weights, kernels_.bias, {&digits[piece], piece, 2 * piece});
+    float unit[kMaxPanelLanes], rest[kMaxPanelLanes] = {}, norm[kMaxPanelLanes] = {};
+    float threshold[kMaxPanelLanes] = {};
+    std::fill_n(unit, line_rows, first.unit);
+    std::fill_n(unit + line_rows, line_rows, second.unit);
+    std::fill_n(rest, line_rows, rounded_up(1e-6 * first.unit * first.digits) + second.slack());
+    std::fill_n(norm, line_rows, norm_[query * line_rows_]);
+    DigitScores found;
+    CopiedRows copied;
+    for (int64_t begin = 0; begin < n_rows; begin += width) {
+      const int64_t n = std::min(width, n_rows - begin);
+      const auto row_at = [&](int64_t i) { return (*rows)[begin + i].row; };
+      kernels_.few[1]({digits.data(), unit, rest, norm, threshold},
+                      copied_rows(row_at, n, width, read_dim, &copied), &found);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = i / line_rows * width + i % line_rows;
+        const float second_part = found.upper[at + line_rows];
+        (*rows)[begin + i] = {found.upper[at] + second_part, found.lower[at] + second_part,
+                              row_at(i)};
+      }
+    }
+  }
+
+  int64_t look_at_rows(int64_t query, const std::vector<Candidate>& rows,
+                       const MipsAnswer& answer) const {
     const int64_t n = rows.size(), width = float_kernels_.width;
     std::vector<uint64_t> keys(n);
     for (int64_t first = 0; first < n; first += width) {
@@ -257,7 +370,7 @@ class CodeSearch {
       float scores[kMaxGathered];
       for (int64_t i = 0; i < width; ++i)
         lines[i] = row_of_matrix(matrix_, rows[std::min(first + i, n - 1)].row);
-      float_kernels_.gathered(vector, lines, question_.dim, scores);
+      float_kernels_.gathered(vector_of(query), lines, question_.dim, scores);
       for (int64_t i = 0; i < std::min(width, n - first); ++i) {
         if (!std::isfinite(scores[i])) refuse_row(matrix_, question_.dim, rows[first + i].row);
         keys[first + i] = key_of(scores[i], rows[first + i].row);
@@ -275,10 +388,13 @@ class CodeSearch {
   const DigitKernels& kernels_;
   const MipsKernels& float_kernels_;
   const Exclusions exclusions_;
+  int64_t line_rows_ = 1;  // that share a line of scores, and lanes that a query has
+  int64_t piece_ = 4;      // digits of a query that lie together
+  int64_t tile_rows_ = kernels_.rows;
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<uint8_t> digits_;  // panel after panel
-  std::vector<float> unit_, rest_, norm_;
+  std::vector<uint8_t> digits_;            // panel after panel
+  std::vector<float> unit_, rest_, norm_;  // [n_lanes_]
   std::vector<Worker> workers_;
 };
 

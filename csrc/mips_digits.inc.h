@@ -1,8 +1,28 @@
-// The tile of whole numbers, on a type Dot that each mips_digits_<instruction set>.cpp defines
+// The tiles of whole numbers, on a type Dot that each mips_digits_<instruction set>.cpp defines
 // before it includes this file, inside its unnamed namespace, together with kDigitRows.
 
 using I = Dot::I;
 using F = Dot::F;
+
+// Norms of the rows in the lanes of a vector.
+struct LaneNorms {
+  F code, rest;
+};
+
+// Bounds of the scores in the lanes of a vector, of which `lane` is the first in the panel. Returns
+// the hits.
+inline __attribute__((always_inline)) uint64_t bound_scores(I sum, I bias, const LaneNorms& norm,
+                                                            const DigitPanel& panel, int64_t lane,
+                                                            float* upper_bounds,
+                                                            float* lower_bounds) {
+  const F score = Dot::mul(Dot::number(sum, bias), Dot::load(panel.unit + lane));
+  const F slack = Dot::add(Dot::mul(norm.code, Dot::load(panel.rest + lane)),
+                           Dot::mul(norm.rest, Dot::load(panel.norm + lane)));
+  const F upper = Dot::add(score, slack);
+  Dot::store(upper_bounds, upper);
+  Dot::store(lower_bounds, Dot::sub(score, slack));
+  return Dot::not_below(upper, Dot::load(panel.threshold + lane));
+}
 
 template <int kVectors, int kRows>
 inline __attribute__((always_inline)) uint64_t digit_products(const DigitPanel& panel,
@@ -47,17 +67,12 @@ inline __attribute__((always_inline)) uint64_t digit_products(const DigitPanel& 
     uint64_t hits = 0;
     const int row = first + r;
     const I bias = Dot::set(Dot::kBias * rows.code_sum[row]);
-    const F code_norm = Dot::set(rows.code_norm[row]), rest_norm = Dot::set(rows.rest_norm[row]);
+    const LaneNorms norm{Dot::set(rows.code_norm[row]), Dot::set(rows.rest_norm[row])};
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = v * Dot::kWidth;
-      const F score = Dot::mul(Dot::number(sum[r][v], bias), Dot::load(panel.unit + at));
-      const F slack = Dot::add(Dot::mul(code_norm, Dot::load(panel.rest + at)),
-                               Dot::mul(rest_norm, Dot::load(panel.norm + at)));
-      const F upper = Dot::add(score, slack);
-      hits |= Dot::not_below(upper, Dot::load(panel.threshold + at)) << at;
-      Dot::store(out->upper + row * kLanes + at, upper);
-      Dot::store(out->lower + row * kLanes + at, Dot::sub(score, slack));
+      const int64_t lane = v * Dot::kWidth, at = row * kLanes + lane;
+      hits |= bound_scores(sum[r][v], bias, norm, panel, lane, out->upper + at, out->lower + at)
+              << lane;
     }
     out->hits[row] = hits;
     any |= hits;
@@ -75,5 +90,58 @@ bool digit_tile(const DigitPanel& panel, const CodeRows& rows, DigitScores* out)
   return any != 0;
 }
 
+// Few queries: components in the lanes until the sums are complete, which then share a vector, lane
+// query * kRows + row.
+template <int kQueries>
+bool digit_few(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) {
+  constexpr int kRows = Dot::kWidth / kQueries;
+  constexpr int64_t kBytes = 4 * Dot::kWidth;
+  static_assert(kQueries * kRows == Dot::kWidth && kQueries <= kMaxTileRows, "words of hits");
+  uint64_t any = 0;
+#pragma GCC unroll 1
+  for (int g = 0; g < kQueries; ++g) {
+    const int first = g * kRows;
+    const int8_t* codes = rows.codes + first * rows.pitch;
+    I sum[Dot::kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < Dot::kWidth; ++i) sum[i] = Dot::set(0);
+    for (int64_t d = 0; d < rows.dim; d += kBytes) {
+      I digits[kQueries];
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q)
+        digits[q] = Dot::load(panel.digits + d * kQueries + q * kBytes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const int8_t* code = codes + r * rows.pitch + d;
+        __builtin_prefetch(code + Dot::kWidth * rows.pitch);
+        const I bytes = Dot::load(code);
+#pragma GCC unroll 8
+        for (int q = 0; q < kQueries; ++q)
+          sum[q * kRows + r] = Dot::add(sum[q * kRows + r], digits[q], bytes);
+      }
+    }
+    const I bias = Dot::mul(Dot::set(Dot::kBias), Dot::repeat<kRows>(rows.code_sum + first));
+    const LaneNorms norm{Dot::repeat<kRows>(rows.code_norm + first),
+                         Dot::repeat<kRows>(rows.rest_norm + first)};
+    const int64_t at = g * Dot::kWidth;
+    out->hits[g] =
+        bound_scores(Dot::sums(sum), bias, norm, panel, 0, out->upper + at, out->lower + at);
+    any |= out->hits[g];
+  }
+  return any != 0;
+}
+
+template <int kQueries>
+constexpr auto few_or_null() -> bool (*)(const DigitPanel&, const CodeRows&, DigitScores*) {
+  if constexpr (kQueries < Dot::kWidth)
+    return digit_few<kQueries>;
+  else
+    return nullptr;
+}
+
 constexpr DigitKernels kDigitTable = {
-    Dot::kWidth, kDigitRows, Dot::kBias, {digit_tile<1, kRowsOf1>, digit_tile<2, kRowsOf2>}};
+    Dot::kWidth,
+    kDigitRows,
+    Dot::kBias,
+    {digit_tile<1, kRowsOf1>, digit_tile<2, kRowsOf2>},
+    {few_or_null<1>(), few_or_null<2>(), few_or_null<4>(), few_or_null<8>()}};

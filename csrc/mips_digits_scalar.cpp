@@ -29,7 +29,7 @@ struct Dot {
     return x;
   }
 
-  static I load(const uint8_t* p) { return load_as<I>(p); }
+  static I load(const void* p) { return load_as<I>(p); }
   static F load(const float* p) { return load_as<F>(p); }
   static void store(float* p, F x) { std::memcpy(p, &x, sizeof(x)); }
   static I set(int32_t x) { return {{x, x, x, x}}; }
@@ -43,6 +43,10 @@ struct Dot {
       for (int j = 0; j < 4; ++j) sum.lane[i] += digit[j] * code[j];
     }
     return sum;
+  }
+  static I mul(I a, I b) {
+    for (int i = 0; i < kWidth; ++i) a.lane[i] *= b.lane[i];
+    return a;
   }
   static F number(I sum, I bias) {
     return each([&](int i) { return static_cast<float>(sum.lane[i] - bias.lane[i]); });
@@ -60,6 +64,26 @@ struct Dot {
     uint64_t mask = 0;
     for (int i = 0; i < kWidth; ++i) mask |= uint64_t{!(a.lane[i] < b.lane[i])} << i;
     return mask;
+  }
+
+  // The n numbers at p, over and over.
+  template <int n>
+  static F repeat(const float* p) {
+    return each([&](int i) { return p[i % n]; });
+  }
+  template <int n>
+  static I repeat(const int32_t* p) {
+    I x;
+    for (int i = 0; i < kWidth; ++i) x.lane[i] = p[i % n];
+    return x;
+  }
+
+  // Lane i: the sum of the lanes of x[i].
+  static I sums(const I* x) {
+    I sum = set(0);
+    for (int i = 0; i < kWidth; ++i)
+      for (const int32_t part : x[i].lane) sum.lane[i] += part;
+    return sum;
   }
 };
 

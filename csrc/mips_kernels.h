@@ -76,12 +76,15 @@ struct MipsKernels {
   void (*gathered)(const float* query, const float* const* rows, int64_t dim, float* scores);
 };
 
-// Whole numbers of queries with the codes of rows, both as digits of eight bits.
+// Whole numbers of queries with the codes of rows, both as digits of eight bits. Two tiles here
+// too: many queries in the lanes of vectors, or few queries and a vector of components of one.
 struct DigitPanel {
-  const uint8_t* digits;  // [dim / 4, n_vectors * width, 4]: the digit plus `bias`
-  const float* unit;      // what follows: [n_vectors * width]. Value of a one
-  const float* rest;      // |w - unit digits|
-  const float* norm;      // |q|
+  // The digit plus `bias`, and 0 beyond dim: [dim / 4, n_vectors * width, 4] for many queries,
+  // [dim / (4 * width), queries, 4 * width] for few.
+  const uint8_t* digits;
+  const float* unit;  // what follows: of each lane. Value of a one
+  const float* rest;  // |w - unit digits|
+  const float* norm;  // |q|
   const float* threshold;
 };
 
@@ -94,6 +97,8 @@ struct CodeRows {
   const int32_t* code_sum;
 };
 
+// Scores of many queries: a line for each row, of n_vectors * width lanes. Of few: a line for as
+// many rows as fill a vector with all queries, lane query * rows of the line + row.
 struct DigitScores {
   uint64_t hits[kMaxTileRows];  // bit = lane, upper bound not below the threshold
   float upper[kMaxTileRows * kMaxPanelLanes];
@@ -105,6 +110,9 @@ struct DigitKernels {
   int rows;
   int bias;                                                           // and the largest digit
   bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
+  // `width` rows with 1, 2, 4 and 8 queries; null where these fill the lanes of a tile. Reads rows
+  // up to the next multiple of 4 * width bytes.
+  bool (*few[kFewSizes])(const DigitPanel&, const CodeRows&, DigitScores*);
 };
 
 // Null where this build lacks the instruction set.

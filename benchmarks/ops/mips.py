@@ -439,7 +439,7 @@ OP = Op(
     },
     mode_shapes={
         **{("cpu", mode): ((200_000, 768, 10, 1),) for mode in MODES[1:]},
-        ("cpu", CODED): ((200_000, 768, 10, 64),),
+        ("cpu", CODED): tuple((200_000, 768, 10, n) for n in (1, 4, 16, 64)),
         **{("cuda", mode): () for mode in MODES if mode != "bfloat16"},
     },
     small=(20_000, 256, 10, 8),

@@ -16,14 +16,16 @@ from fastrag import functional
 from fastrag.index import codec, inputs
 from fastrag.ops import backends
 
-# From so many queries on arithmetic is the limit of a search on a CPU, of which codes need less;
-# with fewer it is memory, and reading rows beside their codes takes longer than reading rows.
-LEAST_QUERIES = 32
+# What a search through codes does beside reading them grows with k and the logarithm of N: below
+# so many numbers on a CPU, or rows for each hit, it takes longer than reading the float32 rows.
+LEAST_NUMBERS = 1 << 23
+LEAST_ROWS_PER_HIT = 64
 
 
-def pay(query: Tensor) -> bool:
-    """Whether codes make a search of these queries faster."""
-    return query.is_cuda or len(query) >= LEAST_QUERIES
+def pay(index_emb: Tensor, k: int) -> bool:
+    """Whether codes of these rows make a search for the k best of them faster."""
+    large = index_emb.numel() >= LEAST_NUMBERS and len(index_emb) >= LEAST_ROWS_PER_HIT * k
+    return index_emb.is_cuda or large
 
 
 class RowCodes:

@@ -45,8 +45,9 @@ class FlatIndex(RowIndex):
     `n_clamped` counts them. `astype` and `replace` measure all rows.
 
     int8 with `exact="float32"` keeps the float32 rows too, and answers as a float32 index does, to
-    the bit: a search of many queries reads all codes, and only those rows that could be among the
-    best. The codes are made by the first such search, from all rows, and are not saved.
+    the bit: a search of a large index reads all codes, and only those rows that could be among the
+    best. The codes are made by the first search after an `add` or a `replace`, from all rows, which
+    takes as long as some tens of searches; they are not saved.
 
     Memory: a loaded index is mapped, read-only, and costs no memory of its own until it is changed;
     the first change (`add`, `update`) copies all vectors into memory. Nothing on disk ever
@@ -420,7 +421,7 @@ class FlatIndex(RowIndex):
             return self._host_search.search(
                 query, self.index_emb, k, exclude, **self._codec.arguments
             )
-        if self.exact == "float32" and codes.pay(query):
+        if self.exact == "float32" and codes.pay(self.index_emb, k):
             return self._row_codes().search(query, k, exclude)
         return functional.mips_topk(
             query, self.index_emb, k, exclude=exclude, **self._codec.arguments

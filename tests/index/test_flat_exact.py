@@ -14,7 +14,12 @@ from fastrag.index import codes
 from fastrag.index.codes import RowCodes
 from fastrag.ops import backends
 
-N, D, B = 3000, 40, codes.LEAST_QUERIES
+N, D, B, K = 3000, 40, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def codes_for_a_small_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "LEAST_NUMBERS", N * D)
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def pair(vectors: Tensor) -> tuple[FlatIndex, FlatIndex]:
 
 
 def assert_same(index: FlatIndex, plain: FlatIndex, query: Tensor, **options: Tensor) -> None:
-    found, expected = (i.search(query, 7, **options) for i in (index, plain))
+    found, expected = (i.search(query, K, **options) for i in (index, plain))
     assert torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32))
     assert torch.equal(found[1], expected[1])
 
@@ -77,9 +82,12 @@ def test_codes_are_used_where_they_pay(
     monkeypatch.setattr(
         RowCodes, "search", lambda self, *args: asked.append(1) or search(self, *args)
     )
-    index.search(query[: B - 1], 3)
+    index.search(query, N // codes.LEAST_ROWS_PER_HIT + 1)
     assert not asked
-    index.search(query, 3)
+    index.search(query[:1], 3)
+    assert len(asked) == 1
+    small, _ = pair(vectors[:-1])
+    small.search(query, 3)
     assert len(asked) == 1
 
 

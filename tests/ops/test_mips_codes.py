@@ -26,8 +26,13 @@ def coded(index: Tensor, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, offset
 
 
-def check(query: Tensor, index: Tensor, k: int, exclude: Tensor | None, **options: float) -> None:
-    found = CodedIndex(index, *coded(index, **options)).search(query, k, exclude)
+def check(
+    query: Tensor, index: Tensor, k: int, exclude: Tensor | None, gap: int = 0, spread: float = 1.0
+) -> None:
+    codes, *factors = coded(index, spread)
+    room = torch.full((len(index), index.shape[1] + gap), 127, dtype=torch.int8)
+    room[:, : index.shape[1]] = codes
+    found = CodedIndex(index, room[:, : index.shape[1]], *factors).search(query, k, exclude)
     expected = F.mips_topk(query, index, k, exclude=exclude)
     assert torch.equal(found[1], expected[1])
     assert torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32))
@@ -54,21 +59,63 @@ def test_equals_the_plain_search(data: st.DataObject) -> None:
         check(query, index, k, exclude, spread=data.draw(st.sampled_from([1.0, 0.3])))
 
 
-@each_isa
-@pytest.mark.parametrize("kind", ["gauss", "off centre", "outlier", "equal", "zero query"])
-def test_kinds_of_rows(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ISA_VARIABLE, isa)
-    query, index = torch.randn(40, 64), torch.randn(6000, 64)
+KINDS = ["gauss", "off centre", "outlier", "equal", "same score", "denormal", "zero query"]
+
+
+def of_a_kind(kind: str, query: Tensor, index: Tensor) -> None:
     if kind == "off centre":
-        index += 30 * torch.randn(64)
+        index += 30 * torch.randn(index.shape[1])
     elif kind == "outlier":
-        index[100] *= 100
+        index[len(index) // 2] *= 100
     elif kind == "equal":
-        index[:] = index[0]
+        index[:] = index[0].clone()
+    elif kind == "same score":
+        index[:, ::2], query[:, 1::2] = 0.5, 0
+    elif kind == "denormal":
+        index *= 1e-40
     elif kind == "zero query":
-        query[3] = 0
+        query[-1] = 0
+
+
+@each_isa
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_kinds_of_rows(
+    isa: str, kind: str, n_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(backends.ISA_VARIABLE, isa)
+    query, index = torch.randn(n_queries, 64), torch.randn(6000, 64)
+    of_a_kind(kind, query, index)
     check(query, index, 7, None)
     check(query, index, 300, None)
+
+
+@each_isa
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.data())
+def test_few_queries(isa: str, data: st.DataObject) -> None:
+    """Whole vectors of codes are read, also where a row ends before: the rest must not count."""
+    n, dim = data.draw(st.sampled_from([1, 5, 20, 130, 1500])), data.draw(st.integers(1, 200))
+    n_queries, gap = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 70]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    query = torch.randn(n_queries, dim, generator=generator)
+    index = torch.randn(n, dim, generator=generator)
+    of_a_kind(data.draw(st.sampled_from(KINDS)), query, index)
+    mask = torch.rand(n, generator=generator) < 0.3 if data.draw(st.booleans()) else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backends.ISA_VARIABLE, isa)
+        check(query, index, data.draw(st.sampled_from([1, 4, 40])), mask, gap=gap)
+
+
+@each_isa
+def test_second_digits_leave_fewer_rows(isa: str) -> None:
+    """With a scale of 1 and whole numbers, codes lose nothing and two digits nearly nothing."""
+    index = torch.randint(-127, 128, (20000, 96)).float()
+    query = torch.randn(1, 96)
+    made = CodedIndex(index, index.to(torch.int8), torch.ones(96), torch.zeros(96))
+    answer = {"scores": torch.empty(1, 2).numpy(), "rows": torch.empty(1, 2).long().numpy()}
+    seen = _C.mips_topk_by_codes(query.numpy(), **made.arrays(), **answer, isa=isa)
+    assert 2 <= seen <= 2 * 2 + 64
 
 
 def test_wide_rows() -> None:
