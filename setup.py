@@ -173,7 +173,11 @@ setup(
     # called `kernels`), and is imported and installed as fastrag.kernels.
     packages=[*find_packages(include=["fastrag", "fastrag.*"]), "fastrag.kernels"],
     package_dir={"fastrag.kernels": "kernels"},
-    package_data={"fastrag": ["py.typed", "_C.pyi"], "fastrag.data": ["facts/*"]},
+    package_data={
+        "fastrag": ["py.typed", "_C.pyi"],
+        "fastrag.data": ["facts/*"],
+        "fastrag.kernels": ["tuned/*.json"],
+    },
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+from benchmarks.arguments import Parser
 from benchmarks.gpu import plan, steps, summary
 from benchmarks.gpu.isolation import NOT_RUN
 from benchmarks.gpu.plan import Step
@@ -31,7 +31,8 @@ NEEDED = ("torch", "triton", "transformers", "pytest")
 # Percentiles of fewer turns, where all has to fit some minutes.
 FEW_ROUNDS, MANY_ROUNDS, MANY_FROM_MINUTES = 8, 20, 15
 TESTS_SHARE = 0.5
-CPUS_PER_FILE = 4
+# Of processes that compile, and share the memory of the GPU.
+MOST_JOBS, CPUS_PER_JOB = 8, 2
 
 LOSS_SHAPES = ("8,5,64,1024,50265", "4,8,256,2048,128256", "8,10,128,1024,50265")
 SEARCHES = tuple(f"21000000,768,10,{n}" for n in (1, 1024, 64, 256))
@@ -49,19 +50,14 @@ BENCHES: tuple[tuple[str, Bench, float], ...] = (
 PEERS = ("peers", Bench("marginal_loss", ("token",), LOSS_SHAPES[:1]), 120)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="benchmarks.gpu_suite", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(prog="benchmarks.gpu_suite", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget-minutes", type=float, default=8.0, help="default: 8")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of those that --dry-run lists")
     parser.add_argument("--no-build", action="store_true", help="leave the C++ extension unbuilt")
     parser.add_argument("--rounds", type=int, help="turns of a provider that count")
-    parser.add_argument("--jobs", type=int, help="files of tests at a time; default: by the CPUs")
+    parser.add_argument("--jobs", type=int, help="tests at a time; default: by the CPUs")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
         "--one-kernel", metavar="NAME", help="run one case of benchmarks.gpu.cases, and no more"
@@ -78,7 +74,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rounds = args.rounds or (
         MANY_ROUNDS if args.budget_minutes >= MANY_FROM_MINUTES else FEW_ROUNDS
     )
-    args.jobs = args.jobs or max(1, min(4, (os.cpu_count() or 1) // CPUS_PER_FILE))
+    args.jobs = args.jobs or max(1, min(MOST_JOBS, (os.cpu_count() or 1) // CPUS_PER_JOB))
     results = Results(args.out, args.rounds, args.jobs)
     args.results, args.steps = results, all_steps(results, 60 * args.budget_minutes)
     if args.no_build:
@@ -114,7 +110,7 @@ def all_steps(results: Results, budget: float) -> list[Step]:
         Step("build", "setup.py", partial(steps.build, results), 120, 600, background=True),
         Step(
             "tests",
-            "pytest -m gpu, a process for each file",
+            "pytest -m gpu, a process for each function",
             partial(steps.tests, results),
             min(180.0, TESTS_SHARE * budget),
             max(120.0, TESTS_SHARE * budget),

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import torch
 
-# The range that `benchmarks.profile --loop` opens around the calls, after those that warm up.
-RANGE = "fastrag-profile"
-
 _TIME = "gpu__time_duration.sum"
 _BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _MEMORY = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -56,8 +53,11 @@ def why_not() -> str:
 
 
 def command(report: Path, loop: Sequence[str], kernels: str) -> list[str]:
-    """Returns the command that measures `loop`: clocks as they are, kernels that match, once."""
-    options = ["--clock-control", "none", "--nvtx", "--nvtx-include", f"{RANGE}/"]
+    """Returns the command that measures the kernels of `loop` that match, at clocks as they are.
+
+    `loop` itself says, with cudaProfilerStart, when its calls are warm.
+    """
+    options = ["--clock-control", "none", "--nvtx", "--profile-from-start", "off"]
     options += ["--set", "full", "-k", f"regex:{kernels}", "--force-overwrite", "-o", str(report)]
     return ["ncu", *options, *loop]
 

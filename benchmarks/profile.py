@@ -185,7 +185,8 @@ def _loop(parser: Parser, args: argparse.Namespace) -> int:
         parser.error("--loop: is for a CUDA device, where Nsight sees it")
     call, _ = _call(parser, args)
     torch.cuda.synchronize()
-    with torch.cuda.nvtx.range(ncu.RANGE):
+    # Not an NVTX range: those are of one thread, and autograd launches from another.
+    with torch.cuda.profiler.profile():
         for _ in range(args.calls):
             call()
         torch.cuda.synchronize()
@@ -218,7 +219,8 @@ def _nsight(parser: Parser, args: argparse.Namespace) -> int:
     loop = _loop_command(parser, args)
     if args.nsys:
         report = args.out / "timeline"
-        command = ["nsys", "profile", "-t", "cuda,nvtx,cublas", "-o", str(report), *loop]
+        command = ["nsys", "profile", "-t", "cuda,nvtx,cublas"]
+        command += ["--capture-range=cudaProfilerApi", "-o", str(report), *loop]
         print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}")
         return 0
     report = args.out / "kernels"

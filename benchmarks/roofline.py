@@ -21,10 +21,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 - after the choice of a backend without a screen
 
+from benchmarks.committed import RESULTS
 from benchmarks.measure import ROOT
 from benchmarks.registry import DTYPES, Op
 
-RESULTS = ROOT / "benchmarks" / "results"
 # What each ceiling bounds.
 ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")
 OURS = {"cpp": "#0072B2", "triton": "#0072B2", "torch": "#56B4E9", "cpp-float32": "#009E73"}

@@ -28,7 +28,7 @@ FAMILIES = {
     "ldg": r"LDG",
     "ldg.128": r"LDG\..*\b128",  # those of 16 bytes for each thread, among the above
     "stg": r"STG",
-    "atomic": r"ATOM[GS]?|REDG?",
+    "atomic": r"ATOMG?|REDG?",  # of global memory; the compiler's own, of shared memory, are ATOMS
     "spill": r"LDL|STL",
 }
 # A line of nvdisasm: an address, perhaps a predicate, and the instruction with its modifiers.

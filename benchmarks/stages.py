@@ -29,8 +29,10 @@ from benchmarks.registry import Shape
 from benchmarks.worker import OK
 from fastrag import profiling
 
-STAGES = ("encode_questions", "search", "score", "contexts", "generator", "loss")
-STAGES += ("backward", "optimizer")
+STAGES = (
+    *("encode_questions", "search", "score", "contexts"),
+    *("generator", "loss", "backward", "optimizer"),
+)
 REST, WHOLE = "rest", "whole"
 COLUMNS = [*report.COLUMNS, "stage"]
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}

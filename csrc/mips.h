@@ -75,9 +75,11 @@ void measure_codes(const MipsMatrix& matrix, const MipsMatrix& codes, int64_t di
 //     | q . x - q . offset - t sum_d round(w_d / t) code_d | <= |w - t round(w / t)| |code| + |q|
 //     |rest|
 //
-// so a row is left out where k others have larger lower bounds than its upper bound. The matrix is
-// float32; a product that overflows there is found only among the rows that are looked at.
-// Returns how many rows of the matrix were, over all queries.
+// so a row is left out where k others have larger lower bounds than its upper bound. What this
+// leaves is bounded again, with w - t round(w / t) rounded to multiples of a finer unit too, before
+// any row of the matrix is read. The matrix is float32; a product that overflows there is found
+// only among the rows that are looked at. Returns how many rows of the matrix were, over all
+// queries.
 int64_t mips_topk_by_codes(const MipsQuestion& question, const MipsMatrix& matrix,
                            const MipsMatrix& codes, const CodeBounds& bounds,
                            const MipsAnswer& answer, Threads threads);

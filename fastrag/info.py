@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import fastrag
+from fastrag import profiling
 from fastrag.ops import backends, workspace
 
 _DISTRIBUTIONS = (
@@ -68,6 +69,7 @@ def collect() -> dict[str, Any]:
                 backends.BACKEND_VARIABLE,
                 backends.ISA_VARIABLE,
                 workspace.WORKSPACE_VARIABLE,
+                profiling.RANGES_VARIABLE,
                 "TRITON_INTERPRET",
                 "CUDA_VISIBLE_DEVICES",
             )

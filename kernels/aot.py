@@ -5,7 +5,7 @@ module finds them all, compiles them for each architecture and reads back what t
 them. A kernel that spills, or that wants more shared memory than the architecture has, is a defect
 that shows here rather than on the user's GPU.
 
-    python -m fastrag.kernels.aot [--arch 90] [--module doc_scores] [--json]
+    python -m fastrag.kernels.aot [--arch 90] [--module doc_scores] [--candidates] [--json]
 """
 
 from __future__ import annotations
@@ -109,8 +109,11 @@ class Resources:
         return found
 
 
-def all_configs(module: str | None = None) -> list[AotConfig]:
+def all_configs(module: str | None = None, offered_by: str = "aot_configs") -> list[AotConfig]:
     """Returns the configurations of every kernel module, or of one.
+
+    offered_by: the function of a module that names them, `aot_configs` for what the launchers ask
+    for where nothing was measured, `aot_candidates` for all that tuning may choose from.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, under which kernels cannot be compiled.
@@ -121,7 +124,7 @@ def all_configs(module: str | None = None) -> list[AotConfig]:
     package = importlib.import_module("fastrag.kernels")
     names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "aot"]
     modules = {name: importlib.import_module(f"fastrag.kernels.{name}") for name in names}
-    offers = {name: m.aot_configs for name, m in modules.items() if hasattr(m, "aot_configs")}
+    offers = {name: getattr(m, offered_by) for name, m in modules.items() if hasattr(m, offered_by)}
     if module is not None and module not in offers:
         raise ValueError(f"module: expected one of {sorted(offers)}, got {module!r}")
     chosen = offers.values() if module is None else [offers[module]]
@@ -171,9 +174,11 @@ def compile_config(config: AotConfig, arch: int) -> Resources:
     )
 
 
-def compile_all(archs: Iterable[int], module: str | None = None) -> Iterator[Resources]:
+def compile_all(
+    archs: Iterable[int], module: str | None = None, offered_by: str = "aot_configs"
+) -> Iterator[Resources]:
     """Compiles every configuration for every compute capability in `archs`."""
-    configs = all_configs(module)
+    configs = all_configs(module, offered_by)
     for arch in archs:
         for config in configs:
             if not config.archs or arch in config.archs:
@@ -185,10 +190,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastrag.kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--module", help="one kernel module, e.g. doc_scores (default: all)")
+    parser.add_argument(
+        "--candidates", action="store_true", help="what tuning may choose from (slow)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     defects = []
-    for found in compile_all(args.arch or sorted(SHARED_LIMIT), args.module):
+    offered_by = "aot_candidates" if args.candidates else "aot_configs"
+    for found in compile_all(args.arch or sorted(SHARED_LIMIT), args.module, offered_by):
         defects += found.defects()
         row = dataclasses.asdict(found) | {"occupancy": round(found.occupancy, 3)}
         line = json.dumps(row) if args.json else describe(found)

@@ -16,7 +16,7 @@ added up in float32; float32 operands are multiplied without rounding them to TF
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from fastrag.kernels.aot import AotConfig
 from fastrag.kernels.launch import device_of
 from fastrag.kernels.row_pass import LOG2E, fold_logits, head_flags
+from fastrag.kernels.tuning import choose
 from torch import Tensor
 
 # Programs wanted, so that a few rows still fill a GPU; and the most splits that are joined.
@@ -32,11 +33,15 @@ _MAX_SPLITS = 64
 _BLOCK_JOIN = 64
 
 
-def blocks(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes, warps and stages: tensor cores for half operands, plain FMA for float32."""
+def blocks(dtype: torch.dtype) -> tuple[dict[str, int], ...]:
+    """The candidates: tensor cores for half operands, plain FMA for float32."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_V": 64, "BLOCK_H": 16, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_V": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
+        sizes = [(64, 64, 16, 8, 2), (64, 64, 16, 4, 2), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
+    else:
+        sizes = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3)]
+        sizes += [(256, 128, 64, 8, 3), (64, 256, 64, 8, 3)]
+    names = ("BLOCK_M", "BLOCK_V", "BLOCK_H", "num_warps", "num_stages")
+    return tuple(dict(zip(names, numbers, strict=True)) for numbers in sizes)
 
 
 @triton.jit
@@ -167,7 +172,7 @@ def linear_logp(
     slices: (rows of W, those rows in the dtype of x), in order.
     """
     n = x.shape[0]
-    sizes = blocks(x.dtype)
+    sizes = choose("linear_logp", blocks, x.device, dtype=x.dtype)
     parts = []
     with device_of(x):
         for part, weight in slices:
@@ -204,41 +209,39 @@ def linear_logp(
 
 def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Returns in how many parts the vocabulary is split for n rows."""
-    sizes = blocks(dtype)
+    sizes = blocks(dtype)[0]
     wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(n, sizes["BLOCK_M"]))
     return max(1, min(wanted, _MAX_SPLITS, triton.cdiv(vocab_size, sizes["BLOCK_V"])))
 
 
 def aot_configs() -> list[AotConfig]:
     """What the gate compiles: the weight contiguous and H a multiple of BLOCK_H, as in models."""
-    pointers = ("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr", "log_z_ptr")
-    sizes = ("N", "V", "H", "S", "first", "split_size", "stride_weight_v")
-    types = {
-        **dict.fromkeys(pointers, "*fp32"),
-        **dict.fromkeys(sizes, "i32"),
-        **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
-        "gold_ptr": "*i64",
-    }
-    configs = [AotConfig(_join_kernel, types, {"BLOCK_N": _BLOCK_JOIN}, 2)]
+    join = AotConfig(_join_kernel, _TYPES, {"BLOCK_N": _BLOCK_JOIN}, 2)
+    return [join, *_configs(slice(1))]
+
+
+def aot_candidates() -> list[AotConfig]:
+    """All that the launcher may choose from."""
+    return list(_configs(slice(None)))
+
+
+_TYPES = {
+    **dict.fromkeys(("peak_ptr", "total_ptr", "hit_ptr", "logp_ptr", "log_z_ptr"), "*fp32"),
+    **dict.fromkeys(("N", "V", "H", "S", "first", "split_size", "stride_weight_v"), "i32"),
+    **dict.fromkeys(("logit_scale", "softcap"), "fp32"),
+    "gold_ptr": "*i64",
+}
+
+
+def _configs(some: slice) -> Iterator[AotConfig]:
+    """With these candidates."""
     aligned = ("H", "stride_weight_v")
-    for name, dtype in (
-        ("fp32", torch.float32),
-        ("fp16", torch.float16),
-        ("bf16", torch.bfloat16),
-    ):
-        for flags in head_flags():
-            operands = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
-            block = blocks(dtype)
-            num_warps, num_stages = block.pop("num_warps"), block.pop("num_stages")
-            constants = {"stride_weight_h": 1, **flags, "EVEN_H": True, **block}
-            configs.append(
-                AotConfig(
-                    _linear_logp_kernel,
-                    types | operands,
-                    constants,
-                    num_warps,
-                    num_stages,
-                    aligned,
-                )
-            )
-    return configs
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    for name, dtype in dtypes.items():
+        types = _TYPES | dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
+        for sizes in blocks(dtype)[some]:
+            block = {key: size for key, size in sizes.items() if key.startswith("BLOCK")}
+            options = (sizes["num_warps"], sizes["num_stages"], aligned)
+            for flags in head_flags():
+                constants = {"stride_weight_h": 1, **flags, "EVEN_H": True, **block}
+                yield AotConfig(_linear_logp_kernel, types, constants, *options)

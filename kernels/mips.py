@@ -34,11 +34,14 @@ import triton
 import triton.language as tl
 from fastrag.kernels.aot import AotConfig
 from fastrag.kernels.launch import device_of
+from fastrag.kernels.tuning import choose
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Rows of a group. Smaller groups cost more maxima and save rescoring, which grows with k.
 GROUPS = (128, 64)
+# The most queries of a regime; tiles for the last serve any more.
+QUERIES = (16, 64, 128, 256, 1024)
 _BLOCK_NORM = {"BLOCK_N": 32, "BLOCK_D": 128}
 _BLOCK_PREPARE = 256
 _LEAST_NORMAL = 2.0**-126
@@ -65,8 +68,21 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def tile_for(stored: torch.dtype, n_queries: int, has_low: bool, use_tma: bool) -> Tile:
-    """The tile for an index of dtype `stored`, read by descriptors or by pointers.
+def tile_for(
+    stored: torch.dtype,
+    n_queries: int,
+    has_low: bool,
+    use_tma: bool,
+    device: torch.device | None = None,
+) -> Tile:
+    """The tile for an index of dtype `stored` on `device`, read by descriptors or by pointers."""
+    most = next((n for n in QUERIES if n_queries <= n), QUERIES[-1])
+    regime = {"stored": stored, "n_queries": most, "has_low": has_low, "use_tma": use_tma}
+    return choose("group_max", tiles, device, **regime)
+
+
+def tiles(stored: torch.dtype, n_queries: int, has_low: bool, use_tma: bool) -> tuple[Tile, ...]:
+    """The candidates for up to n_queries, one of QUERIES; by pointers there is one.
 
     Up to 64 queries memory is the limit, and two programs share a multiprocessor so that one loads
     while the other compares. Tensor cores take few queries as columns, of which 8 are enough. int8
@@ -76,18 +92,32 @@ def tile_for(stored: torch.dtype, n_queries: int, has_low: bool, use_tma: bool) 
     int8, fp32 = stored == torch.int8, stored == torch.float32
     if not use_tma:
         if n_queries <= 16:
-            return Tile(16, 128, 32, 4, 4, swap=True)
+            return (Tile(16, 128, 32, 4, 4, swap=True),)
         if n_queries <= 64:
-            return Tile(64, 128, 32, 4, 4, swap=int8)
-        return Tile(128, 128, 32, 8, 4, swap=True)
+            return (Tile(64, 128, 32, 4, 4, swap=int8),)
+        return (Tile(128, 128, 32, 8, 4, swap=True),)
     block_d = 32 if fp32 else 64  # 128 bytes, the widest swizzle
     if n_queries <= 16:
-        return Tile(16, 128, block_d, 4, 4, swap=True)
-    if n_queries <= 64:
-        return Tile(64, 128, block_d, 4, 3 if has_low else 4, swap=int8)
-    if int8:
-        return Tile(128, 128, block_d, 8, 3, swap=True)
-    return Tile(128, 256, block_d, 8, 3 if has_low else 4)
+        some = [(16, 128, block_d, 4, n, True) for n in (4, 3, 6)]
+        some += [(16, 256, block_d, warps, 3, True) for warps in (4, 8)]
+        some += [(16, 128, 2 * block_d, 4, 3, True)]
+    elif n_queries <= 64:
+        first = (64, 128, block_d, 4, 3 if has_low else 4, int8)
+        some = [first, (64, 128, block_d, 8, first[4], int8), (64, 128, block_d, 4, 5, int8)]
+        some += [(64, 256, block_d, 8, n, int8) for n in (3, 4)]
+        some += [(64, 128, block_d, 4, first[4], True)]
+    elif int8:
+        some = [(128, 128, block_d, 8, n, True) for n in (3, 4)]
+        some += [(64, 128, block_d, 4, 4, True), (64, 256, block_d, 8, 3, True)]
+    else:
+        some = [(128, 256, block_d, 8, 3 if has_low else 4, False)]
+        some += [(128, 256, block_d, 8, 3, False), (128, 128, block_d, 8, 4, False)]
+        some += [
+            (256, 128, block_d, 8, 2 if has_low else 3, False),
+            (64, 256, block_d, 8, 4, False),
+        ]
+        some += [(128, 128, block_d, 4, 4, False)]
+    return tuple(Tile(*sizes) for sizes in dict.fromkeys(some))
 
 
 def operand_dtype(stored: torch.dtype) -> torch.dtype:
@@ -509,6 +539,20 @@ def _scan_configs() -> Iterator[AotConfig]:
         yield _scan_config(bf16, True, n_queries, use_tma=False, even=False)
 
 
+def aot_candidates() -> list[AotConfig]:
+    """All that `tile_for` may choose from."""
+    some = {}
+    for stored in STORAGES:
+        for has_low in {stored != torch.float32, stored == torch.int8}:
+            for n_queries in QUERIES:
+                for tile in tiles(stored, n_queries, has_low, use_tma=True):
+                    some[stored, has_low, tile] = n_queries
+    return [
+        _scan_config(stored, has_low, n_queries, use_tma=True, tile=tile)
+        for (stored, has_low, tile), n_queries in some.items()
+    ]
+
+
 def _scan_config(
     stored: torch.dtype,
     has_low: bool,
@@ -518,8 +562,9 @@ def _scan_config(
     group: int = GROUPS[0],
     has_removed: bool = True,
     even: bool = True,
+    tile: Tile | None = None,
 ) -> AotConfig:
-    tile = tile_for(stored, n_queries, has_low, use_tma)
+    tile = tile or tiles(stored, n_queries, has_low, use_tma)[0]
     operand = NAMES[operand_dtype(stored)]
     index, query = f"*{NAMES[stored]}", f"*{operand}"
     if use_tma:

@@ -16,24 +16,30 @@ in registers alone: the gradient makes them again. No atomics, a fixed order of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from fastrag.kernels.aot import AotConfig
 from fastrag.kernels.launch import device_of
 from fastrag.kernels.row_pass import HEAD_TYPES, LOG2E, chain_factor, fold_logits, head_flags
+from fastrag.kernels.tuning import choose
 from torch import Tensor
 
 _BLOCKS_K = (4, 16, 64, 256)
-# Logits per program and tile: 16 a thread.
-_TILE = 2048
-_NUM_WARPS = 4
+# Logits per program and tile, and num_warps: 16 a thread; then others that a GPU may like better.
+_TILES = ((2048, 4), (4096, 8), (2048, 8), (1024, 4))
+# A grid has at most 65535 programs along its second axis, and each takes so many words.
+_LEAST_WORDS = 8
 MAX_PASSAGES = _BLOCKS_K[-1]
 
 
-def blocks(n_passages: int) -> dict[str, int]:
-    """Returns BLOCK_K and BLOCK_V for K passages.
+def blocks(
+    n_passages: int, kernel: str = "mixture_gradient", device: torch.device | None = None
+) -> dict[str, int]:
+    """Returns BLOCK_K, BLOCK_V and num_warps of a kernel for K passages.
 
     Raises:
         ValueError: K is above the largest block.
@@ -41,7 +47,16 @@ def blocks(n_passages: int) -> dict[str, int]:
     fitting = [block for block in _BLOCKS_K if block >= n_passages]
     if not fitting:
         raise ValueError(f"marginal_nll: expected K of at most {MAX_PASSAGES}, got {n_passages}")
-    return {"BLOCK_K": fitting[0], "BLOCK_V": _TILE // fitting[0]}
+    return choose(kernel, tiles, device, block_k=fitting[0])
+
+
+def tiles(block_k: int) -> tuple[dict[str, int], ...]:
+    """The candidates for up to block_k passages."""
+    return tuple(
+        {"BLOCK_K": block_k, "BLOCK_V": tile // block_k, "num_warps": num_warps}
+        for tile, num_warps in _TILES
+        if tile // block_k >= _LEAST_WORDS
+    )
 
 
 @triton.jit
@@ -213,8 +228,7 @@ def mixture_statistics(
             raw.stride(0),
             logit_scale,
             **_flags(bias, softcap),
-            **blocks(n_passages),
-            num_warps=_NUM_WARPS,
+            **blocks(n_passages, "mixture_statistics", raw.device),
         )
     return smooth, share
 
@@ -235,7 +249,7 @@ def mixture_gradient(
 ) -> None:
     """Writes the gradient of raw [G * K, V] to out, of any dtype, or over raw itself."""
     n_positions, n_passages = log_prior.shape
-    sizes = blocks(n_passages)
+    sizes = blocks(n_passages, "mixture_gradient", raw.device)
     with device_of(raw):
         _mixture_gradient_kernel[(n_positions, triton.cdiv(raw.shape[1], sizes["BLOCK_V"]))](
             raw,
@@ -255,7 +269,6 @@ def mixture_gradient(
             logit_scale,
             **_flags(bias, softcap),
             **sizes,
-            num_warps=_NUM_WARPS,
         )
 
 
@@ -269,22 +282,30 @@ def _flags(bias: Tensor | None, softcap: float | None) -> dict[str, Any]:
 
 def aot_configs() -> list[AotConfig]:
     """What the gate compiles: every block of K, every flag, the bias in the gradient's dtype."""
+    return list(_configs(1))
+
+
+def aot_candidates() -> list[AotConfig]:
+    """All that the launchers may choose from."""
+    return list(_configs(len(_TILES)))
+
+
+def _configs(n_tiles: int) -> Iterator[AotConfig]:
+    """With the first n_tiles candidates."""
     pointers = ("prior_ptr", "hit_ptr", "target_ptr", "spread_ptr", "smooth_ptr", "share_ptr")
     shared = HEAD_TYPES | dict.fromkeys(pointers, "*fp32")
     aligned = ("stride_raw", "stride_draw")
-    configs = []
-    for n_passages in _BLOCKS_K:
-        for flags in head_flags():
-            constants = {**flags, **blocks(n_passages)}
-            types = shared | {"bias_ptr": "*bf16"}
-            configs.append(
-                AotConfig(_mixture_statistics_kernel, types, constants, _NUM_WARPS, aligned=aligned)
-            )
-            for dtype in ("fp32", "bf16"):
-                types = shared | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}
-                configs.append(
-                    AotConfig(
-                        _mixture_gradient_kernel, types, constants, _NUM_WARPS, aligned=aligned
-                    )
+    for block_k in _BLOCKS_K:
+        for sizes in tiles(block_k)[:n_tiles]:
+            warps = sizes["num_warps"]
+            for flags in head_flags():
+                constants = {**flags, "BLOCK_K": block_k, "BLOCK_V": sizes["BLOCK_V"]}
+                types = shared | {"bias_ptr": "*bf16"}
+                yield AotConfig(
+                    _mixture_statistics_kernel, types, constants, warps, aligned=aligned
                 )
-    return configs
+                for dtype in ("fp32", "bf16"):
+                    types = shared | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}
+                    yield AotConfig(
+                        _mixture_gradient_kernel, types, constants, warps, aligned=aligned
+                    )

@@ -20,15 +20,20 @@ Sums are in float32 and in a fixed order; there are no atomics.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from fastrag.kernels.aot import AotConfig
 from fastrag.kernels.launch import device_of
+from fastrag.kernels.tuning import choose
 from torch import Tensor
 
 # 16 numbers a thread: four loads of 16 bytes in flight, and registers for the rest.
 BLOCK_V = 4096
-_NUM_WARPS = 8
+# With num_warps; behind the first others that a GPU may like better.
+_BLOCKS = ((BLOCK_V, 8), (8192, 16), (4096, 16), (2048, 4), (2048, 8), (1024, 4))
+_BLOCKS_WITH_MEAN = ((2048, 4), (1024, 2))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -190,7 +195,7 @@ def row_statistics(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             WITH_MEAN=with_mean,
-            **_statistics_block(with_mean),
+            **choose("row_statistics", statistics_blocks, raw.device, with_mean=with_mean),
         )
     return logp, log_z, mean if with_mean else None
 
@@ -212,8 +217,9 @@ def row_gradient(
     log_z [2, n] of row_statistics. vocab_size: V, of which raw may hold a slice.
     """
     n, n_words = raw.shape
+    sizes = choose("row_gradient", gradient_blocks, raw.device)
     with device_of(raw):
-        _row_gradient_kernel[(n, triton.cdiv(n_words, BLOCK_V))](
+        _row_gradient_kernel[(n, triton.cdiv(n_words, sizes["BLOCK_V"]))](
             raw,
             raw if bias is None else bias,
             gold,
@@ -229,16 +235,24 @@ def row_gradient(
             smoothing / vocab_size,
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
-            BLOCK_V=BLOCK_V,
-            num_warps=_NUM_WARPS,
+            **sizes,
         )
 
 
-def _statistics_block(with_mean: bool) -> dict[str, int]:
-    """BLOCK_V and num_warps; the assembler spills the second sum of larger blocks."""
-    if with_mean:
-        return {"BLOCK_V": BLOCK_V // 2, "num_warps": _NUM_WARPS // 2}
-    return {"BLOCK_V": BLOCK_V, "num_warps": _NUM_WARPS}
+def statistics_blocks(with_mean: bool) -> tuple[dict[str, int], ...]:
+    """The candidates; the assembler spills the second sum of larger blocks, and of most others."""
+    blocks = (
+        ((2048, 4), (1024, 2)) if with_mean else (sizes for sizes in _BLOCKS if sizes[0] < 8192)
+    )
+    return tuple(_block(*sizes) for sizes in blocks)
+
+
+def gradient_blocks() -> tuple[dict[str, int], ...]:
+    return tuple(_block(*sizes) for sizes in _BLOCKS)
+
+
+def _block(block_v: int, num_warps: int) -> dict[str, int]:
+    return {"BLOCK_V": block_v, "num_warps": num_warps}
 
 
 def head_flags() -> list[dict[str, bool]]:
@@ -261,21 +275,27 @@ HEAD_TYPES = {
 
 def aot_configs() -> list[AotConfig]:
     """What the gate compiles: the bias in the dtype of the gradient, and every flag."""
-    configs = []
+    return list(_configs(1))
+
+
+def aot_candidates() -> list[AotConfig]:
+    """All that the launchers may choose from."""
+    return list(_configs(len(_BLOCKS)))
+
+
+def _configs(n_blocks: int) -> Iterator[AotConfig]:
+    """With the first n_blocks candidates."""
     aligned = ("stride_raw", "stride_draw")
     for flags in head_flags():
         for with_mean in (False, True):
             types = HEAD_TYPES | {"bias_ptr": "*bf16"}
-            block = _statistics_block(with_mean)
-            num_warps = block.pop("num_warps")
-            constants = {**flags, "WITH_MEAN": with_mean, **block}
-            configs.append(
-                AotConfig(_row_statistics_kernel, types, constants, num_warps, aligned=aligned)
-            )
+            for sizes in statistics_blocks(with_mean)[:n_blocks]:
+                constants = {**flags, "WITH_MEAN": with_mean, "BLOCK_V": sizes["BLOCK_V"]}
+                warps = sizes["num_warps"]
+                yield AotConfig(_row_statistics_kernel, types, constants, warps, aligned=aligned)
         for dtype in ("fp32", "fp16", "bf16"):
             types = HEAD_TYPES | {"bias_ptr": f"*{dtype}", "draw_ptr": f"*{dtype}"}
-            constants = {**flags, "BLOCK_V": BLOCK_V}
-            configs.append(
-                AotConfig(_row_gradient_kernel, types, constants, _NUM_WARPS, aligned=aligned)
-            )
-    return configs
+            for sizes in gradient_blocks()[:n_blocks]:
+                constants = {**flags, "BLOCK_V": sizes["BLOCK_V"]}
+                warps = sizes["num_warps"]
+                yield AotConfig(_row_gradient_kernel, types, constants, warps, aligned=aligned)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from fastrag import functional as F
 from fastrag import profiling
+from fastrag.nn import LMHead, RagLoss
+from fastrag.ops import backends
 from fastrag.profiling import set_ranges, stage
+from fastrag.train import RagTrainer
 from tests import tiny
 
 
@@ -150,6 +156,17 @@ def test_stages_of_the_search(
     assert recorder.paths == ["mips_topk", *(f"mips_topk > mips_topk/{step}" for step in steps)]
 
 
+def test_stages_of_the_search_on_a_gpu(recorder: Recorder) -> None:
+    pytest.importorskip("triton")
+    from fastrag.ops import triton_mips
+
+    device = "cpu" if backends.interpreting() else "cuda"
+    query, index = torch.randn(1, 16, device=device), torch.randn(300, 16, device=device)
+    triton_mips.search(query, index, 1, None)
+    steps = ("prepare", "scan", "choose", "rescore", "search_rest")
+    assert recorder.paths == [f"mips_topk/{step}" for step in steps]
+
+
 def test_stages_of_the_model(recorder: Recorder) -> None:
     model = tiny.rag_model(train_passage_encoder=True)
     model.train()
@@ -174,6 +191,34 @@ def test_stages_of_a_refresh(recorder: Recorder) -> None:
     assert recorder.paths[:2] == ["refresh/gather", "refresh/encode"]
 
 
+@pytest.mark.parametrize("objective", ["emdr2", "replug"])
+def test_stages_of_an_objective(objective: str, recorder: Recorder) -> None:
+    labels = torch.randint(16, (2, 4))
+    head = LMHead(torch.randn(16, 8))
+    RagLoss(objective=objective)(torch.randn(2, 3, 4, 8), head, labels, torch.randn(2, 3))
+    assert [path for path in recorder.paths if " > " not in path] == ["loss", "objective"]
+
+
+def test_stages_of_training(recorder: Recorder, tmp_path: Path) -> None:
+    model = tiny.rag_model(train_passage_encoder=True)
+    args = {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **args)
+    questions = tiny.questions(2)
+    RagTrainer(model, arguments, tiny.collator(), questions, refresh="every:1").train()
+    for path in ("training_step > loss > marginal_nll", "refresh > refresh/encode"):
+        assert path in recorder.paths
+
+
+@pytest.mark.slow
+def test_no_graph_breaks_at_a_stage() -> None:
+    model = tiny.rag_model(train_passage_encoder=True)
+    found = torch._dynamo.explain(model)(**tiny.batch())
+    torch.compiler.reset()
+    for broken in found.break_reasons:
+        assert "with stage" not in str(broken.user_stack[-1].line), broken.reason
+        assert not broken.user_stack[-1].filename.endswith("profiling.py"), broken.reason
+
+
 @pytest.mark.parametrize("ranges", [None, "torch", "nvtx"])
 def test_compiled_graphs_have_no_stages(ranges: str | None) -> None:
     def twice(x: torch.Tensor) -> torch.Tensor:
@@ -187,3 +232,14 @@ def test_compiled_graphs_have_no_stages(ranges: str | None) -> None:
     finally:
         set_ranges(None)
         torch.compiler.reset()
+
+
+def test_stages_are_documented() -> None:
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs" / "profiling.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in (root / "fastrag").rglob("*.py"))
+    names = set(re.findall(r'with stage\("([a-z_/]+)"\)', code)) - {"rerank"}
+    assert len(names) > 20
+    for name in names:
+        whole, slash, part = name.partition("/")
+        assert f"`{name}`" in text or (f"`{whole}" in text and f"`{slash}{part}`" in text), name

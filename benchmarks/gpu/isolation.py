@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from benchmarks.gpu.watch import RECORDS
 from benchmarks.measure import ROOT
@@ -120,6 +120,23 @@ class _Seen:
         return f"{manner}\n{self.ended.tail}"
 
 
+def collect(
+    command: Sequence[str],
+    label: str,
+    *,
+    deadline: float,
+    patience: float,
+    env: Mapping[str, str] | None = None,
+) -> list[str] | Record:
+    """Returns the names that a command says there are, or why it says none, in the label's name."""
+    seen = _one_process(command, deadline, patience, env or {})
+    if seen.names is not None:
+        return seen.names
+    if seen.why == BUDGET:
+        return Record(label, NOT_RUN, 0.0, BUDGET)
+    return Record(label, FAILED, seen.ended.seconds, seen.ending())
+
+
 def run_isolated(
     command: Callable[[Sequence[str]], Sequence[str]],
     label: str,
@@ -136,12 +153,12 @@ def run_isolated(
     `command(names)` gives the command for some pieces, or, for none, that for all there are, which
     says itself what those are. deadline: by time.monotonic(). patience: seconds without a word
     after which a process is ended. label: what to call the whole where no piece can be named.
-    log: a file that what the processes print is added to.
+    log: a file that what the processes print is added to. tell: is told of each record at once.
     """
     todo, records = list(names), []
     first = True
     while (first or todo) and time.monotonic() < deadline:
-        seen = _one_process(command(todo), deadline, patience, env or {})
+        seen = _one_process(command(todo), deadline, patience, env or {}, tell)
         if log is not None:
             with log.open("a", encoding="utf-8") as file:
                 file.write(seen.ended.output)
@@ -150,8 +167,7 @@ def run_isolated(
         found = list(seen.records)
         if seen.started and seen.why != BUDGET:
             found.append(Record(seen.started, FAILED, seen.ended.seconds, seen.ending()))
-        for record in found:
-            tell(record)
+            tell(found[-1])
         records += found
         done = {record.name for record in found}
         todo = [name for name in todo if name not in done]
@@ -165,40 +181,54 @@ def run_isolated(
 
 
 def _one_process(
-    command: Sequence[str], deadline: float, patience: float, env: Mapping[str, str]
+    command: Sequence[str],
+    deadline: float,
+    patience: float,
+    env: Mapping[str, str],
+    tell: Callable[[Record], None] = lambda record: None,
 ) -> _Seen:
-    began = time.monotonic()
-    why = ""
+    began = heard = time.monotonic()
+    seen = _Seen(Ended(None, 0.0, ""), "")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         path = Path(folder) / "records"
-        with process(command, log, {**env, RECORDS: str(path)}) as child:
-            said, heard = 0, began
-            while child.poll() is None:
-                time.sleep(POLL_SECONDS)
-                now = time.monotonic()
-                size = path.stat().st_size if path.exists() else 0
-                if size != said:
-                    said, heard = size, now
-                if now >= deadline:
-                    why = BUDGET
-                elif now - heard > patience:
-                    why = f"nothing happened for {patience:.0f} s"
-                if why:
-                    break
-        ended = Ended(child.returncode, time.monotonic() - began, _read(log))
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    seen = _Seen(ended, why)
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # of a line that was not finished
-            _hear(seen, json.loads(line))
+        path.touch()
+        with (
+            path.open(encoding="utf-8") as said,
+            process(command, log, {**env, RECORDS: str(path)}) as child,
+        ):
+            running = True
+            while running and not seen.why:
+                running = child.poll() is None  # before the last look at what it said
+                if _hear(seen, said, tell):
+                    heard = time.monotonic()
+                if running:
+                    time.sleep(POLL_SECONDS)
+                    now = time.monotonic()
+                    if now >= deadline:
+                        seen.why = BUDGET
+                    elif now - heard > patience:
+                        seen.why = f"nothing happened for {patience:.0f} s"
+        seen.ended = Ended(child.returncode, time.monotonic() - began, _read(log))
     return seen
 
 
-def _hear(seen: _Seen, said: dict[str, Any]) -> None:
-    if "names" in said:
-        seen.names = said["names"]
-    elif "start" in said:
-        seen.started = said["start"]
-    elif "end" in said:
-        seen.started = ""
-        seen.records.append(Record(said["end"], said["outcome"], said["seconds"], said["text"]))
+def _hear(seen: _Seen, said: TextIO, tell: Callable[[Record], None]) -> bool:
+    """Takes in the lines that are new, and whole; returns whether there are any."""
+    found = False
+    while True:
+        place = said.tell()
+        line = said.readline()
+        if not line.endswith("\n"):
+            said.seek(place)
+            return found
+        found = True
+        words = json.loads(line)
+        if "names" in words:
+            seen.names = words["names"]
+        elif "start" in words:
+            seen.started = words["start"]
+        elif "end" in words:
+            seen.started = ""
+            record = Record(words["end"], words["outcome"], words["seconds"], words["text"])
+            seen.records.append(record)
+            tell(record)

@@ -22,6 +22,7 @@ from benchmarks.gpu.isolation import (
     NOT_RUN,
     PASSED,
     Record,
+    collect,
     run_isolated,
     run_limited,
 )
@@ -135,32 +136,38 @@ def test_files() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in found if marked.search(p.read_text()))
 
 
-def pytest_command(file: str, names: Sequence[str]) -> list[str]:
-    chosen = list(names) or [file]
+def pytest_command(names: Sequence[str], *more: str) -> list[str]:
     plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.watch"]
-    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *plugins, *chosen]
+    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *plugins, *more, *names]
 
 
 def tests(results: Results, deadline: float) -> str:
-    """Each file in processes of its own, some at a time: most of their time is compilation."""
-    files = test_files()
+    """Each function in processes of its own, some at a time: most of the time is compilation."""
+    limits = {"deadline": deadline, "patience": PATIENCE, "env": PYTEST_ENV}
+
+    def look_into(file: str) -> list[str] | Record:
+        return collect(pytest_command([file], "--collect-only"), file, **limits)
+
+    path = results.out / "tests.txt"  # in its final form when all is done
+    path.unlink(missing_ok=True)
 
     def keep(record: Record) -> None:
-        with results.lock:
+        with results.lock, path.open("a", encoding="utf-8") as file:
             results.tests.append(record)
+            file.write(f"{record.outcome} {record.name}\n{record.text}".rstrip() + "\n")
 
-    def one(file: str) -> list[Record]:
-        return run_isolated(
-            lambda names: pytest_command(file, names),
-            file,
-            deadline=deadline,
-            patience=PATIENCE,
-            env=PYTEST_ENV,
-            tell=keep,
-        )
+    def one(names: list[str]) -> list[Record]:
+        return run_isolated(pytest_command, names[0], names=names, tell=keep, **limits)
 
     with ThreadPoolExecutor(results.jobs) as pool:
-        results.tests = [record for records in pool.map(one, files) for record in records]
+        found = list(pool.map(look_into, test_files()))
+        lost = [record for record in found if isinstance(record, Record)]
+        names = [name for part in found if isinstance(part, list) for name in part]
+        functions: dict[str, list[str]] = {}
+        for name in names:
+            functions.setdefault(name.partition("[")[0], []).append(name)
+        done = list(pool.map(one, functions.values()))
+    results.tests = lost + [record for records in done for record in records]
     return _count(results.tests)
 
 
@@ -178,16 +185,31 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         seconds = deadline - time.monotonic()
-        ended = run_limited(bench.command(results.rounds, path), seconds)
+        command = bench.command(results.rounds, path)
+        if not bench.shapes:  # the most important first, and an end before it is cut off
+            command += ["--budget-minutes", f"{seconds / 60:.2f}"]
+        ended = run_limited(command, seconds)
         rows = _read_rows(path)
     results.rows += rows
-    _write_rows(results.out / "benchmarks.csv", results.rows)
+    if results.rows:
+        _write_rows(results.out / "benchmarks.csv", results.rows)
     if ended.timed_out:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
     if ended.code != 0:
         results.broken.append(bench.op)
-        return f"failed with code {ended.code}, {len(rows)} rows: {_last_line(ended.output)}"
+        told = "; ".join(_bad(rows)[:3]) or _last_line(ended.output)
+        return f"failed with code {ended.code}, {len(rows)} rows: {told}"
     return f"ok: {len(rows)} rows"
+
+
+def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
+    """What went wrong, by the rows."""
+    fine = ("ok", "unavailable")
+    return [
+        f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
+        for row in rows
+        if (status := row.get("status", "")) and not status.startswith(fine)
+    ]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
@@ -200,7 +222,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     from benchmarks import report
 
-    report.write_csv(path, rows)
+    report.write_csv(path, rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 # ---------------------------------------------------------------------------------------- sanitizer

@@ -56,7 +56,8 @@ class Watch:
         self.outcome, self.text, self.began = "passed", "", 0.0
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.recorder.say(names=[item.nodeid for item in session.items])
+        if not session.testsfailed:  # of a file that cannot be imported nothing is known
+            self.recorder.say(names=[item.nodeid for item in session.items])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome, self.text, self.began = "passed", "", time.perf_counter()

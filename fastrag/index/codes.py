@@ -18,7 +18,7 @@ from fastrag.ops import backends
 
 # What a search through codes does beside reading them grows with k and the logarithm of N: below
 # so many numbers on a CPU, or rows for each hit, it takes longer than reading the float32 rows.
-LEAST_NUMBERS = 1 << 22
+LEAST_NUMBERS = 1 << 23
 LEAST_ROWS_PER_HIT = 64
 
 

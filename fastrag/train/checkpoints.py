@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrag import folders
+from fastrag.index import FlatIndex
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -215,9 +216,10 @@ def read_index(model: RagModel, folder: Path) -> int:
     entry = _read_json(path)
     index = model.index
     if entry.get("kept") == "whole":
-        model.index = type(index).load(
-            folder / INDEX_FOLDER, mmap=False, verify=True, device=index.device
-        )
+        where: dict[str, Any] = {"device": index.device}
+        if isinstance(index, FlatIndex):
+            where["search_device"] = index.search_device
+        model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, verify=True, **where)
         return int(entry["refreshed_at"])
     checksum = index.checksum()
     if checksum != entry.get("checksum"):

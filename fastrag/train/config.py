@@ -141,7 +141,8 @@ class RagConfig:
             is installed.
         device: `auto` or `cpu`.
         index_dtype: how a new index stores vectors: float32, float16, bfloat16 or int8.
-        index_device: `auto` keeps index and passages where the model trains, `cpu` on the host.
+        index_device: `auto`: index and passages where the model trains; `cpu`: on the host;
+            `stream`: on the host, a FlatIndex searched where the model trains.
         training: further fields of transformers' TrainingArguments.
 
     Raises:
@@ -227,7 +228,7 @@ class RagConfig:
         _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
         _choice("device", self.device, ("auto", "cpu"))
         _choice("index_dtype", self.index_dtype, INDEX_DTYPES)
-        _choice("index_device", self.index_device, ("auto", "cpu"))
+        _choice("index_device", self.index_device, ("auto", "cpu", "stream"))
         if isinstance(self.template, str):
             _choice("template", self.template, TEMPLATES)
         for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from fastrag.index import FlatIndex
+from fastrag.nn import RagModel
 from fastrag.train.build import build_collator, build_model, load_questions
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
@@ -35,9 +39,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     model = build_model(config, resume=bool(resume))
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
-    if config.index_device == "auto":
-        model.index.to(trainer.args.device)
-        model.passages.to(trainer.args.device)
+    _place(model, config.index_device, trainer.args.device)
     if eval_questions is not None and not resume:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume or None)
@@ -49,6 +51,19 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         if trainer.last_evaluation is not None:
             write_predictions(run / "predictions.jsonl", trainer.last_evaluation)
     return trainer
+
+
+def _place(model: RagModel, index_device: str, device: torch.device) -> None:
+    if index_device == "auto":
+        model.index.to(device)
+        model.passages.to(device)
+    elif index_device == "stream":
+        if not isinstance(model.index, FlatIndex):
+            raise ValueError(
+                "index_device: expected 'auto' or 'cpu' with an index of kind "
+                f"{type(model.index).__name__}, got 'stream'"
+            )
+        model.index.to("cpu", search_device=device)
 
 
 def _check_new(run: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu_suite
 from benchmarks.gpu import cases, steps, summary
-from benchmarks.gpu.isolation import Record, run_isolated, run_limited
+from benchmarks.gpu.isolation import Record, collect, run_isolated, run_limited
 from benchmarks.gpu.plan import Done, Run, Step
 from benchmarks.gpu.steps import Results
 
@@ -114,6 +114,31 @@ def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
     assert outcomes(records) == {"x": "failed", "y": "failed"} and len(asked) == 1
 
 
+def test_records_are_told_while_the_process_runs(child: Path) -> None:
+    """Whoever is stopped from outside has kept what was done."""
+    told: list[tuple[str, float]] = []
+    began = time.monotonic()
+    run_isolated(
+        lambda names: [sys.executable, str(child)],
+        "all",
+        deadline=began + 3.0,
+        patience=30.0,
+        env={"ACT": json.dumps({"b": "hang"})},
+        tell=lambda record: told.append((record.name, time.monotonic() - began)),
+    )
+    assert [name for name, _ in told] == ["a"] and told[0][1] < 2.5
+
+
+def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
+    limits = {"patience": 5.0, "env": {"ACT": "{}"}}
+    command = [sys.executable, str(child)]
+    soon = time.monotonic() + 30
+    assert collect(command, "all", deadline=soon, **limits) == ["a", "b", "c", "d"]
+    child.write_text("import sys; sys.exit('no such package')")
+    found = collect(command, "all", deadline=soon, **limits)
+    assert isinstance(found, Record) and found.bad and "no such package" in found.text
+
+
 def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     code = (
@@ -161,15 +186,13 @@ def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
     file.write_text(TESTS)
 
     def command(names: Sequence[str]) -> list[str]:  # which are from the folder of the project
-        return steps.pytest_command(str(file), [f"{file}::{n.partition('::')[2]}" for n in names])
+        where = [f"{file}::{name.partition('::')[2]}" for name in names]
+        return steps.pytest_command(where or [str(file)])
 
-    records = run_isolated(
-        command,
-        "file",
-        deadline=time.monotonic() + 60,
-        patience=30.0,
-        env=steps.PYTEST_ENV,
-    )
+    limits = {"deadline": time.monotonic() + 60, "patience": 30.0, "env": steps.PYTEST_ENV}
+    listed = collect(steps.pytest_command([str(file)], "--collect-only"), "file", **limits)
+    records = run_isolated(command, "file", **limits)
+    assert listed == [record.name for record in records]
     short = {record.name.partition("::")[2]: record for record in records}
     assert {name: record.outcome for name, record in short.items()} == {
         "test_good": "passed",
@@ -182,6 +205,9 @@ def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
     assert "assert 1 == 2" in short["test_wrong"].text
     assert "CUDA is lost" in short["test_fault[b]"].text
     assert "two GPUs" in short["test_skipped"].text
+    file.write_text("import no_such_package")
+    found = collect(steps.pytest_command([str(file)], "--collect-only"), "file", **limits)
+    assert isinstance(found, Record) and found.bad and "no_such_package" in found.text
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -282,11 +308,17 @@ def results(tmp_path: Path) -> Results:
 class FakeBench:
     code: str
     op: str = "fake"
+    shapes: tuple[str, ...] = ()
 
     def command(self, rounds: int, path: Path) -> list[str]:
         return [sys.executable, "-c", self.code, str(path)]
 
 
+HEAD = "op,provider,mode,shape,status"
+WRONG = (
+    "import sys; open(sys.argv[1], 'w').write("
+    f"'{HEAD}\\nfake,triton,token,\"1,2\",wrong: loss\\n'); sys.exit('a foot')"
+)
 ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours,1.5\\n')\n"
 
 
@@ -295,9 +327,10 @@ ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours
     [
         (ROWS, "ok: 1 rows", False),
         (ROWS + "sys.exit('ours is wrong')", "failed with code 1, 1 rows: ours is wrong", True),
+        (WRONG, "failed with code 1, 1 rows: triton token 1,2 wrong: loss", True),
         (ROWS + "import time; time.sleep(60)", "cut off after 1 s, 1 rows", False),
     ],
-    ids=["good", "wrong", "slow"],
+    ids=["good", "broken", "wrong", "slow"],
 )
 def test_rows_that_were_written_are_kept(
     tmp_path: Path, code: str, said: str, broken: bool
@@ -305,7 +338,7 @@ def test_rows_that_were_written_are_kept(
     found = results(tmp_path)
     assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
-    assert "fake,ours" in (tmp_path / "benchmarks.csv").read_text()
+    assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
 
 
 def test_errors_of_the_sanitizer_belong_to_the_case_before_them() -> None:

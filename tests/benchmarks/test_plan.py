@@ -60,10 +60,10 @@ def test_a_point_is_begun_if_the_longest_of_its_op_still_fits() -> None:
             ends.append(until)
             clock.now += seconds
     assert ends == [100.0, 30.0 + 170.0 / 2, 110.0 + 90.0 / 2]
-    assert not budget.fits(mips)  # 130 + 80
-    assert budget.fits(loss)  # 130 + 60
-    clock.now = 150.0
-    assert not budget.fits(loss)
+    assert not budget.fits(mips) and not budget.fits(loss)  # 130 + 80
+    clock.now = 120.0
+    assert budget.fits(mips) and budget.fits(loss)
+    assert Budget(60.0, 1, clock).fits(loss) and not Budget(59.0, 1, clock).fits(loss)
     endless = Budget(math.inf, 2, clock)
     with endless.spent_on(mips) as until:
         assert endless.fits(mips) and until == math.inf

@@ -1,0 +1,310 @@
+"""The child's side of benchmarks.tune: times the candidates of some kernels in their regimes.
+
+    python -m benchmarks.gpu.tuning [JOB ...]
+
+Each candidate must first give the right answer at a small shape. Those that do take turns at a real
+one; what was found goes to the recorder, as JSON, when a job is done.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning
+from fastrag.kernels.mips_rescore import group_size
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.gpu.watch import Recorder, cuda_error
+from fastrag.ops import triton_mips
+from fastrag.ops.triton_chunk_logits import padded
+
+ROUNDS = 5
+WIDTH = 768
+GROUP = group_size(10)
+# Rows of an index: of the check, and what is many times the cache of any GPU.
+FEW_ROWS, MANY_ROWS = 2048, 2_000_000
+SMALL_HEAD, LARGE_HEAD = (37, 128, 1031), (2560, 1024, 50265)  # rows, H, V
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    call: Callable[[Any], Outputs]  # of a candidate
+    error: Callable[[Outputs], float]  # over what is allowed; at a small shape only
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel in one regime."""
+
+    kernel: str
+    candidates: Callable[..., Sequence[Any]]
+    regime: dict[str, Any]
+    problem: Callable[[torch.device, bool], Problem]  # device, small
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {tuning.regime_key(self.regime)}".strip()
+
+
+def excess(found: Tensor, true: Tensor, relative: float, least: float = 1e-5) -> float:
+    """The largest error over what is allowed, infinite for NaN."""
+    ratio = (found.double() - true).abs() / (least + relative * true.abs())
+    return float(ratio.max().nan_to_num(torch.inf))
+
+
+# -------------------------------------------------------------------------------------- the search
+
+
+def search_job(stored: torch.dtype, n_queries: int, has_low: bool) -> Job:
+    regime = {"stored": stored, "n_queries": n_queries, "has_low": has_low, "use_tma": True}
+
+    def problem(device: torch.device, small: bool) -> Problem:
+        n = FEW_ROWS if small else MANY_ROWS
+        kind = torch.float32 if has_low else stored
+        query = torch.randn(n_queries, WIDTH, device=device).to(kind)
+        scale = offset = None
+        if stored == torch.int8:
+            index = torch.randint(-128, 128, (n, WIDTH), dtype=stored, device=device)
+            scale, offset = torch.rand(WIDTH, device=device), torch.randn(WIDTH, device=device)
+        else:
+            index = torch.randn(n, WIDTH, device=device, dtype=stored)
+
+        def call(tile: mips.Tile) -> Outputs:
+            operand = mips.prepare(query, stored, scale, offset, has_low, tile)
+            maxima = query.new_empty(n_queries, -(-n // GROUP), dtype=torch.float32)
+            mips.group_maxima(operand, index, None, GROUP, tile, True, maxima)
+            return maxima, operand.unit, operand.base, operand.size
+
+        def error(found: Outputs) -> float:
+            maxima, unit, base, size = (x.double() for x in found)
+            vectors = index.double()
+            norm = 1.0
+            if scale is not None and offset is not None:
+                vectors = vectors * scale.double() + offset.double()
+            else:
+                norm = float(mips.max_norm(index, None, None))
+            true = (query.double() @ vectors.t()).unflatten(1, (-1, GROUP)).amax(2)
+            reach = mips.error_bound(stored, WIDTH, has_low) * norm * size[:, None]
+            gone = (maxima / unit[:, None] + base[:, None] - true).abs() / reach
+            return float(gone.max().nan_to_num(torch.inf))
+
+        return Problem(call, error)
+
+    return Job("group_max", mips.tiles, regime, problem)
+
+
+# ---------------------------------------------------------------------------------------- the loss
+
+
+def _logits(device: torch.device, small: bool, n_passages: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows with a padded pitch, as the loss has them, and labels."""
+    n, _, vocab = SMALL_HEAD if small else LARGE_HEAD
+    n = -(-n // n_passages) * n_passages
+    raw = torch.randn(n, padded(vocab), device=device)[:, :vocab]
+    return raw, torch.randint(vocab, (n,), device=device)
+
+
+def statistics_job(with_mean: bool) -> Job:
+    def problem(device: torch.device, small: bool) -> Problem:
+        raw, gold = _logits(device, small)
+
+        def call(sizes: dict[str, int]) -> Outputs:
+            with tuning.forced("row_statistics", sizes):
+                found = row_pass.row_statistics(raw, gold, None, 1.0, None, with_mean=with_mean)
+            return tuple(x for x in found if x is not None)
+
+        def error(found: Outputs) -> float:
+            true = raw.double().log_softmax(1)
+            gaps = [excess(found[0], true.gather(1, gold[:, None])[:, 0], 1e-5)]
+            return max(gaps + ([excess(found[2], true.mean(1), 1e-5)] if with_mean else []))
+
+        return Problem(call, error)
+
+    regime = {"with_mean": with_mean}
+    return Job("row_statistics", row_pass.statistics_blocks, regime, problem)
+
+
+def gradient_job() -> Job:
+    def problem(device: torch.device, small: bool) -> Problem:
+        raw, gold = _logits(device, small)
+        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None)
+        weight, vocab = torch.ones(len(raw), device=device), raw.shape[1]
+        out = raw.new_empty(len(raw), padded(vocab), dtype=torch.bfloat16)[:, :vocab]
+
+        def call(sizes: dict[str, int]) -> Outputs:
+            with tuning.forced("row_gradient", sizes):
+                row_pass.row_gradient(raw, gold, None, 1.0, None, log_z, weight, 0.0, vocab, out)
+            return (out,)
+
+        def error(found: Outputs) -> float:
+            true = raw.double().softmax(1)
+            true.scatter_add_(1, gold[:, None], -torch.ones_like(true[:, :1]))
+            return excess(found[0], true, 2.0**-7)  # a unit of bfloat16
+
+        return Problem(call, error)
+
+    return Job("row_gradient", row_pass.gradient_blocks, {}, problem)
+
+
+def mixture_job(kernel: str, n_passages: int) -> Job:
+    def problem(device: torch.device, small: bool) -> Problem:
+        raw, gold = _logits(device, small, n_passages)
+        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None)
+        prior = torch.randn(len(raw) // n_passages, n_passages, device=device).log_softmax(1)
+        weights = [torch.rand_like(prior) for _ in range(2)] + [torch.rand_like(prior[:, 0])]
+        out = torch.empty_like(raw)
+
+        def call(sizes: dict[str, int]) -> Outputs:
+            head = (None, 1.0, None, *log_z, prior)
+            with tuning.forced(kernel, sizes):
+                if kernel == "mixture_statistics":
+                    return mixture_pass.mixture_statistics(raw, *head)
+                mixture_pass.mixture_gradient(raw, gold, *head, *weights, out)
+            return (out,)
+
+        def error(found: Outputs) -> float:
+            logp = raw.double().log_softmax(1).unflatten(0, prior.shape)  # [G, K, V]
+            joint = logp + prior.double().unsqueeze(2)
+            mixture = joint.logsumexp(1, keepdim=True)
+            share = (joint - mixture).exp()
+            if kernel == "mixture_statistics":
+                return max(
+                    excess(found[0], mixture.mean(2)[:, 0], 1e-5),
+                    excess(found[1], share.mean(2), 1e-4),
+                )
+            hit, target, spread = (x.double() for x in weights)
+            true = target.unsqueeze(2) * logp.exp() - spread[:, None, None] * share
+            labels = gold.view(prior.shape).unsqueeze(2)
+            true.scatter_add_(2, labels, -hit.unsqueeze(2))
+            return excess(found[0], true.flatten(0, 1), 1e-4)
+
+        return Problem(call, error)
+
+    block_k = mixture_pass.blocks(n_passages)["BLOCK_K"]
+    return Job(kernel, mixture_pass.tiles, {"block_k": block_k}, problem)
+
+
+def linear_job(dtype: torch.dtype) -> Job:
+    def problem(device: torch.device, small: bool) -> Problem:
+        n, width, vocab = SMALL_HEAD if small else LARGE_HEAD
+        x = torch.randn(n, width, device=device).to(dtype)
+        weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype)
+        gold = torch.randint(vocab, (n,), device=device)
+        n_splits = linear_logp.splits(n, vocab, dtype)
+
+        def call(sizes: dict[str, int]) -> Outputs:
+            with tuning.forced("linear_logp", sizes):
+                return linear_logp.linear_logp(
+                    x, [(slice(0, vocab), weight)], gold, None, 1.0, None, n_splits
+                )
+
+        def error(found: Outputs) -> float:
+            true = (x.double() @ weight.double().t()).log_softmax(1)
+            return excess(found[0], true.gather(1, gold[:, None])[:, 0], 1e-5)
+
+        return Problem(call, error)
+
+    return Job("linear_logp", linear_logp.blocks, {"dtype": dtype}, problem)
+
+
+def _jobs() -> list[Job]:
+    """The most important first."""
+    half = torch.bfloat16
+    found = [search_job(half, n, low) for low in (False, True) for n in (16, 1024, 64, 256, 128)]
+    found += [gradient_job(), statistics_job(False), linear_job(half)]
+    found += [mixture_job(f"mixture_{k}", 10) for k in ("statistics", "gradient")]
+    found += [statistics_job(True), linear_job(torch.float16), linear_job(torch.float32)]
+    found += [search_job(torch.int8, n, True) for n in mips.QUERIES]
+    found += [search_job(torch.float32, n, False) for n in mips.QUERIES]
+    found += [search_job(torch.float16, n, low) for low in (False, True) for n in mips.QUERIES]
+    found += [mixture_job(f"mixture_{k}", n) for n in (4, 50) for k in ("statistics", "gradient")]
+    return found
+
+
+JOBS = {job.name: job for job in _jobs()}
+
+
+def fits(job: Job, device: torch.device) -> bool:
+    """Whether this GPU has the regime: where it has no descriptors there is no choice of tiles."""
+    return not job.regime.get("use_tma") or triton_mips._has_tma(device)
+
+
+class LostError(RuntimeError):
+    """CUDA answers nothing but errors in this process."""
+
+
+def run(job: Job, device: torch.device, *, small: bool = False) -> dict[str, Any]:
+    """Returns the fastest candidate, its time, that of the first one, and what each one did.
+
+    small: time at the shape of the check.
+    """
+    offered = list(job.candidates(**job.regime))
+    notes: list[dict[str, Any]] = [{"config": tuning.as_entry(c)} for c in offered]
+    problem = job.problem(device, True)
+    for candidate, note in zip(offered, notes, strict=True):
+        wrong = _wrong(problem, candidate)
+        lost = cuda_error()
+        if lost:
+            raise LostError(f"{note['config']}: {lost}")
+        if wrong:
+            note["wrong"] = wrong
+    able = [i for i, note in enumerate(notes) if "wrong" not in note]
+    problem = problem if small else job.problem(device, False)
+    calls = {i: _bound(problem, offered[i]) for i in able}
+    n_calls = {i: measure.calls_per_turn(calls[i], device) for i in able}
+    times: dict[int, list[float]] = {i: [] for i in able}
+    for turn in range(ROUNDS):
+        for place in range(len(able)):
+            i = able[(turn + place) % len(able)]
+            times[i].append(measure.one_turn(calls[i], device, n_calls[i]).wall)
+    for i in able:
+        notes[i]["ms"] = round(statistics.median(times[i]), 5)
+    best = min(able, key=lambda i: notes[i]["ms"], default=None)
+    if best is None:
+        raise RuntimeError(f"no candidate is right: {notes}")
+    return {**notes[best], "first_ms": notes[0].get("ms"), "candidates": notes}
+
+
+def _wrong(problem: Problem, candidate: Any) -> str:
+    try:
+        excess_of = problem.error(problem.call(candidate))
+    except Exception as error:  # such as one that needs more of a multiprocessor than there is
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "" if excess_of <= 1.0 else f"the error is {excess_of:.3g} times what is allowed"
+
+
+def _bound(problem: Problem, candidate: Any) -> Callable[[], Outputs]:
+    return lambda: problem.call(candidate)
+
+
+def main(names: Sequence[str]) -> int:
+    recorder, device = Recorder(), torch.device("cuda")
+    recorder.say(names=list(names or JOBS))
+    for name in names or JOBS:
+        recorder.say(start=name)
+        torch.manual_seed(0)
+        began, lost = time.perf_counter(), False
+        try:
+            outcome, text = "passed", json.dumps(run(JOBS[name], device))
+        except Exception as error:
+            lost = isinstance(error, LostError) or bool(cuda_error())
+            outcome, text = "failed", f"{type(error).__name__}: {error}"
+        seconds = round(time.perf_counter() - began, 3)
+        recorder.say(end=name, outcome=outcome, seconds=seconds, text=text)
+        if lost:
+            return 1
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""Tuning: jobs that give the right answer, and what is kept of what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastrag.kernels import tuning  # noqa: E402
+
+from benchmarks import measure, tune  # noqa: E402
+from benchmarks.gpu import tuning as jobs  # noqa: E402
+from benchmarks.gpu.isolation import Record  # noqa: E402
+from fastrag.ops import backends  # noqa: E402
+
+CPU = torch.device("cpu")
+GRADIENT, STATISTICS = "row_gradient", "row_statistics with_mean=True"
+FACTS = {name: name for name in ("device", "driver", "torch", "triton", "commit", "date")}
+
+
+def test_every_tunable_kernel_has_jobs_in_known_regimes() -> None:
+    kernels = {job.kernel for job in jobs.JOBS.values()}
+    assert kernels == {
+        "group_max", "row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient",
+        "linear_logp",
+    }  # fmt: skip
+    assert len(jobs.JOBS) == len(jobs._jobs())
+    for job in jobs.JOBS.values():
+        assert len(job.candidates(**job.regime)) >= 2, job.name
+        assert jobs.fits(job, CPU) == (job.kernel != "group_max")  # which is of descriptors
+
+
+@pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
+def test_a_job_times_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SMALL_HEAD", (3, 16, 1031))
+    monkeypatch.setattr(jobs, "ROUNDS", 2)
+    monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
+    job = jobs.JOBS[STATISTICS]
+    problem = job.problem(CPU, True)
+    for candidate in job.candidates(**job.regime):
+        found = problem.call(candidate)
+        assert problem.error(found) <= 1.0
+        assert problem.error((found[0] + 1e-3, *found[1:])) > 1.0
+        assert problem.error((found[0] * torch.nan, *found[1:])) == torch.inf
+
+    turns = iter([5.0, 3.0, 4.0, 9.0, *[1.0] * 8])  # of the first and the second, then the second
+    monkeypatch.setattr(jobs.measure, "calls_per_turn", lambda call, device: 1)
+    monkeypatch.setattr(
+        jobs.measure, "one_turn", lambda call, device, n: measure.Turn(next(turns), 0.0)
+    )
+    found = jobs.run(job, CPU, small=True)
+    first, second = job.candidates(**job.regime)
+    # Turns rotate: 5 and 9 are those of the first.
+    assert found["config"] == second and found["ms"] == 3.5 and found["first_ms"] == 7.0
+
+    monkeypatch.setattr(jobs, "_wrong", lambda problem, c: "off" if c == second else "")
+    turns = iter([5.0, 9.0])
+    found = jobs.run(job, CPU, small=True)
+    assert found["config"] == first and found["candidates"][1]["wrong"] == "off"
+    monkeypatch.setattr(jobs, "_wrong", lambda problem, c: "off")
+    with pytest.raises(RuntimeError, match="no candidate is right"):
+        jobs.run(job, CPU, small=True)
+
+
+@pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
+@pytest.mark.parametrize("name", [GRADIENT, "mixture_gradient block_k=4"])
+def test_the_oracles_of_the_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SMALL_HEAD", (4, 16, 700))
+    job = jobs.JOBS[name]
+    problem = job.problem(CPU, True)
+    (found,) = problem.call(job.candidates(**job.regime)[0])
+    assert problem.error((found,)) <= 1.0
+    found[0, 3] += 0.5
+    assert problem.error((found,)) > 1.0
+
+
+def record(name: str, ms: float, first_ms: float | None) -> Record:
+    job = jobs.JOBS[name]
+    last = tuning.as_entry(job.candidates(**job.regime)[-1])
+    found = {"config": last, "ms": ms, "first_ms": first_ms, "candidates": []}
+    return Record(name, "passed", 1.0, json.dumps(found))
+
+
+def test_only_what_gains_is_chosen(tmp_path: Path) -> None:
+    records = [
+        record(GRADIENT, 0.9, 1.0),
+        record(STATISTICS, 0.99, 1.0),
+        record("linear_logp dtype=bfloat16", 1.0, None),  # the usual one is unfit there
+        Record("linear_logp dtype=float16", "failed", 0.0, "RuntimeError"),
+    ]
+    found = tune.document(records, "sm_90", FACTS)
+    assert set(found["choices"]) == {"row_gradient", "linear_logp"}
+    assert found["choices"]["row_gradient"][""]["ms"] == 0.9
+    assert set(found["measured"]) == {r.name for r in records[:3]}
+
+    path = tune.install(found, tmp_path / "tuned")
+    assert path.name == "sm_90.json" and tuning.read(path)["device"] == "device"
+    # Measured again, and no gain any more: the choice goes, others stay.
+    tune.install(tune.document([record(GRADIENT, 1.0, 1.0)], "sm_90", FACTS), tmp_path / "tuned")
+    assert set(tuning.read(path)["choices"]) == {"linear_logp"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--out", str(tmp_path / "tuned.json")]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_an_unknown_kernel_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        tune.main(["--only", "group_min"])
+    assert caught.value.code == 2 and "'group_min'" in capsys.readouterr().err
