@@ -2,7 +2,8 @@
 
     python -m benchmarks.gate [--only SECTION ...] [--update]
 
-- instructions: of the C++ search and of the passes over logits, by valgrind, AVX2 and scalar;
+- instructions: of the C++ search and of the passes over logits, by valgrind, AVX2 and scalar, and
+  how many lines a search has to fetch again from memory, in a cache of fixed size;
 - kernels: registers, stack and shared memory of one configuration of each Triton kernel on sm_90,
   the first that has bfloat16 if there is one;
 - allocations: how many and how many bytes a warm call of the loss and a training step make.
@@ -69,22 +70,31 @@ def instructions() -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(__file__).with_suffix(".cpp"), *native.sources()]
         program = native.build(Path(folder), files, FLAGS)
-        return {
-            f"{work} {isa}": _count(program, work, isa)
+        counts = {
+            f"{work} {isa}": _count(program, work, isa)[0]
             for work in (*SEARCHES, *PASSES)
             for isa in ("avx2", "scalar")
         }
+        # The matrix is larger than the cache, so that a block that is not read once shows.
+        for work in SEARCHES:
+            counts[f"{work} misses"] = _count(program, work, "avx2", *CACHES)[READ_MISSES]
+        return counts
 
 
-def _count(program: Path, work: str, isa: str) -> int:
-    """Instructions inside the function and what it calls, without the making of its numbers."""
+# First-level and last-level, bytes, ways and bytes of a line; place of the misses in what is said.
+CACHES = ("--cache-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64")
+READ_MISSES = 7
+
+
+def _count(program: Path, work: str, isa: str, *options: str) -> list[int]:
+    """Events inside the function and what it calls, without the making of its numbers."""
     function = "mips_topk" if work in SEARCHES else work
-    tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *options]
     said = _run(*tool, f"--toggle-collect=fastrag::{function}*", str(program), work, isa)
-    found = re.search(r"Collected : (\d+)", said)
+    found = re.search(r"Collected : ([\d ]+)", said)
     if found is None or found[1] == "0":
         raise RuntimeError(f"valgrind counted nothing in {work} {isa}: {said}")
-    return int(found[1])
+    return [int(count) for count in found[1].split()]
 
 
 def _run(*command: str) -> str:

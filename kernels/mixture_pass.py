@@ -30,7 +30,7 @@ from torch import Tensor
 
 _BLOCKS_K = (4, 16, 64, 256)
 # Logits per program and tile, and num_warps: 16 a thread; then others that a GPU may like better.
-_TILES = ((2048, 4), (4096, 8), (2048, 8), (1024, 4))
+_TILES = ((2048, 4), (2048, 8), (1024, 4))
 # A grid has at most 65535 programs along its second axis, and each takes so many words.
 _LEAST_WORDS = 8
 MAX_PASSAGES = _BLOCKS_K[-1]

@@ -108,6 +108,19 @@ def test_few_queries(isa: str, data: st.DataObject) -> None:
 
 
 @each_isa
+def test_what_two_digits_lose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that both digits round to zero decide: the first two weights set the units."""
+    monkeypatch.setenv(backends.ISA_VARIABLE, isa)
+    index = (torch.randint(0, 2, (2000, 96)) * 254 - 127).float()
+    index[:, 0], index[:, 1] = 0, 10 * (torch.arange(2000) % 2)
+    index[1000, 2:] = 127
+    query = torch.full((1, 96), 0.0015)
+    query[0, :2] = torch.tensor([127.0, 0.5])
+    made = CodedIndex(index, index.to(torch.int8), torch.ones(96), torch.zeros(96))
+    assert made.search(query, 1)[1].item() == 1000
+
+
+@each_isa
 def test_second_digits_leave_fewer_rows(isa: str) -> None:
     """With a scale of 1 and whole numbers, codes lose nothing and two digits nearly nothing."""
     index = torch.randint(-127, 128, (20000, 96)).float()
