@@ -29,13 +29,21 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 # GCC bug 105593: its own header of intrinsics
 AVX512_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-SOURCE_FLAGS = {
+X86_FLAGS = {
     "mips_avx2": AVX2_FLAGS,
     "mips_avx512": AVX512_FLAGS,
     "mips_digits_avx2": AVX2_FLAGS,
     "mips_digits_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
     "row_pass_avx2": AVX2_FLAGS,
     "row_pass_avx512": AVX512_FLAGS,
+}
+ARM_FLAGS = {"mips_digits_dotprod": ["-march=armv8.2-a+dotprod"]}
+# By platform.machine(), which has two names for each. NEON needs no flag.
+SOURCE_FLAGS = {
+    "x86_64": X86_FLAGS,
+    "AMD64": X86_FLAGS,
+    "aarch64": ARM_FLAGS,
+    "arm64": ARM_FLAGS,
 }
 
 
@@ -56,14 +64,13 @@ class BuildExtension(build_ext):
             self.warn(f"{ext.name} is not built, fastrag will run on torch alone: {why}")
 
     def _flags_by_source(self) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            return
+        flags_of = SOURCE_FLAGS.get(platform.machine(), {})
         compile_one = self.compiler._compile
 
         def compile_with_flags(
             obj: str, src: str, ext: str, cc_args: list[str], postargs: list[str], pp_opts: Any
         ) -> None:
-            flags = SOURCE_FLAGS.get(Path(src).stem, [])
+            flags = flags_of.get(Path(src).stem, [])
             compile_one(obj, src, ext, cc_args, [*postargs, *flags], pp_opts)
 
         self.compiler._compile = compile_with_flags

@@ -52,8 +52,6 @@ class Section:
 
 # ------------------------------------------------------------------------------- instructions
 
-SOURCES = ("mips", "row_pass", "thread_pool")  # and their kernels, mips_avx2 and so on
-NOT_COUNTED = ("mips_bindings", "mips_digits")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread"]
 SEARCHES = [f"mips_{how}_{kind}" for how in ("few", "tile") for kind in ("float32", "bfloat16")]
 PASSES = ["row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient"]
@@ -70,9 +68,8 @@ def instruction_versions() -> str:
 def instructions() -> Counts:
     # valgrind 3.19 knows no AVX-512
     with tempfile.TemporaryDirectory() as folder:
-        stems = sorted(file.stem for file in (ROOT / "csrc").glob("*.cpp"))
-        counted = [s for s in stems if s.startswith(SOURCES) and not s.startswith(NOT_COUNTED)]
-        program = native.build(Path(folder), Path(__file__).with_suffix(".cpp"), counted, FLAGS)
+        files = [Path(__file__).with_suffix(".cpp"), *native.sources()]
+        program = native.build(Path(folder), files, FLAGS)
         counts = {
             f"{work} {isa}": _count(program, work, isa)[0]
             for work in (*SEARCHES, *PASSES)

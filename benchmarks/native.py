@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import runpy
 import shutil
 import subprocess
@@ -23,21 +24,32 @@ def compiler_version() -> str:
     return done.stdout.partition("\n")[0]
 
 
-def build(folder: Path, main: Path, stems: Sequence[str], flags: Sequence[str]) -> Path:
-    """Returns the program of `main` and of csrc/<stem>.cpp, each with the flags it has in a wheel
-    beside those given."""
+def sources(bound: bool = False) -> list[Path]:
+    """The sources of the extension that need no Python, or those that bind it to Python."""
+    found = sorted((ROOT / "csrc").glob("*.cpp"))
+    return [path for path in found if ("pybind11" in path.read_text(encoding="utf-8")) == bound]
+
+
+def build(
+    folder: Path,
+    files: Sequence[Path],
+    flags: Sequence[str],
+    compiler: str = COMPILER,
+    machine: str = platform.machine(),
+) -> Path:
+    """Returns the program of the files, called as the first one, each with the flags it has in a
+    wheel for `machine` beside those given."""
     with mock.patch("setuptools.setup"):
-        of_source = runpy.run_path(str(ROOT / "setup.py"))["SOURCE_FLAGS"]
+        of_machine = runpy.run_path(str(ROOT / "setup.py"))["SOURCE_FLAGS"].get(machine, {})
 
     def compile_one(source: Path) -> Path:
         output = folder / f"{source.stem}.o"
-        command = [COMPILER, *flags, *of_source.get(source.stem, []), f"-I{ROOT / 'csrc'}"]
+        command = [compiler, *flags, *of_machine.get(source.stem, []), f"-I{ROOT / 'csrc'}"]
         subprocess.run([*command, "-c", str(source), "-o", str(output)], check=True)
         return output
 
-    sources = [main, *(ROOT / "csrc" / f"{stem}.cpp" for stem in stems)]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = folder / main.stem
-    subprocess.run([COMPILER, *flags, *map(str, objects), "-o", str(program)], check=True)
+        objects = list(pool.map(compile_one, files))
+    program = folder / files[0].stem
+    subprocess.run([compiler, *flags, *map(str, objects), "-o", str(program)], check=True)
     return program

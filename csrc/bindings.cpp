@@ -114,7 +114,7 @@ class Pass {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar})
+  for (const Isa isa : kAllIsas)
     if (has_isa(isa)) found.emplace_back(isa_name(isa));
   return found;
 }

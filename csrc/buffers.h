@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "row_pass.h"
+#include "isa.h"
 
 namespace fastrag {
 
@@ -111,13 +111,14 @@ inline Threads threads_of(int count, const std::string& isa) {
   if (count < 1)
     throw pybind11::value_error("threads: expected at least 1, got " + std::to_string(count));
   if (isa.empty()) return {count, best_isa()};
-  for (const Isa known : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
-    if (isa == isa_name(known)) {
-      if (!has_isa(known))
-        throw pybind11::value_error("isa: this machine or this build lacks " + isa);
-      return {count, known};
-    }
-  throw pybind11::value_error("isa: expected scalar, avx2 or avx512, got '" + isa + "'");
+  std::string names;
+  for (const Isa known : kAllIsas) {
+    if (!has_isa(known)) continue;
+    if (isa == isa_name(known)) return {count, known};
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(known));
+  }
+  throw pybind11::value_error("isa: expected one of " + names +
+                              " (what this machine and this build have), got '" + isa + "'");
 }
 
 }  // namespace fastrag

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "row_pass.h"  // Isa, Threads
+#include "isa.h"
 
 namespace fastrag {
 

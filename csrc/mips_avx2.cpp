@@ -10,6 +10,7 @@ namespace {
 struct Vec {
   using F = __m256;
   static constexpr int64_t kWidth = 8;
+  static constexpr bool kByElement = false;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }

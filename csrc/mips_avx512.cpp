@@ -10,6 +10,7 @@ namespace {
 struct Vec {
   using F = __m512;
   static constexpr int64_t kWidth = 16;
+  static constexpr bool kByElement = false;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }

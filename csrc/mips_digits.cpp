@@ -24,11 +24,22 @@ constexpr double kRounder = 0x1.8p52;  // added and taken away: rounds to a whol
 constexpr int64_t kFirstRoom = 64;     // candidates, beside some for each of the k
 
 const DigitKernels& digit_kernels(Isa isa) {
-  if (isa == Isa::kScalar) return *scalar_digit_kernels();
+  switch (isa) {
+    case Isa::kScalar:
+      return *scalar_digit_kernels();
+    case Isa::kNeon:
+      return *neon_digit_kernels();
+    case Isa::kDotprod:
+      return *dotprod_digit_kernels();
+    case Isa::kAvx512:
 #if defined(__x86_64__) || defined(__i386__)
-  if (isa == Isa::kAvx512 && vnni_digit_kernels() && __builtin_cpu_supports("avx512vnni"))
-    return *vnni_digit_kernels();
+      if (vnni_digit_kernels() && __builtin_cpu_supports("avx512vnni"))
+        return *vnni_digit_kernels();
 #endif
+      break;
+    default:
+      break;
+  }
   return *avx2_digit_kernels();
 }
 
@@ -119,10 +130,11 @@ struct Rounding {
 };
 
 // Rounds to whole multiples of a unit, and leaves the rest in weights.
-Rounding take_digits(std::vector<double>* weights, int bias, const Pieces& pieces) {
+Rounding take_digits(std::vector<double>* weights, const DigitKernels& kernels,
+                     const Pieces& pieces) {
   double largest = 0.0, squares = 0.0;
   for (const double w : *weights) largest = std::max(largest, std::fabs(w));
-  const float unit = static_cast<float>(largest / bias);
+  const float unit = static_cast<float>(largest / kernels.largest);
   const double per_one = unit > 0.0f ? 1.0 / unit : 0.0;
   int64_t digit_squares = 0;
   uint8_t* piece = pieces.first;
@@ -131,8 +143,9 @@ Rounding take_digits(std::vector<double>* weights, int bias, const Pieces& piece
     for (int64_t d = begin; d < std::min(begin + pieces.size, dim); ++d) {
       double& w = (*weights)[d];
       const double exact = w * per_one + kRounder - kRounder;
-      const int digit = static_cast<int>(std::clamp<double>(exact, -bias, bias));
-      piece[d - begin] = static_cast<uint8_t>(digit + bias);
+      const int digit =
+          static_cast<int>(std::clamp<double>(exact, -kernels.largest, kernels.largest));
+      piece[d - begin] = static_cast<uint8_t>(digit + kernels.bias);
       digit_squares += digit * digit;
       w -= double{unit} * digit;
       squares += w * w;
@@ -241,7 +254,7 @@ class CodeSearch {
     uint8_t* digits = &digits_[panel.first_query * round_up(dim, piece_) + i * piece_];
     std::vector<double> weights = weights_of(query);
     const Rounding rounding =
-        take_digits(&weights, kernels_.bias, {digits, piece_, panel.n_queries * piece_});
+        take_digits(&weights, kernels_, {digits, piece_, panel.n_queries * piece_});
     double squares = 0.0;
     for (int64_t d = 0; d < dim; ++d) squares += double{vector_of(query)[d]} * vector_of(query)[d];
     fill_lanes(query, rounding.unit, &unit_);
@@ -336,9 +349,8 @@ class CodeSearch {
     const int64_t line_rows = width / 2, read_dim = round_up(question_.dim, piece);
     std::vector<uint8_t> digits(2 * read_dim);
     std::vector<double> weights = weights_of(query);
-    const Rounding first = take_digits(&weights, kernels_.bias, {&digits[0], piece, 2 * piece});
-    const Rounding second =
-        take_digits(&weights, kernels_.bias, {&digits[piece], piece, 2 * piece});
+    const Rounding first = take_digits(&weights, kernels_, {&digits[0], piece, 2 * piece});
+    const Rounding second = take_digits(&weights, kernels_, {&digits[piece], piece, 2 * piece});
     float unit[kMaxPanelLanes], rest[kMaxPanelLanes] = {}, norm[kMaxPanelLanes] = {};
     float threshold[kMaxPanelLanes] = {};
     std::fill_n(unit, line_rows, first.unit);

@@ -4,6 +4,30 @@
 using I = Dot::I;
 using F = Dot::F;
 
+// 16 components from d on, where a vector can be multiplied by four bytes of another. D is Dot, as
+// a parameter because not every Dot has such a product.
+template <class D, int kVectors, int kRows>
+inline __attribute__((always_inline)) void add_by_element(const DigitPanel& panel,
+                                                          const int8_t* codes, int64_t pitch,
+                                                          int64_t d, I (*sum)[kVectors]) {
+  static_assert(D::kWidth == 4, "a vector of the 16 codes of each row");
+  I code[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) code[r] = D::load(codes + r * pitch + d);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    I digits[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      digits[v] = D::load(panel.digits + ((d + 4 * i) * kVectors + 4 * v) * D::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = D::add_element(sum[r][v], digits[v], code[r], i);
+  }
+}
+
 // Norms of the rows in the lanes of a vector.
 struct LaneNorms {
   F code, rest;
@@ -54,9 +78,14 @@ inline __attribute__((always_inline)) uint64_t digit_products(const DigitPanel& 
   for (; d + 64 <= rows.dim; d += 64) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(codes + (kDigitRows + r) * rows.pitch + d);
-    for (int64_t e = d; e < d + 64; e += 16)
+    for (int64_t e = d; e < d + 64; e += 16) {
+      if constexpr (Dot::kByElement) {
+        add_by_element<Dot, kVectors, kRows>(panel, codes, rows.pitch, e, sum);
+      } else {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) step(e + 4 * i, 4);
+        for (int i = 0; i < 4; ++i) step(e + 4 * i, 4);
+      }
+    }
   }
   for (; d + 4 <= rows.dim; d += 4) step(d, 4);
   if (d < rows.dim) step(d, rows.dim - d);
@@ -142,6 +171,7 @@ constexpr auto few_or_null() -> bool (*)(const DigitPanel&, const CodeRows&, Dig
 constexpr DigitKernels kDigitTable = {
     Dot::kWidth,
     kDigitRows,
+    Dot::kLargest,
     Dot::kBias,
     {digit_tile<1, kRowsOf1>, digit_tile<2, kRowsOf2>},
     {few_or_null<1>(), few_or_null<2>(), few_or_null<4>(), few_or_null<8>()}};

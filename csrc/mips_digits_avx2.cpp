@@ -11,7 +11,9 @@ struct Dot {
   using I = __m256i;
   using F = __m256;
   static constexpr int64_t kWidth = 8;
-  static constexpr int kBias = 64;
+  static constexpr int kLargest = 64;
+  static constexpr int kBias = kLargest;
+  static constexpr bool kByElement = false;
 
   static I load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }

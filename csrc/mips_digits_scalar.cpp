@@ -8,7 +8,9 @@ namespace {
 
 struct Dot {
   static constexpr int64_t kWidth = 4;
-  static constexpr int kBias = 127;
+  static constexpr int kLargest = 127;
+  static constexpr int kBias = kLargest;
+  static constexpr bool kByElement = false;
   struct I {
     int32_t lane[kWidth];
   };

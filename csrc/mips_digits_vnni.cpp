@@ -11,7 +11,9 @@ struct Dot {
   using I = __m512i;
   using F = __m512;
   static constexpr int64_t kWidth = 16;
-  static constexpr int kBias = 127;
+  static constexpr int kLargest = 127;
+  static constexpr int kBias = kLargest;
+  static constexpr bool kByElement = false;
 
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -108,7 +108,8 @@ struct DigitScores {
 struct DigitKernels {
   int width;
   int rows;
-  int bias;                                                           // and the largest digit
+  int largest;                                                        // digit
+  int bias;                                                           // what is added to digits
   bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
   // `width` rows with 1, 2, 4 and 8 queries; null where these fill the lanes of a tile. Reads rows
   // up to the next multiple of 4 * width bytes.
@@ -119,8 +120,11 @@ struct DigitKernels {
 const MipsKernels* scalar_mips_kernels();
 const MipsKernels* avx2_mips_kernels();
 const MipsKernels* avx512_mips_kernels();
+const MipsKernels* neon_mips_kernels();
 const DigitKernels* scalar_digit_kernels();
 const DigitKernels* avx2_digit_kernels();
 const DigitKernels* vnni_digit_kernels();
+const DigitKernels* neon_digit_kernels();
+const DigitKernels* dotprod_digit_kernels();
 
 }  // namespace fastrag

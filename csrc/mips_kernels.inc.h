@@ -14,6 +14,28 @@ using F = Vec::F;
 constexpr int kLineFloats = 16;  // of a cache line, the unit of prefetching
 constexpr int kSteps = 4;        // elements that one turn of the loop takes
 
+// kSteps elements from d on, where a vector can be multiplied by one element of another. V is Vec,
+// as a parameter because not every Vec has such a product.
+template <class V, int kVectors, int kRows>
+FASTRAG_INLINE void add_by_element(const Panel& panel, const TileRows& rows, int64_t d,
+                                   F (*sum)[kVectors]) {
+  static_assert(V::kWidth == kSteps, "one vector of each row");
+  F x[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) x[r] = Vec::load(rows.data + r * rows.pitch + d);
+#pragma GCC unroll 16
+  for (int i = 0; i < kSteps; ++i) {
+    F query[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v)
+      query[v] = Vec::load(panel.queries + ((d + i) * kVectors + v) * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = V::fma_element(query[v], x[r], i, sum[r][v]);
+  }
+}
+
 // Scores of kRows rows with a panel of kVectors: for each element d, an outer product of kRows
 // broadcasts and kVectors vectors of queries. False unless all of them are finite.
 template <int kVectors, int kRows>
@@ -42,9 +64,14 @@ inline bool outer_products(const Panel& panel, const TileRows& rows, uint64_t* h
   for (; d + kLineFloats <= rows.dim; d += kLineFloats) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows.ahead + r * rows.pitch + d);
-    for (int64_t e = d; e < d + kLineFloats; e += kSteps)
+    for (int64_t e = d; e < d + kLineFloats; e += kSteps) {
+      if constexpr (Vec::kByElement) {
+        add_by_element<Vec, kVectors, kRows>(panel, rows, e, sum);
+      } else {
 #pragma GCC unroll 16
-      for (int i = 0; i < kSteps; ++i) step(e + i);
+        for (int i = 0; i < kSteps; ++i) step(e + i);
+      }
+    }
   }
   for (; d < rows.dim; ++d) step(d);
 
@@ -146,8 +173,13 @@ void widen(const StoredRows& rows, int64_t n_rows, float* out) {
 
 // ------------------------------------------------------------------------- few queries
 
+// Whether squares of kWidth rows and elements are so small that several at a time fit the
+// registers.
+constexpr bool kSmallSquares = Vec::kWidth == 4;
+
 // One sum is a chain of dependent additions, hence groups of kWidth rows side by side.
 constexpr int few_groups(Storage storage, int n_queries) {
+  if (kSmallSquares) return n_queries < 4 ? 4 : 2;
   return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
 }
 
@@ -177,28 +209,37 @@ template <Storage kStorage, int kGroups, int kQueries>
 FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
                                    FewSums<kGroups, kQueries>* sums) {
   constexpr int64_t kWidth = Vec::kWidth;
+  constexpr bool kKeepLoads = !kSmallSquares || kQueries > 2;  // or the sums find no room
   using T = typename Stored<kStorage>::T;
   const T* data = static_cast<const T*>(rows.data);
   const T* ahead = data + kGroups * kWidth * rows.pitch;
-  for (; d + kWidth <= rows.dim; d += kWidth)
-#pragma GCC unroll 2
-    for (int g = 0; g < kGroups; ++g) {
-      F square[kWidth];
+  const auto add_square = [&](int g) __attribute__((always_inline)) {
+    F square[kWidth];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kWidth; ++i) {
-        const T* row = data + (g * kWidth + i) * rows.pitch + d;
-        square[i] = Stored<kStorage>::load(row, rows, d);
-      }
-      FASTRAG_KEEP_LOADS;
-      Vec::transpose(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kWidth; ++i) {
-        __builtin_prefetch(ahead + kWidth * i);
-        sums->add(g, d + i, square[i]);
-      }
-      ahead += kWidth * kWidth;
-      FASTRAG_KEEP_LOADS;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const T* row = data + (g * kWidth + i) * rows.pitch + d;
+      square[i] = Stored<kStorage>::load(row, rows, d);
     }
+    if (kKeepLoads) FASTRAG_KEEP_LOADS;
+    Vec::transpose(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; ++i) {
+      // a small square is no more than a cache line
+      if (!kSmallSquares || i == 0) __builtin_prefetch(ahead + kWidth * i);
+      sums->add(g, d + i, square[i]);
+    }
+    ahead += kWidth * kWidth;
+    if (kKeepLoads) FASTRAG_KEEP_LOADS;
+  };
+  for (; d + kWidth <= rows.dim; d += kWidth) {
+    if constexpr (kSmallSquares) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) add_square(g);
+    } else {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) add_square(g);
+    }
+  }
   return d;
 }
 

@@ -29,6 +29,9 @@ inline const MipsKernels& mips_kernels(Isa isa) {
       if (!__builtin_cpu_supports("f16c")) return *scalar_mips_kernels();
 #endif
       return *avx2_mips_kernels();
+    case Isa::kNeon:
+    case Isa::kDotprod:
+      return *neon_mips_kernels();
     default:
       return *scalar_mips_kernels();
   }

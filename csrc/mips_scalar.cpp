@@ -10,6 +10,7 @@ namespace {
 // Four lanes, for what the compiler can make of them.
 struct Vec {
   static constexpr int64_t kWidth = 4;
+  static constexpr bool kByElement = false;
   struct F {
     float lane[kWidth];
   };

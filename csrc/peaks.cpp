@@ -13,6 +13,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define FASTRAG_X86 1
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace py = pybind11;
@@ -22,7 +24,8 @@ namespace {
 
 constexpr int64_t kFmasOfATask = int64_t{1} << 26;
 
-// n_steps of x = a x + b on each of enough vectors to hide the latency; returns what they come to.
+// n_steps of x = a x + b, or x + a b, on each of enough vectors to hide the latency; returns what
+// they come to.
 // Functions with a target of their own: this file is compiled for any processor.
 #ifdef FASTRAG_X86
 constexpr int kChains512 = 16, kChains256 = 12;
@@ -50,6 +53,20 @@ __attribute__((target("avx2,fma"))) float fma_avx2(int64_t n_steps) {
   for (int i = 1; i < kChains256; ++i) sum = _mm256_add_ps(sum, x[i]);
   return _mm256_cvtss_f32(sum);
 }
+#elif defined(__aarch64__)
+constexpr int kChains128 = 20;
+
+float fma_neon(int64_t n_steps) {
+  const float32x4_t a = vdupq_n_f32(0.5f), b = vdupq_n_f32(1.0f);
+  float32x4_t x[kChains128];
+  for (int i = 0; i < kChains128; ++i) x[i] = vdupq_n_f32(static_cast<float>(i));
+  for (int64_t step = 0; step < n_steps; ++step)
+#pragma GCC unroll 20
+    for (int i = 0; i < kChains128; ++i) x[i] = vfmaq_f32(x[i], a, b);
+  float32x4_t sum = x[0];
+  for (int i = 1; i < kChains128; ++i) sum = vaddq_f32(sum, x[i]);
+  return vgetq_lane_f32(sum, 0);
+}
 #endif
 
 constexpr int kLanes = 32;
@@ -71,6 +88,8 @@ FmaLoop fma_loop_of(Isa isa) {
 #ifdef FASTRAG_X86
   if (isa == Isa::kAvx512) return {fma_avx512, kChains512 * 16};
   if (isa == Isa::kAvx2) return {fma_avx2, kChains256 * 8};
+#elif defined(__aarch64__)
+  if (isa != Isa::kScalar) return {fma_neon, kChains128 * 4};
 #endif
   return {multiply_add, kLanes};
 }

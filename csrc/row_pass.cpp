@@ -20,6 +20,9 @@ const KernelTable* kernels(Isa isa) {
       return avx512_kernels();
     case Isa::kAvx2:
       return avx2_kernels();
+    case Isa::kNeon:
+    case Isa::kDotprod:
+      return neon_kernels();
     default:
       return scalar_kernels();
   }
@@ -76,28 +79,6 @@ std::vector<float> gold_logits(const Logits& logits, const std::vector<float>& z
 }
 
 }  // namespace
-
-bool has_isa(Isa isa) {
-  if (!kernels(isa)) return false;
-#if defined(__x86_64__) || defined(__i386__)
-  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == Isa::kAvx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#endif
-  return isa == Isa::kScalar;
-}
-
-Isa best_isa() {
-  static const Isa best = has_isa(Isa::kAvx512) ? Isa::kAvx512
-                          : has_isa(Isa::kAvx2) ? Isa::kAvx2
-                                                : Isa::kScalar;
-  return best;
-}
-
-const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
-}
 
 void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa) {
   kernels(isa)->elementwise(name, x, y, n);

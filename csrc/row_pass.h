@@ -17,11 +17,11 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace fastrag {
 
 constexpr int64_t kBlockWords = 128;
-
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // What every pass reads.
 struct Logits {
@@ -55,11 +55,6 @@ struct Mixture {
   int64_t n_passages;      // K
 };
 
-struct Threads {
-  int count;
-  Isa isa;
-};
-
 void row_statistics(const Logits& logits, const RowStats& out, Threads threads);
 
 // A target that is spread out: smoothing / vocab_size on each word of the whole vocabulary.
@@ -81,11 +76,6 @@ void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& 
 // spread [G].
 void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                       const float* hit, const float* target, const float* spread, Threads threads);
-
-// The widest instruction set that this machine and this build have.
-Isa best_isa();
-bool has_isa(Isa isa);
-const char* isa_name(Isa isa);
 
 // y = f(x) for f one of "exp", "log", "tanh", "sech2", n numbers: for tests of accuracy.
 void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa);

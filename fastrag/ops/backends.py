@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
-# Forces an instruction set of the C++ kernels: scalar, avx2 or avx512; to test or compare them.
+# Forces an instruction set of the C++ kernels, to test or compare them: scalar; avx2 or avx512 on
+# x86; neon, or dotprod that adds products of bytes to it, on ARM.
 ISA_VARIABLE = "FASTRAG_CPU_ISA"
 NAMES = ("torch", "cpp", "triton")
 # Fastest first. "torch" stands last everywhere: it runs wherever torch runs.

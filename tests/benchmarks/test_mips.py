@@ -175,7 +175,7 @@ def test_the_loop_of_products_refuses_what_it_cannot_do() -> None:
         native.fma_loop(1, isa=isa)
     with pytest.raises(ValueError, match="n_fmas: expected at least 1, got 0"):
         native.fma_loop(0)
-    with pytest.raises(ValueError, match="isa: expected scalar, avx2 or avx512, got 'sse'"):
+    with pytest.raises(ValueError, match="isa: expected one of .*scalar .*, got 'sse'"):
         native.fma_loop(1, isa="sse")
 
 

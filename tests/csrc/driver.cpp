@@ -2,7 +2,7 @@
 // gather of tokens. test_sanitizers.py builds it with sanitizers and runs it. Buffers end where the
 // data does, so that a step beyond is seen.
 //
-//     driver shapes | threads | fork | gather
+//     driver isas | shapes | widen | passes | digits | threads | fork | gather
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -20,6 +20,8 @@
 #include <utility>
 #include <vector>
 
+#include "checks.h"
+#include "expect.h"
 #include "gather.h"
 #include "mips.h"
 
@@ -28,12 +30,6 @@ namespace {
 using fastrag::Isa;
 using fastrag::Storage;
 using fastrag::Threads;
-
-void expect(bool good, const std::string& what) {
-  if (good) return;
-  std::fprintf(stderr, "failed: %s\n", what.c_str());
-  std::exit(1);
-}
 
 struct Answer {
   std::vector<float> scores;
@@ -168,7 +164,7 @@ struct Problem {
 
 std::vector<Isa> instruction_sets() {
   std::vector<Isa> found;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+  for (const Isa isa : fastrag::kAllIsas)
     if (fastrag::has_isa(isa)) found.push_back(isa);
   return found;
 }
@@ -194,10 +190,37 @@ void run_shapes() {
   }
 }
 
+// Every number of a storage, and a rest of every length: the bits that scalar has.
+void run_widen() {
+  constexpr int64_t kDim = 61;
+  std::unique_ptr<uint16_t[]> halves(new uint16_t[1 << 16]);
+  for (int i = 0; i < 1 << 16; ++i) halves[i] = static_cast<uint16_t>(i);
+  std::vector<float> scale(kDim), offset(kDim);
+  for (int64_t d = 0; d < kDim; ++d) {
+    scale[d] = 0.3f + 0.01f * d;
+    offset[d] = 1.0f / (d + 3);
+  }
+  for (const Storage storage : {Storage::kBfloat16, Storage::kFloat16, Storage::kInt8})
+    for (int64_t dim = kDim - 15; dim <= kDim; ++dim) {
+      const int64_t n_rows = (storage == Storage::kInt8 ? 1 << 17 : 1 << 16) / dim;
+      const auto wide = [&](Isa isa) {
+        std::vector<float> out(n_rows * dim);
+        fastrag::widen({halves.get(), n_rows, dim, storage, scale.data(), offset.data()}, dim,
+                       out.data(), {1, isa});
+        return out;
+      };
+      const std::vector<float> expected = wide(Isa::kScalar);
+      for (const Isa isa : instruction_sets())
+        expect_same(wide(isa), expected,
+                    std::string("widen with ") + fastrag::isa_name(isa) + ", storage " +
+                        std::to_string(static_cast<int>(storage)) + ", dim " + std::to_string(dim));
+    }
+}
+
 void run_not_finite() {
   std::mt19937 random(0);
   for (const int64_t row : {0, 29, 500, 999}) {
-    Problem problem(&random, 40, 1000, 17, 1, 3, 0, false);
+    Problem problem(&random, row == 29 ? 3 : 40, 1000, 17, 1, 3, 0, false);
     problem.index_emb[row * problem.pitch + 16] = std::numeric_limits<float>::infinity();
     problem.store(Storage::kFloat32);
     for (const Isa isa : instruction_sets()) {
@@ -310,7 +333,17 @@ void run_gather() {
 
 int main(int argc, char** argv) {
   const std::string what = argc == 2 ? argv[1] : "";
-  if (what == "shapes") {
+  if (what == "isas") {
+    for (const Isa isa : instruction_sets()) std::printf("%s ", fastrag::isa_name(isa));
+    std::printf("\n");
+    return 0;
+  } else if (what == "widen") {
+    run_widen();
+  } else if (what == "passes") {
+    run_passes();
+  } else if (what == "digits") {
+    run_digits();
+  } else if (what == "shapes") {
     run_shapes();
     run_not_finite();
     run_merge();
@@ -321,7 +354,7 @@ int main(int argc, char** argv) {
   } else if (what == "gather") {
     run_gather();
   } else {
-    expect(false, "expected shapes, threads, fork or gather");
+    expect(false, "expected isas, shapes, widen, passes, digits, threads, fork or gather");
   }
   std::printf("%s: good\n", what.c_str());
 }

@@ -382,7 +382,7 @@ def test_a_chunk_gives_its_buffer_back() -> None:
         ({"bias": torch.zeros(3)}, r"bias: expected float32 \[5\], got format 'f' \[3\]"),
         ({"softcap": -1.0}, "softcap: expected 0 .none. or more, got -1"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
-        ({"isa": "sse9"}, "isa: expected scalar, avx2 or avx512, got 'sse9'"),
+        ({"isa": "sse9"}, "isa: expected one of .*scalar .*, got 'sse9'"),
     ],
 )
 def test_rejects_bad_buffers(change: dict[str, object], message: str) -> None:

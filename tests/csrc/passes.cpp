@@ -1,0 +1,133 @@
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "expect.h"
+#include "row_pass_kernels.h"
+
+namespace {
+
+using fastrag::Isa;
+using fastrag::KernelTable;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::vector<std::pair<std::string, const KernelTable*>> fused_kernels() {
+  std::vector<std::pair<std::string, const KernelTable*>> found;
+  const auto take = [&](Isa isa, const KernelTable* table) {
+    if (fastrag::has_isa(isa)) found.emplace_back(fastrag::isa_name(isa), table);
+  };
+#ifdef __FP_FAST_FMAF
+  take(Isa::kScalar, fastrag::scalar_kernels());
+#endif
+  take(Isa::kAvx2, fastrag::avx2_kernels());
+  take(Isa::kAvx512, fastrag::avx512_kernels());
+  take(Isa::kNeon, fastrag::neon_kernels());
+  return found;
+}
+
+struct Shape {
+  int64_t n_words, n_positions, n_passages, gap;
+  float softcap;
+  bool with_bias;
+};
+
+// Buffers that end with the data.
+class Problem {
+ public:
+  explicit Problem(const Shape& shape, std::mt19937* random)
+      : shape_(shape),
+        n_rows_(shape.n_positions * shape.n_passages),
+        pitch_(n_rows_ + shape.gap),
+        size_((shape.n_words - 1) * pitch_ + n_rows_),
+        z0_(size_),
+        bias_(shape.n_words),
+        per_row_(6 * n_rows_) {
+    std::normal_distribution<float> normal;
+    const auto number = [&] { return normal(*random); };
+    std::generate(z0_.begin(), z0_.end(), [&] { return 8.0f * number(); });
+    std::generate(bias_.begin(), bias_.end(), number);
+    std::generate(per_row_.begin(), per_row_.end(), number);
+    // numbers that a head may well give, and one that it should not
+    const float far[] = {
+        -kInfinity, 300.0f, -300.0f, 0.0f, -0.0f, 1e-42f, std::numeric_limits<float>::quiet_NaN()};
+    for (const float value : far)
+      if ((*random)() % 3 == 0) z0_[(*random)() % size_] = value;
+  }
+
+  // What each pass gives, one after another.
+  std::vector<std::vector<float>> run(const KernelTable& table) const {
+    const int64_t n = n_rows_;
+    const fastrag::WordRange words{0, shape_.n_words};
+    std::vector<float> z0 = z0_, max(n), sum(n), centred(n);
+    std::vector<float> scratch(table.mixture_scratch(n, shape_.n_passages));
+    table.statistics(logits(&z0), words, max.data(), sum.data(), centred.data());
+    std::vector<float> mixture(shape_.n_positions), share(n);
+    table.mixture_statistics(logits(&z0), words, rows(), mixture.data(), share.data(),
+                             scratch.data());
+    std::vector<float> gradient = z0_, mixture_gradient = z0_;
+    table.gradient(logits(&gradient), words, {per_row(0), per_row(1), per_row(2)});
+    table.mixture_gradient(logits(&mixture_gradient), words, rows(), scratch.data());
+    std::vector<float> capped = bias_;
+    table.softcap(3.0f, capped.data(), capped.size());
+    return {max, sum, centred, mixture, share, gradient, mixture_gradient, capped};
+  }
+
+ private:
+  const float* per_row(int i) const { return &per_row_[i * n_rows_]; }
+  fastrag::MixtureRows rows() const {
+    return {per_row(0), per_row(1), per_row(2), per_row(3), per_row(4), shape_.n_passages};
+  }
+  fastrag::Logits logits(std::vector<float>* z0) const {
+    return {z0->data(), shape_.n_words, n_rows_, pitch_, shape_.with_bias ? bias_.data() : nullptr,
+            0.7f,       shape_.softcap, nullptr};
+  }
+
+  const Shape shape_;
+  const int64_t n_rows_, pitch_, size_;
+  std::vector<float> z0_, bias_, per_row_;
+};
+
+void check_functions(const std::string& name, const KernelTable& table, const KernelTable& first) {
+  std::vector<float> x = {0.0f, -0.0f, kInfinity, -kInfinity, -87.33f, -87.34f, 0.625f, 1e-42f};
+  for (float at = 1e-6f; at < 3e38f; at *= 1.003f) x.push_back(at);
+  for (const char* function : {"exp", "log", "tanh", "sech2"}) {
+    std::vector<float> in = x;
+    for (float& value : in) {
+      if (function[0] == 'e') value = std::min(value, 88.0f) - (value > 1.0f ? 90.0f : 0.0f);
+      if (function[0] == 'l') value = std::max(value, 1.0f);
+    }
+    std::vector<float> found(in.size()), expected(in.size());
+    table.elementwise(function, in.data(), found.data(), in.size());
+    first.elementwise(function, in.data(), expected.data(), in.size());
+    expect_same(found, expected, name + ", " + function);
+  }
+}
+
+}  // namespace
+
+void run_passes() {
+  const auto tables = fused_kernels();
+  std::mt19937 random(0);
+  for (int i = 0; i < 40; ++i) {
+    const auto draw = [&](int64_t low, int64_t high) {
+      return low + static_cast<int64_t>(random() % (high - low + 1));
+    };
+    const Shape shape{draw(1, 40), draw(1, i % 5 ? 9 : 40), draw(1, 6),
+                      draw(0, 3),  i % 2 ? 5.0f : 0.0f,     i % 3 == 0};
+    const Problem problem(shape, &random);
+    for (size_t t = 1; t < tables.size(); ++t) {
+      const auto found = problem.run(*tables[t].second), expected = problem.run(*tables[0].second);
+      for (size_t pass = 0; pass < found.size(); ++pass)
+        expect_same(found[pass], expected[pass],
+                    "problem " + std::to_string(i) + " with " + tables[t].first + ", result " +
+                        std::to_string(pass));
+    }
+  }
+  for (const auto& [name, table] : tables) check_functions(name, *table, *tables[0].second);
+}
