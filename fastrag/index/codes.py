@@ -16,15 +16,18 @@ from fastrag import functional
 from fastrag.index import codec, inputs
 from fastrag.ops import backends
 
-# What a search through codes does beside reading them grows with k and the logarithm of N: below
-# so many numbers on a CPU, or rows for each hit, it takes longer than reading the float32 rows.
+# What a search through codes does beside reading them grows with k and the logarithm of N, for each
+# query: below so many numbers on a CPU, or rows for each hit of all queries, it takes longer than
+# one of the float32 rows. From some number of queries on both take as long for each one.
 LEAST_NUMBERS = 1 << 23
 LEAST_ROWS_PER_HIT = 64
+MOST_QUERIES = 64
 
 
-def pay(index_emb: Tensor, k: int) -> bool:
+def pay(query: Tensor, index_emb: Tensor, k: int) -> bool:
     """Whether codes of these rows make a search for the k best of them faster."""
-    large = index_emb.numel() >= LEAST_NUMBERS and len(index_emb) >= LEAST_ROWS_PER_HIT * k
+    n_hits = min(len(query), MOST_QUERIES) * k
+    large = index_emb.numel() >= LEAST_NUMBERS and len(index_emb) >= LEAST_ROWS_PER_HIT * n_hits
     return index_emb.is_cuda or large
 
 

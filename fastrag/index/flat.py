@@ -421,7 +421,7 @@ class FlatIndex(RowIndex):
             return self._host_search.search(
                 query, self.index_emb, k, exclude, **self._codec.arguments
             )
-        if self.exact == "float32" and codes.pay(self.index_emb, k):
+        if self.exact == "float32" and codes.pay(query, self.index_emb, k):
             return self._row_codes().search(query, k, exclude)
         return functional.mips_topk(
             query, self.index_emb, k, exclude=exclude, **self._codec.arguments

@@ -20,6 +20,7 @@ N, D, B, K = 3000, 40, 5, 7
 @pytest.fixture(autouse=True)
 def codes_for_a_small_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "LEAST_NUMBERS", N * D)
+    monkeypatch.setattr(codes, "LEAST_ROWS_PER_HIT", 16)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_codes_are_used_where_they_pay(
     monkeypatch.setattr(
         RowCodes, "search", lambda self, *args: asked.append(1) or search(self, *args)
     )
-    index.search(query, N // codes.LEAST_ROWS_PER_HIT + 1)
+    index.search(query, N // codes.LEAST_ROWS_PER_HIT // B + 1)
     assert not asked
     index.search(query[:1], 3)
     assert len(asked) == 1
