@@ -20,6 +20,7 @@ import torch
 
 import fastrag
 from fastrag import profiling
+from fastrag.kernels import tuning
 from fastrag.ops import backends, workspace
 
 _DISTRIBUTIONS = (
@@ -70,6 +71,7 @@ def collect() -> dict[str, Any]:
                 backends.ISA_VARIABLE,
                 workspace.WORKSPACE_VARIABLE,
                 profiling.RANGES_VARIABLE,
+                tuning.TUNED_VARIABLE,
                 "TRITON_INTERPRET",
                 "CUDA_VISIBLE_DEVICES",
             )

@@ -34,7 +34,7 @@ BELOW = {
         "ops",
         "folders",
     },
-    "info": {"ops", "profiling"},
+    "info": {"kernels", "ops", "profiling"},
     "cli": set(),  # everything is imported inside the commands, so that --help is quick
 }
 

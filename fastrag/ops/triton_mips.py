@@ -118,7 +118,13 @@ def plan_for(query: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None = 
     return Plan(
         group=mips_rescore.group_size(k),
         n_chosen=k + _n_excluded(exclude) + slack,
-        tile=kernels.tile_for(stored, query.shape[0], has_low, use_tma),
+        tile=kernels.tile_for(
+            stored,
+            query.shape[0],
+            has_low,
+            use_tma,
+            index_emb.device if index_emb.is_cuda else None,
+        ),
         use_tma=use_tma,
         has_low=has_low,
         error=kernels.error_bound(stored, index_emb.shape[1], has_low),

@@ -30,6 +30,7 @@ from .mips_cases import (
 
 pytestmark = pytest.mark.gpu
 
+as_users_run = pytest.mark.usefixtures("plain_torch")
 each_storage = pytest.mark.parametrize("dtype", STORED, ids=str)
 N = 30011  # of a tile and of a group there is a rest
 
@@ -174,6 +175,7 @@ def test_is_the_backend_by_default() -> None:
         assert backends.choose("mips_topk", torch.device("cuda"), dtype) == "triton"
 
 
+@as_users_run
 @each_storage
 def test_no_host_sync(dtype: torch.dtype) -> None:
     query = torch.randn(70, 768, device="cuda")
@@ -195,6 +197,7 @@ def test_no_host_sync(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@as_users_run
 def test_peak_memory() -> None:
     """4 bytes for each query and group, and little else: never [B, N]."""
     n, n_queries = 2_000_000, 256
@@ -222,9 +225,11 @@ def test_offsets_beyond_32_bits() -> None:
     assert same((found[0][:, :1], found[1][:, :1]), (expected[0], expected[1] + n - 5))
 
 
+@as_users_run
 def test_cuda_graph() -> None:
     query, index = torch.randn(20, 768, device="cuda"), torch.randn(N, 768, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         F.mips_topk(query, index, 10)
     torch.cuda.current_stream().wait_stream(side)
@@ -325,6 +330,7 @@ def test_many_searches_of_an_index_on_the_host(monkeypatch: pytest.MonkeyPatch) 
         best = oracle(query, vectors.cuda(), 10)
 
 
+@as_users_run
 def test_same_bits_every_time() -> None:
     query, index = torch.randn(65, 768, device="cuda"), torch.randn(N, 768, device="cuda").half()
     first = F.mips_topk(query, index, 10)
