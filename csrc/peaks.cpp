@@ -1,9 +1,11 @@
 // What this machine can do at the most, for benchmarks: multiplications and additions on registers
-// alone.
+// alone, and reading of memory with next to no arithmetic.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <string>
 
@@ -109,9 +111,47 @@ void fma_loop(int64_t n_fmas, int threads, const std::string& isa) {
   });
 }
 
+constexpr int64_t kBytesOfATask = int64_t{1} << 20;
+constexpr int kStreams = 4;        // side by side, as one core keeps more of them on their way
+constexpr int64_t kAhead = 1024;   // bytes, for which the processor by itself would ask too late
+constexpr int64_t kLineWords = 8;  // of a cache line
+
+// The exclusive or of the bytes, in each byte of the result.
+uint64_t folded(const int8_t* bytes, int64_t n) {
+  uint64_t words[kLineWords] = {};
+  const int64_t part = n / kStreams / sizeof(words) * sizeof(words);
+  for (int64_t at = 0; at < part; at += sizeof(words))
+    for (int stream = 0; stream < kStreams; ++stream) {
+      const int8_t* line = bytes + stream * part + at;
+      __builtin_prefetch(line + kAhead);
+      uint64_t read[kLineWords];
+      std::memcpy(read, line, sizeof(read));
+      for (int i = 0; i < kLineWords; ++i) words[i] ^= read[i];
+    }
+  uint64_t all = 0;
+  for (int i = 0; i < kLineWords; ++i) all ^= words[i];
+  for (int64_t at = kStreams * part; at < n; ++at) all ^= static_cast<uint8_t>(bytes[at]);
+  for (int shift = 32; shift >= 8; shift /= 2) all ^= all >> shift;
+  return all & 0xff;
+}
+
+int read_loop(const py::buffer& bytes, int threads) {
+  const Array<int8_t> read("bytes", bytes, {-1});
+  const Threads with = threads_of(threads, "");
+  const py::gil_scoped_release nogil;
+  std::atomic<uint64_t> all{0};
+  const int64_t n_tasks = (read.size(0) + kBytesOfATask - 1) / kBytesOfATask;
+  parallel_for(with.count, n_tasks, [&](int64_t task) {
+    const int64_t begin = task * kBytesOfATask;
+    all ^= folded(read.data() + begin, std::min(kBytesOfATask, read.size(0) - begin));
+  });
+  return static_cast<int>(all);
+}
+
 }  // namespace
 
 void bind_peaks(py::module_& m) {
+  m.def("read_loop", &read_loop, py::arg("bytes"), py::kw_only(), py::arg("threads") = 1);
   m.def("fma_loop", &fma_loop, py::arg("n_fmas"), py::kw_only(), py::arg("threads") = 1,
         py::arg("isa") = "");
 }

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -159,14 +160,33 @@ def test_flops_and_bytes() -> None:
         assert OP.bytes(mode, (100, 8, 3, 2), 4) == 100 * 8 * bytes_a_number + answers
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["cpp", "torch"])
 @pytest.mark.parametrize("mode", OP.modes)
-def test_the_read_is_of_every_byte(mode: str) -> None:
+def test_the_read_is_of_every_byte(
+    monkeypatch: pytest.MonkeyPatch, mode: str, native: bool
+) -> None:
     problem = OP.make((7, 5, 1, 1), torch.float32, 0, CPU)
     data, _ = problem.stored(mode)
+    if native:
+        pytest.importorskip("fastrag._C", reason="the extension is not built")
+        (found,) = OP.provider("read").call(mode, problem)()
+        assert found == np.bitwise_xor.reduce(data.flatten().view(torch.uint8).numpy())
+        return
+    monkeypatch.setattr(mips, "no_extension", lambda: "hidden")
     numbers = data.flatten().view(torch.uint8)
     whole = numbers[: len(numbers) // 4 * 4].view(torch.float32).sum()
     (found,) = OP.provider("read").call(mode, problem)()
     assert torch.equal(found, whole) or bool(found.isnan() and whole.isnan())
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 4096 + 77, (2 << 20) + 1000])
+def test_the_loop_of_reads_folds_all(n: int) -> None:
+    native = pytest.importorskip("fastrag._C", reason="the extension is not built")
+    numbers = np.random.default_rng(n).integers(-128, 128, n, dtype=np.int8)
+    expected = int(np.bitwise_xor.reduce(numbers.view(np.uint8))) if n else 0
+    assert native.read_loop(numbers, threads=2) == expected
+    with pytest.raises(ValueError, match=r"bytes: expected int8 \[n\], got format 'f'"):
+        native.read_loop(np.zeros(3, np.float32))
 
 
 def test_the_loop_of_products_refuses_what_it_cannot_do() -> None:
