@@ -80,16 +80,26 @@ class CodedIndex:
         self, query_emb: Tensor, k: int, exclude: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
+        scores, rows, _ = self._search(query_emb, k, exclude)
+        return scores, rows
+
+    def n_rows_read(self, query_emb: Tensor, k: int) -> int:
+        """How many rows of index_emb a search reads, over all queries."""
+        return self._search(query_emb, k, None)[2]
+
+    def _search(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
         scores, rows = _empty_answer(query_emb, k)
         with stage("mips_topk/by_codes"):
-            _C.mips_topk_by_codes(
+            n_read = _C.mips_topk_by_codes(
                 _array(query_emb),
                 scores=scores.numpy(),
                 rows=rows.numpy(),
                 **self.arrays(),
                 **_options(exclude),
             )
-        return scores, rows
+        return scores, rows, n_read
 
 
 def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
