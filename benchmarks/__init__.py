@@ -1,10 +1,16 @@
-"""How fast the operations are, and against whom: a registry, its runner and its pytest face.
+"""How fast the operations are, and against whom; docs/benchmarks.md says what is measured how.
 
-python -m benchmarks.run --op marginal_loss      docs/benchmarks.md says what the columns mean
-pytest benchmarks --benchmark-only -q
+Each file here is a command, `python -m benchmarks.NAME`:
 
-registry.py  what an entry is          ops/       the entries, one operation a module
-run.py       the command               worker.py  the process that one provider is timed in
-turns.py     workers taking turns      measure.py clock, memory, and what machine this is
-report.py    tables and CSV            commits.py the same providers at two commits
+run.py            providers of an operation against each other     ops/        what is timed
+stages.py         a training step, stage by stage                  harness/    how it is timed
+largest_batch.py  what fits a budget of memory                     results/    what came of it
+rows_read.py      what a search through codes reads
+profile.py        where the time of an operation goes              profiling/  its parts
+plot.py           figures and tables of committed results
+gate.py           what can be counted, beside committed counts
+gpu_suite.py      all of it on a machine with a GPU                gpu/        its parts
+tune.py           the fastest of the kernels' candidates
+
+`pytest benchmarks --benchmark-only -q` is the registry's other face (test_speed.py).
 """

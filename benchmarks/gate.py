@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import native
-from benchmarks.arguments import Parser
-from benchmarks.measure import ROOT
+from benchmarks.harness import native
+from benchmarks.harness.arguments import Parser
+from benchmarks.harness.measure import ROOT
 
 FILE = Path(__file__).with_name("gate.json")
 Counts = dict[str, int]

@@ -20,11 +20,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.arguments import Parser
 from benchmarks.gpu import plan, steps, summary
 from benchmarks.gpu.isolation import NOT_RUN
 from benchmarks.gpu.plan import Step
 from benchmarks.gpu.steps import Bench, Results
+from benchmarks.harness.arguments import Parser
 
 DEFAULT_OUT = Path("runs/gpu_suite")
 NEEDED = ("torch", "triton", "transformers", "pytest")

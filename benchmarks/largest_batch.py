@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import report, steps
-from benchmarks.arguments import Parser
-from benchmarks.measure import extra_bytes, facts, free_memory
+from benchmarks.harness import report, steps
+from benchmarks.harness.arguments import Parser
+from benchmarks.harness.measure import extra_bytes, facts, free_memory
+from benchmarks.harness.registry import Shape
+from benchmarks.harness.worker import OK
 from benchmarks.ops.rag_step import OP
-from benchmarks.registry import Shape
-from benchmarks.worker import OK
 
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 MOST = 1 << 16  # questions; whoever gets there has no use for more

@@ -27,11 +27,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from benchmarks import committed, roofline
-from benchmarks.committed import Group
-from benchmarks.measure import ROOT
+from benchmarks.harness import committed
+from benchmarks.harness.committed import Group
+from benchmarks.harness.measure import ROOT
+from benchmarks.harness.registry import DTYPES, Op
 from benchmarks.ops import OPS
-from benchmarks.registry import DTYPES, Op
+from benchmarks.profiling import roofline
 from benchmarks.stages import WHOLE
 
 FIGURES = ROOT / "docs" / "figures"

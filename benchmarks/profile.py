@@ -32,11 +32,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import ncu
-from benchmarks.arguments import Parser, check_mode, complete_device, shape_of
-from benchmarks.measure import ROOT
+from benchmarks.harness.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.harness.measure import ROOT
+from benchmarks.harness.registry import DTYPES, Op, Provider, Shape
 from benchmarks.ops import OPS
-from benchmarks.registry import DTYPES, Op, Provider, Shape
+from benchmarks.profiling import ncu
 
 WARM_CALLS = 2
 MODES = ("ncu", "nsys", "sass", "aot", "roofline", "loop")
@@ -252,7 +252,7 @@ def _kernel_names(parser: Parser, args: argparse.Namespace) -> str:
 
 def _configs(parser: Parser, args: argparse.Namespace) -> list[Any]:
     try:
-        from benchmarks import sass
+        from benchmarks.profiling import sass
 
         found = sass.configs(args.op, args.kernel)
         return [sass.aligned(config) for config in found] if args.aligned else found
@@ -264,7 +264,7 @@ def _compiled(parser: Parser, args: argparse.Namespace) -> int:
     configs = _configs(parser, args)
     from fastrag.kernels import aot
 
-    from benchmarks import sass
+    from benchmarks.profiling import sass
 
     for arch in args.arch:
         if arch not in aot.SHARED_LIMIT:
@@ -282,7 +282,7 @@ def _compiled(parser: Parser, args: argparse.Namespace) -> int:
 
 def _roofline(parser: Parser, args: argparse.Namespace) -> int:
     try:
-        from benchmarks import roofline
+        from benchmarks.profiling import roofline
     except ImportError as error:
         parser.error(f"--roofline: {error}")
     op: Op = OPS[args.op]

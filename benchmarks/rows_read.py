@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import Parser
-from benchmarks.measure import facts
-from benchmarks.report import COLUMNS, aligned, shape_text, write_csv
+from benchmarks.harness.arguments import Parser
+from benchmarks.harness.measure import facts
+from benchmarks.harness.report import COLUMNS, aligned, shape_text, write_csv
 
 KS = (1, 10, 100)
 N_QUERIES = 64

@@ -18,20 +18,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, shared
-from benchmarks.arguments import (
+from benchmarks.harness import report, shared
+from benchmarks.harness.arguments import (
     DEFAULT_DTYPE,
     Parser,
     check_mode,
     complete_device,
     shape_of,
 )
-from benchmarks.commits import CommitError, Pair, checkout, compare
-from benchmarks.measure import facts, free_memory
+from benchmarks.harness.commits import CommitError, Pair, checkout, compare
+from benchmarks.harness.measure import facts, free_memory
+from benchmarks.harness.plan import Budget, Point, by_importance, in_turn
+from benchmarks.harness.registry import DTYPES, Op, Shape
+from benchmarks.harness.turns import Case, Result, time_cases
 from benchmarks.ops import OPS
-from benchmarks.plan import Budget, Point, by_importance, in_turn
-from benchmarks.registry import DTYPES, Op, Shape
-from benchmarks.turns import Case, Result, time_cases
 
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
 # A process with torch in it, and the share of free memory that a bound may reach.

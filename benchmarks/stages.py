@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import report, steps
-from benchmarks.measure import facts
+from benchmarks.harness import report, steps
+from benchmarks.harness.measure import facts
+from benchmarks.harness.registry import Shape
+from benchmarks.harness.worker import OK
 from benchmarks.ops.rag_step import OP
 from benchmarks.ops.rag_step_models import HfStep
-from benchmarks.registry import Shape
-from benchmarks.worker import OK
 from fastrag import profiling
 
 STAGES = (

@@ -15,10 +15,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="installed by the extra `bench`")
 
-from benchmarks import measure
-from benchmarks.arguments import DEFAULT_DTYPE
+from benchmarks.harness import measure
+from benchmarks.harness.arguments import DEFAULT_DTYPE
+from benchmarks.harness.registry import DTYPES, Op, Provider, error_of
 from benchmarks.ops import OPS
-from benchmarks.registry import DTYPES, Op, Provider, error_of
 from fastrag.ops import workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

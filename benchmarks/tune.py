@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import Parser
 from benchmarks.gpu.isolation import NOT_RUN, PASSED, Record, run_isolated
+from benchmarks.harness.arguments import Parser
 
 LEAST_GAIN = 0.02
 PATIENCE = 180.0  # a job compiles all of its candidates
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastrag.kernels import tuning
 
     from benchmarks.gpu.tuning import JOBS, fits
-    from benchmarks.measure import facts
+    from benchmarks.harness.measure import facts
 
     device = torch.device("cuda", torch.cuda.current_device())
     names = [name for name in args.jobs if fits(JOBS[name], device)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.gpu.watch import RECORDS
-from benchmarks.measure import ROOT
+from benchmarks.harness.measure import ROOT
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 NOT_RUN = "not run"

@@ -26,7 +26,7 @@ from benchmarks.gpu.isolation import (
     run_isolated,
     run_limited,
 )
-from benchmarks.measure import ROOT
+from benchmarks.harness.measure import ROOT
 
 # A test may compile a dozen kernels before it says that it is done.
 PATIENCE = 150.0
@@ -220,7 +220,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    from benchmarks import report
+    from benchmarks.harness import report
 
     report.write_csv(path, rows, list(dict.fromkeys(name for row in rows for name in row)))
 

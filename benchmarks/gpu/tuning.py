@@ -21,8 +21,8 @@ from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning
 from fastrag.kernels.mips_rescore import group_size
 from torch import Tensor
 
-from benchmarks import measure
 from benchmarks.gpu.watch import Recorder, cuda_error
+from benchmarks.harness import measure
 from fastrag.ops import triton_mips
 from fastrag.ops.triton_chunk_logits import padded
 

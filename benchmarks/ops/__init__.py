@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.registry import Op
 from benchmarks.ops import contexts, doc_scores, marginal_loss, mips, rag_step, token_logp
-from benchmarks.registry import Op
 
 # The most important first: a run with a budget takes them in this order.
 OPS: dict[str, Op] = {

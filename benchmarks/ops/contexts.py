@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness.registry import Op, Provider, Shape, needs
 from benchmarks.ops import rag_step_corpus as texts
 from benchmarks.ops.rag_step_corpus import TEMPLATE
-from benchmarks.registry import Op, Provider, Shape, needs
 
 GATHER, CONTEXTS = "gather", "contexts"
 ANSWER_WIDTH = 3  # of labels, at which nothing here looks

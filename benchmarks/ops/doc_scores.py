@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from benchmarks.harness.registry import Op, Provider, Shape, ours
 from benchmarks.ops.heads import compiled
-from benchmarks.registry import Op, Provider, Shape, ours
 
 FORWARD, BOTH = MODES = ("forward", "forward-backward")
 

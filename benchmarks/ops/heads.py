@@ -17,7 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.registry import HALF, needs
+from benchmarks.harness.registry import HALF, needs
 
 PAD = 0
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]

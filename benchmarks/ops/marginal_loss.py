@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from benchmarks.harness.registry import HALF, Goal, Op, Provider, Shape, needs, ours
 from benchmarks.ops.heads import HEADS, PAD, Head, compiled, gather
-from benchmarks.registry import HALF, Goal, Op, Provider, Shape, needs, ours
 
 
 @dataclass

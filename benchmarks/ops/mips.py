@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import shared
+from benchmarks.harness import shared
+from benchmarks.harness.registry import DTYPES, Goal, Op, Provider, Shape, needs, ours
+from benchmarks.harness.shared import Spec
 from benchmarks.ops import search_peers as peers
 from benchmarks.ops.search_peers import Answer, Ask, Make
-from benchmarks.registry import DTYPES, Goal, Op, Provider, Shape, needs, ours
-from benchmarks.shared import Spec
 
 FLOATS = tuple(DTYPES)
 STORAGES = (*FLOATS, "int8")

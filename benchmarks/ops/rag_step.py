@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.harness.registry import Op, Provider, Shape, needs
 from benchmarks.ops import rag_step_models as models
 from benchmarks.ops.rag_step_models import Parts, Problem, Step
-from benchmarks.registry import Op, Provider, Shape, needs
 
 MODES = ("token", "sequence", "token-given", "sequence-given")
 GIVEN = tuple(mode for mode in MODES if mode.endswith("-given"))

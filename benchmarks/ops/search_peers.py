@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Shape, needs
+from benchmarks.harness.registry import Shape, needs
 
 Answer = tuple[Tensor, Tensor]
 Ask = Callable[[], Answer]

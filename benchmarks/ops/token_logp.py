@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.harness.registry import Op, Provider, Shape, ours
 from benchmarks.ops import marginal_loss
 from benchmarks.ops.heads import HEADS, PAD, Head, compiled, gather
 from benchmarks.ops.marginal_loss import Problem
-from benchmarks.registry import Op, Provider, Shape, ours
 
 FORWARD, BOTH = MODES = ("forward", "forward-backward")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import largest_batch
-from benchmarks.arguments import Parser
+from benchmarks.harness.arguments import Parser
 from benchmarks.largest_batch import MOST, StepError, bytes_of, largest, peak_of_step
 from benchmarks.ops.rag_step import OP
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import shared
+from benchmarks.harness import shared
+from benchmarks.harness.registry import Goal, error_of
 from benchmarks.ops import OPS, mips
-from benchmarks.registry import Goal, error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 OP = OPS["mips"]
@@ -107,7 +107,7 @@ def test_what_is_shared_is_what_a_process_would_make(mode: str) -> None:
 
 MAPS_AND_WRITES = """
 import json, sys
-from benchmarks import shared
+from benchmarks.harness import shared
 shared.take(json.loads(sys.argv[1]))
 x = shared.find("x")
 assert x.tolist() == [[1.0, 2.0], [3.0, 4.0]], x

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, run, shared
-from benchmarks.measure import Turn
+from benchmarks import run
+from benchmarks.harness import report, shared
+from benchmarks.harness.measure import Turn
+from benchmarks.harness.plan import Budget, by_importance, in_turn
+from benchmarks.harness.registry import DEVICES, Op
+from benchmarks.harness.turns import Case, Result
 from benchmarks.ops import OPS
-from benchmarks.plan import Budget, by_importance, in_turn
-from benchmarks.registry import DEVICES, Op
-from benchmarks.turns import Case, Result
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 

@@ -14,9 +14,10 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 
-from benchmarks import committed, plot
+from benchmarks import plot
+from benchmarks.harness import committed
+from benchmarks.harness.report import COLUMNS
 from benchmarks.ops import OPS
-from benchmarks.report import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = re.search(r"^matplotlib==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ncu, profile, roofline
+from benchmarks import profile
+from benchmarks.harness.report import COLUMNS
 from benchmarks.ops import OPS
-from benchmarks.report import COLUMNS
+from benchmarks.profiling import ncu, roofline
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"mips": "64,16,3,2", "marginal_loss": "2,2,3,8,50"}
@@ -181,7 +182,7 @@ LISTING = """
 
 def test_instructions_by_family() -> None:
     pytest.importorskip("triton")
-    from benchmarks import sass
+    from benchmarks.profiling import sass
 
     total, families = sass.tally(LISTING)
     assert total == 14
@@ -191,7 +192,7 @@ def test_instructions_by_family() -> None:
 
 def test_every_op_has_kernels() -> None:
     pytest.importorskip("triton")
-    from benchmarks import sass
+    from benchmarks.profiling import sass
 
     files = (ROOT / "kernels").glob("*.py")
     modules = {path.stem for path in files if "def aot_configs(" in path.read_text()}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks.harness import measure
+from benchmarks.harness.registry import DEVICES, Op, Provider, error_of, forced_backend, needs
+from benchmarks.harness.worker import Timed, reply_to
 from benchmarks.ops import OPS
-from benchmarks.registry import DEVICES, Op, Provider, error_of, forced_backend, needs
-from benchmarks.worker import Timed, reply_to
 from fastrag.ops.backends import BACKEND_VARIABLE
 
 CPU = torch.device("cpu")

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import commits, report, run, turns
-from benchmarks.measure import Turn
+from benchmarks import run
+from benchmarks.harness import commits, report, turns
+from benchmarks.harness.measure import Turn
+from benchmarks.harness.turns import Case, Result
 from benchmarks.ops import OPS
-from benchmarks.turns import Case, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 OP = OPS["marginal_loss"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, stages, steps
+from benchmarks import stages
+from benchmarks.harness import report, steps
 from benchmarks.ops.rag_step import OP
 from benchmarks.stages import REST, STAGES, WHOLE, Clock, Timed
 from fastrag import profiling

@@ -12,9 +12,10 @@ pytest.importorskip("triton")
 
 from fastrag.kernels import tuning  # noqa: E402
 
-from benchmarks import measure, tune  # noqa: E402
+from benchmarks import tune  # noqa: E402
 from benchmarks.gpu import tuning as jobs  # noqa: E402
 from benchmarks.gpu.isolation import Record  # noqa: E402
+from benchmarks.harness import measure  # noqa: E402
 from fastrag.ops import backends  # noqa: E402
 
 CPU = torch.device("cpu")

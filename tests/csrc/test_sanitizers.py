@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import native
+from benchmarks.harness import native
 
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -37,9 +37,9 @@ class Timed:
         """Returns "ok", or "unavailable: ...", or "wrong: ..." with the output that is."""
         import torch
 
-        from benchmarks import measure, shared
+        from benchmarks.harness import measure, shared
+        from benchmarks.harness.registry import DTYPES, error_of
         from benchmarks.ops import OPS
-        from benchmarks.registry import DTYPES, error_of
 
         shared.take(case.get("shared", {}))
         op, shape, mode = OPS[case["op"]], tuple(case["shape"]), case["mode"]
@@ -71,7 +71,7 @@ class Timed:
         return OK
 
     def go(self) -> dict[str, float]:
-        from benchmarks import measure
+        from benchmarks.harness import measure
 
         return asdict(measure.one_turn(self.call, self.device, self.n_calls))
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.harness.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.harness.registry import DTYPES, Shape, error_of
+from benchmarks.harness.worker import OK
 from benchmarks.ops.rag_step import OP
-from benchmarks.registry import DTYPES, Shape, error_of
-from benchmarks.worker import OK
 
 PROVIDERS = ("fastrag", "hf")
 

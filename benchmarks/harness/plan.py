@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
-from benchmarks.registry import Op, Shape
+from benchmarks.harness.registry import Op, Shape
 
 # What a point of an op that was not timed yet is taken to cost at the least.
 FIRST_SECONDS = 60.0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.registry import DTYPES, Goal, Op
-from benchmarks.turns import Result
+from benchmarks.harness.registry import DTYPES, Goal, Op
+from benchmarks.harness.turns import Result
 
 COLUMNS = ["op", "provider", "mode", "dtype", "shape", "ms_p50", "ms_p20", "ms_p80", "peak_mib"]
 COLUMNS += ["gbps", "tflops", "device", "driver", "threads", "torch", "triton", "commit", "date"]

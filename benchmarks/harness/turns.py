@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shared
-from benchmarks.measure import ROOT, Turn
-from benchmarks.worker import LONG_SECONDS, OK
+from benchmarks.harness import shared
+from benchmarks.harness.measure import ROOT, Turn
+from benchmarks.harness.worker import LONG_SECONDS, OK
 
 # Threads of the last provider may spin for some milliseconds after their work.
 SETTLE_SECONDS = 0.02
@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, case: Case, log: Any, tree: Path | None) -> None:
         self.result, self.log = Result(case), log
         self.first = self.spent = 0.0  # seconds of its first call, and of its turns
-        command = [sys.executable, "-m", "benchmarks.worker"]
+        command = [sys.executable, "-m", "benchmarks.harness.worker"]
         if tree is not None:
             command += ["--fastrag", str(tree)]
         # A session of its own: what it starts ends with it, and Ctrl-C reaches the parent alone.

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import ROOT
-from benchmarks.turns import Case, Result, time_cases
+from benchmarks.harness.measure import ROOT
+from benchmarks.harness.turns import Case, Result, time_cases
 
 
 class CommitError(Exception):

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.registry import DEVICES, DTYPES, Op, Shape
+from benchmarks.harness.registry import DEVICES, DTYPES, Op, Shape
 
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 

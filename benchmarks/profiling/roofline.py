@@ -21,9 +21,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 - after the choice of a backend without a screen
 
-from benchmarks.committed import RESULTS
-from benchmarks.measure import ROOT
-from benchmarks.registry import DTYPES, Op
+from benchmarks.harness.committed import RESULTS
+from benchmarks.harness.measure import ROOT
+from benchmarks.harness.registry import DTYPES, Op
 
 # What each ceiling bounds.
 ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")

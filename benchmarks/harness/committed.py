@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from benchmarks.measure import ROOT
+from benchmarks.harness.measure import ROOT
+from benchmarks.harness.plan import by_importance
+from benchmarks.harness.registry import Op, Shape
+from benchmarks.harness.report import COLUMNS
+from benchmarks.harness.turns import OK
 from benchmarks.ops import OPS
-from benchmarks.plan import by_importance
-from benchmarks.registry import Op, Shape
-from benchmarks.report import COLUMNS
-from benchmarks.turns import OK
 
 RESULTS = ROOT / "benchmarks" / "results"
 Key = tuple[str, str, str, Shape]  # op, mode, dtype, shape

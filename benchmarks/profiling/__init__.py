@@ -1,0 +1,1 @@
+"""What `benchmarks.profile` shows beside a timeline: kernel counters, instructions, rooflines."""
