@@ -8,6 +8,8 @@ changed, where `benchmarks.run` is the measurement.
 
 from __future__ import annotations
 
+import functools
+import statistics
 from typing import Any
 
 import pytest
@@ -23,6 +25,18 @@ from fastrag.ops import workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = DEFAULT_DTYPE[DEVICE]
+
+
+@functools.cache
+def ceiling_seconds(name: str, mode: str) -> float | None:
+    """Of a call of the op's ceiling, None where it cannot run."""
+    op, device = OPS[name], torch.device(DEVICE)
+    ceiling = op.provider(op.ceiling)
+    if ceiling.why_not(DEVICE, DTYPE, mode):
+        return None
+    call = ceiling.call(mode, op.make(op.small, DTYPES[DTYPE], 0, device))
+    n_calls = measure.calls_per_turn(call, device)
+    return statistics.median(measure.one_turn(call, device, n_calls).wall for _ in range(5)) / 1e3
 
 
 @pytest.mark.parametrize(
@@ -60,3 +74,6 @@ def test_speed(benchmark: Any, op: Op, mode: str, provider: Provider) -> None:
     itemsize = DTYPES[DTYPE].itemsize
     benchmark.extra_info["gbps"] = op.bytes(mode, op.small, itemsize) / seconds / 1e9
     benchmark.extra_info["tflops"] = op.flops(mode, op.small) / seconds / 1e12
+    ceiling = ceiling_seconds(op.name, mode)
+    percent = None if ceiling is None else 100 * ceiling / seconds
+    benchmark.extra_info[f"percent_of_{op.ceiling}"] = percent
