@@ -11,7 +11,8 @@ Label smoothing e of the marginal distribution has hit = (1 - e) w, spread = e /
 
 The K rows of a position are consecutive and in one program; `row_pass` has left max z and log sum.
 Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 or 4 written. M and r exist
-in registers alone: the gradient makes them again. No atomics, a fixed order of sums.
+in registers alone: the gradient makes them again. No atomics, a fixed order of sums. Rows and bias
+are padded as in `row_pass`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _log_softmax_tile(
     raw_ptrs,
     bias_ptrs,
     mask_k,
-    mask_v,
+    in_row,
     peak,
     log_sum,
     logit_scale,
@@ -73,10 +74,10 @@ def _log_softmax_tile(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """log p of K rows and BLOCK_V words, and x W^T + bias of the same."""
-    mask = mask_k[:, None] & mask_v[None, :]
+    mask = mask_k[:, None] & in_row[None, :]
     raw = tl.load(raw_ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_V]
     if HAS_BIAS:
-        raw += tl.load(bias_ptrs, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+        raw += tl.load(bias_ptrs, mask=in_row, other=0.0).to(tl.float32)[None, :]
     z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
     return (z - peak[:, None]) - log_sum[:, None], raw
 
@@ -103,6 +104,7 @@ def _mixture_statistics_kernel(
     share_ptr,
     K,
     V,
+    width,
     stride_raw,
     logit_scale,
     softcap,
@@ -129,7 +131,7 @@ def _mixture_statistics_kernel(
             raw_ptrs + start,
             bias_ptr + start + offs_v,
             mask_k,
-            mask_v,
+            start + offs_v < width,
             peak,
             log_sum,
             logit_scale,
@@ -157,7 +159,7 @@ def _mixture_gradient_kernel(
     spread_ptr,
     draw_ptr,
     K,
-    V,
+    width,
     stride_raw,
     stride_draw,
     logit_scale,
@@ -172,20 +174,21 @@ def _mixture_gradient_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_k = offs_k < K
-    mask_v = offs_v < V
+    in_row = offs_v < width
     row = pid * K + offs_k
     peak = tl.load(peak_ptr + row, mask=mask_k, other=0.0)
     log_sum = tl.load(log_sum_ptr + row, mask=mask_k, other=0.0)
     prior = tl.load(prior_ptr + row, mask=mask_k, other=float("-inf"))
     hit = tl.load(hit_ptr + row, mask=mask_k, other=0.0)
     target = tl.load(target_ptr + row, mask=mask_k, other=0.0)
-    gold = tl.load(gold_ptr + row, mask=mask_k, other=-1)
+    # In 32 bits the comparisons are cheap.
+    gold = tl.load(gold_ptr + row, mask=mask_k, other=-1).to(tl.int32)
     spread = tl.load(spread_ptr + pid)
     logp, raw = _log_softmax_tile(
         raw_ptr + row[:, None] * stride_raw + offs_v[None, :],
         bias_ptr + offs_v,
         mask_k,
-        mask_v,
+        in_row,
         peak,
         log_sum,
         logit_scale,
@@ -195,10 +198,10 @@ def _mixture_gradient_kernel(
     )
     _, r = _mixture(logp, prior)
     d = target[:, None] * tl.exp2(logp * LOG2E) - spread * r
-    d -= tl.where(offs_v[None, :] == gold[:, None], hit[:, None], 0.0)
+    d = tl.where(offs_v[None, :] == gold[:, None], d - hit[:, None], d)
     d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
     draw_ptrs = draw_ptr + row[:, None] * stride_draw + offs_v[None, :]
-    tl.store(draw_ptrs, d.to(draw_ptr.dtype.element_ty), mask=mask_k[:, None] & mask_v[None, :])
+    tl.store(draw_ptrs, d.to(draw_ptr.dtype.element_ty), mask=mask_k[:, None] & in_row[None, :])
 
 
 def mixture_statistics(
@@ -209,8 +212,13 @@ def mixture_statistics(
     peak: Tensor,
     log_sum: Tensor,
     log_prior: Tensor,
+    *,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """raw [G * K, V], log_prior [G, K] -> mean_v M [G] and mean_v r [G, K]."""
+    """raw [G * K, width], log_prior [G, K] -> mean_v M [G] and mean_v r [G, K].
+
+    bias [width]. vocab_size: V, by default all columns.
+    """
     n_positions, n_passages = log_prior.shape
     smooth = raw.new_empty(n_positions)
     share = raw.new_empty(n_positions, n_passages)
@@ -224,6 +232,7 @@ def mixture_statistics(
             smooth,
             share,
             n_passages,
+            raw.shape[1] if vocab_size is None else vocab_size,
             raw.shape[1],
             raw.stride(0),
             logit_scale,
@@ -247,7 +256,7 @@ def mixture_gradient(
     spread: Tensor,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of raw [G * K, V] to out, of any dtype, or over raw itself."""
+    """Writes the gradient of raw [G * K, width] to out, of any dtype, or over raw itself."""
     n_positions, n_passages = log_prior.shape
     sizes = blocks(n_passages, "mixture_gradient", raw.device)
     with device_of(raw):
@@ -294,7 +303,7 @@ def _configs(n_tiles: int) -> Iterator[AotConfig]:
     """With the first n_tiles candidates."""
     pointers = ("prior_ptr", "hit_ptr", "target_ptr", "spread_ptr", "smooth_ptr", "share_ptr")
     shared = HEAD_TYPES | dict.fromkeys(pointers, "*fp32")
-    aligned = ("stride_raw", "stride_draw")
+    aligned = ("width", "stride_raw", "stride_draw")
     for block_k in _BLOCKS_K:
         for sizes in tiles(block_k)[:n_tiles]:
             warps = sizes["num_warps"]

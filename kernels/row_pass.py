@@ -13,9 +13,13 @@ the vocabulary, with the statistics of all of it; a label outside is -1.
 Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 (bf16, fp16) or 4 written.
 Not materialised: z and p, which exist in registers alone, and the tanh that the chain rule needs.
 
-Rows may be padded: `stride(0)` of the buffer is what counts, and what stands behind column V is
-neither read nor written. Offsets are 64-bit. A NaN anywhere in a row makes its statistics NaN.
-Sums are in float32 and in a fixed order; there are no atomics.
+V is rarely a multiple of 4, and a mask that ends inside 16 bytes makes 4 or 8 accesses of one. So
+the launchers take rows with their padding, and a bias of the same width: what stands behind word V
+may be anything, does not reach the statistics, and has a meaningless gradient. Tensors without
+padding are as good, and slower.
+
+Offsets are 64-bit. A NaN among the words of a row makes its statistics NaN. Sums are in float32 and
+in a fixed order; there are no atomics.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from fastrag.kernels.launch import device_of
 from fastrag.kernels.tuning import choose
 from torch import Tensor
 
-# 16 numbers a thread: four loads of 16 bytes in flight, and registers for the rest.
+# 16 numbers a thread: of padded rows four loads of 16 bytes in flight, and registers for the rest.
 BLOCK_V = 4096
 # With num_warps; behind the first others that a GPU may like better.
 _BLOCKS = ((BLOCK_V, 8), (8192, 16), (4096, 16), (2048, 4), (2048, 8), (1024, 4))
@@ -76,6 +80,7 @@ def _row_statistics_kernel(
     peak_ptr,
     log_sum_ptr,
     V,
+    width,
     stride_raw,
     logit_scale,
     softcap,
@@ -84,7 +89,7 @@ def _row_statistics_kernel(
     WITH_MEAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns one row and reads it once.
+    # One program owns one row, V words of `width` numbers, and reads it once.
     pid = tl.program_id(0).to(tl.int64)
     raw_ptr += pid * stride_raw
     offs_v = tl.arange(0, BLOCK_V)
@@ -93,9 +98,10 @@ def _row_statistics_kernel(
     away = 0.0  # sum of z - peak
     for start in range(0, V, BLOCK_V):
         mask_v = start + offs_v < V
-        raw = tl.load(raw_ptr + start + offs_v, mask=mask_v, other=0.0)  # [BLOCK_V]
+        in_row = start + offs_v < width
+        raw = tl.load(raw_ptr + start + offs_v, mask=in_row, other=0.0)  # [BLOCK_V]
         if HAS_BIAS:
-            raw += tl.load(bias_ptr + start + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+            raw += tl.load(bias_ptr + start + offs_v, mask=in_row, other=0.0).to(tl.float32)
         z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
         z = tl.where(mask_v, z, float("-inf"))
         higher = tl.maximum(peak, tl.max(z, axis=0))
@@ -133,7 +139,7 @@ def _row_gradient_kernel(
     peak_ptr,
     log_sum_ptr,
     draw_ptr,
-    V,
+    width,
     stride_raw,
     stride_draw,
     logit_scale,
@@ -144,24 +150,25 @@ def _row_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns BLOCK_V numbers of one row; draw may be raw itself where the dtypes agree.
+    # One program owns BLOCK_V numbers of one row. No two of them meet, so that those of the padding
+    # need no care; draw may be raw itself where the dtypes agree.
     pid = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
+    in_row = offs_v < width
     weight = tl.load(weight_ptr + pid)
     peak = tl.load(peak_ptr + pid)
     scale = weight * tl.exp2(-LOG2E * tl.load(log_sum_ptr + pid))
     gold = tl.load(gold_ptr + pid)
-    raw = tl.load(raw_ptr + pid * stride_raw + offs_v, mask=mask_v, other=0.0)  # [BLOCK_V]
+    raw = tl.load(raw_ptr + pid * stride_raw + offs_v, mask=in_row, other=0.0)  # [BLOCK_V]
     if HAS_BIAS:
-        raw += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        raw += tl.load(bias_ptr + offs_v, mask=in_row, other=0.0).to(tl.float32)
     z = fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP)
     d = tl.exp2((z - peak) * LOG2E) * scale - weight * share
     # In float32: a probability near 1 would round to 1 in the operand dtype, and its gradient to 0.
-    d -= tl.where(offs_v == gold, weight * (1.0 - smoothing), 0.0)
+    d -= tl.where(offs_v == gold.to(tl.int32), weight * (1.0 - smoothing), 0.0)
     d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
     offs_draw = pid * stride_draw + offs_v
-    tl.store(draw_ptr + offs_draw, d.to(draw_ptr.dtype.element_ty), mask=mask_v)
+    tl.store(draw_ptr + offs_draw, d.to(draw_ptr.dtype.element_ty), mask=in_row)
 
 
 def row_statistics(
@@ -171,13 +178,14 @@ def row_statistics(
     logit_scale: float,
     softcap: float | None,
     *,
+    vocab_size: int | None = None,
     with_mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """raw [n, V] float32, gold [n] -> log p(y) [n], log_z [2, n], mean_v log p(v) [n].
+    """raw [n, width] float32, gold [n] -> log p(y) [n], log_z [2, n], mean_v log p(v) [n].
 
-    log_z: max z and log sum exp(z - max z).
+    bias [width]. vocab_size: V, by default all columns. log_z: max z and log sum exp(z - max z).
     """
-    n, vocab_size = raw.shape
+    n, width = raw.shape
     logp, mean = raw.new_empty(2, n)
     log_z = raw.new_empty(2, n)
     with device_of(raw):
@@ -188,7 +196,8 @@ def row_statistics(
             logp,
             mean,
             *log_z,
-            vocab_size,
+            width if vocab_size is None else vocab_size,
+            width,
             raw.stride(0),
             logit_scale,
             1.0 if softcap is None else softcap,
@@ -212,21 +221,21 @@ def row_gradient(
     vocab_size: int,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of raw [n, words] to out [n, words] of any dtype, or over raw itself.
+    """Writes the gradient of raw [n, width] to out [n, width] of any dtype, or over raw itself.
 
-    log_z [2, n] of row_statistics. vocab_size: V, of which raw may hold a slice.
+    bias [width], log_z [2, n] of row_statistics. vocab_size: V, of which raw may hold a slice.
     """
-    n, n_words = raw.shape
+    n, width = raw.shape
     sizes = choose("row_gradient", gradient_blocks, raw.device)
     with device_of(raw):
-        _row_gradient_kernel[(n, triton.cdiv(n_words, sizes["BLOCK_V"]))](
+        _row_gradient_kernel[(n, triton.cdiv(width, sizes["BLOCK_V"]))](
             raw,
             raw if bias is None else bias,
             gold,
             weight,
             *log_z,
             out,
-            n_words,
+            width,
             raw.stride(0),
             out.stride(0),
             logit_scale,
@@ -263,12 +272,12 @@ def head_flags() -> list[dict[str, bool]]:
     ]
 
 
-# Pitch-padded rows: what the launchers pass is a multiple of 16, and compiles to wide loads.
+# Padded rows, as the loss has them: width and strides are multiples of 16, V need not be.
 HEAD_TYPES = {
     **dict.fromkeys(("raw_ptr", "peak_ptr", "log_sum_ptr", "logp_ptr", "mean_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr",), "*fp32"),
     **dict.fromkeys(("logit_scale", "softcap", "smoothing", "share"), "fp32"),
-    **dict.fromkeys(("V", "K", "stride_raw", "stride_draw"), "i32"),
+    **dict.fromkeys(("V", "K", "width", "stride_raw", "stride_draw"), "i32"),
     "gold_ptr": "*i64",
 }
 
@@ -285,7 +294,7 @@ def aot_candidates() -> list[AotConfig]:
 
 def _configs(n_blocks: int) -> Iterator[AotConfig]:
     """With the first n_blocks candidates."""
-    aligned = ("stride_raw", "stride_draw")
+    aligned = ("width", "stride_raw", "stride_draw")
     for flags in head_flags():
         for with_mean in (False, True):
             types = HEAD_TYPES | {"bias_ptr": "*bf16"}

@@ -2,7 +2,8 @@
 
 The products keep the dtype of the hidden states, bfloat16 or float16, and leave float32 logits in
 rows padded to a multiple of 64: V = 50265 is odd, and a matrix whose rows start at odd addresses
-loses the fast products. Bias, scale and softcap are folded in by the passes that read the logits.
+loses the fast products. Bias, scale and softcap are folded in by the passes that read the logits;
+they go over the padding too, in loads and stores of 16 bytes, and its numbers mean nothing.
 The gradient goes to a second buffer in the dtype of the operands, or, for float32, over the logits.
 """
 
@@ -26,7 +27,8 @@ class TritonChunkLogits(ChunkLogits):
         self._raw = self._buffer(torch.float32)
         for part, weight in head.weight_slices():
             add_product(self._raw[:, part], x, weight.t(), first=True)
-        self._head = (head.bias, head.logit_scale, head.softcap)
+        bias = None if head.bias is None else _padded_bias(head.bias)
+        self._head = (bias, head.logit_scale, head.softcap)
 
     @staticmethod
     def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +59,11 @@ class TritonChunkLogits(ChunkLogits):
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
         logp, self._log_z, mean = row_pass.row_statistics(
-            self._raw, self.gold, *self._head, with_mean=with_mean
+            self._raw,
+            self.gold,
+            *self._head,
+            vocab_size=self.head.n_words,
+            with_mean=with_mean,
         )
         return RowStats(logp, self._log_z, mean)
 
@@ -76,12 +82,16 @@ class TritonChunkLogits(ChunkLogits):
             self.head.vocab_size,
             out,
         )
-        return out
+        return out[:, : self.head.n_words]
 
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         stats = self.statistics()
         smooth, share = mixture_pass.mixture_statistics(
-            self._raw, *self._head, *self._log_z, log_prior.contiguous()
+            self._raw,
+            *self._head,
+            *self._log_z,
+            log_prior.contiguous(),
+            vocab_size=self.head.n_words,
         )
         return stats, smooth, share
 
@@ -97,12 +107,11 @@ class TritonChunkLogits(ChunkLogits):
             *(x.contiguous() for x in (log_prior, hit, target, spread)),
             out,
         )
-        return out
+        return out[:, : self.head.n_words]
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
-        """[n, words], its rows padded; what stands behind the last word is never read."""
-        n, n_words = self.x.shape[0], self.head.n_words
-        return self.x.new_empty(n, padded(n_words), dtype=dtype)[:, :n_words]
+        """[n, words], and behind the last word padding that belongs to its row alone."""
+        return self.x.new_empty(self.x.shape[0], padded(self.head.n_words), dtype=dtype)
 
     def _gradient_buffer(self) -> Tensor:
         # Numbers of one size may overwrite each other: each is read and written by one thread.
@@ -113,3 +122,13 @@ class TritonChunkLogits(ChunkLogits):
 def padded(n_words: int) -> int:
     """Numbers from one row to the next."""
     return -(-n_words // PITCH) * PITCH
+
+
+def _padded_bias(bias: Tensor) -> Tensor:
+    """[padded(words)]; bias itself where it has no padding."""
+    n_words = bias.shape[0]
+    if n_words == padded(n_words):
+        return bias
+    out = bias.new_empty(padded(n_words))
+    out[:n_words] = bias
+    return out

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +68,16 @@ def copy_of(raw: Tensor) -> Tensor:
     return torch.full((raw.shape[0], raw.stride(0)), torch.nan)[:, : raw.shape[1]].copy_(raw)
 
 
+def with_padding(raw: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """The whole rows, and a bias of their width; their padding is NaN."""
+    bias, *rest = head
+    if bias is not None:
+        wide = torch.full((raw.stride(0),), torch.nan)
+        wide[: len(bias)] = bias
+        bias = wide
+    return torch.as_strided(raw, (raw.shape[0], raw.stride(0)), raw.stride()), (bias, *rest)
+
+
 @shapes
 @heads
 @pytest.mark.parametrize("with_mean", [False, True], ids=["gold", "gold and mean"])
@@ -104,6 +118,24 @@ def test_gradient(shape, head, smoothing: float, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         row_pass.row_gradient(*args, raw)
         assert torch.equal(raw, out)
+
+
+@shapes
+@heads
+def test_padding(shape, head) -> None:
+    """Rows that come with their padding give what the words alone give, to the bit."""
+    raw, gold, head = inputs(shape, head)
+    n, vocab, pitch = shape
+    wide, wide_head = with_padding(raw, head)
+    expected = row_pass.row_statistics(raw, gold, *head, with_mean=True)
+    found = row_pass.row_statistics(wide, gold, *wide_head, vocab_size=vocab, with_mean=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    settings = (expected[1], torch.randn(n), 0.1, vocab)
+    for dtype in (torch.float32, torch.float16):
+        out, wide_out = (torch.full((n, width), torch.nan, dtype=dtype) for width in (vocab, pitch))
+        row_pass.row_gradient(raw, gold, *head, *settings, out)
+        row_pass.row_gradient(wide, gold, *wide_head, *settings, wide_out)
+        assert torch.equal(wide_out[:, :vocab], out)
 
 
 @heads
@@ -201,6 +233,13 @@ def test_mixture(shape, head, dtype: torch.dtype) -> None:
     out = torch.full((len(gold), pitch), torch.nan, dtype=dtype)[:, :vocab]
     mixture_pass.mixture_gradient(raw, gold, *stats, *weights, out)
     assert_close(out, plain[3].to(dtype), true[3], name="gradient", scale=1e-3)
+    wide, wide_head = with_padding(raw, head)
+    wide_stats = (*wide_head, *log_z, prior)
+    found = mixture_pass.mixture_statistics(wide, *wide_stats, vocab_size=vocab)
+    assert all(torch.equal(a, b) for a, b in zip(found, (smooth, share), strict=True))
+    wide_out = torch.empty(wide.shape, dtype=dtype)
+    mixture_pass.mixture_gradient(wide, gold, *wide_stats, *weights, wide_out)
+    assert torch.equal(wide_out[:, :vocab], out)
     if dtype == torch.float32:
         in_place = copy_of(raw)
         mixture_pass.mixture_gradient(in_place, gold, *stats, *weights, in_place)
@@ -213,3 +252,33 @@ def test_more_passages_than_the_largest_block() -> None:
     assert mixture_pass.blocks(TRITON_MAX_MIXED)["BLOCK_K"] == TRITON_MAX_MIXED
     with pytest.raises(ValueError, match="expected K of at most 256, got 257"):
         mixture_pass.blocks(257)
+
+
+# What the launchers compile for an odd V: accesses to memory of each, those of 16 bytes first.
+COUNT_ACCESSES = """
+import re
+from fastrag.kernels import aot
+
+for module in ("row_pass", "mixture_pass"):
+    for config in aot.all_configs(module):
+        block_k = config.constants.get("BLOCK_K", 4)
+        if config.constants["HAS_SOFTCAP"] or config.constants.get("WITH_MEAN") or block_k > 4:
+            continue
+        ptx = aot.build(config, 80).asm["ptx"]
+        wide = [len(re.findall(rf"{op}\\.global\\.v4\\.b32", ptx)) for op in ("ld", "st")]
+        print(config.kernel.fn.__name__, *wide)
+"""
+
+
+def test_memory_is_read_and_written_by_16_bytes() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT_ACCESSES]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, *_ in found} == {
+        f"_{what}_{of}_kernel" for what in ("row", "mixture") for of in ("statistics", "gradient")
+    }
+    for name, loads, stores in found:
+        # 16 float32 logits a thread, and 16 gradients of 2 or 4 bytes.
+        assert int(loads) >= 4, name
+        assert int(stores) >= (2 if "gradient" in name else 0), name
