@@ -105,25 +105,26 @@ def search_job(stored: torch.dtype, n_queries: int, has_low: bool) -> Job:
 # ---------------------------------------------------------------------------------------- the loss
 
 
-def _logits(device: torch.device, small: bool, n_passages: int = 1) -> tuple[Tensor, Tensor]:
-    """Rows with a padded pitch, as the loss has them, and labels."""
+def _logits(device: torch.device, small: bool, n_passages: int = 1) -> tuple[Tensor, Tensor, int]:
+    """Rows with their padding, as the loss has them, labels, and V."""
     n, _, vocab = SMALL_HEAD if small else LARGE_HEAD
     n = -(-n // n_passages) * n_passages
-    raw = torch.randn(n, padded(vocab), device=device)[:, :vocab]
-    return raw, torch.randint(vocab, (n,), device=device)
+    raw = torch.randn(n, padded(vocab), device=device)
+    return raw, torch.randint(vocab, (n,), device=device), vocab
 
 
 def statistics_job(with_mean: bool) -> Job:
     def problem(device: torch.device, small: bool) -> Problem:
-        raw, gold = _logits(device, small)
+        raw, gold, vocab = _logits(device, small)
+        options = {"with_mean": with_mean, "vocab_size": vocab}
 
         def call(sizes: dict[str, int]) -> Outputs:
             with tuning.forced("row_statistics", sizes):
-                found = row_pass.row_statistics(raw, gold, None, 1.0, None, with_mean=with_mean)
+                found = row_pass.row_statistics(raw, gold, None, 1.0, None, **options)
             return tuple(x for x in found if x is not None)
 
         def error(found: Outputs) -> float:
-            true = raw.double().log_softmax(1)
+            true = raw[:, :vocab].double().log_softmax(1)
             gaps = [excess(found[0], true.gather(1, gold[:, None])[:, 0], 1e-5)]
             return max(gaps + ([excess(found[2], true.mean(1), 1e-5)] if with_mean else []))
 
@@ -135,10 +136,10 @@ def statistics_job(with_mean: bool) -> Job:
 
 def gradient_job() -> Job:
     def problem(device: torch.device, small: bool) -> Problem:
-        raw, gold = _logits(device, small)
-        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None)
-        weight, vocab = torch.ones(len(raw), device=device), raw.shape[1]
-        out = raw.new_empty(len(raw), padded(vocab), dtype=torch.bfloat16)[:, :vocab]
+        raw, gold, vocab = _logits(device, small)
+        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None, vocab_size=vocab)
+        weight = torch.ones(len(raw), device=device)
+        out = torch.empty_like(raw, dtype=torch.bfloat16)
 
         def call(sizes: dict[str, int]) -> Outputs:
             with tuning.forced("row_gradient", sizes):
@@ -146,9 +147,9 @@ def gradient_job() -> Job:
             return (out,)
 
         def error(found: Outputs) -> float:
-            true = raw.double().softmax(1)
+            true = raw[:, :vocab].double().softmax(1)
             true.scatter_add_(1, gold[:, None], -torch.ones_like(true[:, :1]))
-            return excess(found[0], true, 2.0**-7)  # a unit of bfloat16
+            return excess(found[0][:, :vocab], true, 2.0**-7)  # a unit of bfloat16
 
         return Problem(call, error)
 
@@ -157,8 +158,8 @@ def gradient_job() -> Job:
 
 def mixture_job(kernel: str, n_passages: int) -> Job:
     def problem(device: torch.device, small: bool) -> Problem:
-        raw, gold = _logits(device, small, n_passages)
-        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None)
+        raw, gold, vocab = _logits(device, small, n_passages)
+        _, log_z, _ = row_pass.row_statistics(raw, gold, None, 1.0, None, vocab_size=vocab)
         prior = torch.randn(len(raw) // n_passages, n_passages, device=device).log_softmax(1)
         weights = [torch.rand_like(prior) for _ in range(2)] + [torch.rand_like(prior[:, 0])]
         out = torch.empty_like(raw)
@@ -167,12 +168,12 @@ def mixture_job(kernel: str, n_passages: int) -> Job:
             head = (None, 1.0, None, *log_z, prior)
             with tuning.forced(kernel, sizes):
                 if kernel == "mixture_statistics":
-                    return mixture_pass.mixture_statistics(raw, *head)
+                    return mixture_pass.mixture_statistics(raw, *head, vocab_size=vocab)
                 mixture_pass.mixture_gradient(raw, gold, *head, *weights, out)
             return (out,)
 
         def error(found: Outputs) -> float:
-            logp = raw.double().log_softmax(1).unflatten(0, prior.shape)  # [G, K, V]
+            logp = raw[:, :vocab].double().log_softmax(1).unflatten(0, prior.shape)  # [G, K, V]
             joint = logp + prior.double().unsqueeze(2)
             mixture = joint.logsumexp(1, keepdim=True)
             share = (joint - mixture).exp()
@@ -185,7 +186,7 @@ def mixture_job(kernel: str, n_passages: int) -> Job:
             true = target.unsqueeze(2) * logp.exp() - spread[:, None, None] * share
             labels = gold.view(prior.shape).unsqueeze(2)
             true.scatter_add_(2, labels, -hit.unsqueeze(2))
-            return excess(found[0], true.flatten(0, 1), 1e-4)
+            return excess(found[0][:, :vocab], true.flatten(0, 1), 1e-4)
 
         return Problem(call, error)
 

@@ -35,6 +35,18 @@ def test_every_tunable_kernel_has_jobs_in_known_regimes() -> None:
         assert jobs.fits(job, CPU) == (job.kernel != "group_max")  # which is of descriptors
 
 
+OF_ROWS = [name for name, job in jobs.JOBS.items() if job.kernel.startswith(("row", "mixture"))]
+
+
+@pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_a_pass_over_rows_is_right(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(jobs, "SMALL_HEAD", (4, 16, 333))  # an odd vocabulary: rows are padded
+    job = jobs.JOBS[name]
+    problem = job.problem(CPU, True)
+    assert problem.error(problem.call(job.candidates(**job.regime)[0])) <= 1.0
+
+
 @pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
 def test_a_job_times_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "SMALL_HEAD", (3, 16, 1031))
