@@ -112,25 +112,22 @@ void fma_loop(int64_t n_fmas, int threads, const std::string& isa) {
 }
 
 constexpr int64_t kBytesOfATask = int64_t{1} << 20;
-constexpr int kStreams = 4;        // side by side, as one core keeps more of them on their way
-constexpr int64_t kAhead = 1024;   // bytes, for which the processor by itself would ask too late
-constexpr int64_t kLineWords = 8;  // of a cache line
+constexpr int64_t kAhead = 64 << 10;  // bytes, for which the processor by itself would ask too late
+constexpr int64_t kLineWords = 8;     // of a cache line
 
 // The exclusive or of the bytes, in each byte of the result.
 uint64_t folded(const int8_t* bytes, int64_t n) {
   uint64_t words[kLineWords] = {};
-  const int64_t part = n / kStreams / sizeof(words) * sizeof(words);
-  for (int64_t at = 0; at < part; at += sizeof(words))
-    for (int stream = 0; stream < kStreams; ++stream) {
-      const int8_t* line = bytes + stream * part + at;
-      __builtin_prefetch(line + kAhead);
-      uint64_t read[kLineWords];
-      std::memcpy(read, line, sizeof(read));
-      for (int i = 0; i < kLineWords; ++i) words[i] ^= read[i];
-    }
+  int64_t at = 0;
+  for (; at + static_cast<int64_t>(sizeof(words)) <= n; at += sizeof(words)) {
+    __builtin_prefetch(bytes + at + kAhead);
+    uint64_t read[kLineWords];
+    std::memcpy(read, bytes + at, sizeof(read));
+    for (int i = 0; i < kLineWords; ++i) words[i] ^= read[i];
+  }
   uint64_t all = 0;
   for (int i = 0; i < kLineWords; ++i) all ^= words[i];
-  for (int64_t at = kStreams * part; at < n; ++at) all ^= static_cast<uint8_t>(bytes[at]);
+  for (; at < n; ++at) all ^= static_cast<uint8_t>(bytes[at]);
   for (int shift = 32; shift >= 8; shift /= 2) all ^= all >> shift;
   return all & 0xff;
 }
