@@ -104,6 +104,39 @@ def mips_topk_by_codes(
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:
     """Answers [parts, B, k] of several searches as one."""
 
+def doc_scores(
+    query_emb: _Array,
+    index_emb: _Array,
+    rows: _Array,
+    tau: float,
+    scores: _Array,
+    log_prior: _Array,
+    *,
+    scale: _Array | None = None,
+    offset: _Array | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/doc_scores.h."""
+
+def doc_scores_backward(
+    query_emb: _Array,
+    index_emb: _Array,
+    rows: _Array,
+    tau: float,
+    log_prior: _Array,
+    *,
+    dscores: _Array | None = None,
+    dlog_prior: _Array | None = None,
+    dquery: _Array | None = None,
+    dpassage: _Array | None = None,
+    scale: _Array | None = None,
+    offset: _Array | None = None,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """Gradients into dquery [B, D] and dpassage [B, K, D], each where it is given."""
+
 def passage_lengths(
     tokens: _Array, offsets: _Array, rows: _Array, lengths: _Array, max_length: int
 ) -> int:

@@ -83,8 +83,8 @@ def doc_scores(
         log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
 
     Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and likewise for
-    fresh passages. Memory: on a GPU the gathered vectors [B, K, D] are never stored, nor those
-    that int8 codes stand for.
+    fresh passages. Memory: the gathered vectors [B, K, D] are never stored, nor those that int8
+    codes stand for (but by the torch backend).
 
     Args:
         query_emb: question embeddings. `[B, D]`, floating point, differentiable.
@@ -113,7 +113,8 @@ def doc_scores(
             forward-mode differentiation.
 
     Note:
-        Maths in float32, also under autocast. Deterministic. Backends: triton (CUDA), torch.
+        Maths in float32, also under autocast. Deterministic. Backends: cpp (on a CPU, but for
+        float64), triton (CUDA), torch.
 
     Example:
         >>> import torch, fastrag.functional as F

@@ -342,7 +342,7 @@ def test_questions_without_answers_do_not_train(
     assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("cpp", "has no cpp"), ("zzz", "no backend")])
+@pytest.mark.parametrize(("name", "reason"), [("triton", "triton cannot run"), ("zzz", "no backend")])
 def test_forced_backend_that_cannot_run(
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -351,6 +351,7 @@ def test_forced_backend_that_cannot_run(
     reason: str,
 ) -> None:
     monkeypatch.chdir(project)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("FASTRAG_BACKEND", name)
     assert main(["ask", "--model", "run", "--device", "cpu", "what?"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -103,6 +103,7 @@ OP = Op(
     oracle=oracle,
     providers=(
         Provider("copy", copy, "a copy that moves as many bytes", kind="ceiling"),
+        ours("cpp", fastrag_scores, "fastrag, one pass in C++", devices=("cpu",)),
         ours("triton", fastrag_scores, "fastrag, one Triton launch", devices=("cuda",)),
         ours("torch", fastrag_scores, "fastrag in torch"),
         Provider("bmm", with_scores(batched_product), "torch: gather, batched product"),

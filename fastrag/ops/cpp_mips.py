@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrag import _C
-from fastrag.ops import backends
+from fastrag.ops.cpp_arrays import array, matrix, options
 from fastrag.profiling import stage
 
 
@@ -22,17 +21,13 @@ def search(
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D] float32, index_emb [N, D] not float64 -> scores [B, k], rows [B, k]."""
-    if scale is not None and offset is None:
-        offset = torch.zeros_like(scale)
     scores, rows = _empty_answer(query_emb, k)
     with stage("mips_topk/scan"):
         _C.mips_topk(
-            _array(query_emb),
-            _stored(index_emb.detach()),
-            scores.numpy(),
-            rows.numpy(),
-            scale=_array(scale),
-            offset=_array(offset),
+            array(query_emb),
+            scores=scores.numpy(),
+            rows=rows.numpy(),
+            **matrix(index_emb, scale, offset),
             **_options(exclude),
         )
     return scores, rows
@@ -93,7 +88,7 @@ class CodedIndex:
         scores, rows = _empty_answer(query_emb, k)
         with stage("mips_topk/by_codes"):
             n_read = _C.mips_topk_by_codes(
-                _array(query_emb),
+                array(query_emb),
                 scores=scores.numpy(),
                 rows=rows.numpy(),
                 **self.arrays(),
@@ -124,18 +119,6 @@ def _empty_answer(query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _options(exclude: Tensor | None) -> dict[str, Any]:
     removed = exclude is not None and exclude.dtype == torch.bool
     return {
-        "removed" if removed else "exclude": _array(exclude),
-        "threads": torch.get_num_threads(),
-        "isa": os.environ.get(backends.ISA_VARIABLE, ""),
+        "removed" if removed else "exclude": array(exclude),
+        **options(),
     }
-
-
-def _stored(index_emb: Tensor) -> Any:
-    """In place; numpy has no bfloat16, whose bits go as uint16."""
-    if index_emb.dtype == torch.bfloat16:
-        return index_emb.view(torch.uint16).numpy()
-    return index_emb.numpy()
-
-
-def _array(x: Tensor | None) -> Any:
-    return None if x is None else x.detach().contiguous().numpy()

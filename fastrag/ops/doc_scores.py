@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, checks, workspace
+from fastrag.ops import backends, checks, cpp_arrays, workspace
 from fastrag.ops.grads import once_differentiable
 from fastrag.profiling import stage
 
-backends.register("doc_scores", ("triton", "torch"))
+backends.register("doc_scores", ("cpp", "triton", "torch"))
 
 # One program of the Triton kernel holds all the scores of a question.
 TRITON_MAX_PASSAGES = 1024
@@ -89,11 +89,14 @@ def doc_scores(
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
     n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
     with stage("doc_scores"):
-        if _backend(query_emb.device, _dtype(query_emb, passage_emb), n_passages) == "triton":
-            from fastrag.kernels.doc_scores import doc_scores_fwd
-
-            return doc_scores_fwd(query_emb, passage_emb, rows, tau, scale, offset)
-        return _torch_forward(query_emb, passage_emb, rows, tau, scale, offset)
+        backend = _backend(passage_emb, _dtype(query_emb, passage_emb), n_passages)
+        if backend == "triton":
+            from fastrag.kernels.doc_scores import doc_scores_fwd as forward
+        elif backend == "cpp":
+            from fastrag.ops.cpp_doc_scores import forward
+        else:
+            forward = _torch_forward
+        return forward(query_emb, passage_emb, rows, tau, scale, offset)
 
 
 @doc_scores.register_fake
@@ -134,11 +137,14 @@ def doc_scores_backward(
     upstream = (dscores, dlog_prior, log_prior)
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     with stage("doc_scores_backward"):
-        if _backend(query_emb.device, log_prior.dtype, log_prior.shape[1]) == "triton":
-            from fastrag.kernels.doc_scores import doc_scores_bwd
-
-            return doc_scores_bwd(*args)
-        return _torch_backward(*args)
+        backend = _backend(passage_emb, log_prior.dtype, log_prior.shape[1])
+        if backend == "triton":
+            from fastrag.kernels.doc_scores import doc_scores_bwd as backward
+        elif backend == "cpp":
+            from fastrag.ops.cpp_doc_scores import backward
+        else:
+            backward = _torch_backward
+        return backward(*args)
 
 
 @doc_scores_backward.register_fake
@@ -161,11 +167,13 @@ def _(
     )
 
 
-def _backend(device: torch.device, dtype: torch.dtype, n_passages: int) -> str:
+def _backend(passage_emb: Tensor, dtype: torch.dtype, n_passages: int) -> str:
     unfit = {}
+    if passage_emb.dim() == 2:
+        unfit["cpp"] = cpp_arrays.unfit(passage_emb)
     if n_passages > TRITON_MAX_PASSAGES:
         unfit["triton"] = f"its kernel takes K of at most {TRITON_MAX_PASSAGES}, got {n_passages}"
-    return backends.choose("doc_scores", device, dtype, unfit)
+    return backends.choose("doc_scores", passage_emb.device, dtype, unfit)
 
 
 def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:

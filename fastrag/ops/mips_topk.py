@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, checks, workspace
+from fastrag.ops import backends, checks, cpp_arrays, workspace
 from fastrag.profiling import stage
 
 backends.register("mips_topk", ("cpp", "triton", "torch"))
@@ -113,10 +113,7 @@ def _(
 
 
 def _unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> dict[str, str]:
-    n, dim = index_emb.shape
-    unfit = {}
-    if (dim > 1 and index_emb.stride(1) != 1) or (n > 1 and index_emb.stride(0) < dim):
-        unfit["cpp"] = f"it reads rows in place, got an index with strides {index_emb.stride()}"
+    unfit = {"cpp": cpp_arrays.unfit(index_emb)}
     if not backends.why_not("triton"):
         from fastrag.ops import triton_mips
 

@@ -101,7 +101,7 @@ def test_int8_gradcheck(with_rows: bool, with_offset: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["gathered", "fresh"])
-def test_three_way(dtype: torch.dtype, mode: str) -> None:
+def test_three_way(dtype: torch.dtype, mode: str, each_backend: str) -> None:
     query, index, rows = inputs(dtype, (16, 10, 96, 50))
     passages = index if mode == "gathered" else index[rows.clamp(min=0)]
     exact = query.detach().double().requires_grad_()
@@ -122,7 +122,7 @@ def test_three_way(dtype: torch.dtype, mode: str) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_query_meets_reduced_storage(stored: torch.dtype) -> None:
+def test_float32_query_meets_reduced_storage(stored: torch.dtype, each_backend: str) -> None:
     """The usual mix: the index in 16 bits, the query in 32, and nothing rounded to 16 again."""
     query, index, rows = inputs(torch.float32, (16, 10, 96, 50))
     index = index.to(stored)
@@ -146,7 +146,9 @@ def test_float32_query_meets_reduced_storage(stored: torch.dtype) -> None:
     [(16, 10, 96, 50), (3, 7, 33, 9), (4, 1, 5, 9), (2, 3, 1, 4)],
     ids=["plain", "odd D", "one passage", "one component"],
 )
-def test_int8_three_way(sizes: tuple[int, int, int, int], mode: str, with_offset: bool) -> None:
+def test_int8_three_way(
+    sizes: tuple[int, int, int, int], mode: str, with_offset: bool, each_backend: str
+) -> None:
     """Against the dequantised vectors in float64; plain torch dequantises them in float32."""
     query, stored, rows = int8_inputs(torch.float32, sizes, with_offset)
     stored = stored if mode == "gathered" else stored.fresh(rows)
@@ -168,7 +170,7 @@ def test_int8_three_way(sizes: tuple[int, int, int, int], mode: str, with_offset
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8_rounds_the_gradient_once(dtype: torch.dtype) -> None:
+def test_int8_rounds_the_gradient_once(dtype: torch.dtype, each_backend: str) -> None:
     """A query in 16 bits meets int8 codes in float32, and its gradient goes back to 16 bits."""
     query, stored, rows = int8_inputs(dtype, (8, 5, 33, 20))
     wide = query.detach().float().requires_grad_()
@@ -181,15 +183,15 @@ def test_int8_rounds_the_gradient_once(dtype: torch.dtype) -> None:
     assert grads[0].dtype == dtype and torch.equal(grads[0], grads[1].to(dtype))
 
 
-def test_int8_index_is_not_dequantised() -> None:
+def test_int8_index_is_not_dequantised(each_backend: str) -> None:
     query, stored, rows = int8_inputs(torch.float32, (2, 3, 64, 20_000))
     peak, _ = cpu_memory(lambda: both(query, stored.codes, rows, **stored.options()))
     assert peak < stored.codes.numel() / 4
 
 
-def test_int8_missing_takes_no_offset() -> None:
+def test_int8_missing_takes_no_offset(each_backend: str) -> None:
     """A missing passage is the zero vector, not the offset: no gradient comes from it."""
-    query, stored, rows = int8_inputs()
+    query, stored, rows = int8_inputs(torch.float32)
     rows[1] = -1
     scores, prior = both(query, stored.codes, rows, **stored.options())
     assert scores.isneginf().equal(rows < 0) and prior.isneginf().equal(rows < 0)
@@ -224,7 +226,7 @@ def test_int8_index_takes_no_gradient_from_a_scale_that_wants_one() -> None:
 
 
 @pytest.mark.parametrize("stored", ["float32", "int8"])
-def test_no_questions(stored: str) -> None:
+def test_no_questions(stored: str, each_backend: str) -> None:
     query = torch.zeros(0, 5, requires_grad=True)
     rows = torch.zeros(0, 4).long()
     passages, more = torch.randn(9, 5), {}
@@ -236,8 +238,8 @@ def test_no_questions(stored: str) -> None:
     assert torch.autograd.grad(prior.sum(), query)[0].shape == (0, 5)
 
 
-def test_missing_is_minus_infinity_and_never_read() -> None:
-    query, index, rows = inputs()
+def test_missing_is_minus_infinity_and_never_read(each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
     fresh = index[rows.clamp(min=0)]
     fresh[rows < 0] = torch.nan
     fresh.requires_grad_()
@@ -249,9 +251,9 @@ def test_missing_is_minus_infinity_and_never_read() -> None:
     assert all(g.isfinite().all() for g in grads) and (grads[1][rows < 0] == 0).all()
 
 
-def test_entropy_of_the_prior() -> None:
+def test_entropy_of_the_prior(each_backend: str) -> None:
     """p log p is 0 * -inf where a passage is missing, and so NaN upstream, which must end there."""
-    query, index, rows = inputs()
+    query, index, rows = inputs(torch.float32)
     prior = both(query, index, rows)[1]
     upstream = torch.where(prior == -torch.inf, torch.nan, 1.0 + prior)
     found = torch.autograd.grad(prior, query, upstream)[0]
@@ -263,8 +265,8 @@ def test_entropy_of_the_prior() -> None:
     assert torch.autograd.grad(scores, query, upstream)[0].isfinite().all()
 
 
-def test_all_missing() -> None:
-    query, index, rows = inputs()
+def test_all_missing(each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
     rows[2] = -1
     scores, prior = both(query, index, rows)
     assert (scores[2] == -torch.inf).all() and (prior[2] == -torch.inf).all()
@@ -272,7 +274,7 @@ def test_all_missing() -> None:
     assert (grad[2] == 0).all() and grad.isfinite().all()
 
 
-def test_one_passage_and_large_scores() -> None:
+def test_one_passage_and_large_scores(each_backend: str) -> None:
     query = torch.full((1, 4), 100.0)
     scores, prior = both(query, torch.full((1, 1, 4), 100.0), None, 1.0)
     assert scores.item() == 40000.0 and prior.item() == 0.0
@@ -311,7 +313,7 @@ def test_more_passages_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) ->
         backends.choose("doc_scores", gpu, *too_many[2:])
 
 
-def test_under_autocast() -> None:
+def test_under_autocast(each_backend: str) -> None:
     """Scores in bfloat16 at tau = .05 would be off by .05 nats."""
     query, index, rows = inputs(torch.float32)
     expected = F.doc_scores(query, index, rows=rows, tau=0.05)
@@ -319,7 +321,7 @@ def test_under_autocast() -> None:
         assert torch.equal(F.doc_scores(query, index, rows=rows, tau=0.05), expected)
 
 
-def test_under_reduced_matmul_precision() -> None:
+def test_under_reduced_matmul_precision(each_backend: str) -> None:
     """Trainers switch TF32 on for the generator; scores are float32 all the same, to the bit."""
     query, index = torch.randn(16, 512, requires_grad=True), torch.randn(90, 512)
     rows = torch.randint(90, (16, 8))
@@ -337,27 +339,76 @@ def test_under_reduced_matmul_precision() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_strided_inputs() -> None:
-    query, index, rows = inputs()
+def test_strided_inputs(each_backend: str) -> None:
+    """Whatever lies with gaps; a transposed index a CPU leaves to torch, for to copy it is much."""
+    query, index, rows = inputs(torch.float32)
+    wide = torch.full((9, 8), torch.nan)
+    wide[:, 2:7] = index
+    turned = [x.detach().t().contiguous().t() for x in (query, rows)]
+    fresh = index[rows.clamp(min=0)]
+    pairs = [
+        (both(turned[0], wide[:, 2:7], turned[1]), both(query, index, rows)),
+        (both(query, fresh.mT.contiguous().mT, rows), both(query, fresh, rows)),
+    ]
+    for found, expected in pairs:
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_transposed_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, index, rows = inputs(torch.float32)
     expected = both(query, index, rows)
-    strided = [x.detach().t().contiguous().t() for x in (query, index, rows)]
-    for found, want in zip(both(*strided), expected, strict=True):
+    turned = index.t().contiguous().t()
+    for found, want in zip(both(query, turned, rows), expected, strict=True):
         torch.testing.assert_close(found, want)
+    if not backends.why_not("cpp"):
+        monkeypatch.setenv(backends.BACKEND_VARIABLE, "cpp")
+        with pytest.raises(RuntimeError, match="cpp cannot run doc_scores: it reads rows in place"):
+            both(query, turned, rows)
 
 
-def test_int8_strided_inputs() -> None:
-    query, stored, rows = int8_inputs()
+def test_int8_strided_inputs(each_backend: str) -> None:
+    query, stored, rows = int8_inputs(torch.float32)
     stored.scale = stored.scale[:1].expand(5)  # one scale for all components
     stored.offset = torch.randn(10)[::2]
     dense = {name: x.contiguous() for name, x in stored.options().items()}
     expected = both(query, stored.codes, rows, **dense)
-    turned = stored.codes.t().contiguous().t()
-    for found, want in zip(both(query, turned, rows, **stored.options()), expected, strict=True):
+    wide = torch.cat((stored.codes, stored.codes), 1)[:, :5]
+    for found, want in zip(both(query, wide, rows, **stored.options()), expected, strict=True):
         torch.testing.assert_close(found, want)
 
 
+@pytest.mark.parametrize("mode", ["gathered", "fresh"])
+def test_not_finite(mode: str, each_backend: str) -> None:
+    """NaN and infinity end where log_softmax has them, and never at a missing passage."""
+    query, index, rows = inputs(torch.float32, (5, 4, 33, 9))
+    rows[:] = torch.tensor([0, 1, 2, -1])
+    index[3], index[4], index[5] = torch.nan, torch.inf, -torch.inf
+    query.detach().abs_()
+    rows[1, 1], rows[2, 1], rows[3, 1], rows[4, :3] = 3, 4, 5, 5
+    passages = index if mode == "gathered" else index[rows.clamp(min=0)].requires_grad_()
+    leaves = (query, passages)[: 1 + (mode == "fresh")]
+    scores, prior = both(query, passages, rows)
+    expected = (query.detach().unsqueeze(1) * index[rows.clamp(min=0)]).sum(2) / TAU
+    expected = expected.masked_fill(rows < 0, -torch.inf)
+    torch.testing.assert_close(scores, expected, equal_nan=True)
+    expected = expected.log_softmax(1).masked_fill(rows < 0, -torch.inf)
+    torch.testing.assert_close(prior, expected, equal_nan=True)
+    assert prior[[1, 2, 4], :3].isnan().all() and prior[3, 1] == -torch.inf
+    grads = torch.autograd.grad((scores, prior), leaves, (torch.ones_like(prior),) * 2)
+    assert all(g[0].isfinite().all() and g[1].isnan().any() for g in grads)
+    if mode == "fresh":
+        assert (grads[1][:, 3] == 0).all() and (grads[1][3, 1] == 0).all()
+
+
+def test_cpp_is_what_a_cpu_takes() -> None:
+    expected = "torch" if backends.why_not("cpp") else "cpp"
+    assert backends.choose("doc_scores", torch.device("cpu"), torch.float32) == expected
+    assert backends.choose("doc_scores", torch.device("cpu"), torch.float64) == "torch"
+
+
 @offsets
-def test_int8_opcheck(with_offset: bool) -> None:
+def test_int8_opcheck(with_offset: bool, each_backend: str) -> None:
     query, stored, rows = int8_inputs(torch.float32, with_offset=with_offset)
     more = tuple(stored.options().values())
     torch.library.opcheck(doc_scores, (query, stored.codes, rows, TAU, *more))
@@ -368,8 +419,8 @@ def test_int8_opcheck(with_offset: bool) -> None:
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-def test_opcheck(gathered: bool) -> None:
-    query, index, rows = inputs()
+def test_opcheck(gathered: bool, each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
     passages = index if gathered else index[rows.clamp(min=0)].requires_grad_()
     torch.library.opcheck(doc_scores, (query, passages, rows, TAU))
     prior = both(query, passages, rows)[1].detach()
@@ -378,8 +429,8 @@ def test_opcheck(gathered: bool) -> None:
     torch.library.opcheck(doc_scores_backward, args)
 
 
-def test_compile() -> None:
-    query, index, rows = inputs()
+def test_compile(each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     found, expected = compiled(query, index, rows), both(query, index, rows)
     for a, b in zip(found, expected, strict=True):
@@ -389,7 +440,7 @@ def test_compile() -> None:
 
 
 @offsets
-def test_int8_compile(with_offset: bool) -> None:
+def test_int8_compile(with_offset: bool, each_backend: str) -> None:
     query, stored, rows = int8_inputs(torch.float32, with_offset=with_offset)
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     results = []
@@ -399,8 +450,8 @@ def test_int8_compile(with_offset: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_compile_with_changing_tau() -> None:
-    query, index, rows = inputs()
+def test_compile_with_changing_tau(each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
     compiled = torch.compile(F.doc_scores, fullgraph=True, backend="aot_eager")
     for tau in (1.0, 0.5, 0.25, torch.tensor(0.5, dtype=torch.float64)):
         found = compiled(query, index, rows=rows, tau=tau)

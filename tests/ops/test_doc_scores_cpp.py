@@ -1,0 +1,107 @@
+"""doc_scores in C++: every storage, threads, instruction sets, rows that are not there.
+
+test_doc_scores.py runs it beside the torch backend.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrag import reference
+from fastrag.ops import backends
+from fastrag.ops.doc_scores import doc_scores, doc_scores_backward
+from fastrag.testing import assert_close
+
+from .codes import random_codes
+from .test_doc_scores import TAU, both, inputs
+
+_C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
+
+each_storage = pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "int8"])
+_GRADIENT = torch.linspace(-1.0, 1.0, 1002).view(2, 501)
+UPSTREAM = _GRADIENT, _GRADIENT.cos()
+
+
+@pytest.fixture(autouse=True)
+def _in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "cpp")
+
+
+def many(stored: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Enough of it for several threads, with components beyond the last whole cache line."""
+    query, index, rows = inputs(torch.float32, (2, 501, 1043, 300))
+    rows[1, 3::7] = -1
+    if stored == "int8":
+        codes = random_codes(300, 1043)
+        return query, codes.codes, codes.scale, codes.offset, rows
+    return query, index.to(getattr(torch, stored)), None, None, rows
+
+
+def every_number(stored: str, fresh: bool = False) -> list[Tensor]:
+    torch.manual_seed(0)
+    query, passages, scale, offset, rows = many(stored)
+    leaves = [query]
+    if fresh:
+        passages = passages[rows.clamp(min=0)]
+        leaves += [passages.requires_grad_()] if scale is None else []
+    scores, prior = both(query, passages, rows, scale=scale, offset=offset)
+    return [scores, prior, *torch.autograd.grad((scores, prior), leaves, UPSTREAM)]
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["gathered", "fresh"])
+@each_storage
+def test_threads_change_no_bit(stored: str, fresh: bool) -> None:
+    """Five of them cut the sum over the passages of two questions by columns."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            found.append(every_number(stored, fresh))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@each_storage
+def test_instruction_sets_agree(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: they only widen what is stored."""
+    expected = every_number(stored)
+    for isa in _C.instruction_sets():
+        monkeypatch.setenv(backends.ISA_VARIABLE, isa)
+        assert all(torch.equal(a, b) for a, b in zip(every_number(stored), expected, strict=True))
+
+
+@each_storage
+def test_beside_torch(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both against float64, of many passages with several missing."""
+    found = every_number(stored)
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, "torch")
+    plain = every_number(stored)
+    torch.manual_seed(0)
+    query, passages, scale, offset, rows = many(stored)
+    exact = query.detach().double().requires_grad_()
+    options = {name: None if x is None else x.double() for name, x in
+               (("scale", scale), ("offset", offset))}  # fmt: skip
+    scores = reference.doc_scores(exact, passages.double(), rows, TAU, **options)
+    prior = reference.log_prior(scores)
+    grad = torch.autograd.grad((scores, prior), exact, [g.double() for g in UPSTREAM])
+    for name, a, b, c in zip(
+        ("scores", "prior", "query"), found, plain, (scores, prior, *grad), strict=True
+    ):
+        assert_close(a, b, c, name=name)
+
+
+def test_refuses_a_row_beyond_the_index() -> None:
+    """Past the public function, which has refused it: nothing is read outside the index."""
+    query, index, rows = inputs(torch.float32)
+    rows[2, 1] = 9
+    message = r"rows: expected values below 9, or -1 for none, got 9 at \[2, 1\]"
+    with pytest.raises(ValueError, match=message):
+        doc_scores(query.detach(), index, rows, TAU)
+    with pytest.raises(ValueError, match=message):
+        doc_scores_backward(
+            None, torch.ones(3, 4), torch.zeros(3, 4), query.detach(), index, rows, TAU, True, False
+        )
