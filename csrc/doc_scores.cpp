@@ -10,26 +10,11 @@
 namespace fastrag {
 namespace {
 
-constexpr int64_t kLanes = 16;          // floats of a cache line
+constexpr int64_t kLine = 16;           // floats of a cache line
 constexpr int64_t kPairsOfATask = 8;    // of a query and a row
-constexpr int64_t kGroup = 4;           // rows that are added to dquery at once
 constexpr int64_t kLeastColumns = 256;  // of dquery that are worth a task
 constexpr double kWorkOfAnExp = 16.0;   // in multiplications
 constexpr double kWorkOfARead = 4.0;    // of an element of a row somewhere
-
-// Rows lie scattered, so that no prefetcher of the machine guesses the next one.
-float dot(const float* x, const float* y, const float* next, int64_t n) {
-  float lanes[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) {
-    __builtin_prefetch(next + d);
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += x[d + i] * y[d + i];
-  }
-  for (int64_t i = 0; d + i < n; ++i) lanes[i] += x[d + i] * y[d + i];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
 
 // Columns [first, first + n) of rows of the matrix as float32.
 class Reader {
@@ -67,6 +52,7 @@ class Reader {
 void score_pairs(const ScoredRows& scored, int64_t first, int64_t last, Isa isa, float* scores) {
   const int64_t dim = scored.dim;
   const Reader reader(scored.matrix, 0, dim, isa);
+  const auto dot = mips_kernels(isa).dot;
   const bool in_place = scored.matrix.storage == Storage::kFloat32;
   std::vector<float> buffer(in_place ? 0 : dim);
   for (int64_t p = first; p < last; ++p) {
@@ -75,6 +61,7 @@ void score_pairs(const ScoredRows& scored, int64_t first, int64_t last, Isa isa,
       scores[p] = -kInfinity;
       continue;
     }
+    // Rows lie scattered: no prefetcher of the machine guesses the next one.
     const int64_t after = p + 1 < scored.n_pairs() ? scored.rows[p + 1] : -1;
     const int64_t next = after < 0 ? row : after;
     const float* query = scored.query_emb + p / scored.n_passages * dim;
@@ -116,7 +103,7 @@ void score_gradient(const ScoredRows& scored, const float* log_prior,
 void add_rows(const ScoredRows& scored, const float* ds, int64_t query, int64_t first, int64_t n,
               Isa isa, float* dquery) {
   const Reader reader(scored.matrix, first, n, isa);
-  std::vector<float> buffer(scored.matrix.storage == Storage::kFloat32 ? 0 : kGroup * n);
+  std::vector<float> buffer(scored.matrix.storage == Storage::kFloat32 ? 0 : kAdded * n);
   std::vector<int64_t> present;
   present.reserve(scored.n_passages);
   for (int64_t p = query * scored.n_passages; p < (query + 1) * scored.n_passages; ++p)
@@ -125,16 +112,19 @@ void add_rows(const ScoredRows& scored, const float* ds, int64_t query, int64_t 
   const auto read = [&](int64_t i) {
     const int64_t next = std::min(i + 1, count - 1);
     return reader.read(scored.rows[present[i]], scored.rows[present[next]],
-                       buffer.data() + (buffer.empty() ? 0 : i % kGroup * n));
+                       buffer.data() + (buffer.empty() ? 0 : i % kAdded * n));
   };
   std::fill(dquery, dquery + n, 0.0f);
+  const auto add_scaled = mips_kernels(isa).add_scaled;
   int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    const float *x0 = read(i), *x1 = read(i + 1), *x2 = read(i + 2), *x3 = read(i + 3);
-    const float g0 = ds[present[i]], g1 = ds[present[i + 1]], g2 = ds[present[i + 2]],
-                g3 = ds[present[i + 3]];
-    for (int64_t d = 0; d < n; ++d)
-      dquery[d] += (g0 * x0[d] + g1 * x1[d]) + (g2 * x2[d] + g3 * x3[d]);
+  for (; i + kAdded <= count; i += kAdded) {
+    const float* rows[kAdded];
+    float factors[kAdded];
+    for (int64_t j = 0; j < kAdded; ++j) {
+      rows[j] = read(i + j);
+      factors[j] = ds[present[i + j]];
+    }
+    add_scaled(factors, rows, n, dquery);
   }
   for (; i < count; ++i) {
     const float* x = read(i);
@@ -171,7 +161,7 @@ void doc_scores_backward(const ScoredRows& scored, const float* log_prior,
     // Few queries are cut by columns, of which each is a sum of its own.
     const int64_t cuts = std::max<int64_t>(
         1, std::min(dim / kLeastColumns, threads.count / std::max<int64_t>(n_queries, 1)));
-    const int64_t width = round_up((dim + cuts - 1) / cuts, kLanes), n_tasks = n_queries * cuts;
+    const int64_t width = round_up((dim + cuts - 1) / cuts, kLine), n_tasks = n_queries * cuts;
     parallel_for(worth_waking(threads.count, work, n_tasks), n_tasks, [&](int64_t i) {
       const int64_t b = i / cuts, first = i % cuts * width, n = std::min(width, dim - first);
       if (n > 0) add_rows(scored, ds.data(), b, first, n, threads.isa, dquery + b * dim + first);

@@ -62,6 +62,7 @@ struct FewScores {
 };
 
 constexpr int kMaxGathered = 16;
+constexpr int kAdded = 4;
 
 struct MipsKernels {
   int width;                           // lanes of a vector
@@ -74,6 +75,10 @@ struct MipsKernels {
   void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
   // Scores of one query with `width` rows from anywhere.
   void (*gathered)(const float* query, const float* const* rows, int64_t dim, float* scores);
+  // sum_d x[d] y[d], the terms in 32 lanes that are added as a tree. Fetches n numbers of `next`.
+  float (*dot)(const float* x, const float* y, const float* next, int64_t n);
+  // out += sum of factors[i] rows[i] over the kAdded of them, as a tree.
+  void (*add_scaled)(const float* factors, const float* const* rows, int64_t n, float* out);
 };
 
 // Whole numbers of queries with the codes of rows, both as digits of eight bits. Two tiles here

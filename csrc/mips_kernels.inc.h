@@ -171,6 +171,30 @@ void widen(const StoredRows& rows, int64_t n_rows, float* out) {
   }
 }
 
+// ------------------------------------------------------------------------- rows from anywhere
+
+// No intrinsics and no contraction: the lanes are the same numbers in vectors of any width.
+inline float dot(const float* x, const float* y, const float* next, int64_t n) {
+  constexpr int64_t kLanes = 32, kLine = 16;
+  float lanes[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    for (int64_t i = 0; i < kLanes; i += kLine) __builtin_prefetch(next + d + i);
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += x[d + i] * y[d + i];
+  }
+  for (int64_t i = 0; d + i < n; ++i) lanes[i] += x[d + i] * y[d + i];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+inline void add_scaled(const float* factors, const float* const* rows, int64_t n,
+                       float* __restrict out) {
+  const float f0 = factors[0], f1 = factors[1], f2 = factors[2], f3 = factors[3];
+  const float *x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
+  for (int64_t d = 0; d < n; ++d) out[d] += (f0 * x0[d] + f1 * x1[d]) + (f2 * x2[d] + f3 * x3[d]);
+}
+
 // ------------------------------------------------------------------------- few queries
 
 // Whether squares of kWidth rows and elements are so small that several at a time fit the
@@ -359,4 +383,6 @@ constexpr MipsKernels kTable = {
      FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},
     {widen<Storage::kFloat32>, widen<Storage::kBfloat16>, widen<Storage::kFloat16>,
      widen<Storage::kInt8>},
-    gathered};
+    gathered,
+    dot,
+    add_scaled};

@@ -342,7 +342,7 @@ def test_questions_without_answers_do_not_train(
     assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", "triton cannot run"), ("zzz", "no backend")])
+@pytest.mark.parametrize(("name", "reason"), [("triton", "cannot run"), ("zzz", "no backend")])
 def test_forced_backend_that_cannot_run(
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
