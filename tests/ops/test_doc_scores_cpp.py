@@ -94,6 +94,22 @@ def test_beside_torch(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(a, b, c, name=name)
 
 
+def test_what_is_missing_is_not_read() -> None:
+    """Neither the row before the index, nor its first, nor a query times the gradient zero."""
+    query, index, rows = inputs(torch.float32)
+    around = torch.full((11, 5), torch.nan)
+    around[2:10] = index[1:]
+    rows.clamp_(min=1)
+    rows[0, -1] = rows[1, 1] = -1
+    found = torch.autograd.grad(both(query, around[1:10], rows)[1][:, 2].sum(), query)[0]
+    expected = torch.autograd.grad(both(query, index, rows)[1][:, 2].sum(), query)[0]
+    assert found.isfinite().all() and torch.equal(found, expected)
+    query.detach()[0, 0] = torch.inf
+    fresh = index[rows.clamp(min=0)].requires_grad_()
+    dfresh = torch.autograd.grad(both(query, fresh, rows)[1][:, 2].sum(), fresh)[0]
+    assert (dfresh[rows < 0] == 0).all() and dfresh[0, 0].isnan().any()
+
+
 def test_refuses_a_row_beyond_the_index() -> None:
     """Past the public function, which has refused it: nothing is read outside the index."""
     query, index, rows = inputs(torch.float32)
