@@ -120,7 +120,7 @@ def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
 def checked_whole(vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device) -> Tensor:
     """All of `checked_blocks` in one `[n, D]`."""
     blocks = list(checked_blocks(vectors, dim, device))
-    return torch.cat(blocks) if blocks else torch.zeros(0, dim, device=device)
+    return torch.cat(blocks) if blocks else torch.zeros(0, dim, dtype=torch.float32, device=device)
 
 
 def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -> Tensor:
@@ -198,7 +198,7 @@ def drop_excluded(scores: Tensor, rows: Tensor, exclude: Tensor, k: int) -> tupl
 
 def missing(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hits of an empty index: scores -inf, rows -1."""
-    scores = torch.full((n_queries, k), -torch.inf, device=device)
+    scores = torch.full((n_queries, k), -torch.inf, dtype=torch.float32, device=device)
     return scores, torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
 
 

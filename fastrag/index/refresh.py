@@ -195,7 +195,7 @@ def encode_passages(
             if vectors.ndim != 2 or vectors.shape[0] != len(batch):
                 raise ValueError(f"encoder: expected [{len(batch)}, D], got {list(vectors.shape)}")
             if out is None:
-                out = torch.empty(len(rows), vectors.shape[1])
+                out = torch.empty(len(rows), vectors.shape[1], dtype=torch.float32)
             out[batch] = vectors
             bar.update(len(batch))
             if on_batch is not None:

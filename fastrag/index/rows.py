@@ -149,7 +149,7 @@ class RowIndex(abc.ABC):
                 bad = int(at[outside][0])
                 raise ValueError(f"rows: expected -1 to {self._n - 1}, got {bad}")
             if self._n == 0:
-                found = torch.zeros(*at.shape, self.dim, device=at.device)
+                found = torch.zeros(*at.shape, self.dim, dtype=torch.float32, device=at.device)
             else:
                 found = self._vectors_of(at.clamp(0, self._n - 1))
             found = found.masked_fill((at < 0)[..., None], 0.0)

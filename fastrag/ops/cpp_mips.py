@@ -101,8 +101,8 @@ def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -
     """What a search through codes has to know of each row."""
     n = len(index_emb)
     found = {
-        "code_norm": torch.empty(n),
-        "rest_norm": torch.empty(n),
+        "code_norm": torch.empty(n, dtype=torch.float32),
+        "rest_norm": torch.empty(n, dtype=torch.float32),
         "code_sum": torch.empty(n, dtype=torch.int32),
     }
     parts = {"index_emb": index_emb, "codes": codes, "scale": scale, "offset": offset, **found}
@@ -113,7 +113,7 @@ def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -
 
 def _empty_answer(query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (query_emb.shape[0], k)
-    return torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    return torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
 
 
 def _options(exclude: Tensor | None) -> dict[str, Any]:
