@@ -45,8 +45,8 @@ $(INSTALLED): $(BIN)/python setup.py pyproject.toml constraints.txt $(CXX_SOURCE
 	@echo "installing torch and the build tools"
 	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) torch numpy setuptools wheel pybind11
 	@$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(PIP_INSTALL) -c constraints.txt triton
-	@echo "installing fastrag with what its tests and its demo need"
-	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) --no-build-isolation -e '.[test,demo]'
+	@echo "installing fastrag with what its tests, its demo and its benchmarks need"
+	@$(PIP_INSTALL) -c $(UNPINNED_TRITON) --no-build-isolation -e '.[test,demo,bench]'
 	@touch $@
 	@echo "installed into $(VENV)"
 
