@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastrag.nn.encoders import CONFIG_NAME as ENCODER_CONFIG
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
 
@@ -216,7 +217,9 @@ def _refuse_tied_merge(generator: Any) -> None:
 
 def _load_encoder(folder: Path) -> TextEncoder:
     try:
-        return TextEncoder.from_pretrained(folder, dtype="auto")
+        encoder = TextEncoder.from_pretrained(folder, dtype="auto")
+        _present(folder / ENCODER_CONFIG)  # a folder of other tools would get default pooling
+        return encoder
     except ValueError as error:
         # from_pretrained calls the folder what its argument is called
         raise ValueError(f"{folder.name}: {str(error).removeprefix('path: ')}") from error

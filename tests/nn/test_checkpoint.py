@@ -77,6 +77,7 @@ def test_damaged_adapter_settings_are_named(model: RagModel, folder: Path, text:
         ("config.json", "{}"),
         ("model.safetensors", None),
         ("model.safetensors", "cut"),
+        ("fastrag_encoder.json", None),
         ("fastrag_encoder.json", "{"),
         ("fastrag_encoder.json", "[1]"),
     ],
