@@ -13,8 +13,8 @@ from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.reduction import reduce_examples
 from fastrag.profiling import stage
 
-_MARGINALS = ("token", "sequence")
-_OBJECTIVES = ("marginal", *RETRIEVER_TERMS)
+MARGINALS = ("token", "sequence")
+OBJECTIVES = ("marginal", *RETRIEVER_TERMS)
 _GENERATOR_LOSSES = ("marginal", "none")
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -82,8 +82,8 @@ class RagLoss(nn.Module):
         super().__init__()
         if generator_loss is None:
             generator_loss = "none" if objective == "replug" else "marginal"
-        _require_word("marginal", marginal, _MARGINALS)
-        _require_word("objective", objective, _OBJECTIVES)
+        _require_word("marginal", marginal, MARGINALS)
+        _require_word("objective", objective, OBJECTIVES)
         _require_word("generator_loss", generator_loss, _GENERATOR_LOSSES)
         if not 0.0 < tau_lm < float("inf"):
             raise ValueError(f"tau_lm: expected a positive number, got {tau_lm}")

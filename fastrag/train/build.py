@@ -36,7 +36,7 @@ _DEFAULT = "default"
 _SAME_ENCODER_COSINE = 0.99
 
 
-def load_passages(source: str) -> list[Passage] | Iterable[Passage]:
+def load_passages(source: str) -> Iterable[Passage]:
     """Read the corpus that a config names.
 
     Args:
@@ -50,7 +50,7 @@ def load_passages(source: str) -> list[Passage] | Iterable[Passage]:
         OSError: the file cannot be read.
 
     Example:
-        >>> len(load_passages("default")) > 1000
+        >>> len(list(load_passages("default"))) > 1000
         True
     """
     return default_dataset().passages if source == _DEFAULT else read_passages(source)
@@ -321,7 +321,7 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     else:
         index, passages = build_index(
             built,
-            load_passages(config.corpus),
+            load_passages(config.corpus or _DEFAULT),
             passage_encoder,
             template=template,
             encoder_tokenizer=load_tokenizer(passage_folder, "passage_encoder"),

@@ -64,7 +64,7 @@ class RefreshCallback(TrainerCallback):
         self, model: RagModel, policy: RefreshPolicy | str = "frozen", batch_size: int = 256
     ) -> None:
         self.model = model
-        self.policy = RefreshPolicy.parse(policy) if isinstance(policy, str) else policy
+        self.policy = RefreshPolicy.parse(policy)
         self.batch_size = batch_size
         self.refreshed_at = 0
 

@@ -8,19 +8,23 @@ resolved settings, so that the run folder alone says how a model came to be.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import math
 import os
 import re
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fastrag.index.codec import DTYPES
+from fastrag.index.refresh import RefreshPolicy
+from fastrag.nn.loss import MARGINALS, OBJECTIVES
 from fastrag.train.files import replacing
+from fastrag.train.settings import coerce, override, read_yaml, require, require_word, unknown
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # What may differ when a run resumes: it changes how long and how a run is watched, not what it
 # trains.
@@ -46,10 +50,7 @@ FREE_ON_RESUME = (
     "training",
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
-MARGINALS = ("token", "sequence")
-OBJECTIVES = ("marginal", "emdr2", "pdist", "replug")
 ANSWER_CHOICES = ("first", "random")
-INDEX_DTYPES = ("float32", "float16", "bfloat16", "int8")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
 POSITIVE = (
@@ -85,7 +86,8 @@ class RagConfig:
         question_encoder: folder of the question encoder.
         generator: folder of the seq2seq or causal language model.
         passage_encoder: folder of the passage encoder; None takes the question encoder's.
-        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set.
+        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set, which None
+            stands for. An `index` that is given has its own passages.
         index: folder written by `fastrag index build`; None builds one in the run folder.
         train_questions: questions file, or `default:<split>`.
         eval_questions: questions for the evaluation during training; None evaluates nothing.
@@ -157,7 +159,7 @@ class RagConfig:
     question_encoder: str
     generator: str
     passage_encoder: str | None = None
-    corpus: str = "default"
+    corpus: str | None = None
     index: str | None = None
     train_questions: str = "default:train"
     eval_questions: str | None = None
@@ -216,59 +218,57 @@ class RagConfig:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):
-            setattr(self, each.name, _coerce(each.name, getattr(self, each.name), hints[each.name]))
+            setattr(self, each.name, coerce(each.name, getattr(self, each.name), hints[each.name]))
         for name in POSITIVE:
-            _require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
+            require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
         for name in (*POSITIVE_OR_NONE, "early_stopping"):
             value = getattr(self, name)
-            _require(name, value is None or value >= 1, "an integer >= 1 or null", value)
-        _choice("marginal", self.marginal, MARGINALS)
-        _choice("objective", self.objective, OBJECTIVES)
-        _choice("precision", self.precision, PRECISIONS)
-        _choice("answer_choice", self.answer_choice, ANSWER_CHOICES)
-        _choice("device", self.device, ("auto", "cpu"))
-        _choice("index_dtype", self.index_dtype, INDEX_DTYPES)
-        _choice("index_device", self.index_device, ("auto", "cpu", "stream"))
+            require(name, value is None or value >= 1, "an integer >= 1 or null", value)
+        require_word("marginal", self.marginal, MARGINALS)
+        require_word("objective", self.objective, OBJECTIVES)
+        require_word("precision", self.precision, PRECISIONS)
+        require_word("answer_choice", self.answer_choice, ANSWER_CHOICES)
+        require_word("device", self.device, ("auto", "cpu"))
+        require_word("index_dtype", self.index_dtype, DTYPES)
+        require_word("index_device", self.index_device, ("auto", "cpu", "stream"))
         if isinstance(self.template, str):
-            _choice("template", self.template, TEMPLATES)
+            require_word("template", self.template, TEMPLATES)
         for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
             value = getattr(self, name)
-            _require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
-        _require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
-        _require("tau_lm", self.tau_lm > 0.0, "a number > 0", self.tau_lm)
-        _require("explore_tau", self.explore_tau > 0.0, "a number > 0", self.explore_tau)
+            require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
+        require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
+        require("tau_lm", self.tau_lm > 0.0, "a number > 0", self.tau_lm)
+        require("explore_tau", self.explore_tau > 0.0, "a number > 0", self.explore_tau)
         pool = self.explore_pool
-        _require(
+        require(
             "explore_pool",
             pool is None or pool >= self.n_docs,
             f"an integer >= n_docs = {self.n_docs} or null",
             pool,
         )
-        _require("epochs", self.epochs > 0.0, "a number > 0", self.epochs)
-        _require(
+        require("epochs", self.epochs > 0.0, "a number > 0", self.epochs)
+        require(
             "label_smoothing",
             0.0 <= self.label_smoothing < 1.0,
             "a number in [0, 1)",
             self.label_smoothing,
         )
-        _require(
+        require(
             "explore",
             0 <= self.explore <= self.n_docs,
             f"an integer from 0 to n_docs = {self.n_docs}",
             self.explore,
         )
-        _require(
+        require(
             "eval_ks", bool(self.eval_ks) and min(self.eval_ks) >= 1, "integers >= 1", self.eval_ks
         )
-        _require("adam_betas", len(self.adam_betas) == 2, "two numbers", self.adam_betas)
-        _check_refresh(self.refresh)
+        require("adam_betas", len(self.adam_betas) == 2, "two numbers", self.adam_betas)
+        RefreshPolicy.parse(self.refresh)
         _check_lora(self.lora)
         _check_best_metric(self.best_metric, self.eval_ks)
-        if self.index is not None and self.max_passage is not None:
-            raise ValueError(
-                f"max_passage: expected null with index = {self.index!r}, whose passages were cut "
-                f"when it was built; got {self.max_passage}"
-            )
+        if self.index is not None:
+            self._require_none("corpus", "which has its own passages")
+            self._require_none("max_passage", "whose passages were cut when it was built")
         if self.early_stopping is not None and self.best_metric is None:
             raise ValueError(
                 "early_stopping: expected best_metric to be set as well, for example em; got null"
@@ -279,6 +279,15 @@ class RagConfig:
                     f"best_metric: expected {name} to be set when best_metric is "
                     f"{self.best_metric!r}, got null"
                 )
+
+    def _require_none(self, name: str, why: str) -> None:
+        """Refuse a setting that a given index leaves nothing to say."""
+        require(
+            name,
+            getattr(self, name) is None,
+            f"null with index = {self.index!r}, {why}",
+            getattr(self, name),
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RagConfig:
@@ -302,7 +311,7 @@ class RagConfig:
         known = {each.name: each for each in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise ValueError(_unknown(str(key), known))
+                raise ValueError(unknown(str(key), known))
         missing = [
             name
             for name, each in known.items()
@@ -335,18 +344,9 @@ class RagConfig:
             >>> RagConfig.load("train.yaml", ["steps=20"]).steps        # doctest: +SKIP
             20
         """
-        text = read_text(path)
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "not YAML"
-            raise ValueError(f"{path}{line}: {problem}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-        for override in overrides or []:
-            _apply_override(values, override)
+        values = read_yaml(path)
+        for word in overrides or []:
+            override(values, word)
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -399,7 +399,7 @@ class RagConfig:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def training_arguments(self) -> Any:
+    def training_arguments(self) -> TrainingArguments:
         """Give the `transformers.TrainingArguments` that these settings stand for.
 
         Returns:
@@ -414,107 +414,9 @@ class RagConfig:
             >>> args.max_steps, args.remove_unused_columns
             (5, False)
         """
-        import torch
-        from transformers import TrainingArguments
+        from fastrag.train.training_arguments import training_arguments
 
-        report_to = self.report_to
-        if report_to is None:
-            report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
-        else:
-            _check_reporters(report_to)
-        evaluate = self.eval_questions is not None and self.eval_steps is not None
-        best = self.best_metric is not None and evaluate
-        save_steps = self.eval_steps if best else self.save_steps
-        values: dict[str, Any] = {
-            "output_dir": self.output_dir,
-            "max_steps": -1 if self.steps is None else self.steps,
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": self.eval_batch_size,
-            "gradient_accumulation_steps": self.accumulation,
-            "learning_rate": self.generator_lr,
-            "weight_decay": self.weight_decay,
-            "adam_beta1": self.adam_betas[0],
-            "adam_beta2": self.adam_betas[1],
-            "lr_scheduler_type": self.lr_scheduler,
-            "lr_scheduler_kwargs": dict(self.lr_scheduler_kwargs),
-            "warmup_steps": self.warmup,
-            "max_grad_norm": self.max_grad_norm,
-            "label_smoothing_factor": self.label_smoothing,
-            "bf16": self.precision == "bf16",
-            "fp16": self.precision == "fp16",
-            "eval_strategy": "steps" if evaluate else "no",
-            "eval_steps": self.eval_steps,
-            "save_strategy": "no" if save_steps is None else "steps",
-            "save_steps": save_steps or 500,
-            "save_total_limit": self.keep_checkpoints,
-            "load_best_model_at_end": best,
-            "metric_for_best_model": f"eval_{self.best_metric}" if best else None,
-            "greater_is_better": self.best_metric != "loss" if best else None,
-            "logging_strategy": "steps",
-            "logging_steps": self.log_steps,
-            "logging_nan_inf_filter": False,  # it hides NaN losses and waits for the device
-            "report_to": report_to or "none",
-            "seed": self.seed,
-            "use_cpu": self.device == "cpu",
-            "remove_unused_columns": False,
-            "disable_tqdm": False,
-            "restore_callback_states_from_checkpoint": self.early_stopping is not None,
-            # without a GPU, torch warns at every start of a data loader
-            "dataloader_pin_memory": self.device != "cpu" and torch.cuda.is_available(),
-        }
-        known = {each.name: each for each in dataclasses.fields(TrainingArguments)}
-        for key in self.training:
-            if key not in known:
-                raise ValueError(_unknown(str(key), known, prefix="training."))
-        return TrainingArguments(**{**values, **self.training})
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its text.
-
-    Raises:
-        ValueError: a byte is not UTF-8; the message names the file and the byte's position.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> read_text("train.yaml")        # doctest: +SKIP
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, byte {error.start} is not") from None
-
-
-def _unknown(key: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-    return f"{prefix}{key}: unknown setting{hint}"
-
-
-def _require(name: str, holds: bool, expected: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(name, value in allowed, "one of " + ", ".join(allowed), value)
-
-
-def _check_refresh(word: str) -> None:
-    from fastrag.index.refresh import RefreshPolicy
-
-    try:
-        RefreshPolicy.parse(word)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if "refresh" in message else f"refresh: {message}") from None
+        return training_arguments(self)
 
 
 def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
@@ -526,75 +428,11 @@ def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
         raise ValueError(f"best_metric: expected one of {expected}, got {name!r}{more}")
 
 
-def _check_reporters(names: list[str]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    for name in names:
-        if name not in (*installed, "all", "none"):
-            raise ValueError(
-                f"report_to: expected reporters that are installed here "
-                f"({', '.join(installed) or 'none'}), got {name!r}"
-            )
-
-
 def _check_lora(lora: dict[str, Any] | None) -> None:
     if lora is None:
         return
     for key in lora:
         if key not in ("rank", "alpha", "dropout", "targets"):
-            raise ValueError(_unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
+            raise ValueError(unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
     rank = lora.get("rank")
-    _require("lora.rank", isinstance(rank, int) and rank >= 1, "an integer >= 1", rank)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ValueError(f"--set: expected key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}: expected a YAML value, got {text!r}") from None
-    *outer, last = key.strip().split(".")
-    target = values
-    for name in outer:
-        inner = target.get(name)
-        if inner is None:
-            inner = target[name] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"--set {key}: {name} is not a mapping")
-        target = inner
-    target[last] = value
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Bring a YAML value to the annotated type (YAML 1.1 reads 1e-3 as a text)."""
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else (hint,)
-    options = options or (hint,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is bool and isinstance(value, bool):
-            return value
-        if origin is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if origin is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if origin is str and isinstance(value, str) and value:
-            return value
-        if origin is dict and isinstance(value, dict):
-            return dict(value)
-        if origin is list and isinstance(value, (list, tuple)):
-            (item,) = typing.get_args(option)
-            return [_coerce(name, each, item) for each in value]
-    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-    names |= {list: "a list", dict: "a mapping", type(None): "null"}
-    expected = " or ".join(
-        names.get(typing.get_origin(option) or option, str(option)) for option in options
-    )
-    raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    require("lora.rank", isinstance(rank, int) and rank >= 1, "an integer >= 1", rank)

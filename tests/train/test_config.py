@@ -68,6 +68,10 @@ def test_overrides(tmp_path: Path) -> None:
             {"index": "idx", "max_passage": 64},
             "max_passage: expected null with index = 'idx', .* got 64",
         ),
+        (
+            {"index": "idx", "corpus": "default"},
+            "corpus: expected null with index = 'idx', .* got 'default'",
+        ),
         ({"max_passage": 0}, "max_passage: expected an integer >= 1 or null, got 0"),
         ({"explore": 6}, "explore: expected an integer from 0 to n_docs = 5, got 6"),
         ({"explore_pool": 4}, "explore_pool: expected an integer >= n_docs = 5 or null, got 4"),
