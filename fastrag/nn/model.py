@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import functional
+from fastrag.nn.activation_checkpointing import ActivationCheckpointing
 from fastrag.nn.arguments import (
     bind_template,
     check_answers,
@@ -26,6 +27,7 @@ from fastrag.nn.builder import BuiltContext, ContextBuilder
 from fastrag.nn.generators import adapt_generator, evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration, RagOutput
+from fastrag.nn.retrieval import FLAT_PRIOR, check_index, encode_rows, explore, is_flat
 from fastrag.nn.state import keep_one_name_per_tensor
 from fastrag.ops import checks
 from fastrag.profiling import stage
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     from fastrag.index import Index, PassageStore
 
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
-FLAT_PRIOR = 0.99  # share of log K above which the first batch's prior says nothing
 
 
 class _Retrieved(NamedTuple):
@@ -45,7 +46,7 @@ class _Retrieved(NamedTuple):
     seconds: float  # wall time on the host
 
 
-class RagModel(nn.Module):
+class RagModel(ActivationCheckpointing, nn.Module):
     """Retrieval-augmented generation, trained on the marginal likelihood (Lewis et al. 2020).
 
         q = question_encoder(x);  z_1..z_K = the K passages of largest inner product with q
@@ -164,7 +165,7 @@ class RagModel(nn.Module):
         if passage_encoder is not None and not train_passage_encoder:
             _freeze_unshared(passage_encoder, question_encoder)
         if len(index):
-            self._check_index()
+            check_index(index, passages, question_encoder)
         if len(passages) == 0:
             raise ValueError("passages: expected at least one passage, got an empty store")
         if generator_tokenizer is not None:
@@ -372,33 +373,26 @@ class RagModel(nn.Module):
                 )
             return _Retrieved(rows, 0.0)
         start = time.perf_counter()
-        n_explored = self.explore if self.training else 0
-        if n_explored:
-            rows = self._explore(query_emb.detach(), n_explored)
+        query_emb = query_emb.detach()
+        if self.training and self.explore:
+            n_candidates = max(self.explore_pool or len(self.index), self.n_docs)
+            scores, candidates = self._search(query_emb, n_candidates)
+            softness = self.tau * self.explore_tau
+            rows = explore(scores, candidates, self.n_docs, self.explore, softness)
         else:
-            rows = self._search(query_emb.detach(), self.n_docs)[1]
+            rows = self._search(query_emb, self.n_docs)[1]
         return _Retrieved(rows, time.perf_counter() - start)
 
     def _search(self, query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        self._check_index()
+        check_index(self.index, self.passages, self.question_encoder)
         with stage("search"):
             return self.index.search(query_emb, k)
-
-    def _explore(self, query_emb: Tensor, n_explored: int) -> Tensor:
-        """K - m nearest rows, and m of the next candidates by Gumbel top-m: [B, K]."""
-        n_pool = max(self.explore_pool or len(self.index), self.n_docs)
-        scores, rows = self._search(query_emb, n_pool)
-        n_kept = self.n_docs - n_explored
-        logits = scores[:, n_kept:] / (self.tau * self.explore_tau)
-        gumbel = -torch.empty_like(logits).exponential_().log()
-        drawn = (logits.detach() + gumbel).topk(n_explored, dim=1).indices
-        return torch.cat([rows[:, :n_kept], rows[:, n_kept:].gather(1, drawn)], dim=1)
 
     def _score(self, query_emb: Tensor, rows: Tensor) -> Tensor:
         """Scores q . d / tau `[B, K]`; d from the index, or fresh if the passage encoder trains."""
         scale = offset = None
-        if self.train_passage_encoder and self.training:
-            passage_emb = self._encode_rows(rows)
+        if self.passage_encoder is not None and self.train_passage_encoder and self.training:
+            passage_emb = encode_rows(self.passage_encoder, self.passages, rows)
         elif self.index.device == query_emb.device and self.index.index_emb is not None:
             passage_emb = self.index.index_emb  # gathered inside the operation
             scale, offset = self.index.scale, self.index.offset
@@ -411,19 +405,6 @@ class RagModel(nn.Module):
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
         return doc_scores
-
-    def _encode_rows(self, rows: Tensor) -> Tensor:
-        """Encode the passages of `rows` with gradient, each once: [B, K, D]."""
-        unique, where = rows.clamp(min=0).unique(return_inverse=True)
-        encoder: Any = self.passage_encoder
-        with stage("encode_passages"):
-            ids, lengths = self.passages.gather(unique, "encoder")
-            mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
-            vectors = encoder(ids, mask.long())
-        require_finite(
-            vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
-        )
-        return vectors[where]
 
     def _context(
         self, rows: Tensor, prompt_ids: Tensor | None, prompt_mask: Tensor | None
@@ -440,11 +421,7 @@ class RagModel(nn.Module):
     def _warn_if_flat(self, doc_scores: Tensor) -> None:
         """Say once when the first training batch's prior is as good as uniform."""
         self._prior_seen = True
-        found = doc_scores.isfinite().sum(dim=1).clamp(min=1)  # [B]
-        log_prior = doc_scores.float().log_softmax(dim=1)
-        entropy = -torch.where(doc_scores.isfinite(), log_prior.exp() * log_prior, 0.0).sum(dim=1)
-        several = found > 1
-        if bool((several & (entropy > FLAT_PRIOR * found.log())).sum() == several.sum() > 0):
+        if is_flat(doc_scores):
             warnings.warn(
                 f"the prior over passages is nearly uniform in the first batch (entropy above "
                 f"{FLAT_PRIOR} of its maximum, tau = {float(self.tau):g}): the retriever will "
@@ -452,57 +429,7 @@ class RagModel(nn.Module):
                 stacklevel=4,
             )
 
-    def _check_index(self) -> None:
-        if len(self.index) == 0:
-            raise ValueError("index: expected vectors, got an empty index; call refresh_index()")
-        if len(self.index) != len(self.passages):
-            raise ValueError(
-                f"index: expected one vector per passage, got {len(self.index)} vectors and "
-                f"{len(self.passages)} passages"
-            )
-        dim = getattr(self.question_encoder, "dim", self.index.dim)
-        if dim != self.index.dim:
-            raise ValueError(
-                f"index: expected vectors of width {dim} as the question encoder gives, got "
-                f"{self.index.dim}"
-            )
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Recompute activations of encoders and generator in the backward pass (not of the loss).
-
-        Args:
-            activation_checkpointing_kwargs: for `torch.utils.checkpoint`, as in transformers.
-            options: passed on to each part, as transformers names them.
-        """
-        for part in self._transformers():
-            if hasattr(part, "activation_checkpointing_enable"):
-                part.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
-            else:  # transformers before 5.20 knows the older name alone
-                part.gradient_checkpointing_enable(activation_checkpointing_kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Undo `activation_checkpointing_enable`."""
-        for part in self._transformers():
-            if hasattr(part, "activation_checkpointing_disable"):
-                part.activation_checkpointing_disable()
-            else:
-                part.gradient_checkpointing_disable()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> None:
-        """The name of `activation_checkpointing_enable` in transformers before 5.20."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The name of `activation_checkpointing_disable` in transformers before 5.20."""
-        self.activation_checkpointing_disable()
-
-    def _transformers(self) -> list[Any]:
+    def _checkpointed_parts(self) -> list[Any]:
         """The transformers models inside that train."""
         encoders: list[Any] = [self.question_encoder]
         if self.train_passage_encoder and self.passage_encoder is not self.question_encoder:
