@@ -1,0 +1,135 @@
+"""`fastrag index build`, `info` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrag.cli import main
+from fastrag.index import FaissIndex, FlatIndex, PassageStore
+from tests.cli.commands import BUILD
+
+
+def test_verify_finds_an_altered_byte(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    assert main(["index", "verify", "idx"]) == 0
+    assert "all checksums hold" in capsys.readouterr().out
+    vectors = project / "idx" / "index" / "vectors.npy"
+    data = vectors.read_bytes()
+    try:
+        vectors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert main(["index", "verify", "idx"]) == 2
+        assert "vectors.npy: expected SHA-256" in (err := capsys.readouterr().err)
+        assert "altered in block 0 (bytes 128 to 895)" in err
+        vectors.write_bytes(data[:-10])
+        assert main(["ask", "--model", "run", "x"]) == 2
+        assert "vectors.npy" in capsys.readouterr().err
+    finally:
+        vectors.write_bytes(data)
+
+
+def test_index_info(
+    project: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(project)
+    assert main(["index", "info", "idx"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    index = FlatIndex.load(project / "idx" / "index")
+    expected = {"kind": "FlatIndex", "dtype": "float32", "dim": "16", "rows": "12", "pitch": "64"}
+    assert expected.items() <= lines.items() and lines["checksum"] == index.checksum()
+    index.astype("int8").save(tmp_path / "small")
+    assert main(["index", "verify", str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'small'}: 12 vectors, all checksums hold\n"
+    probe = ["--probe", "100", "--k", "4"]
+    assert main(["index", "info", str(tmp_path / "small"), *probe, "--exact", "idx"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[0] == "recall@4" and 0.7 < float(last[1]) <= 1.0
+    assert last[2:] == ["(12", "queries,", "against", "idx)"]
+
+
+def test_index_info_of_faiss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    for name, index in (("exact", FlatIndex(8)), ("approximate", FaissIndex(8, "IVF8,SQ4"))):
+        index.add(vectors)
+        index.save(tmp_path / name)
+    assert main(["index", "info", "approximate", "--probe", "50"]) == 0
+    out = capsys.readouterr().out
+    assert "factory     IVF8,SQ4\n" in out and "parameters  none\n" in out
+    own = out.splitlines()[-1].split(None, 2)
+    assert main(["index", "info", "approximate", "--probe", "50", "--exact", "exact"]) == 0
+    against = capsys.readouterr().out.splitlines()[-1].split(None, 2)
+    assert own[0] == against[0] == "recall@10"
+    assert own[2] == "(50 queries, against its reconstructed vectors)"
+    assert 0.1 < float(against[1]) < float(own[1]) < 1.0  # the codes lose something too
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "encoder"), "encoder: expected a fastrag index folder with manifest.json"),
+        (("verify", "nowhere"), "nowhere: expected a fastrag index folder, got no such folder"),
+        (("info", "idx", "--exact", "idx"), "--probe: expected a number of queries with --exact"),
+        (("info", "idx", "--probe", "5"), "--exact: expected an index of the original vectors"),
+        (
+            ("info", "idx", "--probe", "5", "--exact", "idx", "--k", "12"),
+            "k: expected 1 to 11 for 12 live rows, got 12",
+        ),
+    ],
+)
+def test_mistakes_with_an_index(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(project)
+    assert main(["index", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastrag: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_index_of_codes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Built by the command or by a run, it is trained on, saved and asked as any other."""
+    monkeypatch.chdir(project)
+    build = [*BUILD[:-1], "codes", "--corpus", "corpus.jsonl", "--dtype", "int8"]
+    assert main(build) == 0
+    assert FlatIndex.load(project / "codes" / "index").dtype == "int8"
+    train = ["train", "train.yaml", "--set", "steps=1", "--set", "index_dtype=int8"]
+    assert main([*train, "--set", "index=codes", "--set", "output_dir=on_codes"]) == 0
+    assert main([*train, "--set", "index=null", "--set", "output_dir=own_codes"]) == 0
+    assert FlatIndex.load(project / "own_codes" / "index" / "index").dtype == "int8"
+    capsys.readouterr()
+    assert main(["ask", "--model", "own_codes", "--device", "cpu", "what?"]) == 0
+    assert main([*train, "--set", "index_dtype=int4"]) == 2
+    assert "index_dtype: expected" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_index_with_a_template_of_its_own(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One mapping serves `index build` and the config; an index of another template is refused."""
+    monkeypatch.chdir(project)
+    template = '{context: "{passage} asked {question}", passage: "{title} {text}"}'
+    build = [*BUILD[:-1], "own", "--corpus", "corpus.jsonl", "--max-passage", "4"]
+    assert main([*build, "--template", template]) == 0
+    store = PassageStore.load(project / "own" / "passages")
+    assert store.gather(torch.tensor([0]), "encoder")[1].tolist() == [4]  # [CLS] ada likes [SEP]
+    train = ["train", "train.yaml", *("--set", "index=own", "--set", "steps=1")]
+    assert main([*train, "--set", "output_dir=own_run", "--set", f"template={template}"]) == 0
+    capsys.readouterr()
+    assert main([*train, "--set", "output_dir=other_run"]) == 2
+    assert "template" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,210 @@
+"""A user's mistake is one line and exit status 2, and nothing on disk changes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fastrag.cli import main
+from tests.cli.commands import BUILD, SETTINGS, fastrag
+
+
+def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
+    """Files with mistakes in them, by name."""
+    texts = {
+        "unknown.yaml": yaml.safe_dump(SETTINGS | {"n_doc": 3}),
+        "cut.jsonl": '{"id": "a", "text": "x"}\n{"id": "b", "te\n',
+        "twice.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
+        "blank.jsonl": '{"id": "a", "text": " "}\n',
+        "empty.jsonl": "",
+    }
+    paths = {}
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.write_text(text)
+        paths[name] = str(path)
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"id": "a", "text": "é"}\n'.encode("latin-1"))
+    paths["latin.jsonl"] = str(latin)
+    for name, damage in (("holed", drop_a_weight), ("torn", tear)):
+        shutil.copytree(project / "generator", tmp_path / name)
+        damage(tmp_path / name / "model.safetensors")
+        paths[f"generator={name}"] = f"generator={tmp_path / name}"
+    mute = tmp_path / "mute.jsonl"
+    mute.write_text('{"id": "a", "question": "who?"}\n')
+    return paths | {"train_questions=mute": f"train_questions={mute}"}
+
+
+def drop_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights.pop(max(weights, key=lambda name: weights[name].numel()))
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "none.yaml"), "none.yaml: No such file or directory"),
+        (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean n_docs?"),
+        (("train", "train.yaml", "--set", "n_docs=0"), "n_docs: expected an integer >= 1, got 0"),
+        (("train", "train.yaml"), "run holds checkpoints"),
+        (("train", "train.yaml", "--set", "output_dir=plain"), "the model of a finished run"),
+        (("train", "train.yaml", "--set", "best_metric=exact"), "recall@5, got 'exact'"),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "report_to=[nothing]"),
+            "report_to: expected reporters that are installed here",
+        ),
+        (
+            ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "no/p.jsonl"),
+            "--out: expected a file in an existing folder, got no/p.jsonl",
+        ),
+        (("train", "train.yaml", "--resume", "--set", "n_docs=2"), "n_docs: expected 3 as in"),
+        (
+            ("train", "train.yaml", "--resume", "--set", "output_dir=nix"),
+            "nix/config.yaml is missing",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
+            "generator: expected a local model folder, got 'nix'",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=holed"),
+            "got missing_keys",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=torn"),
+            "expected a readable generator",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),
+            "index: expected a folder from `fastrag index build`",
+        ),
+        ((*BUILD, "--corpus", "cut.jsonl"), "cut.jsonl:2: "),
+        ((*BUILD, "--corpus", "twice.jsonl"), "'a'"),
+        ((*BUILD, "--corpus", "blank.jsonl"), "blank.jsonl:1: "),
+        ((*BUILD, "--corpus", "empty.jsonl"), "expected at least one passage"),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{contxt: a}"),
+            "template: expected keys ['context'",
+        ),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: '{passage}'}"),
+            "context: expected {question} exactly once",
+        ),
+        (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "max_passage=64"),
+            "max_passage: expected null with index = 'idx'",
+        ),
+        ((*BUILD, "--corpus", "latin.jsonl"), "latin.jsonl:1: "),
+        ((*BUILD[:-1], "encoder", "--corpus", "corpus.jsonl"), "encoder is neither"),
+        (("evaluate", "--model", "run", "--questions", "empty.jsonl"), "at least one question"),
+        (
+            ("evaluate", "--model", "idx", "--questions", "questions.jsonl"),
+            "has no rag_config.json",
+        ),
+        (("ask", "--model", "run", "  "), "question: expected a text, got an empty one"),
+        (("ask", "--model", "run", "--index", "no", "x"), "no/index is missing"),
+        (("ask", "--model", "run", "--device", "nonsense", "x"), "--device nonsense"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(project)
+    before = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    files = damaged(project, tmp_path)
+    assert main([files.get(argument, argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("fastrag")]
+    assert len(errors) == 1 and errors[0] == err.splitlines()[-1]
+    assert errors[0].startswith("fastrag: error: ") and message in errors[0]
+    assert "Traceback" not in err
+    after = {path: path.stat().st_mtime_ns for path in project.rglob("*") if path.is_file()}
+    assert before == after  # nothing on disk is lost or left behind
+    assert not (project / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: command"),
+        (("trian",), "invalid choice: 'trian'"),
+        (("evaluate", "--model", "m", "--questions", "q", "--k", "0"), "an integer >= 1, got '0'"),
+        (("ask", "--model", "m"), "the following arguments are required: question"),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "chatty"),
+            "--template: expected one of plain, chat, or a YAML mapping of a template's fields, "
+            "got 'chatty'",
+        ),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: "),
+            "a YAML mapping of a template's fields, got '{context: '",
+        ),
+    ],
+)
+def test_usage_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
+    done = fastrag(project, "ask", "--model", "nowhere", "x")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "fastrag: error: model: expected a model, a run or a checkpoint, nowhere has no "
+        "rag_config.json\n"
+    )
+
+
+def test_questions_without_answers_do_not_train(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(project)
+    questions = damaged(project, tmp_path)["train_questions=mute"]
+    arguments = ["train", "train.yaml", "--set", f"output_dir={tmp_path}/run", "--set", questions]
+    assert main(arguments) == 2
+    assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("triton", "cannot run"), ("zzz", "no backend")])
+def test_forced_backend_that_cannot_run(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("FASTRAG_BACKEND", name)
+    assert main(["ask", "--model", "run", "--device", "cpu", "what?"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastrag: error: ") and reason in line
+
+
+def test_debug_shows_the_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRAG_DEBUG", "1")
+    monkeypatch.chdir(project)
+    with pytest.raises(FileNotFoundError):
+        main(["train", "none.yaml"])

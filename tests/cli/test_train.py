@@ -1,0 +1,143 @@
+"""`fastrag train`: what a run leaves behind, and how it is cut short and goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastrag.cli import main
+from fastrag.train.callbacks import read_metrics
+from fastrag.train.checkpoints import checkpoints
+from tests import tiny
+from tests.cli.commands import ENVIRONMENT, SETTINGS, fastrag
+
+
+def test_training_leaves_a_run_folder(project: Path) -> None:
+    names = {path.name for path in (project / "run").iterdir()}
+    assert names == {
+        "checkpoint-3",
+        "checkpoint-6",
+        "config.yaml",
+        "curve.png",
+        "metrics.jsonl",
+        "model",
+        "predictions.jsonl",
+        "tensorboard",
+        "versions.json",
+    }
+    entries = read_metrics(project / "run" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5, 6]
+    assert [each["step"] for each in entries if "eval_em" in each] == [0, 3, 6, 6]
+    resolved = yaml.safe_load((project / "run" / "config.yaml").read_text())
+    assert resolved["n_docs"] == 3 and resolved["marginal"] == "token"
+    assert len((project / "run" / "predictions.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_130_and_says_how_to_resume(project: Path) -> None:
+    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", "steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastrag.cli", *command],
+        cwd=project,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not checkpoints(project / "cut"):  # step 3 is done
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = checkpoints(project / "cut")[-1]
+    step = int(last.name.split("-")[1])
+    assert err.splitlines()[-2:] == [
+        f"fastrag: interrupted by SIGINT after step {step}; resume from cut/{last.name}",
+        "fastrag: resume with: fastrag train train.yaml --set output_dir=cut --set steps=100000 "
+        "--resume",
+    ]
+    assert "Traceback" not in err
+    steps = f"steps={step + 2}"
+    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", steps, "--resume"]
+    resumed = fastrag(project, *command)
+    assert resumed.returncode == 0, resumed.stderr
+    entries = read_metrics(project / "cut" / "metrics.jsonl")
+    logged = [each["step"] for each in entries if "loss" in each]
+    assert logged == list(range(1, step + 3))
+
+
+def test_training_with_an_index_that_changes(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No prebuilt index, a passage encoder that trains, LoRA on the generator, resumed."""
+    monkeypatch.chdir(project)
+    settings = SETTINGS | {
+        "index": None,
+        "corpus": "corpus.jsonl",
+        "output_dir": "joint",
+        "train_passage_encoder": True,
+        "refresh": "every:2",
+        "lora": {"rank": 2},
+        "steps": 3,
+        "eval_questions": None,
+    }
+    (project / "joint.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "joint.yaml"]) == 0
+    assert main(["train", "joint.yaml", "--resume", "--set", "steps=5"]) == 0
+    entries = read_metrics(project / "joint" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5]
+    capsys.readouterr()
+    assert main(["ask", "--model", "joint", "ada"]) == 0
+    assert "likes " in capsys.readouterr().out
+
+
+def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    drawn: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "fastrag.train.plots.plot_curve", lambda entries, path: drawn.append(entries)
+    )
+    # of equal values the first is the best one: with every passage retrieved they all are
+    best = ("best_metric=recall@12", "eval_ks=[12]", "n_docs=12", "output_dir=best")
+    assert main(["train", "train.yaml", *(word for each in best for word in ("--set", each))]) == 0
+    out = capsys.readouterr().out
+    assert "step 0  recall@12 1  em" in out  # before training, when there is no bar yet
+    assert "model: best/model (of step 3, the best by recall@12)" in out
+    entries = read_metrics(project / "best" / "metrics.jsonl")
+    by_step = {each["step"]: each["eval_loss"] for each in entries if "eval_loss" in each}
+    assert by_step.keys() == {0, 3, 6}
+    assert entries[-1]["eval_best_loss"] == pytest.approx(by_step[3])
+    assert entries[-1]["eval_best_loss"] != pytest.approx(by_step[6])
+    last = ("eval_steps=null", "save_steps=null", "output_dir=last")
+    assert main(["train", "train.yaml", *(word for each in last for word in ("--set", each))]) == 0
+    entries = read_metrics(project / "last" / "metrics.jsonl")
+    assert [each["step"] for each in entries if "eval_em" in each] == [0, 6]
+    assert drawn[-1] == entries  # with the evaluation after training
+
+
+def test_index_of_another_encoder_is_noticed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    other = tiny.encoder(seed=5)
+    other.save_pretrained("other")
+    tiny.tokenizer("encoder").save_pretrained("other")
+    settings = ("question_encoder=other", "output_dir=foreign", "steps=1", "eval_questions=null")
+    command = ["train", "train.yaml", *(w for each in settings for w in ("--set", each))]
+    assert main(command) == 0
+    assert (
+        "index: its vectors are not those of the passage encoder other" in capsys.readouterr().err
+    )
+    again = ("--set", "output_dir=known", "--set", "passage_encoder=encoder")
+    assert main([*command, *again]) == 0
+    assert "its vectors" not in capsys.readouterr().err
