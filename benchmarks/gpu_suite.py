@@ -5,7 +5,8 @@
 Needs a checkout, python3 with torch, triton, transformers and pytest, and no network. Every part
 runs in processes of its own with a limit of time, the most important first, and what is known is
 written at once; what did not fit the time is listed. Exit code: 0 if nothing failed and every test
-ran, 1 if not, 2 for a bad argument or a machine that cannot run this. docs/gpu.md has more.
+ran, 1 if not, 2 for a bad argument or a machine that cannot run this, 143 when it was ended before
+its time (130 by Ctrl-C), of which too the summary tells. docs/gpu.md has more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu import plan, steps, summary
-from benchmarks.gpu.isolation import NOT_RUN
+from benchmarks.gpu.isolation import NOT_RUN, end_on_signals
 from benchmarks.gpu.plan import Step
 from benchmarks.gpu.steps import Bench, Results
 from benchmarks.harness.arguments import Parser
@@ -166,9 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary.write(args.results, done, complete=False)
         print(f"{done[-1].name}: {done[-1].how} ({done[-1].seconds:.0f} s)", flush=True)
 
+    came = end_on_signals()
     done = plan.Run(time.monotonic() + budget, changed).all(args.steps)
-    print(summary.short(summary.write(args.results, done, complete=True)))
-    return _code(args, done)
+    print(summary.short(summary.write(args.results, done, complete=True)), flush=True)
+    return 128 + came() if came() else _code(args, done)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.isolation import NOT_RUN, PASSED, Record, run_isolated
+from benchmarks.gpu.isolation import NOT_RUN, PASSED, Record, end_on_signals, run_isolated
 from benchmarks.harness.arguments import Parser
 
 LEAST_GAIN = 0.02
@@ -124,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seen.append(record)
         _write(args.out, document(seen, arch, machine))  # at once: what is done is kept
 
+    end_on_signals()
     records = run_isolated(
         lambda names: [sys.executable, "-m", "benchmarks.gpu.tuning", *names],
         "tuning",

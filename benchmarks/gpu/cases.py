@@ -20,6 +20,8 @@ from torch import Tensor
 from benchmarks.gpu.watch import Recorder, cuda_error
 
 HALF = torch.bfloat16
+# compute-sanitizer, a process of its own, may take so long to print what it found in a case.
+SETTLE_SECONDS = 0.1
 HEAD_SHAPE = (2, 3, 5, 72, 1031)  # B, K, T, H, V
 Case = Callable[[torch.device], None]
 CASES: dict[str, Case] = {}
@@ -234,6 +236,7 @@ def run(names: Sequence[str], device: torch.device) -> int:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
         lost = cuda_error()
+        time.sleep(SETTLE_SECONDS)
         text = lost or text
         seconds = round(time.perf_counter() - began, 3)
         recorder.say(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from benchmarks.harness.measure import ROOT
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 NOT_RUN = "not run"
 BUDGET = "the time was over"
+# Once it is set the time of everything is over: every process ends, none begins.
+stopped = threading.Event()
 POLL_SECONDS = 0.1
 # From a request to end to the end by force; benchmarks.run ends its workers meanwhile.
 GRACE_SECONDS = 5.0
@@ -52,18 +56,43 @@ class Ended:
     code: int | None
     seconds: float
     output: str
-    timed_out: bool = False
+    why: str = ""  # it was ended: "" by itself, else what for
 
     @property
     def tail(self) -> str:
         return self.output[-TAIL:].strip()
 
 
+def seconds_left(deadline: float) -> float:
+    """Until `deadline`, which is by time.monotonic()."""
+    return 0.0 if stopped.is_set() else max(0.0, deadline - time.monotonic())
+
+
+def end_on_signals() -> Callable[[], int]:
+    """From now on a request to end this process ends its children, and lets it say what is known.
+
+    Returns a function that tells which signal came, 0 for none. A second one acts as ever.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        stopped.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: came[0] if came else 0
+
+
 @contextlib.contextmanager
 def process(
     command: Sequence[str], log: Any, env: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child with a session of its own, which ends with the context if not before."""
+    """A child with a group of its own, which ends with the context if not before.
+
+    The session is that of this process: who ends a session ends the children with it.
+    """
     child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -71,7 +100,7 @@ def process(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        process_group=0,
     )
     try:
         yield child
@@ -86,18 +115,30 @@ def process(
 
 
 def run_limited(
-    command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    seconds: float,
+    env: Mapping[str, str] | None = None,
+    patience: float = math.inf,
 ) -> Ended:
-    """Runs one command for at most so long, and returns what it said."""
-    began = time.monotonic()
+    """Runs one command for at most so long, and not on when it has said nothing for `patience`."""
+    began = heard = time.monotonic()
+    said, why = 0, ""
     with tempfile.TemporaryFile() as log:
-        timed_out = False
         with process(command, log, env or {}) as child:
-            try:
-                child.wait(max(0.0, seconds))
-            except subprocess.TimeoutExpired:
-                timed_out = True
-        return Ended(child.returncode, time.monotonic() - began, _read(log), timed_out)
+            while child.poll() is None and not why:
+                size = os.fstat(log.fileno()).st_size
+                if size > said:
+                    said, heard = size, time.monotonic()
+                why = _why_end(began + seconds, heard, patience)
+                time.sleep(POLL_SECONDS)
+        return Ended(child.returncode, time.monotonic() - began, _read(log), why)
+
+
+def _why_end(deadline: float, heard: float, patience: float) -> str:
+    """Why to end what was last heard then, "" to let it run."""
+    if not seconds_left(deadline):
+        return BUDGET
+    return f"nothing happened for {patience:.0f} s" if time.monotonic() - heard > patience else ""
 
 
 def _read(log: Any) -> str:
@@ -110,13 +151,13 @@ class _Seen:
     """What one process said before it ended."""
 
     ended: Ended
-    why: str  # it was ended: "" by itself, else what for
     names: list[str] | None = None
     records: list[Record] = field(default_factory=list)
     started: str = ""  # and not ended
+    since: float = 0.0  # by time.monotonic()
 
     def ending(self) -> str:
-        manner = self.why or f"its process ended with code {self.ended.code}"
+        manner = self.ended.why or f"its process ended with code {self.ended.code}"
         return f"{manner}\n{self.ended.tail}"
 
 
@@ -132,7 +173,7 @@ def collect(
     seen = _one_process(command, deadline, patience, env or {})
     if seen.names is not None:
         return seen.names
-    if seen.why == BUDGET:
+    if seen.ended.why == BUDGET:
         return Record(label, NOT_RUN, 0.0, BUDGET)
     return Record(label, FAILED, seen.ended.seconds, seen.ending())
 
@@ -157,7 +198,7 @@ def run_isolated(
     """
     todo, records = list(names), []
     first = True
-    while (first or todo) and time.monotonic() < deadline:
+    while (first or todo) and seconds_left(deadline):
         seen = _one_process(command(todo), deadline, patience, env or {}, tell)
         if log is not None:
             with log.open("a", encoding="utf-8") as file:
@@ -165,13 +206,16 @@ def run_isolated(
         if first and not names:
             todo = seen.names or []
         found = list(seen.records)
-        if seen.started and seen.why != BUDGET:
-            found.append(Record(seen.started, FAILED, seen.ended.seconds, seen.ending()))
+        over = seen.ended.why == BUDGET
+        if seen.started:
+            seconds = time.monotonic() - seen.since
+            how, text = (NOT_RUN, BUDGET + " while it ran") if over else (FAILED, seen.ending())
+            found.append(Record(seen.started, how, seconds, text))
             tell(found[-1])
         records += found
         done = {record.name for record in found}
         todo = [name for name in todo if name not in done]
-        if not found and seen.why != BUDGET:
+        if not found and not over:
             if todo or seen.names is None:
                 records += [Record(name, FAILED, 0.0, seen.ending()) for name in todo or [label]]
             return records
@@ -188,7 +232,7 @@ def _one_process(
     tell: Callable[[Record], None] = lambda record: None,
 ) -> _Seen:
     began = heard = time.monotonic()
-    seen = _Seen(Ended(None, 0.0, ""), "")
+    seen, why = _Seen(Ended(None, 0.0, "")), ""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         path = Path(folder) / "records"
         path.touch()
@@ -197,18 +241,14 @@ def _one_process(
             process(command, log, {**env, RECORDS: str(path)}) as child,
         ):
             running = True
-            while running and not seen.why:
+            while running and not why:
                 running = child.poll() is None  # before the last look at what it said
                 if _hear(seen, said, tell):
                     heard = time.monotonic()
                 if running:
                     time.sleep(POLL_SECONDS)
-                    now = time.monotonic()
-                    if now >= deadline:
-                        seen.why = BUDGET
-                    elif now - heard > patience:
-                        seen.why = f"nothing happened for {patience:.0f} s"
-        seen.ended = Ended(child.returncode, time.monotonic() - began, _read(log))
+                    why = _why_end(deadline, heard, patience)
+        seen.ended = Ended(child.returncode, time.monotonic() - began, _read(log), why)
     return seen
 
 
@@ -226,7 +266,7 @@ def _hear(seen: _Seen, said: TextIO, tell: Callable[[Record], None]) -> bool:
         if "names" in words:
             seen.names = words["names"]
         elif "start" in words:
-            seen.started = words["start"]
+            seen.started, seen.since = words["start"], time.monotonic()
         elif "end" in words:
             seen.started = ""
             record = Record(words["end"], words["outcome"], words["seconds"], words["text"])

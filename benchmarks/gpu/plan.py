@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.gpu.isolation import seconds_left, stopped
+
 # A step that is not likely to be half done is not begun.
 LEAST_SHARE = 0.4
 
@@ -59,9 +61,10 @@ class Run:
         return self.done
 
     def _one(self, step: Step) -> None:
-        began = time.monotonic()
-        left = self.deadline - began
-        if left < LEAST_SHARE * step.estimate:
+        began, left = time.monotonic(), seconds_left(self.deadline)
+        if stopped.is_set():
+            how = "not run: the suite was stopped"
+        elif left < LEAST_SHARE * step.estimate:
             how = f"not run: budget ({left:.0f} s left, about {step.estimate:.0f} needed)"
         else:
             try:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import sanitizer as tool_output
+from benchmarks.gpu import toolkit
 from benchmarks.gpu.isolation import (
+    BUDGET,
     FAILED,
     NOT_RUN,
     PASSED,
@@ -25,16 +25,17 @@ from benchmarks.gpu.isolation import (
     collect,
     run_isolated,
     run_limited,
+    seconds_left,
 )
 from benchmarks.harness.measure import ROOT
 
 # A test may compile a dozen kernels before it says that it is done.
 PATIENCE = 150.0
+# And providers that are prepared one after another, before the first of them is timed. What hangs
+# must not take the time of all the other steps.
+BENCH_PATIENCE = 100.0
 # Whatever else is installed there, tests run with pytest alone.
 PYTEST_ENV = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-# Each tensor a piece of memory of its own, so that what lies beside it is nobody's.
-SANITIZER_ENV = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-SANITIZER_CODE = 99
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm"
 QUERY += ",clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.current,compute_mode"
 
@@ -77,7 +78,7 @@ def environment(results: Results, deadline: float) -> str:
     commands = {
         "nvidia-smi": ["nvidia-smi"],
         "gpu": ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"],
-        "nvcc": [_tool("nvcc") or "nvcc", "--version"],
+        "nvcc": [toolkit.find("nvcc") or "nvcc", "--version"],
         "fastrag": [
             sys.executable,
             "-c",
@@ -87,7 +88,7 @@ def environment(results: Results, deadline: float) -> str:
     found: dict[str, Any] = {}
     for name, command in commands.items():
         try:
-            ended = run_limited(command, min(60.0, deadline - time.monotonic()))
+            ended = run_limited(command, min(60.0, seconds_left(deadline)))
         except OSError as error:
             found[name] = str(error)
             continue
@@ -105,20 +106,10 @@ def build(results: Results, deadline: float) -> str:
         return "ok: it was there already"
     ended = run_limited(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        deadline - time.monotonic(),
+        seconds_left(deadline),
         {"FASTRAG_BUILD_EXT": "1"},
     )
     return "ok" if ended.code == 0 else f"failed: {_last_line(ended.output)}"
-
-
-def _tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, on the path or where the toolkit is."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    beside = shutil.which("nvcc")
-    if beside:
-        homes.insert(0, str(Path(beside).resolve().parents[1]))
-    folders = [f"{home}/bin" for home in homes if home]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def _last_line(text: str) -> str:
@@ -143,7 +134,9 @@ def pytest_command(names: Sequence[str], *more: str) -> list[str]:
 
 def tests(results: Results, deadline: float) -> str:
     """Each function in processes of its own, some at a time: most of the time is compilation."""
-    limits = {"deadline": deadline, "patience": PATIENCE, "env": PYTEST_ENV}
+    # Where there is little time a test that hangs is still known as one.
+    patience = min(PATIENCE, 0.5 * seconds_left(deadline))
+    limits = {"deadline": deadline, "patience": patience, "env": PYTEST_ENV}
 
     def look_into(file: str) -> list[str] | Record:
         return collect(pytest_command([file], "--collect-only"), file, **limits)
@@ -163,12 +156,22 @@ def tests(results: Results, deadline: float) -> str:
         found = list(pool.map(look_into, test_files()))
         lost = [record for record in found if isinstance(record, Record)]
         names = [name for part in found if isinstance(part, list) for name in part]
-        functions: dict[str, list[str]] = {}
-        for name in names:
-            functions.setdefault(name.partition("[")[0], []).append(name)
-        done = list(pool.map(one, functions.values()))
+        done = list(pool.map(one, in_turn(names)))
     results.tests = lost + [record for records in done for record in records]
     return _count(results.tests)
+
+
+def in_turn(names: Sequence[str]) -> list[list[str]]:
+    """The tests of each function, functions of one file after those of another.
+
+    If the time is over before all of them ran, some of every file did.
+    """
+    files: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        function = name.partition("[")[0]
+        files.setdefault(name.partition("::")[0], {}).setdefault(function, []).append(name)
+    turns = zip_longest(*(functions.values() for functions in files.values()))
+    return [tests for turn in turns for tests in turn if tests]
 
 
 def _count(records: Sequence[Record]) -> str:
@@ -182,19 +185,23 @@ def _count(records: Sequence[Record]) -> str:
 
 
 def benchmark(results: Results, bench: Bench, deadline: float) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.csv"
-        seconds = deadline - time.monotonic()
-        command = bench.command(results.rounds, path)
-        if not bench.shapes:  # the most important first, and an end before it is cut off
-            command += ["--budget-minutes", f"{seconds / 60:.2f}"]
-        ended = run_limited(command, seconds)
-        rows = _read_rows(path)
+    path = results.out / "benchmarks.part.csv"  # of this step: what is done outlives this process
+    path.unlink(missing_ok=True)
+    seconds = seconds_left(deadline)
+    command = bench.command(results.rounds, path)
+    if not bench.shapes:  # the most important first, and an end before it is cut off
+        command += ["--budget-minutes", f"{seconds / 60:.2f}"]
+    ended = run_limited(command, seconds, patience=BENCH_PATIENCE)
+    rows = _read_rows(path)
     results.rows += rows
     if results.rows:
         _write_rows(results.out / "benchmarks.csv", results.rows)
-    if ended.timed_out:
+    path.unlink(missing_ok=True)
+    if ended.why == BUDGET:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
+    if ended.why:
+        results.broken.append(bench.op)
+        return f"failed: {ended.why}, {len(rows)} rows, then: {_last_line(ended.output)}"
     if ended.code != 0:
         results.broken.append(bench.op)
         told = "; ".join(_bad(rows)[:3]) or _last_line(ended.output)
@@ -230,45 +237,29 @@ def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 def sanitizer(results: Results, tool: str, deadline: float) -> str:
     """Each kernel at a small shape, all in one process as long as it lives."""
-    program = _tool("compute-sanitizer")
+    program = toolkit.find("compute-sanitizer")
     if program is None:
         return "not run: there is no compute-sanitizer"
     from benchmarks.gpu.cases import CASES
 
-    def command(names: Sequence[str]) -> list[str]:
-        words = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_CODE)]
-        words += ["--print-limit", "5", "--target-processes", "application-only"]
-        words += ["--report-api-errors", "no"]  # torch asks what it knows may be refused
-        return [*words, sys.executable, "-m", "benchmarks.gpu.cases", *names]
-
     log = results.out / f"sanitizer-{tool}.log"
     records = run_isolated(
-        command,
+        lambda names: tool_output.command(
+            program, tool, [sys.executable, "-m", "benchmarks.gpu.cases", *names]
+        ),
         tool,
         deadline=deadline,
         patience=PATIENCE,
         names=list(CASES),
-        env=SANITIZER_ENV,
+        env=tool_output.ENV,
         log=log,
     )
     said = log.read_text(errors="replace") if log.exists() else ""
     log.unlink(missing_ok=True)
-    results.sanitizer[tool] = [_with_errors(record, said) for record in records]
+    results.sanitizer[tool] = tool_output.attribute(records, said)
     _write_sanitizer(results.out / "sanitizer.txt", results.sanitizer, said)
-    return _count(results.sanitizer[tool])
-
-
-def _with_errors(record: Record, said: str) -> Record:
-    """A case fails by what the tool printed after its name, also where it ran to its end."""
-    part = re.search(rf"^case: {re.escape(record.name)}\n(.*?)(?=^case: |\Z)", said, re.M | re.S)
-    errors = [] if part is None else re.findall(r"^=+ (.*)$", part[1], re.M)
-    wrong = [line for line in errors if _WRONG.search(line) and "SUMMARY" not in line]
-    if record.outcome == PASSED and wrong:
-        return Record(record.name, FAILED, record.seconds, "\n".join(wrong[:5]))
-    return record
-
-
-_WRONG = re.compile(r"Invalid |Error:|Race reported|hazard|isaligned")
+    more = tool_output.unexplained(results.sanitizer[tool], said)
+    return "; ".join(filter(None, (_count(results.sanitizer[tool]), more)))
 
 
 def _write_sanitizer(path: Path, by_tool: dict[str, list[Record]], said: str) -> None:
@@ -290,10 +281,10 @@ _LOG = "what the tool said\n"
 
 
 def tune(results: Results, deadline: float) -> str:
-    seconds = deadline - time.monotonic()
+    seconds = seconds_left(deadline)
     command = [sys.executable, "-m", "benchmarks.tune", "--out", str(results.out / "tuned.json")]
     ended = run_limited([*command, "--seconds", f"{0.9 * seconds:.0f}"], seconds)
-    (results.out / "tune.txt").write_text(ended.output)
     if ended.code != 0:
+        (results.out / "tune.txt").write_text(ended.output)
         return f"failed: {_last_line(ended.output)}"
     return f"ok: {_last_line(ended.output)}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from benchmarks.gpu import toolkit
 
 _TIME = "gpu__time_duration.sum"
 _BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
@@ -45,7 +46,7 @@ class Kernel:
 
 def why_not() -> str:
     """Returns why ncu cannot run here, "" if it can."""
-    if shutil.which("ncu") is None:
+    if toolkit.find("ncu") is None:
         return "ncu is not installed: it is part of NVIDIA Nsight Compute (in the CUDA toolkit)"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device for ncu to measure"
@@ -59,12 +60,12 @@ def command(report: Path, loop: Sequence[str], kernels: str) -> list[str]:
     """
     options = ["--clock-control", "none", "--nvtx", "--profile-from-start", "off"]
     options += ["--set", "full", "-k", f"regex:{kernels}", "--force-overwrite", "-o", str(report)]
-    return ["ncu", *options, *loop]
+    return [toolkit.find("ncu") or "ncu", *options, *loop]
 
 
 def export(report: Path) -> list[str]:
     """Returns the command that prints the report for `read`."""
-    return ["ncu", "--import", f"{report}.ncu-rep", "--csv", "--page", "raw"]
+    return [toolkit.find("ncu") or "ncu", "--import", f"{report}.ncu-rep", "--csv", "--page", "raw"]
 
 
 def read(text: str) -> list[Kernel]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,9 +31,11 @@ import json, os, sys, time
 def say(**fields):
     with open(os.environ["FASTRAG_RECORDS"], "a") as file:
         file.write(json.dumps(fields) + "\\n")
-names = sys.argv[1:] or ["a", "b", "c", "d"]
+names = [name for name in sys.argv[1:] if name != "--collect-only"] or ["a", "b", "c", "d"]
 act = json.loads(os.environ["ACT"])
 say(names=names)
+if "--collect-only" in sys.argv:
+    sys.exit()
 for name in names:
     say(start=name)
     print("doing", name, flush=True)
@@ -101,8 +106,9 @@ def test_the_next_process_goes_on_behind_what_ended_the_last(
 
 def test_what_the_time_does_not_allow_is_listed(child: Path) -> None:
     records, _ = isolated(child, {"b": "hang"}, seconds=0.6)
+    assert [record.text.endswith("while it ran") for record in records[1:]] == [True, False, False]
     assert outcomes(records) == {"a": "passed", "b": "not run", "c": "not run", "d": "not run"}
-    assert isolated(child, {}, seconds=-1.0)[0] == [Record("all", "not run", 0.0, records[1].text)]
+    assert isolated(child, {}, seconds=-1.0)[0] == [Record("all", "not run", 0.0, records[2].text)]
 
 
 def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
@@ -126,7 +132,7 @@ def test_records_are_told_while_the_process_runs(child: Path) -> None:
         env={"ACT": json.dumps({"b": "hang"})},
         tell=lambda record: told.append((record.name, time.monotonic() - began)),
     )
-    assert [name for name, _ in told] == ["a"] and told[0][1] < 2.5
+    assert [name for name, _ in told] == ["a", "b"] and told[0][1] < 2.5
 
 
 def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
@@ -146,13 +152,20 @@ def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
         f"open({str(mark)!r}, 'w').write(str(p.pid)); print('said', flush=True); p.wait()"
     )
     ended = run_limited([sys.executable, "-c", code], 1.0)
-    assert ended.timed_out and ended.output == "said\n" and ended.seconds < 10
+    assert ended.why and ended.output == "said\n" and ended.seconds < 10
     for _ in range(50):
         status = Path(f"/proc/{mark.read_text()}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
     pytest.fail("the grandchild lives")
+
+
+def test_a_command_that_says_nothing_more_is_ended() -> None:
+    code = "import time; print('said', flush=True); time.sleep(60)"
+    ended = run_limited([sys.executable, "-c", code], 30.0, patience=0.5)
+    assert ended.why == "nothing happened for 0 s" and ended.output == "said\n"
+    assert ended.seconds < 10
 
 
 # What torch is to the plugin: a module whose synchronize fails for ever after a fault.
@@ -236,6 +249,86 @@ def test_steps_fail_alone_and_fit_the_time() -> None:
     assert how["too long"].startswith("not run: budget (5 s left, about 100 needed)")
     assert how["limited"] == "0.5" and how["beside"] == "ok"
     assert seen == [1, 2, 3, 4]  # told of each at once
+
+
+def test_some_of_every_file_come_first() -> None:
+    names = ["a::f[1]", "a::f[2]", "a::g", "a::h", "b::f", "c::f", "c::g[x::y]"]
+    first, *rest = steps.in_turn(names)
+    assert first == ["a::f[1]", "a::f[2]"]
+    assert rest == [["b::f"], ["c::f"], ["a::g"], ["c::g[x::y]"], ["a::h"]]
+
+
+# The suite with tests of which the second hangs, and no step that needs a GPU.
+SUITE = """
+import os, sys
+from benchmarks import gpu_suite
+from benchmarks.gpu import steps
+child, out = sys.argv[1:]
+os.environ["ACT"] = '{"b": "hang"}'
+gpu_suite.missing = lambda: ""
+steps.test_files = lambda: ["all"]
+def command(names, *more):
+    return [sys.executable, child, *more, *(name for name in names if name != "all")]
+steps.pytest_command = command
+steps.in_turn = lambda names: [names]
+sys.exit(gpu_suite.main(["--only", "tests", "mips", "--out", out]))
+"""
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never happens")
+
+
+def of_session(leader: int) -> list[int]:
+    """The processes of a session that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_is_known_outlives_the_suite(
+    child: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ended from outside in a test that hangs: what ended before it is kept, and no child stays."""
+    out = tmp_path / "out"
+    suite = subprocess.Popen(
+        [sys.executable, "-c", SUITE, str(child), str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: "passed a" in read(out / "tests.txt"))
+        suite.send_signal(number)
+        said, _ = suite.communicate(timeout=20)
+    finally:
+        suite.kill()
+        left = of_session(suite.pid)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert "passed" in read(out / "tests.txt")
+    if number == signal.SIGKILL:  # what the child has of the session is that it ends with it
+        assert len(left) == 1
+        return
+    assert not left
+    assert suite.returncode == 128 + number
+    assert (out / "summary.md").read_text() in said
+    assert "tests: not all ran: 1 passed, 3 not run" in said
+    assert "mips: not run: the suite was stopped" in said
 
 
 def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,17 +432,6 @@ def test_rows_that_were_written_are_kept(
     assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
     assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
-
-
-def test_errors_of_the_sanitizer_belong_to_the_case_before_them() -> None:
-    said = (
-        "========= COMPUTE-SANITIZER\ncase: a\ncase: b\n"
-        "========= Invalid __global__ write of size 4 bytes\n=========     at kernel\n"
-        "case: c\n========= RACECHECK SUMMARY: 0 hazards displayed\n"
-    )
-    found = [steps._with_errors(Record(name, "passed"), said) for name in "abc"]
-    assert outcomes(found) == {"a": "passed", "b": "failed", "c": "passed"}
-    assert found[1].text == "Invalid __global__ write of size 4 bytes"
 
 
 def test_cases_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
