@@ -17,7 +17,7 @@ not in `doc_scores`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -25,11 +25,10 @@ from torch import Tensor
 from fastrag.ops import checks
 from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
-from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import check_arguments as check_search
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
 from fastrag.ops.positions import IGNORE_INDEX
-from fastrag.ops.reduction import divide
+from fastrag.ops.rag_nll import needs_grad, rag_nll
 from fastrag.ops.token_logp import token_logp as _token_logp
 
 __all__ = [
@@ -213,7 +212,7 @@ def token_logp(
         )
     checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
     checks.check_no_tangent("token_logp", hidden, weight, bias)
-    need = (_needs_grad(x) for x in (hidden, weight, bias))
+    need = (needs_grad(x) for x in (hidden, weight, bias))
     logp, *_ = _token_logp(
         hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index, *need
     )
@@ -470,120 +469,3 @@ def mips_topk(
     if exclude is not None and exclude.dtype == torch.int32:
         exclude = exclude.long()
     return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude, scale, offset)
-
-
-class RagNLL(NamedTuple):
-    """What `rag_nll` returns: the loss, log p(z|x,y), and the token_logp that made them."""
-
-    loss: Tensor
-    log_posterior: Tensor
-    token_logp: Tensor
-
-
-def rag_nll(
-    marginal: str,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    doc_scores: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    example_weight: Tensor | None = None,
-    valid_rows: Tensor | None = None,
-) -> RagNLL:
-    """What `RagLoss` calls: either of the two by name, with all that its one pass found out.
-
-    Args:
-        marginal: "token" or "sequence".
-        hidden, weight, labels, doc_scores, bias, softcap, logit_scale, label_smoothing,
-            ignore_index, reduction, normalizer, example_weight, valid_rows: as there.
-
-    Returns:
-        loss and log_posterior as there, and token_logp `[B, K, T]` float32, without gradient: 0
-        where the label does not count, smoothed where RAG-Sequence smooths it.
-
-    Raises:
-        ValueError, RuntimeError: as there; an unknown `marginal`.
-
-    Example:
-        >>> import torch, fastrag.functional as F
-        >>> hidden, weight = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4)
-        >>> labels, scores = torch.tensor([[1, 2, -100]]), torch.zeros(1, 2)
-        >>> F.rag_nll("token", hidden, weight, labels, scores).token_logp[0, 0]  # -log 5
-        tensor([-1.6094, -1.6094,  0.0000])
-    """
-    if marginal not in ("token", "sequence"):
-        raise ValueError(f"marginal: expected 'token' or 'sequence', got {marginal!r}")
-    checks.check_floating("doc_scores", doc_scores)
-    checks.check_ndim("doc_scores", doc_scores, "[B, K]")
-    n_examples, n_passages = doc_scores.shape
-    if n_passages == 0:
-        raise ValueError(
-            f"doc_scores: expected at least one passage per question, got K = 0 "
-            f"({checks.show(doc_scores)})"
-        )
-    checks.check_tensor("hidden", hidden)
-    if hidden.dim() == 3:
-        checks.check_shape("hidden", hidden, (n_examples * n_passages, None, None), "[B*K, T, H]")
-        hidden = hidden.unflatten(0, (n_examples, n_passages))
-    else:
-        expected = (n_examples, n_passages, None, None)
-        checks.check_shape("hidden", hidden, expected, "[B, K, T, H], or [B*K, T, H]")
-    softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
-    checks.check_labels(labels, n_examples, hidden.shape[2])
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    if normalizer is not None:
-        checks.check_normalizer(normalizer, reduction)
-    if example_weight is not None:
-        checks.check_floating("example_weight", example_weight)
-        checks.check_shape("example_weight", example_weight, (n_examples,), "[B]")
-    if valid_rows is not None:
-        checks.check_integer("valid_rows", valid_rows)
-        checks.check_ndim("valid_rows", valid_rows, "[R]")
-    checks.check_device(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        labels=labels,
-        doc_scores=doc_scores,
-        example_weight=example_weight,
-        valid_rows=valid_rows,
-    )
-    checks.check_no_tangent("marginal_nll", hidden, weight, bias, doc_scores, example_weight)
-    deferred = reduction == "none"
-    total, nll, log_posterior, token_logp, *_ = _marginal_nll(
-        hidden,
-        weight,
-        bias,
-        labels,
-        doc_scores,
-        None if deferred else example_weight,
-        valid_rows,
-        marginal,
-        softcap,
-        float(logit_scale),
-        float(label_smoothing),
-        ignore_index,
-        deferred,
-        *(_needs_grad(x) for x in (hidden, weight, bias, doc_scores)),
-    )
-    if deferred:
-        loss = nll if example_weight is None else nll * example_weight.to(nll.dtype)
-    elif reduction == "sum":
-        loss = total
-    else:
-        loss = divide(total, (labels != ignore_index).sum() if normalizer is None else normalizer)
-    return RagNLL(loss, log_posterior, token_logp)
-
-
-def _needs_grad(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrag import functional, reference
 from fastrag.ops import backends
+from fastrag.ops.rag_nll import RagNLL
 from tests.tiny import collator, questions, rag_model
 
 N_STEPS = 15
@@ -32,13 +33,13 @@ def oracle_nll(
     example_weight: Tensor | None,
     valid_rows: Tensor | None,
     **options: Any,
-) -> functional.RagNLL:
-    """What functional.rag_nll promises, literally."""
+) -> RagNLL:
+    """What rag_nll promises, literally."""
     nll, log_posterior = ORACLES[marginal](hidden, weight, labels, doc_scores, **options)
     loss = reference.reduce(nll, labels, reduction, normalizer, example_weight)
     head = {name: options[name] for name in ("bias", "softcap", "logit_scale")}
     logp = reference.token_logp(hidden, weight, labels, **head)
-    return functional.RagNLL(loss, log_posterior.detach(), logp.detach())
+    return RagNLL(loss, log_posterior.detach(), logp.detach())
 
 
 def oracle_scores(query_emb: Tensor, passage_emb: Tensor, **options: Any) -> Tensor:
@@ -57,7 +58,7 @@ def train(
     losses = []
     with monkeypatch.context() as patch:
         if backend == "reference":
-            patch.setattr(functional, "rag_nll", oracle_nll)
+            patch.setattr("fastrag.nn.loss.rag_nll", oracle_nll)
             patch.setattr(functional, "doc_scores", oracle_scores)
         else:
             # A preference: whatever else the model calls may have no such backend.

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastrag import functional
 from fastrag.nn.heads import LMHead
 from fastrag.nn.objectives import RETRIEVER_TERMS
 from fastrag.ops.positions import IGNORE_INDEX
+from fastrag.ops.rag_nll import rag_nll
 from fastrag.ops.reduction import reduce_examples
 from fastrag.profiling import stage
 
@@ -131,7 +131,7 @@ class RagLoss(nn.Module):
             hidden, weight = hidden.detach(), weight.detach()
             bias = None if bias is None else bias.detach()
         with stage("loss"):
-            loss, log_posterior, token_logp = functional.rag_nll(
+            loss, log_posterior, token_logp = rag_nll(
                 self.marginal,
                 hidden,
                 weight,
