@@ -24,7 +24,9 @@ _OCCUPANCY = "sm__warps_active.avg.pct_of_peak_sustained_active"
 _REGISTERS = "launch__registers_per_thread"
 _STALL = ("smsp__average_warps_issue_stalled_", "_per_issue_active.ratio")
 _N_STALLS = 3
-# To base units; the raw page gives each metric a unit of its own.
+# Of the same family: warps that issue, and the same reasons again, counted where none issues.
+_NO_STALL = ("selected", "_not_issued")
+# To base units, which `export` asks for and older reports may lack; versions name them differently.
 _SECONDS = {"nsecond": 1e-9, "ns": 1e-9, "usecond": 1e-6, "us": 1e-6, "msecond": 1e-3, "ms": 1e-3}
 _SECONDS |= {"second": 1.0, "s": 1.0}
 _BYTE_UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
@@ -65,7 +67,8 @@ def command(report: Path, loop: Sequence[str], kernels: str) -> list[str]:
 
 def export(report: Path) -> list[str]:
     """Returns the command that prints the report for `read`."""
-    return [toolkit.find("ncu") or "ncu", "--import", f"{report}.ncu-rep", "--csv", "--page", "raw"]
+    tool, options = toolkit.find("ncu") or "ncu", ["--csv", "--page", "raw"]
+    return [tool, "--import", f"{report}.ncu-rep", *options, "--print-units", "base"]
 
 
 def read(text: str) -> list[Kernel]:
@@ -100,9 +103,10 @@ def _kernel(values: dict[str, str], units: dict[str, str]) -> Kernel:
     known = [n for n in moved if n is not None]
     stalls = []
     for metric in values:
-        ratio = number(metric)
-        if metric.startswith(_STALL[0]) and metric.endswith(_STALL[1]) and ratio:
-            stalls.append((metric.removeprefix(_STALL[0]).removesuffix(_STALL[1]), ratio))
+        ratio, reason = number(metric), metric.removeprefix(_STALL[0]).removesuffix(_STALL[1])
+        whole = metric == _STALL[0] + reason + _STALL[1]
+        if whole and ratio and reason != _NO_STALL[0] and not reason.endswith(_NO_STALL[1]):
+            stalls.append((reason, ratio))
     return Kernel(
         name=values["Kernel Name"],
         microseconds=None if seconds is None else 1e6 * seconds,

@@ -100,7 +100,7 @@ def test_a_timeline_has_the_stages(
 
 
 def test_ncu_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     args = ["--op", "doc_scores", "--ncu", "--kernel", "_fwd", "--shape", "2,3,4,8"]
     with pytest.raises(SystemExit) as caught:
         profile.main(args)
@@ -122,18 +122,29 @@ def test_nsys_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--loop --op mips --provider torch" in said
 
 
-# Columns as the documentation of the raw page has them: names, units, then launches.
+# As versions of ncu print the raw page: names, units, then launches; columns for each metric.
 REPORT = """==PROF== Connected to process 7
-"ID","Kernel Name","Block Size","dram__bytes_read.sum","dram__bytes_write.sum",\
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
+"Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum",\
 "dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",\
 "launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active",\
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
-"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
-"","","","Mbyte","Kbyte","%","usecond","register/thread","%","inst","inst","inst"
-"0","_group_max_kernel","(128, 1, 1)","1,500.0","500,000.00","61.5","1,000.00","168","25.0","9.5",\
-"0","1.25"
-"1","other","(32, 1, 1)","n/a","0","","2.5","16","","","",""
+"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_wait_not_issued_per_issue_active.ratio"
+"","","","","","","","","","","","Mbyte","Kbyte","%","usecond","register/thread","%","inst","inst","inst","inst","inst"
+"0","7","python3.12","127.0.0.1","_group_max_kernel","1","7","(128, 1, 1)","(99, 1, 1)","0","9.0",\
+"1,500.0","500,000.00","61.5","1,000.00","168","25.0","9.5",\
+"0","1.25","1.5","1.2"
+"1","7","python3.12","127.0.0.1","void other<(int)4, float>(T1 *, int)","1","7","(32, 1, 1)",\
+"(1, 1, 1)","0","9.0","n/a","0","","2.5","16","","","","","",""
+"""
+# The same in the base units, and in the words, of newer versions.
+BASE = """"ID","Process ID","Process Name","Host Name","Kernel Name","dram__bytes_read.sum",\
+"dram__bytes_write.sum","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","","","byte","byte","ns","register/thread"
+"0","7","python3.12","127.0.0.1","_rest_kernel","1,500,000,000","500,000,000","1,000,000","96"
 """
 
 
@@ -150,6 +161,12 @@ def test_ncu_report() -> None:
     table = ncu.table([first, second]).splitlines()
     assert len(table) == 3 and "2000" in table[1] and "long_scoreboard 9.5" in table[1]
     assert "?" in table[2]
+
+
+def test_ncu_report_in_base_units() -> None:
+    (kernel,) = ncu.read(BASE)
+    assert kernel.microseconds == pytest.approx(1000.0) and kernel.gbps == pytest.approx(2000.0)
+    assert ncu.export(Path("report"))[-2:] == ["--print-units", "base"]
 
 
 @pytest.mark.parametrize("text", ["", "==ERROR== no kernels were profiled", '"ID","a"\n'])
