@@ -84,9 +84,9 @@ class StepError(Exception):
 def largest_of(provider: str, args: argparse.Namespace) -> tuple[int, float]:
     def peak(n_questions: int) -> float:
         shape = (n_questions, *args.shape[1:])
-        with steps.new_process() as process:
+        with steps.Process() as process:
             case = (provider, args.mode, shape, args.dtype, args.device)
-            status, found = steps.ask(process, peak_of_step, *case)
+            status, found = process.ask(peak_of_step, *case)
         if status != OK:
             raise StepError(status)
         said = "more than there is" if found == math.inf else f"{found / report.MIB:.0f} MiB"
@@ -99,7 +99,7 @@ def largest_of(provider: str, args: argparse.Namespace) -> tuple[int, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = steps.parser_of("largest_batch", (__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", required=True, help="such as 4GiB")
-    args = steps.parse(parser, argv)
+    args = steps.parse(parser, argv, COLUMNS)
     args.budget = bytes_of(parser, args.budget)
     device = torch.device(args.device)
     if device.type == "cpu" and 2 * args.budget > free_memory(device):
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"doubled until it is passed"
         )
     machine, shape = facts(device), args.shape
-    lines, notes, rows = [["provider", "largest B", "its peak MiB"]], [], []
+    lines, notes = [["provider", "largest B", "its peak MiB"]], []
     code = 0
     for name in args.providers:
         status, row = OK, dict.fromkeys(COLUMNS, "")
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         case = {"op": OP.name, "provider": name, "mode": args.mode, "dtype": args.dtype}
         case |= {"shape": report.shape_text(shape), "budget_mib": f"{args.budget / report.MIB:.0f}"}
-        rows.append(row | case | machine | {"status": status})
         if args.csv:
-            report.write_csv(args.csv, rows, COLUMNS)
+            made = row | case | machine | {"status": status}
+            report.add_to_csv(args.csv, [made], COLUMNS)
     given = f"{','.join(OP.dims[1:])} = {report.shape_text(args.shape[1:])}"
     print(f"{OP.name} {args.mode}  {given}  {args.dtype}  {machine['device']}")
     print(f"  within {args.budget / report.MIB:.0f} MiB above weights and moments")

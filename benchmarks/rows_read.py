@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.arguments import Parser
+from benchmarks.harness.arguments import Parser, check_csv
 from benchmarks.harness.measure import facts
-from benchmarks.harness.report import COLUMNS, aligned, shape_text, write_csv
+from benchmarks.harness.report import COLUMNS, add_to_csv, aligned, shape_text
 
 KS = (1, 10, 100)
 N_QUERIES = 64
-MORE_COLUMNS = ["vectors", "rows_read"]
+COLUMNS_HERE = [*COLUMNS, "vectors", "rows_read"]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,13 +34,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmarks.rows_read", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vectors", type=Path, help="float32 [N, D], .npy; with --queries")
     parser.add_argument("--queries", type=Path, help="float32 [B, D], .npy; with --vectors")
-    parser.add_argument("--k", type=int, nargs="+", default=KS, help=f"default: {KS}")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    parser.add_argument("--k", type=int, nargs="+", default=KS, help="hits; default: 1 10 100")
+    parser.add_argument("--csv", type=Path, help="file to add the rows to")
     args = parser.parse_args(argv)
     if (args.vectors is None) != (args.queries is None):
         parser.error("--vectors, --queries: expected both or neither")
     if min(args.k) < 1:
         parser.error(f"--k: expected at least 1, got {min(args.k)}")
+    check_csv(parser, args.csv, COLUMNS_HERE)
     if backends.why_not("cpp"):
         parser.error(backends.why_not("cpp"))
     args.sets = NORMAL
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row | {"vectors": name, "rows_read": f"{found:.1f}"})
             table.append([name, shape, f"{found:.1f}"])
     if args.csv:
-        write_csv(args.csv, rows, columns=[*COLUMNS, *MORE_COLUMNS])
+        add_to_csv(args.csv, rows, COLUMNS_HERE)
     print("\n".join(aligned(table, 2)))
     return 0
 

@@ -22,8 +22,12 @@ from benchmarks.harness import report, shared
 from benchmarks.harness.arguments import (
     DEFAULT_DTYPE,
     Parser,
+    by_device,
+    check_csv,
     check_mode,
+    check_size,
     complete_device,
+    names_of,
     shape_of,
 )
 from benchmarks.harness.commits import CommitError, Pair, checkout, compare
@@ -37,6 +41,7 @@ DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
 # A process with torch in it, and the share of free memory that a bound may reach.
 PROCESS_BYTES = 600 << 20
 SAFE_SHARE = 0.8
+MAX_REGRESSION = 1.10
 ALL = "all"  # ops
 
 
@@ -52,22 +57,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="shapes along a dimension, in the op's first mode unless --mode is given; or all",
     )
     parser.add_argument("--mode", "--marginal", nargs="+", help="default: all of the op's")
-    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; default: {DEFAULT_DTYPE}")
+    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--rounds", type=int, help=f"turns that count; default: {DEFAULT_ROUNDS}")
+    parser.add_argument("--rounds", type=int, help=f"turns that count; {by_device(DEFAULT_ROUNDS)}")
     parser.add_argument(
         "--budget-minutes",
         type=float,
         metavar="M",
         help="the most important shapes first, and no more of them than fit; default: all",
     )
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    parser.add_argument("--csv", type=Path, help="file to add the rows to")
     parser.add_argument("--base", metavar="GIT_REF", help="compare ours with another commit")
     parser.add_argument(
         "--max-regression",
         type=float,
-        default=1.10,
-        help="with --base: exit code 1 if ours takes more than this times as long (default: 1.10)",
+        metavar="RATIO",
+        help="with --base: exit code 1 if ours takes more than this times as long; "
+        f"default: {MAX_REGRESSION:.2f}",
     )
     args = parser.parse_args(argv)
     if args.op not in (ALL, *OPS):
@@ -79,10 +85,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.budget_minutes is not None and not args.budget_minutes > 0:
         parser.error(f"--budget-minutes: expected more than 0, got {args.budget_minutes}")
-    if args.csv and not args.csv.absolute().parent.is_dir():
-        parser.error(f"--csv: {args.csv.parent} is not a folder")
-    if args.csv and args.csv.is_dir():
-        parser.error(f"--csv: expected a file, got the folder {args.csv}")
+    check_csv(parser, args.csv, report.COLUMNS)
+    if args.max_regression is not None:
+        if not args.base:
+            parser.error("--max-regression: is for a comparison with --base")
+        if not 0 < args.max_regression < math.inf:
+            parser.error(f"--max-regression: expected more than 0, got {args.max_regression}")
+    args.max_regression = args.max_regression or MAX_REGRESSION
     if args.base and (args.csv or args.budget_minutes):
         which = "--csv" if args.csv else "--budget-minutes"
         parser.error(f"{which}: not for a comparison with --base")
@@ -101,18 +110,17 @@ def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
     if args.curve and args.shape:
         parser.error("--curve: has shapes of its own, --shape cannot be given with it")
     known = op.names("ours") if args.base else op.names()
-    # Once each, whoever is named twice.
-    args.providers = list(dict.fromkeys(args.providers.split(","))) if args.providers else None
-    for name in args.providers or ():
-        if name not in known:
-            which = "provider of ours" if args.base else "provider"
-            parser.error(f"{op.name} has no {which} {name!r}; known: {', '.join(known)}")
+    if args.providers is not None:
+        which = "provider of ours" if args.base else "provider"
+        args.providers = names_of(parser, args.providers, known, f"{op.name} has no {which}")
     if args.curve and not args.providers:
         args.providers = [name for name in op.curve_providers if name in known]
     modes = args.mode or list(op.modes[:1] if args.curve else op.modes)
     for mode in modes:
         check_mode(parser, op, mode)
     shapes = [shape_of(parser, op, text) for text in args.shape or ()]
+    for shape in shapes:
+        check_size(parser, args, op, modes[0], shape)
     shapes += _on_curves(parser, op, args.curve or ())
     args.points = [
         Point(op, mode, shape) for mode in modes for shape in shapes or op.sweep(args.device, mode)
@@ -123,7 +131,7 @@ def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
 
 def _on_curves(parser: Parser, op: Op, names: Sequence[str]) -> list[Shape]:
     for name in names:
-        if name not in ("all", *op.curves):
+        if name not in op.curves and (name != "all" or not op.curves):
             there = ", ".join(op.curves) or "none"
             parser.error(f"--curve: {op.name} has no curve {name!r}; curves: {there}")
     along = op.curves if "all" in names else dict.fromkeys(names)
@@ -188,7 +196,6 @@ def _providers(args: argparse.Namespace) -> int:
     machine = facts(torch.device(args.device))
     n_ops = len({point.op.name for point in args.points})
     budget = Budget(60 * args.budget_minutes if args.budget_minutes else math.inf, n_ops)
-    rows: list[dict[str, str]] = []
     done: list[tuple[Op, list[Result]]] = []
     code = 0
     try:
@@ -204,9 +211,9 @@ def _providers(args: argparse.Namespace) -> int:
             else:
                 results = [Result(case, report.NO_BUDGET) for case in cases]
             done.append((op, results))
-            rows += [report.row(op, result, machine) for result in results]
             if args.csv:  # at once: what is done is kept if a later point is interrupted
-                report.write_csv(args.csv, rows)
+                rows = [report.row(op, result, machine) for result in results]
+                report.add_to_csv(args.csv, rows)
             code = max(code, int(_broken(op, results)))
     except KeyboardInterrupt:
         code = 130
@@ -221,12 +228,14 @@ def _commits(args: argparse.Namespace) -> int:
         for point in args.points:
             op, mode, shape = point
             _begin(point, args.device)
-            cases = [
-                case
-                for case in _cases(args, point)
-                if not op.provider(case.provider).why_not(case.device, case.dtype, mode)
-            ]
             print(f"{op.name} {mode} {report.shape_text(shape)} {args.dtype}")
+            cases = []
+            for case in _cases(args, point):
+                reason = op.provider(case.provider).why_not(case.device, case.dtype, mode)
+                if reason:
+                    print(f"  {case.provider}: unavailable: {reason}")
+                else:
+                    cases.append(case)
             for pair in compare(cases, tree, args.rounds):
                 print(f"  {_verdict(pair, args.base, args.max_regression)}", flush=True)
                 slower = pair.ratio is not None and pair.ratio > args.max_regression

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import report, steps
+from benchmarks.harness.arguments import by_device
 from benchmarks.harness.measure import facts
 from benchmarks.harness.registry import Shape
 from benchmarks.harness.worker import OK
@@ -149,13 +150,12 @@ def measure(
     with ExitStack() as stack:
         processes = {}
         for name in (name for name in providers if status[name] == OK):
-            processes[name] = stack.enter_context(steps.new_process())
-            args = (prepare, name, mode, shape, dtype, device)
-            status[name], _ = steps.ask(processes[name], *args)
+            processes[name] = stack.enter_context(steps.Process())
+            status[name], _ = processes[name].ask(prepare, name, mode, shape, dtype, device)
         for i in range(rounds):
             for name in list(processes)[:: 1 if i % 2 else -1]:
                 if status[name] == OK:
-                    status[name], found = steps.ask(processes[name], turn)
+                    status[name], found = processes[name].ask(turn)
                     turns[name] += [found] if found is not None else []
     return turns, status
 
@@ -199,8 +199,8 @@ def table(turns: Mapping[str, Sequence[Times]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = steps.parser_of("stages", (__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, help=f"turns that count; default: {DEFAULT_ROUNDS}")
-    args = steps.parse(parser, argv)
+    parser.add_argument("--rounds", type=int, help=f"turns that count; {by_device(DEFAULT_ROUNDS)}")
+    args = steps.parse(parser, argv, COLUMNS)
     args.rounds = DEFAULT_ROUNDS[args.device] if args.rounds is None else args.rounds
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in args.providers
             for row in rows(turns[name], status[name], {"provider": name, **common}, machine)
         ]
-        report.write_csv(args.csv, made, COLUMNS)
+        report.add_to_csv(args.csv, made, COLUMNS)
     return int(status.get("fastrag", OK) != OK)
 
 

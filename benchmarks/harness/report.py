@@ -71,10 +71,22 @@ def row(op: Op, result: Result, facts: dict[str, str]) -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
+    """Writes a file anew."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def add_to_csv(
+    path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS
+) -> None:
+    """Adds rows behind those that the file has: a measurement is never lost to the next one."""
+    if not path.exists() or path.is_file() and not path.stat().st_size:
+        write_csv(path, rows, columns)
+        return
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, columns, lineterminator="\n").writerows(rows)
 
 
 def _best_peer(op: Op, results: Sequence[Result]) -> Result | None:

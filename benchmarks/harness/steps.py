@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.harness.arguments import (
+    DEFAULT_DTYPE,
+    Parser,
+    by_device,
+    check_csv,
+    check_mode,
+    check_size,
+    complete_device,
+    names_of,
+    shape_of,
+)
 from benchmarks.harness.registry import DTYPES, Shape, error_of
 from benchmarks.harness.worker import OK
 from benchmarks.ops.rag_step import OP
@@ -28,28 +39,24 @@ def parser_of(command: str, about: str) -> Parser:
     parser.add_argument("--providers", help=f"some of {','.join(PROVIDERS)}; default: both")
     parser.add_argument("--mode", "--marginal", default="token", help=", ".join(OP.modes))
     parser.add_argument("--shape", help=f"{','.join(OP.dims)}; default: the first of the sweep")
-    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    parser.add_argument("--csv", type=Path, help="file to add the rows to")
     return parser
 
 
-def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the arguments; providers and shape become tuples."""
+def parse(parser: Parser, argv: Sequence[str] | None, columns: Sequence[str]) -> argparse.Namespace:
+    """Reads the arguments; providers and shape become tuples. `columns` are those of --csv."""
     args = parser.parse_args(argv)
     complete_device(parser, args)
     check_mode(parser, OP, args.mode)
-    names = tuple(dict.fromkeys(args.providers.split(","))) if args.providers else PROVIDERS
-    for name in names:
-        if name not in PROVIDERS:
-            parser.error(f"no provider is called {name!r}; known: {', '.join(PROVIDERS)}")
-    args.providers = names
+    args.providers = tuple(names_of(parser, args.providers, PROVIDERS, "no provider is called"))
     if args.shape:
         args.shape = shape_of(parser, OP, args.shape)
+        check_size(parser, args, OP, args.mode, args.shape)
     else:
         args.shape = OP.sweep(args.device, args.mode)[0]
-    if args.csv and not args.csv.absolute().parent.is_dir():
-        parser.error(f"--csv: {args.csv.parent} is not a folder")
+    check_csv(parser, args.csv, columns)
     return args
 
 
@@ -66,20 +73,58 @@ def make_step(provider: str, mode: str, shape: Shape, dtype: str, device: str) -
     return chosen.setup(mode, OP.make(shape, DTYPES[dtype], 0, on))
 
 
-def new_process() -> ProcessPoolExecutor:
-    """One process, started when it is first asked, that runs the functions it is given."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+class Process:
+    """Runs the functions it is given, one after the other; ends with its context, at once.
 
-
-def ask(process: ProcessPoolExecutor, what: Callable[..., Any], *args: Any) -> tuple[str, Any]:
-    """Returns "ok" and what a function returns in a process, or why it returns nothing, and None.
-
-    What a provider raises is its result: the other goes on.
+    What a provider raises is its result, and its death too: the others go on.
     """
+
+    def __enter__(self) -> Process:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.child = context.Process(target=_serve, args=(other,), daemon=True)
+        # Ctrl-C reaches the parent alone, which ends it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.child.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        other.close()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.child.kill()
+        self.child.join()
+        self.pipe.close()
+
+    def ask(self, what: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+        """Returns "ok" and what the function returns, or why it returns nothing, and None."""
+        try:
+            self.pipe.send((what, args))
+            reply: tuple[str, Any] = self.pipe.recv()
+        except (EOFError, OSError):
+            self.child.join()
+            return f"failed: its process ended with code {self.child.exitcode}", None
+        return reply
+
+
+def _serve(pipe: Connection) -> None:
+    while True:
+        try:
+            what, args = pipe.recv()
+            pipe.send(_reply(what, args))
+        except (EOFError, OSError):  # the parent is gone
+            return
+
+
+def _reply(what: Callable[..., Any], args: Sequence[Any]) -> tuple[str, Any]:
     try:
-        return OK, process.submit(what, *args).result()
-    except BrokenProcessPool:
-        return "failed: its process ended", None
+        return OK, what(*args)
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         return f"failed: {type(error).__name__}: {text}", None

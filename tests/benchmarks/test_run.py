@@ -61,6 +61,14 @@ FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", 
         (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
         (["--op", "marginal_loss", "--curve", "N"], ["'N'", "B, K, T, V"]),
         (["--op", "doc_scores", "--curve", "K", "--shape", "2,5,9,8"], ["--curve", "--shape"]),
+        (["--op", "contexts", "--curve", "all"], ["--curve", "contexts", "curves: none"]),
+        (["--op", "mips", "--providers", ""], ["''", "read, fma, cpp"]),
+        (["--op", "mips", "--shape", "99999999999,8,1,1"], ["--shape", "at most", "'99999999999"]),
+        (["--op", "mips", "--shape", "2000000000,99999,1,1"], ["--shape", "GiB", "2000000000"]),
+        (["--op", "rag_step", "--shape", "4,5,64,16,123,9"], ["--shape: H:", "256", "got 123"]),
+        (["--op", "mips", "--csv", __file__], ["--csv", __file__, "op,provider,mode"]),
+        (["--op", "mips", "--base", "HEAD", "--max-regression", "nan"], ["more than 0", "nan"]),
+        (["--op", "mips", "--max-regression", "1.2"], ["--max-regression", "--base"]),
         ([], ["--op"]),
     ],
 )
@@ -112,6 +120,17 @@ def test_the_columns_of_the_csv(tmp_path: Path) -> None:
     assert float(found["tflops"]) == pytest.approx(flops / 3e-3 / 1e12, abs=1e-5)
     assert float(found["gbps"]) == pytest.approx(2 * 4 * 8 * (12 + 50) / 3e-3 / 1e9, abs=1e-3)
     assert found["peak_mib"] == "1.0"
+
+
+def test_rows_are_added_to_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    for milliseconds in (1.0, 2.0):
+        row = report.row(OP, result("torch", milliseconds), FACTS)
+        report.add_to_csv(file, [row])
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["ms_p50"] for row in rows] == ["1.0000", "2.0000"]
+    run._parse(["--op", "mips", "--csv", str(file)])  # which has the right columns
 
 
 def test_a_provider_that_cannot_run_has_a_row() -> None:
@@ -380,6 +399,19 @@ def test_a_regression_fails(
     assert "ratio 1.200: SLOWER, at most 1.10" in capsys.readouterr().out
     assert compared(monkeypatch, before, result("torch", 10.5, 21.0, 10.5)) == 0
     assert "ratio 1.050: at most 1.10" in capsys.readouterr().out
+
+
+def test_who_cannot_run_is_not_compared_but_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def fake(ref: str) -> Iterator[Path]:
+        yield ROOT
+
+    monkeypatch.setattr(run, "checkout", fake)
+    arguments = ["--op", "doc_scores", "--base", "HEAD", "--device", "cpu", "--shape", "3,4,50,17"]
+    assert run.main([*arguments, "--mode", "forward", "--providers", "triton"]) == 0
+    assert "triton: unavailable: runs on cuda only" in capsys.readouterr().out
 
 
 def test_what_the_other_commit_lacks_is_said(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +126,10 @@ def test_the_table_has_medians_and_shares() -> None:
         (["--mode", "both"], "rag_step has no mode 'both'"),
         (["--shape", "1,2"], "--shape: expected B,K,L,T,H,N, got '1,2'"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--providers", ""], "no provider is called ''; known: fastrag, hf"),
+        (["--csv", "/"], "--csv: expected a file, got the folder /"),
+        (["--csv", "/nowhere/x.csv"], "--csv: /nowhere is not a folder"),
+        (["--shape", "4,5,64,16,123,1000"], "--shape: H: expected one of 16, 256, 768, got 123"),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -136,14 +142,17 @@ def test_bad_arguments_are_one_line(
 
 
 def end_of_process() -> None:
-    import os
-
     os._exit(3)
 
 
 def test_a_process_answers_fails_or_ends() -> None:
-    with steps.new_process() as process:
-        assert steps.ask(process, json.loads, "[1]") == ("ok", [1])
-        status, found = steps.ask(process, json.loads, "[")
+    with steps.Process() as process:
+        assert process.ask(json.loads, "[1]") == ("ok", [1])
+        status, found = process.ask(json.loads, "[")
         assert status.startswith("failed: JSONDecodeError: ") and found is None
-        assert steps.ask(process, end_of_process) == ("failed: its process ended", None)
+        assert process.ask(end_of_process) == ("failed: its process ended with code 3", None)
+        assert process.ask(json.loads, "[1]") == ("failed: its process ended with code 3", None)
+    with steps.Process() as other:
+        os.kill(other.child.pid or 0, signal.SIGINT)  # as a terminal sends it to the whole group
+        assert other.ask(json.loads, "[1]") == ("ok", [1])
+    assert other.child.exitcode == -signal.SIGKILL
