@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -118,6 +119,19 @@ def generator(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -
         for parameter in model.parameters():  # random norms and biases too, so that none is idle
             parameter.add_(0.02 * torch.randn_like(parameter))
         head.weight.mul_(60.0 if name == "gemma2" else 8.0)  # past the softcap
+    return model
+
+
+def lora_generator(name: str = "llama", seed: int = 0, **settings: Any) -> PeftModel:
+    """A generator with LoRA on queries and head; B is not zero, so that the adapter shows."""
+    torch.manual_seed(seed)
+    settings = {"r": 2, "target_modules": ["q_proj", "lm_head"], **settings}
+    model = get_peft_model(GENERATORS[name](), LoraConfig(**settings))
+    torch.manual_seed(seed + 1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
     return model
 
 

@@ -207,3 +207,10 @@ def save_parts(folder: Path) -> None:
     torch.manual_seed(0)
     t5().save_pretrained(folder / "generator")
     tokenizer("seq2seq").save_pretrained(folder / "generator")
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Assert that two models have the same state."""
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)

@@ -10,9 +10,7 @@ from typing import Any
 from fastrag.train.files import replacing
 
 
-def plot_curve(
-    entries: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = ""
-) -> bool:
+def plot_curve(entries: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
     """Draw the loss on the left, recall@k, EM and F1 on the right.
 
     The file is replaced in one step, so that a viewer never reads half a picture.
@@ -21,7 +19,6 @@ def plot_curve(
         entries: lines of `metrics.jsonl`: mappings with `step` and any of `loss`, `eval_loss`,
             `eval_recall@<k>`, `eval_em`, `eval_f1`.
         path: the PNG to write.
-        title: text above the picture.
 
     Returns:
         True when a picture was written; False without matplotlib or without any point.
@@ -64,8 +61,6 @@ def plot_curve(
         right.legend(loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    if title:
-        figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,16 +1,19 @@
-"""A saved RagModel with a part damaged or missing: the error says which."""
+"""A RagModel as a folder: it comes back the same, whole, and what is damaged is named."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen3ForCausalLM
 
-from fastrag import RagModel
-from tests.architectures import GENERATORS
-from tests.tiny import rag_model
+from fastrag import FlatIndex, RagModel
+from tests.architectures import GENERATORS, lora_generator
+from tests.tiny import batch, rag_model, same_weights
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,120 @@ def test_settings_of_the_loss_come_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     loss_fn = reload(model, tmp_path / "m").loss_fn
     assert (loss_fn.objective, loss_fn.tau_lm, loss_fn.label_smoothing) == ("pdist", 0.5, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+@pytest.mark.parametrize("shared", [False, True], ids=["two_encoders", "shared"])
+def test_saved_folder_gives_the_same_loss(tmp_path, kind, shared):
+    model = rag_model(kind, shared=shared, tau=0.2, learn_tau=True, marginal="sequence")
+    with torch.no_grad():
+        model.log_tau.add_(0.3)
+    model.save_pretrained(tmp_path / "m")
+    again = reload(model, tmp_path / "m")
+    assert (again.passage_encoder is again.question_encoder) == shared
+    model.eval()
+    data = batch(kind)
+    torch.testing.assert_close(again(**data).loss, model(**data).loss)
+    same_weights(model, again)
+    for name in ("n_docs", "marginal", "max_context", "explore_tau"):
+        assert getattr(again, name) == getattr(model, name)
+    assert again.builder.template.template == model.builder.template.template
+    words = again.generator_tokenizer
+    assert words.get_vocab() == model.generator_tokenizer.get_vocab()
+
+
+def test_folder_with_its_index(tmp_path):
+    model = rag_model(tau=0.1).eval()
+    model.save_pretrained(tmp_path / "m", include_index=True)
+    again = RagModel.from_pretrained(tmp_path / "m", n_docs=2)
+    assert again.n_docs == 2
+    data = batch()
+    assert again(**data).rows.equal(model(**data).rows[:, :2])
+
+
+def test_saving_again_replaces_whole(tmp_path):
+    """A failed save leaves the good folder as it was, and no other behind."""
+    model = rag_model(tau=0.1).eval()
+    model.save_pretrained(tmp_path / "m")
+    expected = model(**batch()).loss
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
+    def broken(*_, **__):
+        raise OSError("disk full")
+
+    other = rag_model(tau=0.1, seed=4)
+    other.generator.save_pretrained = broken
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(tmp_path / "m")
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    torch.testing.assert_close(reload(model, tmp_path / "m")(**batch()).loss, expected)
+    del other.generator.save_pretrained
+    other.save_pretrained(tmp_path / "m")
+    with pytest.raises(AssertionError):
+        same_weights(reload(model, tmp_path / "m"), model)
+    same_weights(reload(model, tmp_path / "m"), other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["head", "modules_to_save"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["base_kept", "base_named"])
+def test_adapter_is_saved_as_adapter(tmp_path, settings, named):
+    def make():
+        model = lora_generator("qwen3", **settings)
+        if not named:
+            return model
+        torch.manual_seed(0)  # the weights under lora_generator's adapter
+        GENERATORS["qwen3"]().save_pretrained(tmp_path / "base")
+        base = Qwen3ForCausalLM.from_pretrained(tmp_path / "base")
+        wrapped = get_peft_model(base, LoraConfig(r=2, **settings))
+        wrapped.load_state_dict(model.state_dict())
+        return wrapped
+
+    model = rag_model("causal", make_generator=make, tau=0.1).eval()
+    model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "generator" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "m" / "generator" / "model.safetensors").exists()
+    assert (tmp_path / "m" / "generator_base").exists() != named
+    again = reload(model, tmp_path / "m")
+    data = batch("causal")
+    torch.testing.assert_close(again(**data).loss, model(**data).loss)
+    trained = {name for name, p in model.generator.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in again.generator.named_parameters() if p.requires_grad}
+
+
+def test_merged_adapter(tmp_path):
+    model = rag_model("causal", make_generator=lambda: lora_generator("qwen3"), tau=0.1).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "m", merge_adapter=True)
+    assert not (tmp_path / "m" / "generator" / "adapter_config.json").exists()
+    again = reload(model, tmp_path / "m")
+    data = batch("causal")
+    torch.testing.assert_close(again(**data).loss, model(**data).loss, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_merge_into_a_tied_head_is_refused(tmp_path):
+    model = rag_model("causal", make_generator=lora_generator)
+    with pytest.raises(ValueError, match="merge_adapter: expected an untied head, got LoRA"):
+        model.save_pretrained(tmp_path / "m", merge_adapter=True)
+    assert not (tmp_path / "m").exists()
+    model.save_pretrained(tmp_path / "m")
+    data = batch("causal")
+    model.eval()
+    torch.testing.assert_close(reload(model, tmp_path / "m")(**data).loss, model(**data).loss)
+
+
+def test_save_killed_between_the_renames_is_taken_back(tmp_path):
+    model = rag_model().eval()
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / ".m.old")
+    torch.testing.assert_close(reload(model, tmp_path / "m")(**batch()).loss, model(**batch()).loss)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +211,59 @@ def test_damaged_encoders_are_named(
     with pytest.raises(ValueError, match=f"^{encoder}: ") as caught:
         reload(model, folder)
     assert str(folder / encoder) in str(caught.value) and "path:" not in str(caught.value)
+
+
+def test_rejects_folders(tmp_path):
+    model = rag_model()
+    with pytest.raises(ValueError, match="expected a fastrag-model folder"):
+        reload(model, tmp_path / "none")
+    folder = tmp_path / "m"
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="index: expected an index"):
+        RagModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match="index: expected vectors of width 16, got 8"):
+        RagModel.from_pretrained(folder, FlatIndex(8), model.passages)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="expected an empty folder or a fastrag-model one"):
+        model.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+    config = json.loads((folder / "generator" / "config.json").read_text())
+    (folder / "generator" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(ValueError, match="generator: expected the weights of a T5"):
+        reload(model, folder)
+    settings = json.loads((folder / "rag_config.json").read_text())
+    (folder / "generator" / "config.json").write_text(json.dumps(config))
+    for change, message in (
+        ({"n_docs": "3"}, "n_docs: expected an integer >= 1, got '3'"),
+        ({"template": 5}, "rag_config.json: template: expected a mapping, got 5"),
+    ):
+        (folder / "rag_config.json").write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ValueError, match=message):
+            reload(model, folder)
+    (folder / "rag_config.json").write_text("5")
+    with pytest.raises(ValueError, match="rag_config.json: expected the keys .* got int"):
+        reload(model, folder)
+    (folder / "rag_config.json").write_text(json.dumps({**settings, "depth": 9}))
+    with pytest.raises(ValueError, match="rag_config.json: expected the keys"):
+        reload(model, folder)
+    (folder / "rag_config.json").unlink()
+    with pytest.raises(ValueError, match="expected the settings of a saved RagModel"):
+        reload(model, folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "generator/adapter_model.safetensors",
+        "generator/tokenizer.json",
+        "generator_base/config.json",
+    ],
+)
+def test_rejects_damaged_files(tmp_path, file):
+    model = rag_model("causal", make_generator=lora_generator)
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=file.split("/")[0]):
+        reload(model, tmp_path / "m")
