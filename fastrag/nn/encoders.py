@@ -24,6 +24,9 @@ Role = Literal["query", "passage"]
 
 POOLINGS = ("cls", "mean", "last", "pooler")
 CONFIG_NAME = "fastrag_encoder.json"
+# AutoModel goes by model_type, which for these names another class: the question's side of DPR, or
+# all of an encoder-decoder.
+_OWN_CLASSES = ("DPRContextEncoder", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 _FORMAT = "fastrag-text-encoder"
 _VERSION = 1
 # How sentence-transformers names the poolings that exist here.
@@ -342,10 +345,18 @@ def _st_prompt(config: dict[str, Any], role: Role | None) -> str:
 
 def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> Any:
     """Load the transformers model of a folder; every weight that is used must be there."""
-    from transformers import AutoModel
+    import transformers
+    from transformers import AutoConfig, AutoModel
 
     try:
-        model, report = AutoModel.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{folder}: expected an encoder, got the encoder-decoder {config.model_type!r}"
+            )
+        named = next(iter(config.architectures or ()), "")
+        kind: Any = getattr(transformers, named) if named in _OWN_CLASSES else AutoModel
+        model, report = kind.from_pretrained(
             folder,
             local_files_only=True,
             dtype=dtype,

@@ -13,11 +13,13 @@ from transformers import (
     BertConfig,
     BertModel,
     DPRConfig,
+    DPRContextEncoder,
     DPRQuestionEncoder,
     GPT2Config,
     GPT2Model,
     T5Config,
     T5EncoderModel,
+    T5Model,
 )
 
 from fastrag import TextEncoder
@@ -220,6 +222,31 @@ def test_plain_folder(tmp_path):
     assert TextEncoder.from_pretrained(tmp_path / "bert").pooling == "mean"
     DPRQuestionEncoder(DPRConfig(**BERT)).save_pretrained(tmp_path / "dpr")
     assert TextEncoder.from_pretrained(tmp_path / "dpr").pooling == "pooler"
+
+
+T5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DPRContextEncoder(DPRConfig(**BERT, projection_dim=6)),
+        lambda: T5EncoderModel(T5Config(**T5)),
+    ],
+    ids=["DPRContextEncoder", "T5EncoderModel"],
+)
+def test_a_folder_of_a_class_that_automodel_does_not_take(tmp_path, make):
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    pooling = "pooler" if isinstance(model, DPRContextEncoder) else "mean"
+    encoder = TextEncoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(encoder(IDS, MASK), TextEncoder(model, pooling)(IDS, MASK))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Model(T5Config(**T5)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected an encoder, got the encoder-decoder 't5'"):
+        TextEncoder.from_pretrained(tmp_path)
 
 
 @pytest.fixture
