@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,24 @@ def test_imports_point_downwards(layer: str) -> None:
 def test_every_module_has_a_layer() -> None:
     parts = {path.stem for path in (ROOT / "fastrag").iterdir() if not path.stem.startswith("_")}
     assert parts - {"py"} <= set(BELOW)
+
+
+def test_the_documented_layers_are_these() -> None:
+    """docs/architecture.md lists every layer, and each above the layers that it may import."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("| Layer | Folder | Holds |")[2].partition("\n\n")[0]
+    folders = [row.split("|")[2] for row in table.strip().splitlines()]
+    places = [re.findall(r"`(?:fastrag/)?(\w+)(?:\.py|/)?`", folder) for folder in folders]
+    height = {layer: -i for i, row in enumerate(places) for layer in row if layer in BELOW}
+    assert height.keys() == BELOW.keys()
+    for layer, below in BELOW.items():
+        above = {each for each in below if height[each] >= height[layer]}
+        assert not above, f"{layer} may import {', '.join(sorted(above))}, which stands no lower"
+
+
+def test_the_documented_files_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?\w*|\w+\.(?:py|md))`", text)) - {"__init__.py"}
+    assert "ops/chunk_logits.py" in named and "tests/cli" in named
+    for path in sorted(named):
+        assert (ROOT / path).exists() or (ROOT / "fastrag" / path).exists(), path
