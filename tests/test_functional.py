@@ -109,7 +109,9 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     found = collect()
-    assert found["packages"]["torch"] == torch.__version__
+    # Where a wheel comes from may stand in the one and not in the other.
+    version = torch.__version__.partition("+")[0]
+    assert found["packages"]["torch"].partition("+")[0] == version
     assert set(found["backends"]) == set(backends.NAMES)
     fastest = "torch" if found["backends"]["cpp"] else "cpp"
     assert found["ops"]["marginal_nll"]["cpu"] == fastest

@@ -18,6 +18,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -37,6 +38,10 @@ WORDS = (*NAMES, *COLOURS, "likes", "asked", "says", "question", "context", "ans
 TEMPLATE = Template(
     context="{passage} asked {question} says", passage="{title} {text}", answer=" {answer}"
 )
+
+# What transformers from 5.20 on calls the switch that it called gradient_checkpointing before.
+NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+CHECKPOINTING = "activation_checkpointing" if NEW_NAME else "gradient_checkpointing"
 
 PAD, BOS, EOS = 0, 1, 2  # of the generators
 GENERATOR_SPECIALS = {

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, BertModel
 from fastrag import functional, reference
 from fastrag.nn import LMHead, adapt_generator, generators
 from tests.architectures import GENERATORS, context, generator
-from tests.tiny import VOCAB
+from tests.tiny import CHECKPOINTING, VOCAB
 
 # B = 2 questions, K = 3 contexts each, T = 4 labels; the second answer has two tokens.
 LENGTHS = [5, 3, 6, 2, 6, 4]
@@ -174,7 +174,7 @@ def test_gradient_checkpointing_passes_through(name):
     torch.manual_seed(0)  # dropout is on
     plain = adapter_loss(model, "token")
     wanted = torch.autograd.grad(plain, list(model.parameters()), allow_unused=True)
-    model.activation_checkpointing_enable()
+    getattr(model, CHECKPOINTING + "_enable")()
     torch.manual_seed(0)
     loss = adapter_loss(model, "token")
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)

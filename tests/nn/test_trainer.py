@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from tests.architectures import lora_generator
-from tests.tiny import batch, collator, questions, rag_model, same_weights
+from tests.tiny import CHECKPOINTING, batch, collator, questions, rag_model, same_weights
 
 STEPS = 6
 
@@ -88,7 +88,7 @@ def test_gradient_checkpointing(tmp_path, kind):
     plain = trainer(rag_model(kind, **settings), tmp_path / "a", kind, **steps)
     plain.train()
     again = trainer(
-        rag_model(kind, **settings), tmp_path / "b", kind, **steps, activation_checkpointing=True
+        rag_model(kind, **settings), tmp_path / "b", kind, **steps, **{CHECKPOINTING: True}
     )
     again.train()
     parts = [again.model.generator, again.model.question_encoder, again.model.passage_encoder]
