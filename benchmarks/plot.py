@@ -10,6 +10,7 @@ exits with 1 if something would change.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks.harness import committed
-from benchmarks.harness.committed import Group
+from benchmarks.harness.arguments import Parser
+from benchmarks.harness.committed import Group, Timing
 from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import DTYPES, Op
 from benchmarks.ops import OPS
@@ -40,12 +43,25 @@ TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
 # Of the palette of Okabe and Ito, which people tell apart however they see colours.
 OURS, SLOWER, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
-PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#7A5C00", "#000000")
+PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7A5C00", "#000000", "#56B4E9")
 # of stages, light enough for dark numbers on them
 STAGE_COLOURS = ["#56B4E9", "#E69F00", "#F0E442", "#8FD3C0", "#A9C4EB", "#F2A07B", "#DDA7C8"]
 STAGE_COLOURS += ["#C9C9C9", "#9FC97F"]
+COLOURS_SAY = "blue: fastrag is faster; orange: it is not"
 PANELS = 4  # points of an op that are drawn with all their peers
 N_INTENSITIES = 4  # flops for each byte, that a roofline is drawn from
+WORDS = {
+    "B": "questions",
+    "K": "passages for each question",
+    "T": "tokens of an answer",
+    "L": "tokens of a context",
+    "H": "hidden width",
+    "V": "vocabulary",
+    "N": "passages of the index",
+    "D": "width of a vector",
+    "k": "hits for each question",
+}
+FLOOR_MIB = 0.1  # the last digit of the CSV: on a logarithmic axis less is drawn as this
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.0,
@@ -78,7 +94,7 @@ def draw_all(folder: Path) -> None:
 
 def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Their names, and what draws them."""
-    groups = committed.load(device)
+    groups, every = committed.load(device), committed.load_all(device)
     for op in OPS.values():
         points = committed.swept(groups, op)
         against_peers = [g for g in points if g.best_peer]
@@ -95,7 +111,7 @@ def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
         if stages:
             yield f"{op.name}_stages", partial(stages_figure, op, stages)
         for dim in op.curves:
-            lines = committed.along(groups, op, dim)
+            lines = committed.along(every, op, dim)
             if lines:
                 yield f"{op.name}_over_{dim}", partial(curve_figure, op, dim, lines)
 
@@ -115,13 +131,13 @@ def peers_figure(op: Op, points: Sequence[Group]) -> Figure:
             for t, value in zip(others, values, strict=True)
         ]
         names = [f"{t.provider} (ceiling)" if t is g.ceiling else t.provider for t in others]
-        _bars(axes, names, values, colours, [f"{value:.2f} ×" for value in values], n_places)
+        _bars(axes, names, values, colours, [_times(value) for value in values], n_places)
         _line_at_one(axes, len(others))
         assert g.own is not None
-        axes.set_title(f"{committed.point_text(g)}\nfastrag: {committed.in_ms(g.own)} ms")
+        axes.set_title(f"{_heading(g)}\n1 = fastrag, {committed.in_ms(g.own)} ms")
 
-    title = f"{op.name}: time of each peer over that of fastrag (longer: fastrag is faster)"
-    return _panels(title, points, bars)
+    title = f"{op.name}: how many times as long as fastrag the others take"
+    return _panels(f"{title}\n{COLOURS_SAY}; grey: the ceiling", points, bars)
 
 
 def memory_figure(op: Op, points: Sequence[Group]) -> Figure:
@@ -133,9 +149,9 @@ def memory_figure(op: Op, points: Sequence[Group]) -> Figure:
         colours = [OURS if t is g.own else FAINT for t in known]
         names = ["fastrag" if t is g.own else t.provider for t in known]
         _bars(axes, names, values, colours, [f"{value:.1f}" for value in values], n_places)
-        axes.set_title(committed.point_text(g))
+        axes.set_title(_heading(g))
 
-    title = f"{op.name}: memory beyond inputs and outputs, MiB (shorter is better)"
+    title = f"{op.name}: memory of a call beyond inputs and outputs, MiB (shorter is better)"
     return _panels(title, points, bars)
 
 
@@ -146,15 +162,26 @@ def best_peer_figure(op: Op, points: Sequence[Group]) -> Figure:
     points = sorted(points, key=lambda g: (op.modes.index(g.mode), *g.shape))
     values = [g.times_as_fast(g.best_peer) or 0.0 for g in points]
     labels = [
-        f"{value:.2f} ×  {g.best_peer.provider}"
+        f"{_times(value)}  {g.best_peer.provider}"
         for g, value in zip(points, values, strict=True)
         if g.best_peer
     ]
-    names = [committed.point_text(g) for g in points]
+    names = [_heading(g).replace("\n", "  ") for g in points]
     _bars(axes, names, values, [OURS if v > 1 else SLOWER for v in values], labels)
     _line_at_one(axes, len(points))
-    title = f"{op.name}: time of the best peer over that of fastrag\n({','.join(op.dims)})"
+    title = f"{op.name}: how many times as long as fastrag, 1, the best peer takes\n{COLOURS_SAY}"
     return _finished(figure, title, points)
+
+
+def _heading(g: Group) -> str:
+    """Mode and sizes, such as `token, float32` and `B=2 K=5 T=32 H=512 V=50265`."""
+    sizes = zip(g.op.dims, g.shape, strict=True)
+    first = ", ".join([g.mode, *committed.dtype_words(g)])
+    return f"{first}\n{' '.join(f'{dim}={_short(n)}' for dim, n in sizes)}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} ×" if value < 10 else f"{value:.3g} ×"
 
 
 def _bars(
@@ -195,7 +222,7 @@ def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
     colours = dict(zip([n for n in names if n != WHOLE], STAGE_COLOURS, strict=False))
     for i, g in enumerate(points):
         axes = figure.add_subplot(len(points), 1, i + 1)
-        axes.set_title(committed.point_text(g))
+        axes.set_title(_heading(g).replace("\n", "  "))
         providers = list(dict.fromkeys(t.provider for t in g.timings))
         for place, provider in enumerate(providers):
             _stack(axes, place, g, provider, colours)
@@ -208,9 +235,7 @@ def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
         axes.set_xlim(left=0)
     patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=patches, loc="outside right upper", frameon=False, fontsize=7)
-    return _finished(
-        figure, f"{op.name}: milliseconds of each stage\n({','.join(op.dims)})", points
-    )
+    return _finished(figure, f"{op.name}: milliseconds of each stage of a call", points)
 
 
 def _stack(axes: Axes, place: int, g: Group, provider: str, colours: Mapping[str, str]) -> None:
@@ -246,10 +271,10 @@ def _panels(title: str, points: Sequence[Group], draw: Panel) -> Figure:
     """Two in a row."""
     n_rows = (len(points) + 1) // 2
     most = max(len(g.of("peer")) + 1 for g in points)
-    figure = Figure(figsize=(7.2, 0.7 + n_rows * (0.6 + 0.17 * most)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.7 + n_rows * (0.72 + 0.17 * most)), layout="constrained")
     for i, g in enumerate(points):
         draw(g, figure.add_subplot(n_rows, min(2, len(points)), i + 1), most)
-    return _finished(figure, f"{title}\n({','.join(points[0].op.dims)})", points)
+    return _finished(figure, title, points)
 
 
 def _finished(figure: Figure, title: str, points: Sequence[Group]) -> Figure:
@@ -273,38 +298,75 @@ def _bytes_of(g: Group) -> float:
 
 
 def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
-    """Time over one dimension, both logarithmic, with a line of slope 1 to compare with."""
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    """Time over one dimension, and memory below it where that was measured; all logarithmic."""
+    rows = [_TIME, _MEMORY] if any(t.mib for line in lines for t in _drawn(line)) else [_TIME]
+    figure = Figure(figsize=(7.2, 0.9 + 2.6 * len(rows)), layout="constrained")
     place = op.dims.index(dim)
     for i, line in enumerate(lines):
-        axes = figure.add_subplot(1, len(lines), i + 1)
-        fixed = [f"{d} = {n}" for d, n in zip(op.dims, line[0].shape, strict=True) if d != dim]
-        words = dict.fromkeys([line[0].mode, line[0].dtype])
-        axes.set_title(", ".join([*words, *fixed]))
-        _curves(axes, op, [g.shape[place] for g in line], line)
-        axes.set_xlabel(dim)
-    figure.axes[0].set_ylabel("milliseconds")
-    points = [g for line in lines for g in line]
-    return _finished(figure, f"{op.name}: time over {dim}", points)
+        xs = [g.shape[place] for g in line]
+        for j, row in enumerate(rows):
+            axes = figure.add_subplot(len(rows), len(lines), len(lines) * j + i + 1)
+            _curves(axes, line, xs, row)
+            if j == 0:
+                sizes = zip(op.dims, line[0].shape, strict=True)
+                fixed = " ".join(f"{d}={_short(n)}" for d, n in sizes if d != dim)
+                words = ", ".join([line[0].mode, *committed.dtype_words(line[0])])
+                axes.set_title(f"{words}, {fixed}")
+            if i == 0:
+                axes.set_ylabel(row.label)
+            if j == len(rows) - 1:
+                axes.set_xlabel(f"{dim}, {WORDS[dim]}")
+    what = "time and memory" if len(rows) > 1 else "time"
+    title = f"{op.name}: {what} over {dim}, {WORDS[dim]}\n"
+    title += f"thin bars: p20 to p80 of the turns; dotted: time in proportion to {dim}"
+    return _finished(figure, title, [g for line in lines for g in line])
 
 
-def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> None:
+def _drawn(line: Sequence[Group]) -> list[Timing]:
+    return [t for g in line for t in g.timings if t.provider not in g.op.names("ceiling")]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a row of curves shows."""
+
+    label: str
+    value: Callable[[Timing], float | None]
+    with_ceilings: bool
+
+
+_TIME = _Row("time of a call, ms", lambda t: t.ms, with_ceilings=True)
+_MEMORY = _Row(
+    "memory of a call, MiB",
+    lambda t: None if t.mib is None else max(t.mib, FLOOR_MIB),
+    with_ceilings=False,
+)
+
+
+def _curves(axes: Axes, line: Sequence[Group], xs: Sequence[int], row: _Row) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    tables = [{t.provider: t for t in g.timings} for g in line]
-    own = line[-1].own
+    op, own = line[-1].op, line[-1].own
     assert own is not None
-    peers = iter(PEER_COLOURS)
+    peers = [name for name in op.curve_providers or op.names() if name in op.names("peer")]
+    colour_of = dict(zip(peers, itertools.cycle(PEER_COLOURS), strict=False))
+    tables = [{t.provider: t for t in g.timings} for g in line]
     points: list[tuple[float, float]] = []
     ends: list[tuple[float, float, str, str]] = []  # x, y, label, colour
     for provider in op.curve_providers or op.names():
-        found = [(x, t[provider].ms) for x, t in zip(xs, tables, strict=True) if provider in t]
-        if len(found) < 2 or (provider in op.names("ours") and provider != own.provider):
+        ceiling, ours = provider in op.names("ceiling"), provider == own.provider
+        if provider in op.names("ours") and not ours or ceiling and not row.with_ceilings:
+            continue
+        there = [(x, t[provider]) for x, t in zip(xs, tables, strict=True) if provider in t]
+        found = [(x, y) for x, t in there if (y := row.value(t)) is not None]
+        if len(found) < 2:
             continue
         points += found
-        ceiling = provider in op.names("ceiling")
-        ours = provider == own.provider
-        colour = OURS if ours else FAINT if ceiling else next(peers)
+        colour = OURS if ours else FAINT if ceiling else colour_of[provider]
+        if row is _TIME:
+            for x, t in there:
+                if t.spread:
+                    axes.plot([x, x], t.spread, color=colour, alpha=0.45, linewidth=2.0)
         axes.plot(
             *zip(*found, strict=True),
             color=colour,
@@ -316,9 +378,11 @@ def _curves(axes: Axes, op: Op, xs: Sequence[int], line: Sequence[Group]) -> Non
         )
         label = "fastrag" if ours else f"{provider} (ceiling)" if ceiling else provider
         ends.append((*found[-1], label, colour))
-    _guide(axes, xs, points)
+    if row is _TIME:
+        _guide(axes, xs, points)
     axes.set_xticks(xs, [_short(x) for x in xs])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.6)
@@ -333,22 +397,13 @@ def _guide(axes: Axes, xs: Sequence[int], points: Sequence[tuple[float, float]])
     start, end = max(xs[0], bottom / (0.6 * least)), xs[-1]
     ends = [0.6 * least * x for x in (start, end)]
     axes.plot([start, end], ends, color=FAINT, linestyle=":", linewidth=0.9)
-    axes.annotate(
-        "slope 1",
-        (end, ends[1]),
-        (4, -3),
-        textcoords="offset points",
-        color=FAINT,
-        fontsize=6.5,
-        annotation_clip=False,
-    )
     axes.set_ylim(0.7 * bottom)
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Names at the right ends, moved apart where the lines end close to each other."""
     low, high = (math.log10(y) for y in axes.get_ylim())
-    step = 0.052 * (high - low)
+    step = 0.07 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
     heights: list[float] = []
     for _, y, _, _ in ends:
@@ -454,11 +509,9 @@ def _bytes(file: Path) -> bytes | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.plot", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = Parser(prog="benchmarks.plot", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
-    args = parser.parse_args(argv)
+    args: argparse.Namespace = parser.parse_args(argv)
     if args.check:
         with tempfile.TemporaryDirectory() as folder:
             draw_all(Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ class Timing:
     provider: str
     ms: float
     mib: float | None
+    spread: tuple[float, float] | None = None  # p20 and p80, ms
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,15 @@ class Group:
     def timings(self) -> list[Timing]:
         """Of those that were timed."""
         return [
-            Timing(row["provider"], float(row["ms_p50"]), _number(row["peak_mib"]))
+            Timing(row["provider"], float(row["ms_p50"]), _number(row["peak_mib"]), _spread_of(row))
             for row in self.rows
             if row["status"] == OK
         ]
+
+    @property
+    def run(self) -> tuple[str, str]:
+        """What is the same for all that one command timed."""
+        return self.fact("commit"), self.fact("date")
 
     def fact(self, name: str) -> str:
         """A column that says where or when: the same for all rows."""
@@ -83,11 +90,15 @@ def devices() -> list[str]:
     return sorted(folder.name for folder in RESULTS.iterdir() if any(folder.glob("*.csv")))
 
 
+def load_all(device: str) -> list[Group]:
+    """The groups of one device, of all runs; files of other columns are not of this kind."""
+    return list(_groups_of(device, COLUMNS))
+
+
 def load(device: str) -> dict[Key, Group]:
-    """The groups of one device. Of two runs at a point, the one that timed more providers counts,
-    and of equals the newer one; files with columns of their own are not of this kind."""
+    """One group a point: of two runs the one that timed more providers, of equals the newer one."""
     found: dict[Key, Group] = {}
-    for group in _groups_of(device, COLUMNS):
+    for group in load_all(device):
         best = found.get(group.key, group)
         found[group.key] = max(best, group, key=lambda g: (len(g.timings), g.fact("date")))
     return found
@@ -126,6 +137,11 @@ def _number(text: str) -> float | None:
     return float(text) if text else None
 
 
+def _spread_of(row: dict[str, str]) -> tuple[float, float] | None:
+    low, high = _number(row["ms_p20"]), _number(row["ms_p80"])
+    return None if low is None or high is None else (low, high)
+
+
 def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
     """What was timed of the op's sweep and has one of ours, the most important first."""
     own = [g for g in groups.values() if g.op is op and g.own]
@@ -136,16 +152,26 @@ def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
     )
 
 
-def along(groups: dict[Key, Group], op: Op, dim: str) -> list[list[Group]]:
-    """The lines of a curve, in the op's first mode: three points at least, others fixed."""
+def along(groups: Iterable[Group], op: Op, dim: str) -> list[list[Group]]:
+    """The lines of a curve, in the op's first mode: three points at least, others fixed.
+
+    All of a line are of one run if there is one that has them, for a machine is faster in one
+    minute than in the next; what that one lacks is of the run that has most of the line, and so on.
+    """
     place = op.dims.index(dim)
     lines: dict[tuple[str, Shape], list[Group]] = {}
-    fixed = {_without(shape, place) for shape in op.curves[dim]}
-    for g in sorted(groups.values(), key=lambda g: g.shape):
-        rest = _without(g.shape, place)
-        if g.op is op and g.mode == op.modes[0] and g.own and rest in fixed:
-            lines.setdefault((g.dtype, rest), []).append(g)
-    return [line for line in lines.values() if len(line) >= 3]
+    for g in groups:
+        if g.op is op and g.mode == op.modes[0] and g.own and g.shape in op.curves[dim]:
+            lines.setdefault((g.dtype, _without(g.shape, place)), []).append(g)
+    chosen = [_one_each(line) for line in lines.values()]
+    return [line for line in chosen if len(line) >= 3]
+
+
+def _one_each(line: Sequence[Group]) -> list[Group]:
+    """Of groups at the same point, that of the run with most of them, then of the newest."""
+    runs = Counter(g.run for g in line)
+    best = {g.shape: g for g in sorted(line, key=lambda g: (runs[g.run], g.fact("date")))}
+    return [best[shape] for shape in sorted(best)]
 
 
 def _without(shape: Shape, place: int) -> Shape:

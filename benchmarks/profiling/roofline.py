@@ -140,13 +140,16 @@ def figure_of(
     points = points_of([r for r in rows if _same_machine(r, machine)], op)
     if not points:
         raise ValueError(f"expected rows of {op.name} that were timed, got none")
+    if not any(p.gflops for p in points):
+        raise ValueError(f"expected an op that computes, and {op.name} only moves bytes")
     own, more = ceilings_of(rows, machine), ceilings_of(beside, machine)
     ceilings = Ceilings(
         more.gflops if own.gflops is None else own.gflops,
         more.gbps if own.gbps is None else own.gbps,
     )
     with mpl.rc_context(STYLE):
-        figure = _figure(points, ceilings, f"{op.name}, {machine['device']}")
+        title = f"{op.name}: measured rates under what the machine can do"
+        figure = _figure(points, ceilings, title if source else f"{title}, {machine['device']}")
         if source:
             figure.supxlabel(source, x=0.01, ha="left", fontsize=6.5, color="#555555")
     return figure
@@ -174,14 +177,15 @@ def _figure(points: Sequence[Point], ceilings: Ceilings, title: str) -> Figure:
     if set(there) - set(OURS):
         colours["peers"] = PEER
     for name, colour in colours.items():
-        axes.scatter([], [], color=colour, linewidths=0, label=name)
+        label = f"fastrag, {name}" if name in OURS else name
+        axes.scatter([], [], color=colour, linewidths=0, label=label)
     for mode, marker in zip(modes, MARKERS, strict=False):
         axes.scatter([], [], color="none", edgecolors="black", marker=marker, label=mode)
     top = max(p.gflops for p in points)
     lowest = min(p.gflops for p in points) / 1.5
     axes.set(xscale="log", yscale="log", xlim=(low, high), title=title)
     axes.set_ylim(min(lowest, top / 8), 1.5 * max(top, ceilings.gflops or 0.0))
-    axes.set(xlabel="flops needed for each byte that must move", ylabel="GFLOP/s")
+    axes.set(xlabel="flops needed for each byte that must move", ylabel="GFLOP/s, at p50")
     axes.grid(which="major", color="#e6e6e6")
     axes.set_axisbelow(True)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
@@ -193,12 +197,12 @@ def _draw_roof(axes: Any, ceilings: Ceilings, low: float, high: float) -> None:
         top = high if ceilings.gflops is None else min(high, ceilings.gflops / ceilings.gbps)
         if top > low:
             ends = [low, top]
-            label = f"{ceilings.gbps:.4g} GB/s"
+            label = f"memory: {ceilings.gbps:.3g} GB/s"
             axes.plot(ends, [x * ceilings.gbps for x in ends], color="black", lw=1, label=label)
     if ceilings.gflops is not None:
         start = low if ceilings.gbps is None else max(low, ceilings.gflops / ceilings.gbps)
         if start < high:
-            label = f"{ceilings.gflops:.4g} GFLOP/s"
+            label = f"arithmetic: {ceilings.gflops:.4g} GFLOP/s"
             axes.plot(
                 [start, high], [ceilings.gflops] * 2, color="black", lw=1, ls="--", label=label
             )

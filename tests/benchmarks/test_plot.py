@@ -16,6 +16,7 @@ import matplotlib
 
 from benchmarks import plot
 from benchmarks.harness import committed
+from benchmarks.harness.registry import Op
 from benchmarks.harness.report import COLUMNS
 from benchmarks.ops import OPS
 
@@ -95,7 +96,12 @@ def test_an_unknown_block_is_refused() -> None:
 
 
 def write(
-    file: Path, shape: str, times: dict[str, float], date: str = BEFORE, mode: str = "float32"
+    file: Path,
+    shape: str,
+    times: dict[str, float],
+    date: str = BEFORE,
+    mode: str = "float32",
+    mib: str = "1.0",
 ) -> None:
     facts = {"device": "a machine", "threads": "2", "torch": "2", "commit": "abc", "date": date}
     point = {"op": "mips", "mode": mode, "dtype": "float32", "shape": shape}
@@ -105,7 +111,7 @@ def write(
         if new:
             writer.writeheader()
         for provider, ms in times.items():
-            ok = {"ms_p50": str(ms), "peak_mib": "1.0", "status": "ok"}
+            ok = {"ms_p50": str(ms), "peak_mib": mib, "status": "ok"}
             writer.writerow({**point, **facts, "provider": provider, **ok})
 
 
@@ -178,6 +184,37 @@ def test_a_curve_is_of_three_points_that_differ_in_one_dimension(results: Path) 
     for shape in ("200000,768,10,64", "400000,768,10,64", "300000,384,10,1"):
         write(results / "mips.csv", shape, ALL)
     write(results / "mips.csv", "50000,768,10,1", ALL, mode="int8")
-    (line,) = committed.along(committed.load("here"), OPS["mips"], "N")
+    (line,) = committed.along(committed.load_all("here"), OPS["mips"], "N")
     assert [g.shape[0] for g in line] == [100_000, 200_000, 400_000]
-    assert committed.along(committed.load("here"), OPS["mips"], "B") == []
+    assert committed.along(committed.load_all("here"), OPS["mips"], "B") == []
+
+
+def test_a_curve_is_of_one_run(results: Path) -> None:
+    write(results / "mips.csv", SWEPT, ALL, SINCE)  # the newer one, of more providers
+    for n_rows in (50_000, 100_000, 200_000):
+        write(results / "curve.csv", f"{n_rows},768,10,1", {"cpp": n_rows / 1e4, "numpy": 9.0})
+    write(results / "more.csv", "400000,768,10,1", {"cpp": 40.0}, SINCE)
+    (line,) = committed.along(committed.load_all("here"), OPS["mips"], "N")
+    assert [g.own.ms for g in line if g.own] == [5.0, 10.0, 20.0, 40.0]
+
+
+def test_a_curve_is_drawn_with_what_there_is_of_it(results: Path) -> None:
+    """A provider may lack points, or all but one; memory may not have been measured."""
+    for n_rows, times in ((50_000, ALL), (100_000, {"cpp": 9.0}), (200_000, {**ALL, "mm-xq": 1.0})):
+        write(results / "mips.csv", f"{n_rows},768,10,1", times)
+    drawn = dict(plot.figures_of("here"))
+    time, memory = drawn["mips_over_N"]().axes
+    labels = {text.get_text() for text in time.texts}
+    assert labels == {"fastrag", "numpy", "read (ceiling)", "fma (ceiling)"}
+    assert {text.get_text() for text in memory.texts} == {"fastrag", "numpy"}
+    assert memory.get_xlabel() == "N, passages of the index" and "ms" in time.get_ylabel()
+
+    (results / "mips.csv").unlink()
+    for n_rows in (50_000, 100_000, 200_000):
+        write(results / "mips.csv", f"{n_rows},768,10,1", ALL, mib="")
+    assert len(dict(plot.figures_of("here"))["mips_over_N"]().axes) == 1
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_dimension_has_words(op: Op) -> None:
+    assert set(op.dims) <= set(plot.WORDS)
