@@ -76,9 +76,9 @@ class FaissIndex(RowIndex):
         super().__init__(dim)
         self.factory = factory
         self.parameters = parameters
-        self._index = support.make(dim, factory, parameters)
+        self._index = support.make(self.dim, factory, parameters)
         self._mapped: np.ndarray[Any, Any] | None = None  # where `_index` lies, if it was loaded
-        self._device = torch.device(device)
+        self._device = inputs.named_device(device)
         self._on_gpu: Any = None
         if self._device.type != "cpu":
             support.require_gpu(self._device)
@@ -216,7 +216,7 @@ class FaissIndex(RowIndex):
         Raises:
             ValueError: this faiss cannot use it.
         """
-        device = torch.device(device)
+        device = inputs.named_device(device)
         if device.type != "cpu":
             support.require_gpu(device)
         with self._writer.write(), self._lock.write():

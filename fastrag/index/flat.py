@@ -65,8 +65,8 @@ class FlatIndex(RowIndex):
             answers are the same.
 
     Raises:
-        ValueError: `dim` below 1, a dtype that is not supported, another `exact`, or a
-            `search_device` that is not here or does not go with the device.
+        ValueError: `dim` below 1, a dtype that is not supported, another `exact`, a device that
+            torch cannot use, or a `search_device` that is not here or does not go with the device.
 
     Example:
         >>> index = FlatIndex(2)
@@ -97,7 +97,8 @@ class FlatIndex(RowIndex):
         self.dtype = dtype
         self.exact = exact
         self._codec = Codec(_kept_dtype(dtype, exact))
-        self._data = codec.allocate(0, dim, self._codec.dtype, device)  # [capacity, pitch]
+        # [capacity, pitch]
+        self._data = codec.allocate(0, self.dim, self._codec.dtype, self._removed.device)
         self._codes: RowCodes | None = None
         self._making_codes = ReadWriteLock()
         self._n_clamped = 0
@@ -283,6 +284,7 @@ class FlatIndex(RowIndex):
         Raises:
             ValueError: as for the class; nothing changes.
         """
+        device = inputs.usable_device(device)
         host_search = HostSearch.of(search_device, device)
         with self._writer.write(), self._lock.write():
             moved = self._data[: self._n].to(device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrag import functional
+from fastrag.index import inputs
 from fastrag.ops import backends, workspace
 
 BLOCK_BYTES = 256 << 20
@@ -47,12 +48,13 @@ class HostSearch:
         """What searches vectors on `device` elsewhere; None where they are searched in place.
 
         Raises:
-            ValueError: `search_device` is neither where the vectors are nor, if these are on the
-                CPU, a GPU of this machine.
+            ValueError: `search_device` is unknown to torch, or neither where the vectors are nor,
+                if these are on the CPU, a GPU of this machine.
         """
         if search_device is None:
             return None
-        at, chosen = _numbered(torch.device(device)), torch.device(search_device)
+        at = _numbered(torch.device(device))
+        chosen = inputs.named_device(search_device, "search_device")
         if chosen.type == at.type and chosen.index in (None, at.index):
             return None
         if at.type != "cpu":

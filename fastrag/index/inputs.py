@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,9 +23,34 @@ def check_dim(dim: object) -> int:
     Raises:
         ValueError: not a whole number of at least 1.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"dim: expected a whole number of at least 1, got {dim!r}")
-    return dim
+    return _count("dim", dim)
+
+
+def named_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """What torch calls a device, which need not be here.
+
+    Raises:
+        ValueError: torch has no such name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: expected one of torch, got {device!r}") from error
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that can hold a tensor here.
+
+    Raises:
+        ValueError: torch has no such name, or cannot use it; its reason is told.
+    """
+    named = named_device(device)
+    try:
+        torch.empty(0, device=named)
+    except (RuntimeError, AssertionError) as error:  # the latter: a build of torch without CUDA
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected one that torch can use, got {named}: {why}") from error
+    return named
 
 
 def checked_blocks(
@@ -149,19 +175,18 @@ def check_length(n: int, expected: int) -> None:
         raise ValueError(f"vectors: expected {expected} rows, got {n}{more}")
 
 
-def check_query(query_emb: Any, dim: int, k: Any) -> None:
-    """Checks a query `[B, D]` and how many hits it asks for.
+def check_query(query_emb: Any, dim: int, k: Any) -> int:
+    """Checks a query `[B, D]` and how many hits it asks for, which is returned.
 
     Raises:
         ValueError: not floating point, another width, or k below 1.
     """
     if not isinstance(query_emb, Tensor) or not query_emb.dtype.is_floating_point:
-        got = getattr(query_emb, "dtype", type(query_emb).__name__)
+        got = query_emb.dtype if isinstance(query_emb, Tensor) else type(query_emb).__name__
         raise ValueError(f"query_emb: expected a floating-point tensor, got {got}")
     if query_emb.ndim != 2 or query_emb.shape[1] != dim:
         raise ValueError(f"query_emb: expected [B, {dim}], got {list(query_emb.shape)}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+    return _count("k", k)
 
 
 def checked_exclude(exclude: Any, n_queries: int, n: int, device: torch.device) -> Tensor:
@@ -202,9 +227,24 @@ def missing(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tenso
     return scores, torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
 
 
+def _count(name: str, value: Any) -> int:
+    """A whole number of at least 1, also one of numpy."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return count
+
+
 def _check_vectors(vectors: Any, dim: int, name: str) -> None:
     if not isinstance(vectors, Tensor | np.ndarray):
         raise ValueError(f"{name}: expected a tensor or an array, got {type(vectors).__name__}")
+    if isinstance(vectors, Tensor) and (vectors.layout != torch.strided or vectors.is_meta):
+        raise ValueError(
+            f"{name}: expected a dense tensor, got {vectors.layout} on {vectors.device}"
+        )
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise ValueError(f"{name}: expected [n, {dim}], got {list(vectors.shape)}")
     floating = (

@@ -16,6 +16,7 @@ import torch
 from fastrag.data.readers import Passage
 from fastrag.data.templates import Template
 from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
+from fastrag.index.inputs import usable_device
 from fastrag.index.storage import ArrayStream, FolderWriter, as_tensor, read_folder, write_folder
 from fastrag.ops import backends, checks
 
@@ -173,7 +174,12 @@ class PassageStore:
         return self._tokens["encoder"].device
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the token streams (texts stay on the host); returns the store itself."""
+        """Moves the token streams (texts stay on the host); returns the store itself.
+
+        Raises:
+            ValueError: a device that torch cannot use; nothing moves.
+        """
+        device = usable_device(device)
         for name in STREAMS:
             self._tokens[name] = self._tokens[name].to(device)
             self._offsets[name] = self._offsets[name].to(device)

@@ -24,12 +24,13 @@ class RowIndex(abc.ABC):
         device: where tombstones are kept.
 
     Raises:
-        ValueError: `dim` below 1.
+        ValueError: `dim` below 1, or a device that torch cannot use.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim = inputs.check_dim(dim)
         self._n = 0
+        device = inputs.usable_device(device)
         self._removed = torch.zeros(0, dtype=torch.bool, device=device)  # [N]
         self._n_removed = 0
         self._version = 0
@@ -109,7 +110,7 @@ class RowIndex(abc.ABC):
         Raises:
             ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
         """
-        inputs.check_query(query_emb, self.dim, k)
+        k = inputs.check_query(query_emb, self.dim, k)
         with stage("index/search"), self._lock.read():
             query = query_emb.to(self.search_device, torch.float32)
             mask = self._removed if self._n_removed else None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastrag.index import FlatIndex
 
 INF = float("inf")
+NOT_HERE = "cuda:99"
 
 
 def brute_force(query, vectors, k, barred):
@@ -372,12 +373,30 @@ def test_searches_run_side_by_side(index, query, monkeypatch):
     assert len(found) == 2
 
 
+def test_whole_numbers_of_numpy(vectors, query, index):
+    """They are what a loop over np.array([1, 5, 20]) and a shape in a file give."""
+    again = FlatIndex(np.int64(vectors.shape[1]))
+    again.add(vectors)
+    assert type(again.dim) is int
+    for found, expected in zip(
+        again.search(query, np.int64(3)), index.search(query, 3), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dim": 0}, "dim: expected a whole number of at least 1, got 0"),
         ({"dim": 2.0}, "dim: expected a whole number"),
+        ({"dim": True}, "dim: expected a whole number"),
         ({"dim": 4, "dtype": "int4"}, "dtype: expected one of float32, .*, int8, got 'int4'"),
+        ({"dim": 4, "device": "gpu"}, "^device: expected one of torch, got 'gpu'$"),
+        ({"dim": 4, "search_device": "gpu"}, "^search_device: expected one of torch, got 'gpu'$"),
+        (
+            {"dim": 4, "device": NOT_HERE},
+            f"device: .* torch can use, got {NOT_HERE}: ",
+        ),
     ],
 )
 def test_rejects_bad_arguments(arguments, message):
@@ -391,7 +410,7 @@ def test_rejects_bad_arguments(arguments, message):
         (lambda i: i.search(torch.ones(1, 5), 1), r"query_emb: expected \[B, 4\], got \[1, 5\]"),
         (lambda i: i.search(torch.ones(4), 1), r"query_emb: expected \[B, 4\], got \[4\]"),
         (lambda i: i.search(torch.ones(1, 4).long(), 1), "query_emb: expected a floating-point"),
-        (lambda i: i.search(np.ones((1, 4)), 1), "query_emb: expected a floating-point"),
+        (lambda i: i.search(np.ones((1, 4)), 1), "query_emb: expected .* tensor, got ndarray"),
         (lambda i: i.search(torch.ones(1, 4), 0), "k: expected a whole number .* got 0"),
         (lambda i: i.search(torch.ones(1, 4), 1.5), "k: expected a whole number .* got 1.5"),
         (lambda i: i.search(torch.full((1, 4), float("nan")), 1), "query_emb: .*row 0"),
@@ -413,6 +432,15 @@ def test_rejects_bad_arguments(arguments, message):
         (lambda i: i.remove(torch.tensor([-1])), "rows: expected 0 to 19, got -1"),
         (lambda i: i.add(torch.ones(2, 4).long()), "vectors: expected floating point"),
         (lambda i: i.add(torch.ones(4)), r"vectors: expected \[n, 4\], got \[4\]"),
+        (
+            lambda i: i.add(torch.ones(2, 4).to_sparse()),
+            "a dense tensor, got .*sparse_coo",
+        ),
+        (
+            lambda i: i.add(torch.ones(2, 4, device="meta")),
+            "a dense tensor, got .* on meta",
+        ),
+        (lambda i: i.to(NOT_HERE), f"device: .* torch can use, got {NOT_HERE}: "),
         (lambda i: i.add(5), "vectors: expected .* got int"),
         (lambda i: i.add(["x"]), "vectors: expected a tensor or an array, got str"),
     ],

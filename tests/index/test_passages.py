@@ -211,6 +211,8 @@ def test_to_moves_the_streams(store):
     assert store.to("cpu") is store and store.device.type == "cpu"
     on_meta = store.to("meta")
     assert on_meta.device.type == "meta"
+    with pytest.raises(ValueError, match="device: expected one that torch can use, got cuda:99"):
+        store.to("cuda:99")
 
 
 @pytest.mark.parametrize(
