@@ -38,6 +38,9 @@ MAX_EXCLUDED = 256  # rows of a query, each compared with each row that is score
 # Fewer scores than this are made and sorted before the launches of a scan are through.
 _LEAST_SCORES = 1 << 22
 _TMA_CAPABILITY = (9, 0)
+# Of a block, which tiles read by descriptors are made for: 227 KiB on data centre GPUs. Consumer
+# GPUs of compute capability 12 have descriptors and 99 KiB, as much as tiles read by pointers take.
+_TMA_SHARED = 227 << 10
 # Wider rows of maxima are sorted by the best of so many.
 _WIDE, _BUNDLE = 1 << 14, 64
 _KEPT_NORMS = 16
@@ -295,7 +298,9 @@ def _of_queries(passages: Passages, part: slice) -> Passages:
 def _has_tma(device: torch.device) -> bool:
     if device.type != "cuda" or backends.interpreting():
         return False
-    return torch.cuda.get_device_capability(device) >= _TMA_CAPABILITY
+    found = torch.cuda.get_device_properties(device)
+    able = (found.major, found.minor) >= _TMA_CAPABILITY
+    return able and found.shared_memory_per_block_optin >= _TMA_SHARED
 
 
 def _queries_at_once(index: Tensor, plan: Plan) -> int:
