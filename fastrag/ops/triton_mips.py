@@ -299,8 +299,8 @@ def _has_tma(device: torch.device) -> bool:
     if device.type != "cuda" or backends.interpreting():
         return False
     found = torch.cuda.get_device_properties(device)
-    able = (found.major, found.minor) >= _TMA_CAPABILITY
-    return able and found.shared_memory_per_block_optin >= _TMA_SHARED
+    shared = getattr(found, "shared_memory_per_block_optin", 0)  # torch's own stubs lack it
+    return (found.major, found.minor) >= _TMA_CAPABILITY and shared >= _TMA_SHARED
 
 
 def _queries_at_once(index: Tensor, plan: Plan) -> int:
