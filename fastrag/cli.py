@@ -113,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     build.add_argument(
         "--dtype",
+        type=_dtype,
         default="float32",
-        choices=("float32", "float16", "bfloat16", "int8"),
-        help="how the index stores vectors (default float32)",
+        help="how the index stores vectors: float32 (default), float16, bfloat16 or int8",
     )
     _add_device(build)
     build.set_defaults(run=_index_build)
@@ -178,14 +178,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _index_build(arguments: argparse.Namespace) -> int:
     _quiet()
-    from fastrag.nn import TextEncoder
     from fastrag.train import build
 
     tokenizer = build.load_tokenizer(arguments.generator, "generator")
     index, _ = build.build_index(
         arguments.out,
         build.load_passages(arguments.corpus),
-        TextEncoder.from_pretrained(arguments.encoder, role="passage"),
+        build.load_encoder(arguments.encoder, "encoder", "passage"),
         template=build.make_template(
             arguments.template, tokenizer, build.generator_kind(arguments.generator)
         ),
@@ -371,6 +370,14 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)
+
+
+def _dtype(text: str) -> str:
+    from fastrag.index.codec import DTYPES
+
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
+    return text
 
 
 def _template(text: str) -> str | dict[str, Any]:

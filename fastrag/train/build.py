@@ -88,6 +88,31 @@ def load_questions(source: str) -> list[Question]:
     return questions
 
 
+def load_encoder(
+    path: str | os.PathLike[str], name: str, role: Literal["query", "passage"]
+) -> TextEncoder:
+    """Load an encoder from a local folder.
+
+    Args:
+        path: a Hugging Face folder, one of sentence-transformers, or one of a `TextEncoder`.
+        name: which setting it belongs to, for the error message.
+        role: whose prompt of a sentence-transformers folder is its prefix.
+
+    Returns:
+        The encoder, in fp32.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    from fastrag.nn import TextEncoder
+
+    folder = _local_folder(name, path)
+    try:
+        return TextEncoder.from_pretrained(folder, role=role)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('path: ')}") from error
+
+
 def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = None) -> Any:
     """Load a generator from a local folder, with LoRA adapters if asked.
 
@@ -299,16 +324,12 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     import torch
     from transformers import set_seed
 
-    from fastrag.nn import RagModel, TextEncoder
+    from fastrag.nn import RagModel
 
     set_seed(config.seed)
     passage_folder = config.passage_encoder or config.question_encoder
-    question_encoder = TextEncoder.from_pretrained(
-        _local_folder("question_encoder", config.question_encoder), role="query"
-    )
-    passage_encoder = TextEncoder.from_pretrained(
-        _local_folder("passage_encoder", passage_folder), role="passage"
-    )
+    question_encoder = load_encoder(config.question_encoder, "question_encoder", "query")
+    passage_encoder = load_encoder(passage_folder, "passage_encoder", "passage")
     generator: PreTrainedModel = load_generator(config.generator, config.lora)
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")

@@ -236,9 +236,10 @@ class RagConfig:
         for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
             value = getattr(self, name)
             require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
-        require("tau", self.tau is None or self.tau > 0.0, "a number > 0 or null", self.tau)
-        require("tau_lm", self.tau_lm > 0.0, "a number > 0", self.tau_lm)
-        require("explore_tau", self.explore_tau > 0.0, "a number > 0", self.explore_tau)
+        for name in ("tau_lm", "explore_tau", "epochs"):
+            _require_positive(name, getattr(self, name))
+        if self.tau is not None:
+            _require_positive("tau", self.tau, " or null")
         pool = self.explore_pool
         require(
             "explore_pool",
@@ -246,7 +247,6 @@ class RagConfig:
             f"an integer >= n_docs = {self.n_docs} or null",
             pool,
         )
-        require("epochs", self.epochs > 0.0, "a number > 0", self.epochs)
         require(
             "label_smoothing",
             0.0 <= self.label_smoothing < 1.0,
@@ -262,9 +262,12 @@ class RagConfig:
         require(
             "eval_ks", bool(self.eval_ks) and min(self.eval_ks) >= 1, "integers >= 1", self.eval_ks
         )
-        require("adam_betas", len(self.adam_betas) == 2, "two numbers", self.adam_betas)
+        fits = len(self.adam_betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.adam_betas)
+        require("adam_betas", fits, "two numbers in [0, 1)", self.adam_betas)
+        require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1", self.seed)
         RefreshPolicy.parse(self.refresh)
-        _check_lora(self.lora)
+        if self.lora is not None:
+            self.lora = _checked_lora(self.lora)
         _check_best_metric(self.best_metric, self.eval_ks)
         if self.index is not None:
             self._require_none("corpus", "which has its own passages")
@@ -406,8 +409,8 @@ class RagConfig:
             TrainingArguments; fields under `training` win over ours.
 
         Raises:
-            ValueError: a key under `training` is not a field of TrainingArguments, or a reporter
-                is not installed.
+            ValueError: a key or value under `training` is none of TrainingArguments, there is no
+                such schedule or it takes no such setting, or a reporter is not installed.
 
         Example:
             >>> args = RagConfig("a", "b", output_dir="runs/x", steps=5).training_arguments()
@@ -428,11 +431,19 @@ def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
         raise ValueError(f"best_metric: expected one of {expected}, got {name!r}{more}")
 
 
-def _check_lora(lora: dict[str, Any] | None) -> None:
-    if lora is None:
-        return
+def _checked_lora(lora: dict[str, Any]) -> dict[str, Any]:
     for key in lora:
         if key not in ("rank", "alpha", "dropout", "targets"):
             raise ValueError(unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
     rank = lora.get("rank")
     require("lora.rank", isinstance(rank, int) and rank >= 1, "an integer >= 1", rank)
+    hints = {"alpha": int | float, "dropout": float, "targets": str | list[str]}
+    values = {key: coerce(f"lora.{key}", lora[key], hints[key]) for key in hints if key in lora}
+    _require_positive("lora.alpha", values.get("alpha", 1.0))
+    dropout = values.get("dropout", 0.0)
+    require("lora.dropout", 0.0 <= dropout < 1.0, "a number in [0, 1)", dropout)
+    return {"rank": rank, **values}
+
+
+def _require_positive(name: str, got: float, otherwise: str = "") -> None:
+    require(name, 0.0 < got < math.inf, f"a number > 0{otherwise}", got)

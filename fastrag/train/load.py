@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrag.eval import EvalResult, Prediction
 from fastrag.nn import RagModel
+from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.train.build import INDEX_FOLDER, build_model, load_index
 from fastrag.train.checkpoints import STATE, read_index, read_weights
 from fastrag.train.config import RagConfig
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
-MODEL_CONFIG = "rag_config.json"
 
 
 def load_run(

@@ -35,6 +35,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         _check_resumable(config, run)
     else:
         _check_new(run)
+    config.training_arguments()  # its mistakes come before what takes long
     questions = load_questions(config.train_questions)
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     model = build_model(config, resume=bool(resume))

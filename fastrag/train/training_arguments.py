@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+import inspect
+import typing
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from fastrag.train.settings import unknown
+from fastrag.train.settings import coerce, require_word, unknown
 
 if TYPE_CHECKING:
     from fastrag.train.config import RagConfig
+
+# What a schedule is given by the trainer.
+_FROM_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps")
+_NUMBERS = {bool, int, float, type(None)}
 
 
 def training_arguments(config: RagConfig) -> TrainingArguments:
@@ -64,11 +70,35 @@ def training_arguments(config: RagConfig) -> TrainingArguments:
         # without a GPU, torch warns at every start of a data loader
         "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
     }
-    known = {each.name: each for each in dataclasses.fields(TrainingArguments)}
-    for key in config.training:
-        if key not in known:
-            raise ValueError(unknown(str(key), known, prefix="training."))
-    return TrainingArguments(**{**values, **config.training})
+    _check_schedule(config.lr_scheduler, config.lr_scheduler_kwargs)
+    further = _further(config.training)
+    try:
+        return TrainingArguments(**{**values, **further})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: expected values for TrainingArguments: {error}") from error
+
+
+def _further(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields under `training`, numbers brought to type: transformers takes them as they are."""
+    hints = typing.get_type_hints(TrainingArguments)
+    values = {}
+    for key, value in settings.items():
+        if key not in hints:
+            raise ValueError(unknown(str(key), hints, prefix="training."))
+        number = {*(typing.get_args(hints[key]) or (hints[key],))} <= _NUMBERS
+        values[key] = coerce(f"training.{key}", value, hints[key]) if number else value
+    return values
+
+
+def _check_schedule(name: str, settings: dict[str, Any]) -> None:
+    # transformers would find the mistake when everything is loaded
+    require_word("lr_scheduler", name, [each.value for each in SchedulerType])
+    schedule = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    parameters = inspect.signature(schedule).parameters
+    taken = [each for each in parameters if each not in _FROM_TRAINER]
+    for key in settings:
+        if key not in taken and "kwargs" not in taken:
+            raise ValueError(unknown(str(key), taken, prefix="lr_scheduler_kwargs."))
 
 
 def _check_reporters(names: list[str]) -> None:

@@ -84,6 +84,10 @@ def tear(path: Path) -> None:
             "expected a readable generator",
         ),
         (
+            ("train", "train.yaml", "--set", "output_dir=o", "--set", "question_encoder=idx"),
+            "question_encoder: expected a local model folder with config.json",
+        ),
+        (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),
             "index: expected a folder from `fastrag index build`",
         ),
@@ -148,6 +152,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "chatty"),
             "--template: expected one of plain, chat, or a YAML mapping of a template's fields, "
             "got 'chatty'",
+        ),
+        (
+            (*BUILD, "--corpus", "corpus.jsonl", "--dtype", "int4"),
+            "--dtype: expected one of float32, float16, bfloat16, int8, got 'int4'",
         ),
         (
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: "),

@@ -20,7 +20,7 @@ def test_round_trip_through_yaml(tmp_path: Path) -> None:
     config = make(
         output_dir="runs/é",
         retriever_lr=1e-5,
-        lora={"rank": 8, "targets": ["q", "v"]},
+        lora={"rank": 8, "alpha": "1e1", "targets": ["q", "v"]},
         template={"context": "{passage} {question}"},
         eval_ks=[1, 20],
         lr_scheduler_kwargs={"num_decay_steps": 4},
@@ -86,9 +86,22 @@ def test_overrides(tmp_path: Path) -> None:
         ({"refresh": "sometimes"}, "refresh: expected one of .* got 'sometimes'"),
         ({"refresh": "every:0"}, "refresh: expected one of .* got 'every:0'"),
         ({"eval_ks": []}, r"eval_ks: expected integers >= 1, got \[\]"),
-        ({"adam_betas": [0.9]}, r"adam_betas: expected two numbers, got \[0.9\]"),
+        ({"adam_betas": [0.9]}, r"adam_betas: expected two numbers in \[0, 1\), got \[0.9\]"),
+        ({"adam_betas": [2, 3]}, r"adam_betas: expected two numbers in \[0, 1\), got \[2.0, 3.0\]"),
+        ({"seed": -1}, r"seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
+        ({"epochs": float("inf")}, "epochs: expected a number > 0, got inf"),
         ({"lora": {"rnk": 8}}, "lora.rnk: unknown setting; did you mean lora.rank?"),
         ({"lora": {"alpha": 8}}, "lora.rank: expected an integer >= 1, got None"),
+        ({"lora": {"rank": 8, "alpha": 0}}, "lora.alpha: expected a number > 0, got 0"),
+        (
+            {"lora": {"rank": 8, "alpha": "x"}},
+            "lora.alpha: expected an integer or a number, got 'x'",
+        ),
+        (
+            {"lora": {"rank": 8, "dropout": 1}},
+            r"lora.dropout: expected a number in \[0, 1\), got 1.0",
+        ),
+        ({"lora": {"rank": 8, "targets": 5}}, "lora.targets: expected a text or a list, got 5"),
         ({"early_stopping": 2}, "early_stopping: expected best_metric to be set"),
         ({"best_metric": "em"}, "best_metric: expected eval_questions to be set"),
         (
@@ -146,11 +159,26 @@ def test_training_arguments(tmp_path: Path) -> None:
     assert args.report_to == [] and args.remove_unused_columns is False
     by_loss = make(eval_questions="d", eval_steps=5, best_metric="loss").training_arguments()
     assert by_loss.greater_is_better is False
-    with pytest.raises(ValueError, match="report_to: expected reporters .*, got 'nothing'"):
-        make(report_to=["nothing"]).training_arguments()
-    wrong = make(training={"max_stepz": 3})
-    with pytest.raises(ValueError, match="training.max_stepz: unknown .* mean training.max_steps"):
-        wrong.training_arguments()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_to": ["nothing"]}, "report_to: expected reporters .*, got 'nothing'"),
+        ({"training": {"max_stepz": 3}}, "training.max_stepz: unknown .* mean training.max_steps"),
+        ({"training": {"max_steps": "abc"}}, "training.max_steps: expected an integer, got 'abc'"),
+        ({"training": {"optim": "foo"}}, "training: expected values .* foo is not a valid"),
+        ({"lr_scheduler": "foo"}, "lr_scheduler: expected one of linear, .*, got 'foo'"),
+        (
+            {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lrr": 0.1}},
+            "lr_scheduler_kwargs.min_lrr: unknown setting; did you mean lr_scheduler_kwargs.min_lr",
+        ),
+    ],
+)
+def test_mistakes_that_transformers_sees(settings: dict[str, Any], message: str) -> None:
+    config = make(**settings)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config.training_arguments()
 
 
 def test_resume_may_change_what_is_watched_but_not_what_is_trained() -> None:
