@@ -103,7 +103,8 @@ def read_questions(source: Any, format: str | None = None) -> Iterator[Question]
 
     Records have `question`, and may have `id` (otherwise the row number), `answers` (a list or one
     text; `answer` is accepted too), `positive` or `positive_ids`, `negative` or `negative_ids` (one
-    id or a list). SQuAD's `{"answers": {"text": [...]}}` is read as well. A separated file has
+    id or a list). SQuAD's `{"answers": {"text": [...]}}` and TriviaQA's `{"answer": {"value": "a",
+    "aliases": [...]}}` are read as well. A separated file has
     these names in its header; one without a header and with two columns is DPR's `question`,
     `['answer', ...]`.
 
@@ -140,14 +141,15 @@ def to_question(record: Any, where: str = "question", default_id: str = "") -> Q
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected a record, got {type(record).__name__}")
     rest = dict(record)
-    question = _text(rest.pop("question", None), "question", where)
+    question = _required(record, "question", where)
+    del rest["question"]
     identity = _text(rest.pop("id", default_id or question), "id", where)
     answers = rest.pop("answers", None)
     single = rest.pop("answer", None)
     if answers is None:
         answers = single
     if isinstance(answers, Mapping):
-        answers = answers.get("text")
+        answers = _answers_of(answers, where)
     return Question(
         id=identity,
         question=question,
@@ -165,9 +167,9 @@ def _passage(record: Any, where: str) -> Passage:
     if isinstance(title, str) and not title.strip():
         title = None
     return Passage(
-        id=_text(record.get("id"), "id", where),
+        id=_required(record, "id", where),
         title="" if title is None else _text(title, "title", where),
-        text=_text(record.get("text"), "text", where),
+        text=_required(record, "text", where),
     )
 
 
@@ -178,6 +180,21 @@ def _unique(item: Any, where: str, seen: dict[str, str]) -> Any:
         )
     seen[item.id] = where.rpartition(":")[2] if ":" in where else where
     return item
+
+
+def _answers_of(record: Mapping[str, Any], where: str) -> Any:
+    """The answers of SQuAD, or of TriviaQA, whose aliases are accepted as well."""
+    if "text" in record:
+        return record["text"]
+    if "value" in record:
+        return [record["value"], *(record.get("aliases") or ())]
+    raise ValueError(f"{where}: answers: expected the key text or value, got {list(record)[:8]}")
+
+
+def _required(record: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in record:
+        raise ValueError(f"{where}: {key}: expected text, got nothing beside {list(record)[:8]}")
+    return _text(record[key], key, where)
 
 
 def _text(value: Any, key: str, where: str) -> str:

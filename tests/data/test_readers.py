@@ -88,13 +88,14 @@ def test_questions(tmp_path):
         {"id": 7, "question": "r?", "answers": "[Verse 1", "positive_ids": ["p1", "p2"]},
         {"question": "s?", "answer": "z", "negative_ids": [3], "positive": None},
         {"id": "sq", "question": "t?", "answers": {"text": ["u"], "answer_start": [0]}},
+        {"id": "tq", "question": "u?", "answer": {"value": "v", "aliases": ["v", "w"], "type": 1}},
     ]
-    a, b, c, d = read_questions(write_text(tmp_path / "q.jsonl", jsonl(records)))
+    a, b, c, d, e = read_questions(write_text(tmp_path / "q.jsonl", jsonl(records)))
     assert a == Question("a", "q?", ("x", "y"), ("p1",)) and a.meta == {"field": "f"}
     assert a.positive == "p1"
     assert b == Question("7", "r?", ("[Verse 1",), ("p1", "p2"))
     assert c == Question("2", "s?", ("z",), (), ("3",)) and c.positive is None
-    assert d.answers == ("u",)
+    assert d.answers == ("u",) and e.answers == ("v", "w")
 
 
 def test_question_tables(tmp_path):
@@ -145,7 +146,7 @@ def test_reading_is_lazy(tmp_path):
         ("p.jsonl", b'{"id": "1"}\n', r"p\.jsonl:1: text: expected text, got nothing"),
         ("p.jsonl", b'{"id": "1", "text": 5}\n', r"p\.jsonl:1: text: expected text, got int"),
         ("p.jsonl", b'{"id": "1", "text": " "}\n', r"p\.jsonl:1: text: .*got an empty one"),
-        ("p.jsonl", b'{"text": "a"}\n', r"p\.jsonl:1: id: expected text, got nothing"),
+        ("p.jsonl", b'{"_id": 1, "text": "a"}\n', r":1: id: .* nothing beside \['_id', 'text'\]"),
         ("p.jsonl", b'{"id": "1", "text": "a", "title": 1}\n', r":1: title: expected text"),
         ("p.jsonl", b'{"id": "1", "text": "\\ud800"}\n', r":1: text: .*half of a surrogate pair"),
         (
@@ -183,6 +184,7 @@ def test_rejects_bad_files(tmp_path, name, content, message):
         ({"question": ""}, "question: expected text, got an empty one"),
         ({"question": "q", "answers": 5}, "answers: expected a list of texts, got int"),
         ({"question": "q", "answers": [5]}, "answers: expected text, got int"),
+        ({"question": "q", "answer": {"a": 1}}, r"answers: .* text or value, got \['a'\]"),
         ({"question": "q", "answers": [""]}, "answers: expected text, got an empty one"),
         ({"question": "q", "answers": "[1, "}, None),
         ({"question": "q", "answers": "[a]"}, "answers: expected a list such as"),
