@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,10 +133,17 @@ def evaluate(
     nll, n_tokens = 0.0, 0
     with evaluating(model), torch.no_grad():
         for rows in _batches(chosen, batch_size, progress, description):
-            batch = _to_device(collator(rows), model)
+            # a batch has labels of all its questions or of none
+            answered = [i for i, question in enumerate(rows) if question.answers]
+            mixed = 0 < len(answered) < len(rows)
+            asked = [replace(question, answers=()) for question in rows] if mixed else rows
+            batch = _to_device(collator(asked), model)
             # one search serves recall, answer and loss: the best k are the first of the best k + 1
             found = _search(model, batch, max(*ks, n_docs, model.n_docs))
             predictions += _answer(model, rows, batch, found, max(ks), n_docs, max_new_tokens)
+            if loss and mixed:
+                batch = _to_device(collator([rows[i] for i in answered]), model)
+                found = found[answered]
             if loss and "labels" in batch:
                 counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
                 nll += float(model(**batch, rows=found[:, : model.n_docs]).loss) * counted

@@ -128,6 +128,20 @@ def test_questions_without_answers_or_positives() -> None:
     assert prediction.passage_id in prediction.retrieved
 
 
+def test_some_questions_without_answers() -> None:
+    """They are asked with the others and left out of EM, F1 and the loss."""
+    model, settings = tiny.rag_model(), {"max_new_tokens": 2, "loss": True, "progress": False}
+    questions = tiny.questions(5)
+    bare = [Question(q.id, q.question) for q in questions[1:3]]
+    mixed = [questions[0], *bare, *questions[3:]]
+    known = evaluate(model, [questions[0], *questions[3:]], tiny.collator(), **settings)
+    found = evaluate(model, mixed, tiny.collator(), **settings)
+    assert found.metrics == pytest.approx(known.metrics | {"n_questions": 5.0}, rel=1e-5)
+    whole = evaluate(model, questions, tiny.collator(), **settings)
+    said = [[each.prediction for each in result.predictions] for result in (found, whole)]
+    assert said[0] == said[1]
+
+
 def test_records_are_read_as_the_collator_reads_them() -> None:
     """SQuAD's answers, one plain text, or `answer`: metrics and labels mean the same texts."""
     model = tiny.rag_model()
