@@ -4,7 +4,9 @@
     generator_base/ (only under an adapter whose base model has no name of its own)
     index/ passages/ (if asked for)   rag_config.json   manifest.json
 
-Written by `FolderWriter`: whole or not at all. Nothing is pickled, nothing is downloaded.
+Written by `FolderWriter`: whole or not at all. Nothing is pickled, nothing is downloaded. The
+manifest lists all files but those of index and passages, which have manifests of their own: for a
+missing one transformers and PEFT would take a default, or ask the hub.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastrag.nn.encoders import CONFIG_NAME as ENCODER_CONFIG
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fastrag.nn.model import RagModel
 
 FORMAT = "fastrag-model"
-VERSION = 1
+VERSION = 2
 CONFIG = "rag_config.json"
 _SETTINGS = (
     "n_docs",
@@ -37,6 +38,7 @@ _SETTINGS = (
     "explore_pool",
     "explore_tau",
 )
+_OF_INDEX = ("index", "passages")
 _LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
 
 
@@ -79,7 +81,7 @@ def save_model(
             model.passages.save(folder / "passages")
         text = json.dumps(_settings(model, kept), indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        writer.commit({})
+        writer.commit({"parts": _parts(folder)})
 
 
 def load_model(
@@ -100,7 +102,7 @@ def load_model(
     from fastrag.data.templates import Template
 
     folder = Path(path)
-    settings = _read_settings(folder)
+    settings = _read_settings(folder, given_base=base_generator is not None)
     question_encoder = _load_encoder(folder / "question_encoder")
     passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
     if settings["passage_encoder"] == "own":
@@ -155,10 +157,26 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
     }
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def _parts(folder: Path) -> list[str]:
+    files = (each.relative_to(folder) for each in folder.rglob("*") if each.is_file())
+    return sorted(each.as_posix() for each in files if each.parts[0] not in _OF_INDEX)
+
+
+def _check_parts(folder: Path, manifest: dict[str, Any], given_base: bool) -> None:
+    for part in manifest.get("parts", ()):  # version 1 lists none
+        path = folder / part
+        if path.exists() or (given_base and part.startswith("generator_base/")):
+            continue
+        while not path.parent.exists():
+            path = path.parent
+        raise ValueError(f"{path}: expected a part of a saved RagModel, got no such file or folder")
+
+
+def _read_settings(folder: Path, *, given_base: bool) -> dict[str, Any]:
     from fastrag.index.storage import read_folder
 
-    read_folder(folder, format=FORMAT, version=VERSION)  # also takes back what a kill left aside
+    # also takes back what a kill left aside
+    manifest, _ = read_folder(folder, format=FORMAT, version=VERSION)
     file = folder / CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -174,6 +192,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     for key in ("template", "index"):
         if not isinstance(settings[key], dict):
             raise ValueError(f"{file}: {key}: expected a mapping, got {settings[key]!r}")
+    _check_parts(folder, manifest, given_base)
     return settings
 
 
@@ -217,9 +236,7 @@ def _refuse_tied_merge(generator: Any) -> None:
 
 def _load_encoder(folder: Path) -> TextEncoder:
     try:
-        encoder = TextEncoder.from_pretrained(folder, dtype="auto")
-        _present(folder / ENCODER_CONFIG)  # a folder of other tools would get default pooling
-        return encoder
+        return TextEncoder.from_pretrained(folder, dtype="auto")
     except ValueError as error:
         # from_pretrained calls the folder what its argument is called
         raise ValueError(f"{folder.name}: {str(error).removeprefix('path: ')}") from error
@@ -237,12 +254,10 @@ def _load_generator(
     loader = generator_class or automatic
     generator = folder / "generator"
     if settings["generator"] == "model":
-        return load_whole(loader, _present(generator))
+        return load_whole(loader, generator)
     from peft import PeftConfig, PeftModel
-    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+    from peft.utils import CONFIG_NAME
 
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        _present(generator / name)  # PEFT would look for it on the hub
     try:
         base_name = PeftConfig.from_pretrained(generator).base_model_name_or_path
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -251,7 +266,7 @@ def _load_generator(
         ) from error
     base = base_generator
     if base is None and settings["generator"] == "adapter on generator_base":
-        base = load_whole(loader, _present(folder / "generator_base"))
+        base = load_whole(loader, folder / "generator_base")
     elif base is None:
         if not base_name:
             raise ValueError(f"base_generator: expected the model under the adapter in {folder}")
@@ -261,13 +276,6 @@ def _load_generator(
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{generator}: expected a readable adapter: {error}") from error
     return adapted.eval()
-
-
-def _present(path: Path) -> Path:
-    """Give back the path of what must be there; transformers would take it for a hub name."""
-    if not path.exists():
-        raise ValueError(f"{path}: expected a part of a saved RagModel, got no such file or folder")
-    return path
 
 
 def load_whole(
