@@ -1,4 +1,4 @@
-// What the bindings share: buffers of Python as checked pointers, and the choice of threads.
+// What the bindings share: memory of Python as checked pointers, and the choice of threads.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "dlpack.h"
 #include "isa.h"
 
 namespace fastrag {
@@ -65,13 +66,26 @@ bool has_type(const pybind11::buffer_info& info) {
          std::strchr(Element<T>::kFormats, info.format[0]);
 }
 
-// A buffer of Python as a pointer. An extent of -1 in `shape` is any.
+// A buffer of Python, or a capsule of DLPack, which a tensor makes in a tenth of an ndarray's time.
+class Memory : public pybind11::object {
+ public:
+  static bool is_memory(PyObject* x) { return PyObject_CheckBuffer(x) || is_dlpack(x); }
+  PYBIND11_OBJECT_DEFAULT(Memory, object, is_memory)
+
+  pybind11::buffer_info request(bool writable = false) const {
+    if (!is_dlpack(ptr()))
+      return pybind11::reinterpret_borrow<pybind11::buffer>(*this).request(writable);
+    return dlpack_info(PyCapsule_GetPointer(ptr(), kDlpackName));
+  }
+};
+
+// Memory of Python as a pointer. An extent of -1 in `shape` is any.
 template <class T>
 class Array {
  public:
-  Array(const char* name, const pybind11::buffer& buffer, std::vector<pybind11::ssize_t> shape,
+  Array(const char* name, const Memory& memory, std::vector<pybind11::ssize_t> shape,
         bool writable = false, bool pitched = false)
-      : info_(buffer.request(writable)) {
+      : owner_(memory), info_(memory.request(writable)) {
     bool good = has_type<T>(info_) && info_.shape.size() == shape.size();
     for (size_t i = 0; good && i < shape.size(); ++i)
       good = shape[i] < 0 || shape[i] == info_.shape[i];
@@ -104,6 +118,7 @@ class Array {
   int64_t pitch() const { return info_.strides[0] / static_cast<pybind11::ssize_t>(sizeof(T)); }
 
  private:
+  Memory owner_;
   pybind11::buffer_info info_;
 };
 

@@ -15,7 +15,7 @@ namespace {
 
 class Call {
  public:
-  Call(const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& rows, double tau,
+  Call(const Memory& query_emb, const Memory& index_emb, const Memory& rows, double tau,
        const OptionalBuffer& scale, const OptionalBuffer& offset, int threads,
        const std::string& isa)
       : query_("query_emb", query_emb, {-1, -1}),
@@ -33,7 +33,7 @@ class Call {
                               std::to_string(p % scored.n_passages) + "]");
   }
 
-  Array<float> pairs(const char* name, const py::buffer& buffer, bool writable) const {
+  Array<float> pairs(const char* name, const Memory& buffer, bool writable) const {
     return {name, buffer, {query_.size(0), rows_.size(1)}, writable};
   }
 
@@ -47,10 +47,9 @@ class Call {
   const ScoredRows scored;
 };
 
-void forward(const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& rows,
-             double tau, const py::buffer& scores, const py::buffer& log_prior,
+void forward(const Memory& query_emb, const Memory& index_emb, const Memory& rows, double tau,
              const OptionalBuffer& scale, const OptionalBuffer& offset, int threads,
-             const std::string& isa) {
+             const std::string& isa, const Memory& scores, const Memory& log_prior) {
   const Call call(query_emb, index_emb, rows, tau, scale, offset, threads, isa);
   const Array<float> out = call.pairs("scores", scores, true);
   const Array<float> prior = call.pairs("log_prior", log_prior, true);
@@ -58,11 +57,11 @@ void forward(const py::buffer& query_emb, const py::buffer& index_emb, const py:
   doc_scores(call.scored, out.data(), prior.data(), call.threads);
 }
 
-void backward(const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& rows,
-              double tau, const py::buffer& log_prior, const OptionalBuffer& dscores,
+void backward(const Memory& query_emb, const Memory& index_emb, const Memory& rows, double tau,
+              const OptionalBuffer& scale, const OptionalBuffer& offset, int threads,
+              const std::string& isa, const Memory& log_prior, const OptionalBuffer& dscores,
               const OptionalBuffer& dlog_prior, const OptionalBuffer& dquery,
-              const OptionalBuffer& dpassage, const OptionalBuffer& scale,
-              const OptionalBuffer& offset, int threads, const std::string& isa) {
+              const OptionalBuffer& dpassage) {
   const Call call(query_emb, index_emb, rows, tau, scale, offset, threads, isa);
   const ScoredRows& scored = call.scored;
   const Array<float> prior = call.pairs("log_prior", log_prior, false);
@@ -86,15 +85,12 @@ void backward(const py::buffer& query_emb, const py::buffer& index_emb, const py
 
 void bind_doc_scores(py::module_& m) {
   m.def("doc_scores", &forward, py::arg("query_emb"), py::arg("index_emb"), py::arg("rows"),
-        py::arg("tau"), py::arg("scores"), py::arg("log_prior"), py::kw_only(),
-        py::arg("scale") = py::none(), py::arg("offset") = py::none(), py::arg("threads") = 1,
-        py::arg("isa") = "");
+        py::arg("tau"), py::arg("scale"), py::arg("offset"), py::arg("threads"), py::arg("isa"),
+        py::arg("scores"), py::arg("log_prior"));
   m.def("doc_scores_backward", &backward, py::arg("query_emb"), py::arg("index_emb"),
-        py::arg("rows"), py::arg("tau"), py::arg("log_prior"), py::kw_only(),
-        py::arg("dscores") = py::none(), py::arg("dlog_prior") = py::none(),
-        py::arg("dquery") = py::none(), py::arg("dpassage") = py::none(),
-        py::arg("scale") = py::none(), py::arg("offset") = py::none(), py::arg("threads") = 1,
-        py::arg("isa") = "");
+        py::arg("rows"), py::arg("tau"), py::arg("scale"), py::arg("offset"), py::arg("threads"),
+        py::arg("isa"), py::arg("log_prior"), py::arg("dscores"), py::arg("dlog_prior"),
+        py::arg("dquery"), py::arg("dpassage"));
 }
 
 }  // namespace fastrag

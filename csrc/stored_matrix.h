@@ -15,13 +15,13 @@
 
 namespace fastrag {
 
-using OptionalBuffer = std::optional<pybind11::buffer>;
+using OptionalBuffer = std::optional<Memory>;
 
 // A matrix of any storage, and what keeps its memory.
 class Matrix {
  public:
-  Matrix(const pybind11::buffer& index_emb, const OptionalBuffer& scale,
-         const OptionalBuffer& offset, pybind11::ssize_t dim) {
+  Matrix(const Memory& index_emb, const OptionalBuffer& scale, const OptionalBuffer& offset,
+         pybind11::ssize_t dim) {
     const std::string format = index_emb.request().format;
     if (format == "b") {
       if (!scale || !offset)
@@ -44,7 +44,7 @@ class Matrix {
 
  private:
   template <class T>
-  void take(const pybind11::buffer& buffer, pybind11::ssize_t dim, Storage storage) {
+  void take(const Memory& buffer, pybind11::ssize_t dim, Storage storage) {
     const Array<T>& array = *kept<T>("index_emb", buffer, {-1, dim});
     if (array.size(0) > kMaxRows)
       throw pybind11::value_error("index_emb: expected at most " + std::to_string(kMaxRows) +
@@ -56,7 +56,7 @@ class Matrix {
   }
 
   template <class T>
-  const Array<T>* kept(const char* name, const pybind11::buffer& buffer,
+  const Array<T>* kept(const char* name, const Memory& buffer,
                        std::vector<pybind11::ssize_t> shape) {
     auto array = std::make_shared<Array<T>>(name, buffer, std::move(shape), false, true);
     kept_.push_back(array);

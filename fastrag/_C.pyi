@@ -109,31 +109,32 @@ def doc_scores(
     index_emb: _Array,
     rows: _Array,
     tau: float,
+    scale: _Array | None,
+    offset: _Array | None,
+    threads: int,
+    isa: str,
     scores: _Array,
     log_prior: _Array,
-    *,
-    scale: _Array | None = None,
-    offset: _Array | None = None,
-    threads: int = 1,
-    isa: str = "",
 ) -> None:
-    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/doc_scores.h."""
+    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/doc_scores.h.
+
+    Here an array may also be a capsule of DLPack.
+    """
 
 def doc_scores_backward(
     query_emb: _Array,
     index_emb: _Array,
     rows: _Array,
     tau: float,
+    scale: _Array | None,
+    offset: _Array | None,
+    threads: int,
+    isa: str,
     log_prior: _Array,
-    *,
-    dscores: _Array | None = None,
-    dlog_prior: _Array | None = None,
-    dquery: _Array | None = None,
-    dpassage: _Array | None = None,
-    scale: _Array | None = None,
-    offset: _Array | None = None,
-    threads: int = 1,
-    isa: str = "",
+    dscores: _Array | None,
+    dlog_prior: _Array | None,
+    dquery: _Array | None,
+    dpassage: _Array | None,
 ) -> None:
     """Gradients into dquery [B, D] and dpassage [B, K, D], each where it is given."""
 

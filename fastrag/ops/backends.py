@@ -57,7 +57,7 @@ def why_not(name: str) -> str:
     """
     if name not in NAMES:
         raise BackendError(f"no backend is called {name!r}; backends: {', '.join(NAMES)}")
-    return _probe(name, interpreting())
+    return _probe(name, name == "triton" and interpreting())
 
 
 def availability() -> dict[str, str]:

@@ -21,6 +21,8 @@ def show(x: object) -> str:
 
 
 def check_tensor(name: str, x: object) -> None:
+    if type(x) is Tensor:
+        return
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {show(x)}")
     # By name, because importing torch.distributed.tensor takes long.
@@ -52,9 +54,12 @@ def check_ndim(name: str, x: Tensor, layout: str) -> None:
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], layout: str) -> None:
     check_tensor(name, x)
-    agree = x.dim() == len(expected) and all(
-        want is None or have == want for have, want in zip(x.shape, expected, strict=True)
-    )
+    shape = x.shape
+    agree = len(shape) == len(expected)
+    if agree:
+        for have, want in zip(shape, expected, strict=True):
+            if want is not None and have != want:
+                agree = False
     if not agree:
         sizes = ", ".join("*" if want is None else str(want) for want in expected)
         raise ValueError(f"{name}: expected {layout} with sizes [{sizes}], got {show(x)}")
@@ -62,7 +67,8 @@ def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], layout: 
 
 def check_device(**tensors: Tensor | None) -> None:
     devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
+    first, *others = devices.values()
+    if any(device != first for device in others):
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"expected all tensors on one device, got {listed}")
 
@@ -140,19 +146,21 @@ def check_rows(rows: Tensor, n: int) -> None:
     # A value check breaks a compiled graph; the kernels then guard memory, not the user.
     if torch.compiler.is_compiling() or not readable(rows):
         return
-    bad = (rows < -1) | (rows >= n)
-    if bool(bad.any()):
-        b, k = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"rows: expected values in [0, {n}), or -1 for a missing passage, "
-            f"got {int(rows[b, k])} at [{b}, {k}]"
-        )
+    if rows.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(rows)
+    if lowest.item() >= -1 and highest.item() < n:
+        return
+    b, k = (int(i) for i in ((rows < -1) | (rows >= n)).nonzero()[0])
+    raise ValueError(
+        f"rows: expected values in [0, {n}), or -1 for a missing passage, "
+        f"got {int(rows[b, k])} at [{b}, {k}]"
+    )
 
 
 def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
     """Refuses scale and offset that do not go with how the passages are stored."""
     check_tensor(name, x)
-    stored = f"{name} {show(x)}"
     factors = {"scale": scale, "offset": offset}
     if x.dtype != torch.int8:
         if not x.is_floating_point():
@@ -161,11 +169,11 @@ def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | N
             if given is not None:
                 raise ValueError(
                     f"{factor}: expected None, since only int8 passages have one, "
-                    f"got {show(given)} with {stored}"
+                    f"got {show(given)} with {name} {show(x)}"
                 )
         return
     if scale is None:
-        raise ValueError(f"scale: expected [D] float32 for the codes of {stored}, got None")
+        raise ValueError(f"scale: expected [D] float32 for the codes of {name} {show(x)}, got None")
     for factor, given in factors.items():
         if given is None:
             continue

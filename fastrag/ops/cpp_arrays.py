@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from fastrag.ops import backends
 
@@ -33,6 +34,15 @@ def matrix(
 
 def array(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     return None if x is None else x.detach().to(dtype or x.dtype).contiguous().numpy()
+
+
+def capsule(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+    """As `array`, for the kernels that take DLPack too: a small call is mostly its ndarrays."""
+    if x is None:
+        return None
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    return to_dlpack(x.contiguous())
 
 
 def options() -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from fastrag import _C
-from fastrag.ops.cpp_arrays import array, matrix, options
+from fastrag.ops.cpp_arrays import capsule, options
 
 
 def forward(
@@ -22,9 +23,9 @@ def forward(
     """As the op: query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows."""
     arguments = _arguments(query_emb, passage_emb, rows, tau, scale, offset)
     shape = passage_emb.shape[:2] if rows is None else rows.shape
-    scores = query_emb.new_empty(shape, dtype=torch.float32)
+    scores = torch.empty(shape, dtype=torch.float32, device="cpu")
     log_prior = torch.empty_like(scores)
-    _C.doc_scores(**arguments, scores=scores.numpy(), log_prior=log_prior.numpy())
+    _C.doc_scores(*arguments, to_dlpack(scores), to_dlpack(log_prior))
     return scores, log_prior
 
 
@@ -42,15 +43,15 @@ def backward(
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As the op: gradients of query_emb and of fresh passage_emb; empty where not needed."""
-    dquery = log_prior.new_empty(query_emb.shape if need_dq else 0)
-    dpassage = log_prior.new_empty(passage_emb.shape if need_dp else 0)
+    dquery = torch.empty(query_emb.shape if need_dq else 0, dtype=torch.float32, device="cpu")
+    dpassage = torch.empty(passage_emb.shape if need_dp else 0, dtype=torch.float32, device="cpu")
     _C.doc_scores_backward(
-        **_arguments(query_emb, passage_emb, rows, tau, scale, offset),
-        log_prior=array(log_prior),
-        dscores=array(dscores, torch.float32),
-        dlog_prior=array(dlog_prior, torch.float32),
-        dquery=dquery.numpy() if need_dq else None,
-        dpassage=dpassage.numpy() if need_dp else None,
+        *_arguments(query_emb, passage_emb, rows, tau, scale, offset),
+        capsule(log_prior),
+        capsule(dscores, torch.float32),
+        capsule(dlog_prior, torch.float32),
+        to_dlpack(dquery) if need_dq else None,
+        to_dlpack(dpassage) if need_dp else None,
     )
     return dquery.to(query_emb.dtype), dpassage.to(passage_emb.dtype)
 
@@ -62,18 +63,24 @@ def _arguments(
     tau: float,
     scale: Tensor | None,
     offset: Tensor | None,
-) -> dict[str, Any]:
-    """Fresh passages as rows b * K + k of a matrix [B * K, D]."""
+) -> tuple[Any, Any, Any, float, Any, Any, int, str]:
+    """What both take first. Fresh passages are rows b * K + k of a matrix [B * K, D]."""
     index_emb = passage_emb
     if passage_emb.dim() == 3:
         shape = passage_emb.shape[:2]
-        place = torch.arange(shape.numel(), device=passage_emb.device).view(shape)
+        place = torch.arange(shape.numel(), device="cpu").view(shape)
         rows = place if rows is None else place.masked_fill(rows < 0, -1)
         index_emb = passage_emb.contiguous().view(shape.numel(), passage_emb.shape[2])
-    return {
-        "query_emb": array(query_emb, torch.float32),
-        "rows": array(rows),
-        "tau": tau,
-        **matrix(index_emb, scale, offset),
-        **options(),
-    }
+    if scale is not None and offset is None:
+        offset = torch.zeros_like(scale)
+    how = options()
+    return (
+        capsule(query_emb, torch.float32),
+        to_dlpack(index_emb),
+        capsule(rows),
+        tau,
+        capsule(scale),
+        capsule(offset),
+        how["threads"],
+        how["isa"],
+    )

@@ -15,16 +15,22 @@ are codes c of vectors d = offset + scale c, scale and offset [D]; none of the t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrag.ops import backends, checks, cpp_arrays, workspace
+from fastrag.ops.eager import is_plain
 from fastrag.ops.grads import once_differentiable
 from fastrag.profiling import stage
 
 backends.register("doc_scores", ("cpp", "triton", "torch"))
+
+Implementation = Callable[..., tuple[Tensor, Tensor]]
 
 # One program of the Triton kernel holds all the scores of a question.
 TRITON_MAX_PASSAGES = 1024
@@ -72,12 +78,6 @@ def check_arguments(
     )
 
 
-@torch.library.custom_op(
-    "fastrag::doc_scores",
-    mutates_args=(),
-    schema="(Tensor query_emb, Tensor passage_emb, Tensor? rows, float tau, Tensor? scale=None, "
-    "Tensor? offset=None) -> (Tensor, Tensor)",
-)
 def doc_scores(
     query_emb: Tensor,
     passage_emb: Tensor,
@@ -87,19 +87,43 @@ def doc_scores(
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
+    inputs = (query_emb, passage_emb, rows, tau, scale, offset)
+    if not is_plain(query_emb, passage_emb, rows, scale, offset):
+        scores, log_prior = doc_scores_op(*inputs)
+    elif torch.is_grad_enabled() and any(
+        x.requires_grad for x in (query_emb, passage_emb, scale, offset) if x is not None
+    ):
+        scores, log_prior = DocScores.apply(*inputs)
+    else:
+        scores, log_prior = _forward(*inputs)
+    return scores, log_prior
+
+
+def _forward(
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    rows: Tensor | None,
+    tau: float,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
     with stage("doc_scores"):
         backend = _backend(passage_emb, _dtype(query_emb, passage_emb), n_passages)
-        if backend == "triton":
-            from fastrag.kernels.doc_scores import doc_scores_fwd as forward
-        elif backend == "cpp":
-            from fastrag.ops.cpp_doc_scores import forward
-        else:
-            forward = _torch_forward
+        forward, _ = _implementation(backend)
         return forward(query_emb, passage_emb, rows, tau, scale, offset)
 
 
-@doc_scores.register_fake
+doc_scores_op = torch.library.custom_op(
+    "fastrag::doc_scores",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor query_emb, Tensor passage_emb, Tensor? rows, float tau, Tensor? scale=None, "
+    "Tensor? offset=None) -> (Tensor, Tensor)",
+)
+
+
+@doc_scores_op.register_fake
 def _(
     query_emb: Tensor,
     passage_emb: Tensor,
@@ -113,14 +137,7 @@ def _(
     return scores, torch.empty_like(scores)
 
 
-@torch.library.custom_op(
-    "fastrag::doc_scores_backward",
-    mutates_args=(),
-    schema="(Tensor? dscores, Tensor? dlog_prior, Tensor log_prior, Tensor query_emb, "
-    "Tensor passage_emb, Tensor? rows, float tau, bool need_dq, bool need_dp, "
-    "Tensor? scale=None, Tensor? offset=None) -> (Tensor, Tensor)",
-)
-def doc_scores_backward(
+def _gradients(
     dscores: Tensor | None,
     dlog_prior: Tensor | None,
     log_prior: Tensor,
@@ -138,16 +155,21 @@ def doc_scores_backward(
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     with stage("doc_scores_backward"):
         backend = _backend(passage_emb, log_prior.dtype, log_prior.shape[1])
-        if backend == "triton":
-            from fastrag.kernels.doc_scores import doc_scores_bwd as backward
-        elif backend == "cpp":
-            from fastrag.ops.cpp_doc_scores import backward
-        else:
-            backward = _torch_backward
+        _, backward = _implementation(backend)
         return backward(*args)
 
 
-@doc_scores_backward.register_fake
+doc_scores_backward_op = torch.library.custom_op(
+    "fastrag::doc_scores_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor? dscores, Tensor? dlog_prior, Tensor log_prior, Tensor query_emb, "
+    "Tensor passage_emb, Tensor? rows, float tau, bool need_dq, bool need_dp, "
+    "Tensor? scale=None, Tensor? offset=None) -> (Tensor, Tensor)",
+)
+
+
+@doc_scores_backward_op.register_fake
 def _(
     dscores: Tensor | None,
     dlog_prior: Tensor | None,
@@ -174,6 +196,24 @@ def _backend(passage_emb: Tensor, dtype: torch.dtype, n_passages: int) -> str:
     if n_passages > TRITON_MAX_PASSAGES:
         unfit["triton"] = f"its kernel takes K of at most {TRITON_MAX_PASSAGES}, got {n_passages}"
     return backends.choose("doc_scores", passage_emb.device, dtype, unfit)
+
+
+def _implementation(backend: str) -> tuple[Implementation, Implementation]:
+    """Forward and backward."""
+    if backend == "cpp":
+        return _cpp().forward, _cpp().backward
+    if backend == "triton":
+        from fastrag.kernels.doc_scores import doc_scores_bwd, doc_scores_fwd
+
+        return doc_scores_fwd, doc_scores_bwd
+    return _torch_forward, _torch_backward
+
+
+@functools.cache  # an import statement takes as long as scores of a few passages
+def _cpp() -> ModuleType:
+    from fastrag.ops import cpp_doc_scores
+
+    return cpp_doc_scores
 
 
 def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
@@ -274,20 +314,22 @@ def _backward(
         raise RuntimeError("fastrag::doc_scores gives no gradient to the index matrix")
     if any(ctx.needs_input_grad[4:]):
         raise RuntimeError("fastrag::doc_scores gives no gradient to scale and offset")
-    dq, dp = doc_scores_backward(
-        dscores,
-        dlog_prior,
-        log_prior,
-        query_emb,
-        passage_emb,
-        rows,
-        ctx.tau,
-        need_dq,
-        need_dp,
-        scale,
-        offset,
-    )
+    tensors = (dscores, dlog_prior, log_prior, query_emb, passage_emb, rows)
+    gradients = _gradients if is_plain(*tensors, scale, offset) else doc_scores_backward_op
+    dq, dp = gradients(*tensors, ctx.tau, need_dq, need_dp, scale, offset)
     return dq if need_dq else None, dp if need_dp else None, None, None, None, None
 
 
-doc_scores.register_autograd(_backward, setup_context=_setup_context)
+doc_scores_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class DocScores(torch.autograd.Function):
+    """The op as a plain call has it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

@@ -3,11 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrag.functional as F
 from fastrag import reference
 from fastrag.ops import backends
-from fastrag.ops.doc_scores import TRITON_MAX_PASSAGES, doc_scores, doc_scores_backward
+from fastrag.ops.doc_scores import (
+    TRITON_MAX_PASSAGES,
+    doc_scores,
+    doc_scores_backward_op,
+    doc_scores_op,
+)
 from fastrag.testing import assert_close, cpu_memory
 
 from .codes import Codes, random_codes
@@ -411,22 +417,54 @@ def test_cpp_is_what_a_cpu_takes() -> None:
 def test_int8_opcheck(with_offset: bool, each_backend: str) -> None:
     query, stored, rows = int8_inputs(torch.float32, with_offset=with_offset)
     more = tuple(stored.options().values())
-    torch.library.opcheck(doc_scores, (query, stored.codes, rows, TAU, *more))
+    torch.library.opcheck(doc_scores_op, (query, stored.codes, rows, TAU, *more))
     prior = both(query, stored.codes, rows, **stored.options())[1].detach()
     args = (None, torch.randn_like(prior), prior, query.detach(), stored.codes, rows, TAU,
             True, False, *more)  # fmt: skip
-    torch.library.opcheck(doc_scores_backward, args)
+    torch.library.opcheck(doc_scores_backward_op, args)
 
 
 @pytest.mark.parametrize("gathered", [True, False])
 def test_opcheck(gathered: bool, each_backend: str) -> None:
     query, index, rows = inputs(torch.float32)
     passages = index if gathered else index[rows.clamp(min=0)].requires_grad_()
-    torch.library.opcheck(doc_scores, (query, passages, rows, TAU))
+    torch.library.opcheck(doc_scores_op, (query, passages, rows, TAU))
     prior = both(query, passages, rows)[1].detach()
     args = (torch.randn_like(prior), None, prior, query.detach(), passages.detach(), rows, TAU,
             True, not gathered)  # fmt: skip
-    torch.library.opcheck(doc_scores_backward, args)
+    torch.library.opcheck(doc_scores_backward_op, args)
+
+
+class Seen(TorchDispatchMode):
+    """Writes down the ops of fastrag that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] * func.name().startswith("fastrag::")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_see_the_op_that_a_plain_call_goes_around(mode: str, each_backend: str) -> None:
+    query, index, rows = inputs(torch.float32)
+    chosen = None if mode == "fresh without rows" else rows
+    passages = index if mode == "gathered" else index[rows.clamp(min=0)].requires_grad_()
+    leaves = (query, passages)[: 1 + (mode != "gathered")]
+
+    def step() -> list[Tensor]:
+        scores, prior = both(query, passages, chosen)
+        total = finite(scores).sum() + finite(prior).square().sum()
+        return [scores, prior, *torch.autograd.grad(total, leaves)]
+
+    plain = step()
+    with Seen() as seen:
+        watched = step()
+    assert seen.names == ["fastrag::doc_scores", "fastrag::doc_scores_backward"]
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert plain[0].grad_fn.name() == "DocScoresBackward" != watched[0].grad_fn.name()
 
 
 def test_compile(each_backend: str) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fastrag import reference
 from fastrag.ops import backends
-from fastrag.ops.doc_scores import doc_scores, doc_scores_backward
+from fastrag.ops.doc_scores import doc_scores, doc_scores_backward_op
 from fastrag.testing import assert_close
 
 from .codes import random_codes
@@ -118,6 +119,46 @@ def test_refuses_a_row_beyond_the_index() -> None:
     with pytest.raises(ValueError, match=message):
         doc_scores(query.detach(), index, rows, TAU)
     with pytest.raises(ValueError, match=message):
-        doc_scores_backward(
+        doc_scores_backward_op(
             None, torch.ones(3, 4), torch.zeros(3, 4), query.detach(), index, rows, TAU, True, False
         )
+
+
+def test_memory_comes_as_an_array_or_as_dlpack() -> None:
+    query, index, rows = (x.detach() for x in inputs(torch.float32))
+    results = []
+    for give in (torch.Tensor.numpy, to_dlpack):
+        out = torch.empty(2, 3, 4)
+        _C.doc_scores(*map(give, (query, index, rows)), TAU, None, None, 1, "", *map(give, out))
+        results.append(out)
+    assert torch.equal(*results) and results[0][1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "message"),
+    [
+        (0, torch.zeros(3, 5).double(), r"query_emb: expected float32 \[n, n\], got format ''"),
+        (0, torch.zeros(3, 1, 5), r"query_emb: expected .* got format 'f' \[3, 1, 5\]"),
+        (0, torch.zeros(5, 3).t(), r"query_emb: expected numbers without gaps .* \[4, 12\] bytes"),
+        (1, torch.zeros(9, 6), r"index_emb: expected float32 \[n, 5\], got format 'f' \[9, 6\]"),
+        (1, torch.zeros(9, 5).bool(), r"index_emb: expected float32 \[n, 5\], got format '\?'"),
+        (2, torch.zeros(3, 4).int(), r"rows: expected int64 \[3, n\], got format 'i' \[3, 4\]"),
+        (8, torch.zeros(4, 3), r"scores: expected float32 \[3, 4\], got format 'f' \[4, 3\]"),
+    ],
+)
+def test_refuses_other_memory(place: int, given: Tensor, message: str) -> None:
+    query, index, rows = (x.detach() for x in inputs(torch.float32))
+    out = torch.empty(2, 3, 4)
+    args = [query, index, rows, TAU, None, None, 1, "", *out]
+    args[place] = given
+    with pytest.raises(ValueError, match=message):
+        _C.doc_scores(*(to_dlpack(x) if isinstance(x, Tensor) else x for x in args))
+
+
+def test_refuses_what_is_no_memory() -> None:
+    """Nor a capsule that has been taken already."""
+    used = to_dlpack(torch.zeros(3, 5))
+    from_dlpack(used)
+    for x in (used, [1.0], None):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            _C.doc_scores(x, x, x, TAU, None, None, 1, "", x, x)
