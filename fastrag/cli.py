@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from fastrag import __version__
+
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
 
 USER_ERROR = 2
 INTERRUPTED = 130
-_INDEX_HELP = "folder from `fastrag index build`, or of a saved index"
+_INDEX_HELP = "folder from `fastrag index build`, of a run, or of a saved index"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fastrag", description="End-to-end training of a retriever and a generator."
     )
+    parser.add_argument("--version", action="version", version=f"fastrag {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     train = commands.add_parser("train", help="train from a YAML config")
@@ -209,7 +212,7 @@ def _index_verify(arguments: argparse.Namespace) -> int:
         return 0
     from fastrag.train.build import load_index
 
-    index, _ = load_index(arguments.folder, verify=True)
+    index, _ = load_index(folder.parent, verify=True)
     print(f"{arguments.folder}: {len(index)} passages, all checksums hold")
     return 0
 
@@ -241,16 +244,19 @@ def _index_info(arguments: argparse.Namespace) -> int:
 
 
 def _index_folder(folder: str) -> Path:
-    """The index itself, which `fastrag index build` puts beside the passages."""
+    """The index itself, which lies beside the passages, in a run both in a folder of their own."""
     from fastrag import folders
 
     root = Path(folder)
     folders.recover(root.absolute())
-    return root / "index" if (root / "index").is_dir() else root
+    while (root / "index").is_dir():
+        root /= "index"
+    return root
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+    out = Path(arguments.out or ".").absolute()
+    if arguments.out and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out: expected a file in an existing folder, got {arguments.out}")
     model = _load_model(arguments)
     from fastrag.eval import evaluate

@@ -56,7 +56,7 @@ def why_not(name: str) -> str:
         BackendError: there is no backend of that name.
     """
     if name not in NAMES:
-        raise BackendError(f"no backend is called {name!r}; backends: {', '.join(NAMES)}")
+        raise BackendError(_unknown(name))
     return _probe(name, name == "triton" and interpreting())
 
 
@@ -80,6 +80,8 @@ def choose(
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced:
+        if forced not in NAMES:
+            raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(forced)}")
         reason = _refusal(forced, op, device, dtype, unfit or {})
         if reason:
             raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
@@ -88,6 +90,10 @@ def choose(
         if not _refusal(name, op, device, dtype, unfit or {}):
             return name
     raise BackendError(f"no backend can run {op} on {device}")
+
+
+def _unknown(name: str) -> str:
+    return f"no backend is called {name!r}; backends: {', '.join(NAMES)}"
 
 
 def _refusal(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import fastrag
 from fastrag.cli import main
 from tests.cli.commands import ENVIRONMENT
 
@@ -15,6 +16,12 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "torch 2." in out and "backend triton" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fastrag {fastrag.__version__}\n"
 
 
 def test_help_needs_no_heavy_import() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_index_info(
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "recall@4" and 0.7 < float(last[1]) <= 1.0
     assert last[2:] == ["(12", "queries,", "against", "idx)"]
+
+
+def test_the_index_of_a_run(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(project / "idx", tmp_path / "index")
+    assert main(["index", "info", str(tmp_path)]) == 0
+    assert "rows        12\n" in capsys.readouterr().out
+    assert main(["index", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: 12 passages, all checksums hold\n"
 
 
 def test_index_info_of_faiss(

@@ -66,6 +66,10 @@ def tear(path: Path) -> None:
             ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "no/p.jsonl"),
             "--out: expected a file in an existing folder, got no/p.jsonl",
         ),
+        (
+            ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "run"),
+            "--out: expected a file in an existing folder, got run",
+        ),
         (("train", "train.yaml", "--resume", "--set", "n_docs=2"), "n_docs: expected 3 as in"),
         (
             ("train", "train.yaml", "--resume", "--set", "output_dir=nix"),
