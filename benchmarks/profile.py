@@ -32,7 +32,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import Parser, check_mode, complete_device, shape_of
+from benchmarks.harness.arguments import (
+    DEFAULT_DTYPE,
+    Parser,
+    by_device,
+    check_mode,
+    check_size,
+    complete_device,
+    shape_of,
+)
 from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import DTYPES, Op, Provider, Shape
 from benchmarks.ops import OPS
@@ -49,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--provider", help="default: the first of ours that runs here")
     parser.add_argument("--mode", "--marginal", help="default: the op's first")
     parser.add_argument("--shape", help="such as 2,5,32,512,50265; default: first of the sweep")
-    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--calls", type=int, default=3, help="calls that are recorded (3)")
     parser.add_argument("--out", type=Path, help="folder for what is written; runs/profile/OP")
@@ -75,9 +83,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
         re.compile(args.kernel or "")
     except re.error as error:
         parser.error(f"--kernel: expected a regular expression, got {args.kernel!r}: {error}")
+    if args.csv and not args.roofline:
+        parser.error("--csv: is for --roofline, which reads rows of benchmarks.run")
     args.out = args.out or ROOT / "runs" / "profile" / args.op
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out: expected a folder, got the file {args.out}")
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        parser.error(f"--out: expected a folder, got the file {there}")
+    if not os.access(there, os.W_OK):
+        parser.error(f"--out: {there} cannot be written")
     return parser, args
 
 
@@ -108,6 +121,7 @@ def _call(parser: Parser, args: argparse.Namespace) -> tuple[Callable[[], Any], 
     complete_device(parser, args)
     op = OPS[args.op]
     provider, shape = _choose(parser, args, args.device)
+    check_size(parser, args, op, args.mode, shape)
     reason = provider.why_not(args.device, args.dtype, args.mode)
     if reason:
         parser.error(f"{provider.name}: {reason}")

@@ -32,6 +32,7 @@ from benchmarks.harness.worker import OK
 from benchmarks.ops.rag_step import OP
 
 PROVIDERS = ("fastrag", "hf")
+END_SECONDS = 10.0  # for a process to end by itself
 
 
 def parser_of(command: str, about: str) -> Parser:
@@ -74,7 +75,7 @@ def make_step(provider: str, mode: str, shape: Shape, dtype: str, device: str) -
 
 
 class Process:
-    """Runs the functions it is given, one after the other; ends with its context, at once.
+    """Runs the functions it is given, one after the other; ends with its context, whatever it does.
 
     What a provider raises is its result, and its death too: the others go on.
     """
@@ -98,9 +99,11 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.pipe.close()
+        if kind is None:  # it waits for a function, and has the end of the pipe instead
+            self.child.join(END_SECONDS)
         self.child.kill()
         self.child.join()
-        self.pipe.close()
 
     def ask(self, what: Callable[..., Any], *args: Any) -> tuple[str, Any]:
         """Returns "ok" and what the function returns, or why it returns nothing, and None."""

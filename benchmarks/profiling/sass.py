@@ -15,6 +15,7 @@ MODULES = {
     "token_logp": _LOSS,
     "doc_scores": ("doc_scores",),
     "mips": ("mips", "mips_rescore"),
+    "contexts": (),
 }
 # Matrix products first: by a warpgroup (sm_90), by a warp, by the fifth generation (sm_100). Then
 # copies to shared memory: by the tensor memory accelerator, and asynchronous ones of a thread.
@@ -50,7 +51,9 @@ def configs(op: str, pattern: str | None = None) -> list[aot.AotConfig]:
         ValueError: there are none.
         RuntimeError: this process cannot compile (see `aot.all_configs`).
     """
-    modules = MODULES.get(op) or sorted({m for modules in MODULES.values() for m in modules})
+    modules = MODULES.get(op, sorted({m for modules in MODULES.values() for m in modules}))
+    if not modules:
+        raise ValueError(f"--op: {op} launches no kernel of fastrag's")
     every = [config for module in modules for config in aot.all_configs(module)]
     found = [config for config in every if re.search(pattern or "", config.name)]
     if not found:

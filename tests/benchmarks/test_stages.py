@@ -155,4 +155,7 @@ def test_a_process_answers_fails_or_ends() -> None:
     with steps.Process() as other:
         os.kill(other.child.pid or 0, signal.SIGINT)  # as a terminal sends it to the whole group
         assert other.ask(json.loads, "[1]") == ("ok", [1])
-    assert other.child.exitcode == -signal.SIGKILL
+    assert other.child.exitcode == 0
+    with pytest.raises(KeyboardInterrupt), steps.Process() as busy:
+        raise KeyboardInterrupt
+    assert busy.child.exitcode == -signal.SIGKILL
