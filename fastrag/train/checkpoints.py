@@ -40,6 +40,9 @@ FROZEN = "frozen.json"
 INDEX = "index.json"
 INDEX_FOLDER = "index"
 STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+RANDOM_STATE = "rng_state*.pth"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _SAMPLE = 4096
 
@@ -85,6 +88,25 @@ def require_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
             f"output_dir: expected a new run folder, {run_dir} holds checkpoints; "
             "resume that run or choose another folder"
         )
+
+
+def require_training_state(folder: Path) -> None:
+    """Refuse a checkpoint without what a resumed run needs besides weights and index.
+
+    transformers would start with a fresh optimiser, schedule and random state, and say nothing.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: a file is missing; it is named.
+    """
+    for name in (OPTIMIZER, SCHEDULER, RANDOM_STATE):
+        if not any(folder.glob(name)):  # with several ranks, a random state for each
+            raise ValueError(
+                f"{folder / name}: expected the state to go on with, got no such file (a run with "
+                "training.save_only_model goes on without)"
+            )
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:

@@ -36,6 +36,7 @@ from fastrag.train.checkpoints import (
     read_weights,
     remove_leftovers,
     require_no_checkpoints,
+    require_training_state,
     rotate,
     write_index,
     write_weights,
@@ -182,6 +183,8 @@ class RagTrainer(Trainer):
         checkpoint = self._resolve(resume_from_checkpoint)
         if checkpoint is None:
             require_no_checkpoints(run)
+        elif not (self.args.save_only_model or self._sharded):
+            require_training_state(Path(checkpoint))
         if self.is_world_process_zero():
             run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run)
@@ -370,8 +373,7 @@ class RagTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        state = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded else None
         if self.args.should_save:
             write_weights(self.model, folder, state)
             write_index(
@@ -387,6 +389,11 @@ class RagTrainer(Trainer):
         if self.args.should_save:
             self._collect_callback_states()
             self.state.save_to_json(str(folder / STATE))
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether ranks hold shards, which accelerate gathers and writes in files of its own."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _collect_callback_states(self) -> None:
         states: dict[str, Any] = {}

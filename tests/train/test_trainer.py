@@ -205,6 +205,14 @@ def test_resume_refuses_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
         resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_resume_refuses_a_fresh_start_in_part(tmp_path: Path, name: str) -> None:
+    resumable(tmp_path, joint=False).train()
+    (tmp_path / "checkpoint-10" / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name[:9]}.*: expected the state to go on with"):
+        resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
+
+
 def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
     model = tiny.rag_model(**JOINT)
     version = model.index.version
