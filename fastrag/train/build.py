@@ -421,7 +421,13 @@ def collator_for(
 
     Returns:
         The collator.
+
+    Raises:
+        ValueError: the model has no tokenizers, or a length is out of range.
     """
+    for name in ("question_tokenizer", "generator_tokenizer"):
+        if getattr(model, name) is None:
+            raise ValueError(f"{name}: expected a model that holds one, got None")
     encoder: Any = model.question_encoder
     return RagCollator(
         model.question_tokenizer,

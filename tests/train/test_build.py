@@ -29,3 +29,10 @@ def test_which_passages_are_encoded(
     monkeypatch.setattr(build, "load_passages", asked)
     with pytest.raises(LookupError, match=f"^{corpus}$"):
         build.build_model(RagConfig.from_dict(parts | settings))
+
+
+def test_no_collator_without_tokenizers() -> None:
+    model = tiny.rag_model()
+    model.question_tokenizer = None
+    with pytest.raises(ValueError, match="^question_tokenizer: expected a model that holds one"):
+        build.collator_for(model)
