@@ -41,19 +41,25 @@ def backward(
     need_dp: bool,
     scale: Tensor | None,
     offset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As the op: gradients of query_emb and of fresh passage_emb; empty where not needed."""
-    dquery = torch.empty(query_emb.shape if need_dq else 0, dtype=torch.float32, device="cpu")
-    dpassage = torch.empty(passage_emb.shape if need_dp else 0, dtype=torch.float32, device="cpu")
+) -> tuple[Tensor | None, Tensor | None]:
+    """As the op: gradients of query_emb and of fresh passage_emb; None where not needed."""
+    dquery = dpassage = None
+    if need_dq:
+        dquery = torch.empty(query_emb.shape, dtype=torch.float32, device="cpu")
+    if need_dp:
+        dpassage = torch.empty(passage_emb.shape, dtype=torch.float32, device="cpu")
     _C.doc_scores_backward(
         *_arguments(query_emb, passage_emb, rows, tau, scale, offset),
         capsule(log_prior),
         capsule(dscores, torch.float32),
         capsule(dlog_prior, torch.float32),
-        to_dlpack(dquery) if need_dq else None,
-        to_dlpack(dpassage) if need_dp else None,
+        capsule(dquery),
+        capsule(dpassage),
     )
-    return dquery.to(query_emb.dtype), dpassage.to(passage_emb.dtype)
+    return (
+        None if dquery is None else dquery.to(query_emb.dtype),
+        None if dpassage is None else dpassage.to(passage_emb.dtype),
+    )
 
 
 def _arguments(

@@ -30,7 +30,7 @@ from fastrag.profiling import stage
 
 backends.register("doc_scores", ("cpp", "triton", "torch"))
 
-Implementation = Callable[..., tuple[Tensor, Tensor]]
+Implementation = Callable[..., tuple[Any, Any]]
 
 # One program of the Triton kernel holds all the scores of a question.
 TRITON_MAX_PASSAGES = 1024
@@ -70,9 +70,10 @@ def check_arguments(
         if rows is not None:
             sizes += f", rows {checks.show(rows)}"
         raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
-    for name, x in (("scale", scale), ("offset", offset)):
-        if x is not None:
-            checks.check_shape(name, x, (width,), "[D]")
+    if scale is not None:
+        checks.check_shape("scale", scale, (width,), "[D]")
+    if offset is not None:
+        checks.check_shape("offset", offset, (width,), "[D]")
     checks.check_device(
         query_emb=query_emb, passage_emb=passage_emb, rows=rows, scale=scale, offset=offset
     )
@@ -149,8 +150,8 @@ def _gradients(
     need_dp: bool,
     scale: Tensor | None = None,
     offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of query_emb and of fresh passage_emb, in their dtypes; None where not needed."""
     upstream = (dscores, dlog_prior, log_prior)
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     with stage("doc_scores_backward"):
@@ -159,9 +160,25 @@ def _gradients(
         return backward(*args)
 
 
+def _gradients_or_empty(
+    dscores: Tensor | None,
+    dlog_prior: Tensor | None,
+    log_prior: Tensor,
+    query_emb: Tensor,
+    passage_emb: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """As an op has to return them."""
+    dq, dp = _gradients(dscores, dlog_prior, log_prior, query_emb, passage_emb, *rest)
+    return (
+        query_emb.new_empty(0) if dq is None else dq,
+        passage_emb.new_empty(0) if dp is None else dp,
+    )
+
+
 doc_scores_backward_op = torch.library.custom_op(
     "fastrag::doc_scores_backward",
-    _gradients,
+    _gradients_or_empty,
     mutates_args=(),
     schema="(Tensor? dscores, Tensor? dlog_prior, Tensor log_prior, Tensor query_emb, "
     "Tensor passage_emb, Tensor? rows, float tau, bool need_dq, bool need_dp, "

@@ -36,13 +36,12 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def guarded(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-            tracked = torch.is_grad_enabled()
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grad_outputs)
             # Before the backward, which may overwrite what it saved.
-            sources = (*ctx.saved_tensors, *grad_outputs) if tracked else ()
+            sources = (*ctx.saved_tensors, *grad_outputs)
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
-            if not tracked:
-                return grads
             inputs = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
             places = [i for i, grad in enumerate(grads) if grad is not None]
             if not inputs or not places:
