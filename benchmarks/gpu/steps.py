@@ -29,11 +29,9 @@ from benchmarks.gpu.isolation import (
 )
 from benchmarks.harness.measure import ROOT
 
-# A test may compile a dozen kernels before it says that it is done.
+# A test may compile a dozen kernels before it says that it is done, and a benchmark prepares its
+# providers one after another before it times the first. What hangs costs the time of its own step.
 PATIENCE = 150.0
-# And providers that are prepared one after another, before the first of them is timed. What hangs
-# must not take the time of all the other steps.
-BENCH_PATIENCE = 100.0
 # Whatever else is installed there, tests run with pytest alone.
 PYTEST_ENV = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm"
@@ -42,12 +40,13 @@ QUERY += ",clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.curren
 
 @dataclass(frozen=True)
 class Bench:
-    """One command of benchmarks.run."""
+    """One command of benchmarks.run, and how long it may say nothing."""
 
     op: str
     mode: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
     providers: str = ""
+    patience: float = PATIENCE
 
     def command(self, rounds: int, path: Path) -> list[str]:
         words = [sys.executable, "-m", "benchmarks.run", "--op", self.op, "--device", "cuda"]
@@ -192,7 +191,7 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
     command = bench.command(results.rounds, path)
     if not bench.shapes:  # the most important first, and an end before it is cut off
         command += ["--budget-minutes", f"{seconds / 60:.2f}"]
-    ended = run_limited(command, seconds, patience=BENCH_PATIENCE)
+    ended = run_limited(command, seconds, patience=bench.patience)
     rows = _read_rows(path)
     results.rows += rows
     if results.rows:

@@ -402,6 +402,7 @@ class FakeBench:
     code: str
     op: str = "fake"
     shapes: tuple[str, ...] = ()
+    patience: float = 60.0
 
     def command(self, rounds: int, path: Path) -> list[str]:
         return [sys.executable, "-c", self.code, str(path)]
@@ -432,6 +433,14 @@ def test_rows_that_were_written_are_kept(
     assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
     assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
+
+
+def test_a_benchmark_that_hangs_fails_early(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    bench = FakeBench(ROWS + "import time; print('timing it', flush=True); time.sleep(60)", patience=0.5)
+    said = steps.benchmark(found, bench, time.monotonic() + 30.0)
+    assert said == "failed: nothing happened for 0 s, 1 rows, then: timing it"
+    assert found.broken == ["fake"] and len(found.rows) == 1
 
 
 def test_cases_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
