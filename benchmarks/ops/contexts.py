@@ -152,11 +152,15 @@ def with_pad_sequence(mode: str, problem: Problem) -> Call:
 
 def with_copy(mode: str, problem: Problem) -> Call:
     n_questions, n_docs, width, _ = problem.shape
-    source = torch.ones(2, n_questions * n_docs, width, dtype=torch.int64, device=problem.device)
-    taken = source if mode == CONTEXTS else source[0]
-    # into memory that is there: fresh pages would cost more than the copy, and could be passed
-    kept = torch.empty_like(taken)
-    return lambda: (kept.copy_(taken),)
+    shape = n_questions * n_docs, width
+    n_tensors = 2 if mode == CONTEXTS else 1
+    # Into memory that is there, a tensor at a time: what it costs to get fresh pages, or to wake a
+    # thread for 300 kB, would be more than the copy, and could be passed.
+    source, kept = (
+        [torch.ones(shape, dtype=torch.int64, device=problem.device) for _ in range(n_tensors)]
+        for _ in range(2)
+    )
+    return lambda: tuple(to.copy_(x) for to, x in zip(kept, source, strict=True))
 
 
 def flops(mode: str, shape: Shape) -> float:
