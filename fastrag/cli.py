@@ -181,17 +181,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _index_build(arguments: argparse.Namespace) -> int:
     _quiet()
-    from fastrag.train import build
+    from fastrag.train import build, parts
 
-    tokenizer = build.load_tokenizer(arguments.generator, "generator")
+    tokenizer = parts.load_tokenizer(arguments.generator, "generator")
     index, _ = build.build_index(
         arguments.out,
-        build.load_passages(arguments.corpus),
-        build.load_encoder(arguments.encoder, "encoder", "passage"),
-        template=build.make_template(
-            arguments.template, tokenizer, build.generator_kind(arguments.generator)
+        parts.load_passages(arguments.corpus),
+        parts.load_encoder(arguments.encoder, "encoder", "passage"),
+        template=parts.make_template(
+            arguments.template, tokenizer, parts.generator_kind(arguments.generator)
         ),
-        encoder_tokenizer=build.load_tokenizer(arguments.encoder, "encoder"),
+        encoder_tokenizer=parts.load_tokenizer(arguments.encoder, "encoder"),
         generator_tokenizer=tokenizer,
         max_passage=arguments.max_passage or build.MAX_PASSAGE,
         batch_size=arguments.batch_size,
@@ -260,8 +260,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a file in an existing folder, got {arguments.out}")
     model = _load_model(arguments)
     from fastrag.eval import evaluate
-    from fastrag.train.build import collator_for, load_questions
+    from fastrag.train.build import collator_for
     from fastrag.train.load import write_predictions
+    from fastrag.train.parts import load_questions
 
     result = evaluate(
         model,

@@ -8,10 +8,11 @@ import torch
 
 from fastrag.index import FlatIndex
 from fastrag.nn import RagModel
-from fastrag.train.build import build_collator, build_model, load_questions
+from fastrag.train.build import build_collator, build_model
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER, write_predictions
+from fastrag.train.parts import load_questions
 from fastrag.train.trainer import RagTrainer
 
 

@@ -1,0 +1,230 @@
+"""The parts that a config names, read from disk: texts, models, tokenizers, the template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastrag.data import (
+    Passage,
+    Question,
+    Template,
+    default_dataset,
+    read_passages,
+    read_questions,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastrag.nn import TextEncoder
+
+DEFAULT = "default"  # the embedded data set
+
+
+def load_passages(source: str) -> Iterable[Passage]:
+    """Read the corpus that a config names.
+
+    Args:
+        source: a passages file, or `default` for the embedded set.
+
+    Returns:
+        The passages; a file is read while they are taken.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> len(list(load_passages("default"))) > 1000
+        True
+    """
+    return default_dataset().passages if source == DEFAULT else read_passages(source)
+
+
+def load_questions(source: str) -> list[Question]:
+    """Read the questions that a config names.
+
+    Args:
+        source: a questions file, or `default:<split>` for a split of the embedded set.
+
+    Returns:
+        The questions in file order.
+
+    Raises:
+        ValueError: the file is malformed or empty, or there is no such split.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> load_questions("default:dev")[0].answers != ()
+        True
+    """
+    if source == DEFAULT or source.startswith(f"{DEFAULT}:"):
+        splits = default_dataset().questions
+        split = source.partition(":")[2]
+        if split not in splits:
+            raise ValueError(
+                f"questions: expected default:<split> with one of {', '.join(splits)}, "
+                f"got {source!r}"
+            )
+        return list(splits[split])
+    questions = list(read_questions(source))
+    if not questions:
+        raise ValueError(f"{source}: expected at least one question, got none")
+    return questions
+
+
+def load_encoder(
+    path: str | os.PathLike[str], name: str, role: Literal["query", "passage"]
+) -> TextEncoder:
+    """Load an encoder from a local folder.
+
+    Args:
+        path: a Hugging Face folder, one of sentence-transformers, or one of a `TextEncoder`.
+        name: which setting it belongs to, for the error message.
+        role: whose prompt of a sentence-transformers folder is its prefix.
+
+    Returns:
+        The encoder, in fp32.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    from fastrag.nn import TextEncoder
+
+    folder = _local_folder(name, path)
+    try:
+        return TextEncoder.from_pretrained(folder, role=role)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('path: ')}") from error
+
+
+def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = None) -> Any:
+    """Load a generator from a local folder, with LoRA adapters if asked.
+
+    Args:
+        path: a Hugging Face folder of a seq2seq or causal language model.
+        lora: `rank`, and optionally `alpha`, `dropout`, `targets`.
+
+    Returns:
+        The model, in fp32.
+
+    Raises:
+        ValueError: the folder cannot be read, or LoRA is asked for and peft is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from fastrag.nn.checkpoint import load_whole
+
+    kind = AutoModelForSeq2SeqLM if generator_kind(path) == "seq2seq" else AutoModelForCausalLM
+    try:
+        model = load_whole(kind, path, dtype=torch.float32, allow_unexpected=True)
+    except ValueError as error:
+        raise ValueError(f"generator: {_first_line(error)}") from error
+    return model if lora is None else _with_lora(model, lora)
+
+
+def generator_kind(path: str | os.PathLike[str]) -> Literal["seq2seq", "causal"]:
+    """Say of which kind a generator is, from its config alone.
+
+    Args:
+        path: a Hugging Face folder.
+
+    Returns:
+        `seq2seq` or `causal`.
+
+    Raises:
+        ValueError: the folder holds no readable config.
+    """
+    from transformers import AutoConfig
+
+    folder = _local_folder("generator", path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"generator: expected a model config in {folder}: {_first_line(error)}"
+        ) from error
+    return "seq2seq" if config.is_encoder_decoder else "causal"
+
+
+def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Args:
+        path: the model's folder.
+        name: which setting it belongs to, for the error message.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _local_folder(name, path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name}: expected a tokenizer in {folder}: {_first_line(error)}"
+        ) from error
+
+
+def make_template(
+    setting: str | dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Literal["seq2seq", "causal"],
+) -> Template:
+    """Make the template that a config names.
+
+    Args:
+        setting: `plain`, `chat`, or a mapping of Template's fields.
+        tokenizer: the generator's tokenizer.
+        kind: `seq2seq` or `causal`.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: `chat` and the tokenizer has no chat template, or a wrong mapping.
+    """
+    if isinstance(setting, dict):
+        return Template.from_dict(setting)
+    if setting == "chat":
+        return Template.from_chat(tokenizer)
+    return Template.default(kind)
+
+
+def _with_lora(model: Any, lora: dict[str, Any]) -> Any:
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError:
+        raise ValueError("lora: expected peft to be installed (pip install peft)") from None
+    seq2seq = model.config.is_encoder_decoder
+    rank = lora["rank"]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=lora.get("alpha", 2 * rank),
+            lora_dropout=lora.get("dropout", 0.0),
+            target_modules=lora.get("targets", "all-linear"),
+            task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
+        ),
+    )
+
+
+def _local_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{name}: expected a local model folder, got {str(path)!r}")
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
