@@ -251,7 +251,12 @@ def _nsight(parser: Parser, args: argparse.Namespace) -> int:
     if raw.returncode:
         print(f"benchmarks.profile: ncu: {raw.stderr.strip() or raw.stdout.strip()}")
         return 1
-    print(ncu.table(ncu.read(raw.stdout)))
+    try:
+        kernels = ncu.read(raw.stdout)
+    except ValueError as error:  # where no kernel matched there is no table
+        print(f"benchmarks.profile: {error}", file=sys.stderr)
+        return 1
+    print(ncu.table(kernels))
     return 0
 
 

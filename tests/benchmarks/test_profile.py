@@ -119,6 +119,36 @@ def test_ncu_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "is not installed" in said.err and said.err.count("\n") == 1
 
 
+NCU = """#!/bin/sh
+case "$*" in
+    *--import*) cat {exported} ;;
+    *) echo '==PROF== Connected to process 7' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_ncu_runs(
+    profiled: bool,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Measures, exports and reads; where nothing was profiled there is one line that says so."""
+    program, exported = tmp_path / "ncu", tmp_path / "exported"
+    program.write_text(NCU.format(exported=exported))
+    program.chmod(0o755)
+    exported.write_text(BASE if profiled else "==WARNING== No kernels were profiled.\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(ncu, "why_not", lambda: "")
+    args = ["--op", "mips", "--ncu", "--kernel", "_rest", "--out", str(tmp_path / "out")]
+    assert profile.main(args) == int(not profiled)
+    said = capfd.readouterr()
+    assert f"{program} --clock-control none" in said.out
+    assert ("_rest_kernel" in said.out.splitlines()[-1]) == profiled
+    assert ("No kernels were profiled" in said.err) != profiled
+
+
 def test_nsys_command(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--op", "mips", "--nsys", "--provider", "torch", "--mode", "bfloat16"]
     assert profile.main(args) == 0
