@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary.write(args.results, done, complete=False)
         print(f"{done[-1].name}: {done[-1].how} ({done[-1].seconds:.0f} s)", flush=True)
 
-    came = end_on_signals()
-    done = plan.Run(time.monotonic() + budget, changed).all(args.steps)
-    print(summary.short(summary.write(args.results, done, complete=True)), flush=True)
+    with end_on_signals() as came:
+        done = plan.Run(time.monotonic() + budget, changed).all(args.steps)
+        print(summary.short(summary.write(args.results, done, complete=True)), flush=True)
     return 128 + came() if came() else _code(args, done)
 
 

@@ -124,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         seen.append(record)
         _write(args.out, document(seen, arch, machine))  # at once: what is done is kept
 
-    end_on_signals()
-    records = run_isolated(
-        lambda names: [sys.executable, "-m", "benchmarks.gpu.tuning", *names],
-        "tuning",
-        deadline=time.monotonic() + args.seconds,
-        patience=PATIENCE,
-        names=names,
-        tell=tell,
-    )
+    with end_on_signals():
+        records = run_isolated(
+            lambda names: [sys.executable, "-m", "benchmarks.gpu.tuning", *names],
+            "tuning",
+            deadline=time.monotonic() + args.seconds,
+            patience=PATIENCE,
+            names=names,
+            tell=tell,
+        )
     found = document(records, arch, machine)
     _write(args.out, found)
     if args.install:

@@ -68,10 +68,11 @@ def seconds_left(deadline: float) -> float:
     return 0.0 if stopped.is_set() else max(0.0, deadline - time.monotonic())
 
 
-def end_on_signals() -> Callable[[], int]:
-    """From now on a request to end this process ends its children, and lets it say what is known.
+@contextlib.contextmanager
+def end_on_signals() -> Iterator[Callable[[], int]]:
+    """Within it a request to end this process ends its children, and lets it say what is known.
 
-    Returns a function that tells which signal came, 0 for none. A second one acts as ever.
+    Yields a function that tells which signal came, 0 for none. A second one acts as ever.
     """
     came: list[int] = []
 
@@ -80,9 +81,12 @@ def end_on_signals() -> Callable[[], int]:
         stopped.set()
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return lambda: came[0] if came else 0
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -505,5 +505,7 @@ def test_the_exit_code(
 
     monkeypatch.setattr(steps, "tests", fake)
     monkeypatch.setattr(gpu_suite, "missing", lambda: "")
+    handler = signal.getsignal(signal.SIGTERM)
     assert gpu_suite.main(["--only", "tests", "--out", str(tmp_path / "out")]) == code
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / "out" / "summary.md").read_text().startswith("# GPU suite\n")
