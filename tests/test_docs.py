@@ -130,10 +130,15 @@ def test_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("Passage(id=") == 3
 
 
-def test_index_page_runs(folder: Path) -> None:
-    names = run(ROOT / "docs" / "index.md")
+def test_index_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "index.md"
+    names = run(page)
     assert names["scores"].shape == names["rows"].shape == (2, 10)
     assert len(names["index"]) == 1000 and names["index"].n_live == 999
+    for line in "".join(blocks(page, "sh")).splitlines():
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0
+    shown = capsys.readouterr().out
+    assert "recall@10" in shown and "1000 vectors, all checksums hold" in shown
 
 
 def test_no_other_page_has_code() -> None:
