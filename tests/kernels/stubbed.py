@@ -13,31 +13,32 @@ import os
 import sys
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver
-
-from benchmarks.gpu import cases
-from fastrag.ops import backends, triton_mips
-
-ARCH = int(os.environ["FASTRAG_STUB_ARCH"])
-
-
-class StubDriver(CudaDriver):
-    def __init__(self) -> None:
-        super().__init__()
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", ARCH, 32)
 
 
 def main() -> int:
+    # Here, so that what collects tests may import this file where there is no triton.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from benchmarks.gpu import cases
+    from fastrag.ops import backends, triton_mips
+
+    arch = int(os.environ["FASTRAG_STUB_ARCH"])
+
+    class StubDriver(CudaDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
     triton.runtime.driver.set_active(StubDriver())
     # Which only asks whether kernels may have tensors on a CPU.
     backends.interpreting = lambda: True
-    triton_mips._has_tma = lambda device: ARCH >= 90
+    triton_mips._has_tma = lambda device: arch >= 90
     cases.SETTLE_SECONDS = 0.0
     return cases.main([])
 
