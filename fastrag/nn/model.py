@@ -181,6 +181,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
         return self._tau if self.log_tau is None else self.log_tau.exp()
 
     @property
+    def _tau_value(self) -> float:
+        """The temperature of the prior as it is now, a number."""
+        return self._tau if self.log_tau is None else math.exp(self.log_tau.item())
+
+    @property
     def marginal(self) -> str:
         """Which marginal likelihood is trained, "token" or "sequence"."""
         return self.loss_fn.marginal
@@ -424,7 +429,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if is_flat(doc_scores):
             warnings.warn(
                 f"the prior over passages is nearly uniform in the first batch (entropy above "
-                f"{FLAT_PRIOR} of its maximum, tau = {float(self.tau):g}): the retriever will "
+                f"{FLAT_PRIOR} of its maximum, tau = {self._tau_value:g}): the retriever will "
                 f"learn slowly; use a smaller tau",
                 stacklevel=4,
             )
@@ -513,7 +518,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"n_docs={self.n_docs}, marginal={self.marginal!r}, tau={float(self.tau):g}, "
+            f"n_docs={self.n_docs}, marginal={self.marginal!r}, tau={self._tau_value:g}, "
             f"learn_tau={self.log_tau is not None}, max_context={self.max_context}, "
             f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
         )
