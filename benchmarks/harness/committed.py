@@ -97,20 +97,25 @@ def load_all(device: str) -> list[Group]:
 
 def load(device: str) -> dict[Key, Group]:
     """One group a point: of two runs the one that timed more providers, of equals the newer one."""
-    found: dict[Key, Group] = {}
-    for group in load_all(device):
-        best = found.get(group.key, group)
-        found[group.key] = max(best, group, key=lambda g: (len(g.timings), g.fact("date")))
-    return found
+    return _best(load_all(device))
 
 
 STAGE = "stage"  # the column that benchmarks.stages adds
 
 
 def load_stages(device: str) -> list[Group]:
-    """What `benchmarks.stages` wrote: of each provider a row for each stage; the newest runs."""
-    groups = sorted(_groups_of(device, [*COLUMNS, STAGE]), key=lambda g: g.fact("date"))
-    return list({group.key: group for group in groups}.values())
+    """What `benchmarks.stages` wrote, likewise: of each provider a row for each stage."""
+    return list(_best(_groups_of(device, [*COLUMNS, STAGE])).values())
+
+
+def _best(groups: Iterable[Group]) -> dict[Key, Group]:
+    def rank(g: Group) -> tuple[int, str]:
+        return len({t.provider for t in g.timings}), g.fact("date")
+
+    found: dict[Key, Group] = {}
+    for group in groups:
+        found[group.key] = max(found.get(group.key, group), group, key=rank)
+    return found
 
 
 def _groups_of(device: str, columns: Sequence[str]) -> Iterator[Group]:
