@@ -201,10 +201,30 @@ inline void add_scaled(const float* factors, const float* const* rows, int64_t n
 // registers.
 constexpr bool kSmallSquares = Vec::kWidth == 4;
 
-// One sum is a chain of dependent additions, hence groups of kWidth rows side by side.
+// Whether one row of a square is a cache line.
+template <class T>
+constexpr bool kLineSquares = Vec::kWidth * sizeof(T) == kLineFloats * sizeof(float);
+
+// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. Where a
+// chain keeps up with memory one is better: memory gives more when fewer rows are read at a time.
 constexpr int few_groups(Storage storage, int n_queries) {
   if (kSmallSquares) return n_queries < 4 ? 4 : 2;
+  if (storage == Storage::kFloat32 && kLineSquares<float>) return 1;
   return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
+}
+
+// Asks for what kRows rows come to soon after element d, late enough to be in the L1 still when
+// they do: four lines of one row after another, which come faster than one of each.
+template <int kRows>
+FASTRAG_INLINE void fetch_ahead(const float* data, int64_t pitch, int64_t dim, int64_t d) {
+  constexpr int64_t kRun = 4 * kLineFloats, kAhead = 2 * kRun, kRowsOfAStep = kRows / 4;
+  const int64_t first = d / kRun * kRun, end = (dim + kRun - 1) / kRun * kRun;
+  const float* run = data + first + kAhead + (first + kAhead < end ? 0 : kRows * pitch - end);
+  run += (d - first) / kLineFloats * kRowsOfAStep * pitch;
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kRowsOfAStep; ++r)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kRun; i += kLineFloats) __builtin_prefetch(run + r * pitch + i);
 }
 
 // Sums of kGroups * kWidth rows.
@@ -215,7 +235,9 @@ struct FewSums {
   int64_t dim;
 
   FewSums(const float* queries, int64_t dim) : queries(queries), dim(dim) {
+#pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) sum[g][q] = Vec::set(0.0f);
   }
 
@@ -246,10 +268,12 @@ FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
     }
     if (kKeepLoads) FASTRAG_KEEP_LOADS;
     Vec::transpose(square);
+    if constexpr (kLineSquares<T>)
+      if (g == 0) fetch_ahead<kGroups * kWidth>(data, rows.pitch, rows.dim, d);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kWidth; ++i) {
       // a small square is no more than a cache line
-      if (!kSmallSquares || i == 0) __builtin_prefetch(ahead + kWidth * i);
+      if (!kLineSquares<T> && (!kSmallSquares || i == 0)) __builtin_prefetch(ahead + kWidth * i);
       sums->add(g, d + i, square[i]);
     }
     ahead += kWidth * kWidth;
@@ -331,8 +355,10 @@ TileResult few(const FewQueries& panel, const StoredRows& rows, FewScores* out) 
 
   F zero = Vec::set(0.0f);
   uint64_t any = 0;
+#pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
     out->hits[q] = 0;
+#pragma GCC unroll 8
     for (int g = 0; g < kGroups; ++g) {
       const F sum = sums.sum[g][q];
       zero = Vec::fma(sum, Vec::set(0.0f), zero);
