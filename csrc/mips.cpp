@@ -24,6 +24,7 @@ constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 while pa
 constexpr int64_t kChunkRows = 1024;        // rows that a thread takes at a time, at most
 constexpr int64_t kGroupBytes = 24 << 20;   // of queries and their candidates
 constexpr int64_t kGroupQueries = 1024;     // more at once gain nothing
+constexpr int64_t kCachedBytes = 16 << 20;  // a matrix that is in some cache from the search before
 constexpr int64_t kFewCandidates = 32;      // room for so many costs nothing either
 
 // The best k rows of each query among those that one thread has seen, and some more. A thread sees
@@ -91,7 +92,7 @@ class Search {
         few_(n_queries <= kMaxFewQueries) {
     pack();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim) * sizeof(float);
-    const int64_t step = few_ ? few_rows() : kernels_.rows;
+    const int64_t step = few_ ? few_kernel().rows : kernels_.rows;
     // One panel has no use for a block beyond the tile, and a tile widened for it stays in the L1.
     const bool alone = panels_.size() == 1 && matrix.storage != Storage::kFloat32;
     block_rows_ = alone ? step : std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
@@ -213,20 +214,23 @@ class Search {
     }
   }
 
-  int64_t few_rows() const {
-    return kernels_.few_rows[static_cast<int>(matrix_.storage)][few_size_];
+  const FewKernel& few_kernel() const {
+    const bool cached = matrix_.storage == Storage::kFloat32 &&
+                        matrix_.n_rows * question_.dim * int64_t{sizeof(float)} <= kCachedBytes;
+    return cached ? kernels_.few_cached[few_size_]
+                  : kernels_.few[static_cast<int>(matrix_.storage)][few_size_];
   }
 
   void scan_few(int64_t begin, int64_t end, Worker* worker) const {
-    const int64_t few_rows = this->few_rows();
-    const auto few = kernels_.few[static_cast<int>(matrix_.storage)][few_size_];
+    const FewKernel& few = few_kernel();
+    const int64_t few_rows = few.rows;
     const FewQueries queries{queries_.data(), worker->candidates.thresholds()};
     const FewScores& found = worker->few_scores;
     for (int64_t row = begin; row < end; row += few_rows) {
       StoredRows rows = rows_from(matrix_, question_.dim, row);
       const int64_t n = std::min(few_rows, matrix_.n_rows - row);
       if (n < few_rows) rows = copied_tail(rows, n, few_rows, worker);
-      const TileResult result = few(queries, rows, &worker->few_scores);
+      const TileResult result = few.tile(queries, rows, &worker->few_scores);
       if (result == TileResult::kNoHit) continue;
       for (int64_t q = 0; q < n_queries_; ++q) {
         const float* scores = found.scores + q * few_rows;

@@ -58,19 +58,24 @@ struct FewQueries {
 
 struct FewScores {
   uint64_t hits[kMaxFewQueries];               // bit = row; one word for each query
-  float scores[kMaxFewQueries * kMaxFewRows];  // [queries, few_rows]
+  float scores[kMaxFewQueries * kMaxFewRows];  // [queries, rows]
 };
 
 constexpr int kMaxGathered = 16;
 constexpr int kAdded = 4;
 
+struct FewKernel {
+  int rows;  // of a tile
+  TileResult (*tile)(const FewQueries&, const StoredRows&, FewScores*);
+};
+
 struct MipsKernels {
-  int width;                           // lanes of a vector
-  int rows;                            // rows of a tile
-  int few_rows[kStorages][kFewSizes];  // rows of a tile with few queries
+  int width;  // lanes of a vector
+  int rows;   // of a tile
   // One for each number of vectors of a panel, from 1.
   TileResult (*tile[kMaxPanelVectors])(const Panel&, const TileRows&, TileScores*);
-  TileResult (*few[kStorages][kFewSizes])(const FewQueries&, const StoredRows&, FewScores*);
+  FewKernel few[kStorages][kFewSizes];
+  FewKernel few_cached[kFewSizes];  // for float32 that need not come from memory
   // n_rows rows as float32, [n_rows, dim].
   void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
   // Scores of one query with `width` rows from anywhere.

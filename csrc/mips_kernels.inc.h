@@ -205,11 +205,11 @@ constexpr bool kSmallSquares = Vec::kWidth == 4;
 template <class T>
 constexpr bool kLineSquares = Vec::kWidth * sizeof(T) == kLineFloats * sizeof(float);
 
-// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. Where a
+// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. Where one
 // chain keeps up with memory one is better: memory gives more when fewer rows are read at a time.
-constexpr int few_groups(Storage storage, int n_queries) {
+constexpr int few_groups(Storage storage, int n_queries, bool cached) {
   if (kSmallSquares) return n_queries < 4 ? 4 : 2;
-  if (storage == Storage::kFloat32 && kLineSquares<float>) return 1;
+  if (storage == Storage::kFloat32 && kLineSquares<float> && !cached) return 1;
   return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
 }
 
@@ -343,9 +343,9 @@ FASTRAG_INLINE void add_last(const StoredRows& rows, int64_t d, FewSums<kGroups,
   }
 }
 
-template <Storage kStorage, int kQueries>
+template <Storage kStorage, int kQueries, int kGroups>
 TileResult few(const FewQueries& panel, const StoredRows& rows, FewScores* out) {
-  constexpr int kGroups = few_groups(kStorage, kQueries), kRows = kGroups * Vec::kWidth;
+  constexpr int kRows = kGroups * Vec::kWidth;
   static_assert(kQueries <= kMaxFewQueries && kRows <= kMaxFewRows, "sizes of FewScores");
   FewSums<kGroups, kQueries> sums(panel.queries, rows.dim);
   int64_t d = 0;
@@ -394,19 +394,23 @@ inline void gathered(const float* query, const float* const* rows, int64_t dim, 
 
 // ------------------------------------------------------------------------------- table
 
-#define FASTRAG_FEW(storage) {few<storage, 1>, few<storage, 2>, few<storage, 4>, few<storage, 8>}
-#define FASTRAG_FEW_ROWS(storage)                                              \
-  {few_groups(storage, 1) * Vec::kWidth, few_groups(storage, 2) * Vec::kWidth, \
-   few_groups(storage, 4) * Vec::kWidth, few_groups(storage, 8) * Vec::kWidth}
+template <Storage kStorage, int kQueries, bool kCached>
+constexpr FewKernel few_kernel() {
+  constexpr int kGroups = few_groups(kStorage, kQueries, kCached);
+  return {kGroups * Vec::kWidth, few<kStorage, kQueries, kGroups>};
+}
+
+#define FASTRAG_FEW(storage, cached)                                   \
+  {few_kernel<storage, 1, cached>(), few_kernel<storage, 2, cached>(), \
+   few_kernel<storage, 4, cached>(), few_kernel<storage, 8, cached>()}
 
 constexpr MipsKernels kTable = {
     Vec::kWidth,
     kTileRows,
-    {FASTRAG_FEW_ROWS(Storage::kFloat32), FASTRAG_FEW_ROWS(Storage::kBfloat16),
-     FASTRAG_FEW_ROWS(Storage::kFloat16), FASTRAG_FEW_ROWS(Storage::kInt8)},
     {tile<1, kRowsOf1>, tile<2, kRowsOf2>, tile<3, kRowsOf3>},
-    {FASTRAG_FEW(Storage::kFloat32), FASTRAG_FEW(Storage::kBfloat16),
-     FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},
+    {FASTRAG_FEW(Storage::kFloat32, false), FASTRAG_FEW(Storage::kBfloat16, false),
+     FASTRAG_FEW(Storage::kFloat16, false), FASTRAG_FEW(Storage::kInt8, false)},
+    FASTRAG_FEW(Storage::kFloat32, true),
     {widen<Storage::kFloat32>, widen<Storage::kBfloat16>, widen<Storage::kFloat16>,
      widen<Storage::kInt8>},
     gathered,

@@ -152,5 +152,5 @@ def gather_tokens(tokens: _Array, offsets: _Array, rows: _Array, token_ids: _Arr
 def fma_loop(n_fmas: int, *, threads: int = 1, isa: str = "") -> None:
     """n_fmas multiplications and additions of float32 on registers: a ceiling for benchmarks."""
 
-def read_loop(bytes: _Array, *, threads: int = 1) -> int:
+def read_loop(bytes: _Array, *, threads: int = 1, isa: str = "") -> int:
     """The exclusive or of all int8 [n], read as fast as memory is: a ceiling for benchmarks."""

@@ -184,7 +184,8 @@ def test_the_loop_of_reads_folds_all(n: int) -> None:
     native = pytest.importorskip("fastrag._C", reason="the extension is not built")
     numbers = np.random.default_rng(n).integers(-128, 128, n, dtype=np.int8)
     expected = int(np.bitwise_xor.reduce(numbers.view(np.uint8))) if n else 0
-    assert native.read_loop(numbers, threads=2) == expected
+    for isa in native.instruction_sets():
+        assert native.read_loop(numbers, threads=2, isa=isa) == expected
     with pytest.raises(ValueError, match=r"bytes: expected int8 \[n\], got format 'f'"):
         native.read_loop(np.zeros(3, np.float32))
 
