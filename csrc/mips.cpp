@@ -215,10 +215,11 @@ class Search {
   }
 
   const FewKernel& few_kernel() const {
-    const bool cached = matrix_.storage == Storage::kFloat32 &&
-                        matrix_.n_rows * question_.dim * int64_t{sizeof(float)} <= kCachedBytes;
-    return cached ? kernels_.few_cached[few_size_]
-                  : kernels_.few[static_cast<int>(matrix_.storage)][few_size_];
+    const int64_t dim = question_.dim;
+    const bool cached = matrix_.n_rows * dim * int64_t{sizeof(float)} <= kCachedBytes;
+    return matrix_.storage == Storage::kFloat32 && dim >= kLongRow && !cached
+               ? kernels_.few_long[few_size_]
+               : kernels_.few[static_cast<int>(matrix_.storage)][few_size_];
   }
 
   void scan_few(int64_t begin, int64_t end, Worker* worker) const {

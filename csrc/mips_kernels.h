@@ -41,6 +41,7 @@ enum class TileResult { kNoHit, kHits, kNotFinite };
 constexpr int kMaxFewQueries = 8;
 constexpr int kMaxFewRows = 64;
 constexpr int kFewSizes = 4;  // 1, 2, 4 and 8 queries
+constexpr int64_t kLongRow = 256;
 
 // Rows as they are stored.
 struct StoredRows {
@@ -75,7 +76,7 @@ struct MipsKernels {
   // One for each number of vectors of a panel, from 1.
   TileResult (*tile[kMaxPanelVectors])(const Panel&, const TileRows&, TileScores*);
   FewKernel few[kStorages][kFewSizes];
-  FewKernel few_cached[kFewSizes];  // for float32 that need not come from memory
+  FewKernel few_long[kFewSizes];  // for float32 rows from kLongRow on that come from memory
   // n_rows rows as float32, [n_rows, dim].
   void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
   // Scores of one query with `width` rows from anywhere.

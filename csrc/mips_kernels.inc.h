@@ -201,29 +201,28 @@ inline void add_scaled(const float* factors, const float* const* rows, int64_t n
 // registers.
 constexpr bool kSmallSquares = Vec::kWidth == 4;
 
-// Whether one row of a square is a cache line.
-template <class T>
-constexpr bool kLineSquares = Vec::kWidth * sizeof(T) == kLineFloats * sizeof(float);
+// Whether long rows are read in a way of their own: where a row of a square is a cache line.
+constexpr bool kRunsOfLines = Vec::kWidth == kLineFloats;
 
-// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. Where one
-// chain keeps up with memory one is better: memory gives more when fewer rows are read at a time.
-constexpr int few_groups(Storage storage, int n_queries, bool cached) {
+// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. But one
+// chain keeps up with memory, which gives more when fewer long rows are read at a time.
+constexpr int few_groups(Storage storage, int n_queries, bool in_runs) {
   if (kSmallSquares) return n_queries < 4 ? 4 : 2;
-  if (storage == Storage::kFloat32 && kLineSquares<float> && !cached) return 1;
+  if (in_runs) return 1;
   return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
 }
 
-// Asks for what kRows rows come to soon after element d, late enough to be in the L1 still when
-// they do: four lines of one row after another, which come faster than one of each.
-template <int kRows>
-FASTRAG_INLINE void fetch_ahead(const float* data, int64_t pitch, int64_t dim, int64_t d) {
-  constexpr int64_t kRun = 4 * kLineFloats, kAhead = 2 * kRun, kRowsOfAStep = kRows / 4;
+// Asks for what kWidth rows come to 16 KiB after element d, late enough to be in the L1 still when
+// they do: eight lines of one row after another, which come faster than one of each.
+FASTRAG_INLINE void fetch_run(const float* data, int64_t pitch, int64_t dim, int64_t d) {
+  constexpr int64_t kRun = 8 * kLineFloats, kAhead = (4 << 10) / Vec::kWidth;
   const int64_t first = d / kRun * kRun, end = (dim + kRun - 1) / kRun * kRun;
-  const float* run = data + first + kAhead + (first + kAhead < end ? 0 : kRows * pitch - end);
-  run += (d - first) / kLineFloats * kRowsOfAStep * pitch;
-#pragma GCC unroll 16
-  for (int64_t r = 0; r < kRowsOfAStep; ++r)
-#pragma GCC unroll 4
+  const float* run = data + first + kAhead;
+  if (first + kAhead >= end) run += Vec::kWidth * pitch - end;
+  run += (d - first) / kLineFloats * (Vec::kWidth / 8) * pitch;
+#pragma GCC unroll 2
+  for (int64_t r = 0; r < Vec::kWidth / 8; ++r)
+#pragma GCC unroll 8
     for (int64_t i = 0; i < kRun; i += kLineFloats) __builtin_prefetch(run + r * pitch + i);
 }
 
@@ -251,7 +250,7 @@ struct FewSums {
 
 // Squares of kWidth rows and kWidth elements are transposed in registers. Returns the first
 // element that is left to do.
-template <Storage kStorage, int kGroups, int kQueries>
+template <Storage kStorage, bool kInRuns, int kGroups, int kQueries>
 FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
                                    FewSums<kGroups, kQueries>* sums) {
   constexpr int64_t kWidth = Vec::kWidth;
@@ -268,12 +267,11 @@ FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
     }
     if (kKeepLoads) FASTRAG_KEEP_LOADS;
     Vec::transpose(square);
-    if constexpr (kLineSquares<T>)
-      if (g == 0) fetch_ahead<kGroups * kWidth>(data, rows.pitch, rows.dim, d);
+    if constexpr (kInRuns) fetch_run(data, rows.pitch, rows.dim, d);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kWidth; ++i) {
       // a small square is no more than a cache line
-      if (!kLineSquares<T> && (!kSmallSquares || i == 0)) __builtin_prefetch(ahead + kWidth * i);
+      if (!kInRuns && (!kSmallSquares || i == 0)) __builtin_prefetch(ahead + kWidth * i);
       sums->add(g, d + i, square[i]);
     }
     ahead += kWidth * kWidth;
@@ -343,14 +341,14 @@ FASTRAG_INLINE void add_last(const StoredRows& rows, int64_t d, FewSums<kGroups,
   }
 }
 
-template <Storage kStorage, int kQueries, int kGroups>
+template <Storage kStorage, int kQueries, bool kInRuns>
 TileResult few(const FewQueries& panel, const StoredRows& rows, FewScores* out) {
-  constexpr int kRows = kGroups * Vec::kWidth;
+  constexpr int kGroups = few_groups(kStorage, kQueries, kInRuns), kRows = kGroups * Vec::kWidth;
   static_assert(kQueries <= kMaxFewQueries && kRows <= kMaxFewRows, "sizes of FewScores");
   FewSums<kGroups, kQueries> sums(panel.queries, rows.dim);
   int64_t d = 0;
   if constexpr (kStorage == Storage::kInt8) d = add_squares_of_bytes(rows, &sums);
-  d = add_squares<kStorage>(rows, d, &sums);
+  d = add_squares<kStorage, kInRuns>(rows, d, &sums);
   if (d < rows.dim) add_last<kStorage>(rows, d, &sums);
 
   F zero = Vec::set(0.0f);
@@ -394,25 +392,29 @@ inline void gathered(const float* query, const float* const* rows, int64_t dim, 
 
 // ------------------------------------------------------------------------------- table
 
-template <Storage kStorage, int kQueries, bool kCached>
+template <Storage kStorage, int kQueries, bool kInRuns = false>
 constexpr FewKernel few_kernel() {
-  constexpr int kGroups = few_groups(kStorage, kQueries, kCached);
-  return {kGroups * Vec::kWidth, few<kStorage, kQueries, kGroups>};
+  return {few_groups(kStorage, kQueries, kInRuns) * int{Vec::kWidth},
+          few<kStorage, kQueries, kInRuns>};
 }
 
-#define FASTRAG_FEW(storage, cached)                                   \
-  {few_kernel<storage, 1, cached>(), few_kernel<storage, 2, cached>(), \
-   few_kernel<storage, 4, cached>(), few_kernel<storage, 8, cached>()}
+template <int kQueries>
+constexpr FewKernel few_long() {
+  return few_kernel<Storage::kFloat32, kQueries, kRunsOfLines>();
+}
 
-constexpr MipsKernels kTable = {
-    Vec::kWidth,
-    kTileRows,
-    {tile<1, kRowsOf1>, tile<2, kRowsOf2>, tile<3, kRowsOf3>},
-    {FASTRAG_FEW(Storage::kFloat32, false), FASTRAG_FEW(Storage::kBfloat16, false),
-     FASTRAG_FEW(Storage::kFloat16, false), FASTRAG_FEW(Storage::kInt8, false)},
-    FASTRAG_FEW(Storage::kFloat32, true),
-    {widen<Storage::kFloat32>, widen<Storage::kBfloat16>, widen<Storage::kFloat16>,
-     widen<Storage::kInt8>},
-    gathered,
-    dot,
-    add_scaled};
+#define FASTRAG_FEW(storage)                                                     \
+  {few_kernel<storage, 1>(), few_kernel<storage, 2>(), few_kernel<storage, 4>(), \
+   few_kernel<storage, 8>()}
+
+constexpr MipsKernels kTable = {Vec::kWidth,
+                                kTileRows,
+                                {tile<1, kRowsOf1>, tile<2, kRowsOf2>, tile<3, kRowsOf3>},
+                                {FASTRAG_FEW(Storage::kFloat32), FASTRAG_FEW(Storage::kBfloat16),
+                                 FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},
+                                {few_long<1>(), few_long<2>(), few_long<4>(), few_long<8>()},
+                                {widen<Storage::kFloat32>, widen<Storage::kBfloat16>,
+                                 widen<Storage::kFloat16>, widen<Storage::kInt8>},
+                                gathered,
+                                dot,
+                                add_scaled};

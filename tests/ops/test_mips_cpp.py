@@ -137,6 +137,28 @@ def test_shards_merge_to_the_whole(isa: str) -> None:
     assert same(merge(parts[::-1]), whole)
 
 
+@each_isa
+@pytest.mark.parametrize("dim", [267, 512])
+def test_long_rows_from_memory_score_as_they_do_alone(isa: str, dim: int) -> None:
+    """What no cache holds is read in an order of its own; one row alone is not."""
+    n = (16 << 20) // (4 * dim) + 30  # and a last tile that is not full
+    query, storage = torch.randn(8, dim), torch.randn(n, dim + 5)
+    index = storage.numpy()[:, :dim]
+    best = [3, n - 29, n - 1]
+    index[best] *= 4.0
+    for n_queries in (1, 2, 3, 8):
+        found = search(query[:n_queries], index, 6, isa=isa, threads=2)
+        for b, rows in enumerate(found[1].tolist()):
+            for i, row in enumerate(rows):
+                alone = search(query[b : b + 1], index[row : row + 1], 1, isa=isa)
+                assert torch.equal(alone[0][0], found[0][b, i : i + 1])
+        expected = torch.from_numpy(query[:n_queries].numpy() @ index.T).topk(6)[1]
+        assert torch.equal(found[1], expected)
+    index[n - 1, dim - 1] = torch.nan
+    with pytest.raises(ValueError, match=f"index_emb: .* NaN or infinity in row {n - 1}$"):
+        search(query[:1], index, 6, isa=isa)
+
+
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.data())
 def test_merge(data: st.DataObject) -> None:
