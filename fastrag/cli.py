@@ -171,6 +171,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from fastrag.train.run import train_run
 
     trainer = train_run(config, arguments.resume)
+    if not trainer.is_world_process_zero():
+        return 0
     if trainer.last_evaluation is not None:
         _print_metrics(trainer.last_evaluation)
     state = trainer.state

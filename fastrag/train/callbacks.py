@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +267,12 @@ class CurveCallback(TrainerCallback):
         from fastrag.train.plots import plot_curve
 
         start = time.monotonic()
-        plot_curve(read_metrics(self.metrics), self.path)
+        try:
+            plot_curve(read_metrics(self.metrics), self.path)
+        except OSError as error:  # a full disk: no reason to end a run
+            warnings.warn(
+                f"{self.path}: the curve is not drawn: {error.strerror or error}", stacklevel=2
+            )
         now = time.monotonic()
         self._next = now + 20.0 * (now - start)
 

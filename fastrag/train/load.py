@@ -41,6 +41,11 @@ def load_run(
         ValueError: the folder is none of these, or no index is to be found.
     """
     path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            f"model: expected the folder of a model, a run or a checkpoint, got {str(folder)!r}, "
+            "which is none"
+        )
     if (path / STATE).is_file():
         return _load_checkpoint(path, index)
     if not (path / MODEL_CONFIG).is_file():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fastrag.data import Question
+from fastrag.eval.evaluate import choose_fixed
 from fastrag.index import FlatIndex
 from fastrag.nn import RagModel
 from fastrag.train.build import build_collator, build_model
@@ -39,6 +41,8 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     config.training_arguments()  # its mistakes come before what takes long
     questions = load_questions(config.train_questions)
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
+    if eval_questions is not None:
+        _check_measured(config, eval_questions)
     model = build_model(config, resume=bool(resume))
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
     _place(model, config.index_device, trainer.args.device)
@@ -50,9 +54,25 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         # a point of the curve only if these are the weights of the last step
         prefix = "eval_best" if trainer.state.best_model_checkpoint else "eval"
         trainer.evaluate(metric_key_prefix=prefix)
-        if trainer.last_evaluation is not None:
+        if trainer.last_evaluation is not None and trainer.is_world_process_zero():
             write_predictions(run / "predictions.jsonl", trainer.last_evaluation)
     return trainer
+
+
+def _check_measured(config: RagConfig, questions: list[Question]) -> None:
+    # transformers would miss the metric at the first evaluation, after hours perhaps
+    metric = config.best_metric
+    if metric is None:
+        return
+    recall = metric.startswith("recall@")
+    for each in choose_fixed(questions, config.eval_limit):
+        if each.answers or (recall and each.positive_ids):
+            return
+    needed = "answers or positive passages" if recall else "answers"
+    raise ValueError(
+        f"best_metric: expected questions with {needed} in {config.eval_questions} to measure "
+        f"{metric!r} on, got none"
+    )
 
 
 def _place(model: RagModel, index_device: str, device: torch.device) -> None:

@@ -81,7 +81,7 @@ class RagTrainer(Trainer):
         optimizers: an optimiser and a schedule of your own.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or an argument of another kind.
 
     Example:
         >>> trainer = RagTrainer(model, config, collator, questions)     # doctest: +SKIP
@@ -110,6 +110,14 @@ class RagTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if not isinstance(args, (RagConfig, TrainingArguments)):
+            raise ValueError(
+                f"args: expected a RagConfig or TrainingArguments, got {type(args).__name__}"
+            )
+        if not callable(data_collator):
+            raise ValueError(
+                f"data_collator: expected a RagCollator, got {type(data_collator).__name__}"
+            )
         config = args if isinstance(args, RagConfig) else None
         args = args.training_arguments() if isinstance(args, RagConfig) else copy.copy(args)
 

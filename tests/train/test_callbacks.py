@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fastrag.data import Question
 from fastrag.train import MetricsFileCallback, RefreshCallback, TerminalCallback, plot_curve
-from fastrag.train.callbacks import read_metrics
+from fastrag.train.callbacks import CurveCallback, read_metrics
 from fastrag.train.collation import ResumableCollator
 from tests import tiny
 
@@ -69,6 +71,19 @@ def test_plot_curve_draws_loss_and_metrics(tmp_path: Path) -> None:
     assert drawn[:, width:].sum() > 1000  # metrics stand on the right
     assert not plot_curve([{"step": 1, "other": 2.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_curve_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Figure, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    curve = CurveCallback(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    with pytest.warns(UserWarning, match=r"curve\.png: the curve is not drawn: No space left"):
+        curve.draw()
 
 
 def test_terminal_line_is_short() -> None:

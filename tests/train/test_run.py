@@ -1,15 +1,18 @@
-"""Where a run keeps its index and searches it."""
+"""Where a run keeps its index and searches it; what is checked before it, and written after it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fastrag.cli import main
 from fastrag.index import FlatIndex
-from fastrag.train import checkpoints, run
+from fastrag.train import RagConfig, RagTrainer, checkpoints, run
+from fastrag.train.load import load_run
 from tests import tiny
 
 GPU = torch.device("cuda", 0)
@@ -56,3 +59,52 @@ def test_a_resumed_index_is_searched_where_it_was(
     checkpoints.read_index(model, tmp_path)
     assert model.index is not index
     assert loaded["search_device"] == GPU and loaded["device"] == torch.device("cpu")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_process_writes_the_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    asked: Any = tiny.questions(2)
+    monkeypatch.setattr(run, "load_questions", lambda source: asked)
+    monkeypatch.setattr(run, "build_model", lambda config, resume: tiny.rag_model())
+    monkeypatch.setattr(RagTrainer, "train", lambda self, **kwargs: None)
+    monkeypatch.setattr(RagTrainer, "save_model", lambda self: None)
+    monkeypatch.setattr(RagTrainer, "is_world_process_zero", lambda self: first)
+    settings: Any = {"eval_questions": "some", "eval_max_new_tokens": 1, "device": "cpu"}
+    run.train_run(RagConfig("encoder", "generator", output_dir=str(tmp_path), **settings))
+    assert (tmp_path / "predictions.jsonl").is_file() == first
+
+
+def test_one_process_prints_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RagConfig("encoder", "generator").save(tmp_path / "train.yaml")
+    other = SimpleNamespace(is_world_process_zero=lambda: False)
+    monkeypatch.setattr(run, "train_run", lambda config, resume: other)
+    assert main(["train", str(tmp_path / "train.yaml")]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "record", "message"),
+    [
+        ("em", '{"question": "ada", "positive": "p0"}', "questions with answers in .* 'em' on"),
+        ("recall@1", '{"question": "ada"}', "questions with answers or positive passages in"),
+        ("recall@1", '{"question": "ada", "positive": "p0"}', "local model folder"),
+    ],
+)
+def test_the_best_metric_can_be_measured(
+    tmp_path: Path, metric: str, record: str, message: str
+) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(record + "\n")
+    settings: Any = {"eval_questions": str(asked), "eval_steps": 1, "best_metric": metric}
+    config = RagConfig("encoder", "generator", output_dir=str(tmp_path / "run"), **settings)
+    with pytest.raises(ValueError, match=message):
+        run.train_run(config)
+
+
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^model: expected the folder of .* got '.*/missing'"):
+        load_run(tmp_path / "missing")

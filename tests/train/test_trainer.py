@@ -373,6 +373,16 @@ def test_evaluation_sets_by_name_and_without_questions(tmp_path: Path) -> None:
         trainer.evaluate()
 
 
+def test_rejects_arguments_of_another_kind(tmp_path: Path) -> None:
+    model: Any = tiny.rag_model()
+    given: Any = {"output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"^args: expected a RagConfig or .* got dict$"):
+        RagTrainer(model, given, tiny.collator(), tiny.questions())
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"^data_collator: expected a RagCollator, got NoneType$"):
+        RagTrainer(model, arguments(tmp_path), nothing, tiny.questions())
+
+
 def test_config_as_arguments(tmp_path: Path) -> None:
     config = RagConfig(
         "encoder",
