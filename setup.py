@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def extensions() -> list[Extension]:
         raise RuntimeError(f"{BUILD_VARIABLE}: expected 0, 1 or nothing, got {wanted!r}")
     if wanted == "0":
         return []
+    digest = runpy.run_path(str(ROOT / "fastrag" / "ops" / "sources.py"))["digest"]
     return [
         Extension(
             "fastrag._C",
@@ -89,6 +91,7 @@ def extensions() -> list[Extension]:
             sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp")),
             depends=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.h")),
             include_dirs=["csrc"],
+            define_macros=[("FASTRAG_SOURCES", digest(ROOT / "csrc"))],
             language="c++",
             # Contraction is written out where it is wanted: results do not hang on the compiler.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread"]

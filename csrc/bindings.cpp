@@ -152,9 +152,14 @@ void bind_peaks(py::module_& m);
 
 }  // namespace fastrag
 
+// Of the sources that this was built from; setup.py defines it.
+#define FASTRAG_TEXT_OF(x) #x
+#define FASTRAG_TEXT(x) FASTRAG_TEXT_OF(x)
+
 PYBIND11_MODULE(_C, m) {
   using fastrag::Pass;
   m.doc() = "Compiled parts of fastrag; float32. fastrag.ops calls them.";
+  m.attr("SOURCES") = FASTRAG_TEXT(FASTRAG_SOURCES);
   py::class_<Pass>(m, "RowPass")
       .def(py::init<const py::buffer&, const py::buffer&, const std::optional<py::buffer>&, double,
                     double, int, const std::string&>(),

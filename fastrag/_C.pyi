@@ -5,6 +5,8 @@ from typing import Any
 # Anything with the buffer protocol; in practice tensor.numpy(), which copies nothing.
 _Array = Any
 
+SOURCES: str  # the hash of csrc/ that fastrag.ops.sources makes
+
 class RowPass:
     """The passes over one buffer z0 [V, n] = W X^T; csrc/row_pass.h says what each one does."""
 

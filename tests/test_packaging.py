@@ -113,6 +113,20 @@ def test_the_extension_is_built() -> None:
     assert backends.why_not("cpp") == ""
 
 
+def test_an_extension_of_other_sources_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastrag._C", reason="the extension module is not built")
+    copied = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(backends, "_CSRC", copied)
+    assert backends._probe_extension() == ""
+    with (copied / "isa.h").open("a") as header:
+        header.write("// changed\n")
+    assert "python setup.py build_ext --inplace --force" in backends._probe_extension()
+    monkeypatch.setattr(backends, "_CSRC", tmp_path / "none")  # as where a wheel is installed
+    assert backends._probe_extension() == ""
+
+
 def test_import_does_not_load_the_extension() -> None:
     code = "import sys, fastrag.functional; print('fastrag._C' in sys.modules)"
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "False"

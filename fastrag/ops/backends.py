@@ -14,8 +14,11 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
+
+from fastrag.ops.sources import digest
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
 # Forces an instruction set of the C++ kernels, to test or compare them: scalar; avx2 or avx512 on
@@ -25,6 +28,7 @@ NAMES = ("torch", "cpp", "triton")
 # Fastest first. "torch" stands last everywhere: it runs wherever torch runs.
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _MIN_CAPABILITY = (8, 0)
+_CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 class BackendError(RuntimeError):
@@ -144,7 +148,14 @@ def _probe_extension() -> str:
     if importlib.util.find_spec("fastrag._C") is None:
         return "the extension module fastrag._C is not built: install fastrag with a C++17 compiler"
     try:
-        importlib.import_module("fastrag._C")
+        module = importlib.import_module("fastrag._C")
     except ImportError as error:
         return f"the extension module fastrag._C does not load: {error}"
+    # Only a checkout has them: there a module is easily older than what calls it.
+    sources = digest(_CSRC)
+    if sources and sources != getattr(module, "SOURCES", ""):
+        return (
+            "the extension module fastrag._C was built from other sources than those in csrc/: "
+            "build it anew (python setup.py build_ext --inplace --force)"
+        )
     return ""
