@@ -89,6 +89,15 @@ class RagCollator:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1 token or None, got {value}")
+        tokenizers = {
+            "question_tokenizer": question_tokenizer,
+            "generator_tokenizer": generator_tokenizer,
+        }
+        for name, tokenizer in tokenizers.items():
+            if not callable(tokenizer):
+                raise ValueError(
+                    f"{name}: expected a tokenizer of transformers, got {type(tokenizer).__name__}"
+                )
         self.template = template or Template.default(kind)
         self.kind = kind
         self.max_prompt = max_prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -40,6 +41,23 @@ def check_count(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number of at least 1."""
     if not (_is_whole(value) and value >= 1):
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def check_encoder(name: str, encoder: object) -> None:
+    """Raise ValueError unless `encoder` is a module; a path to one is the likely mistake."""
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"{name}: expected a module, such as TextEncoder.from_pretrained reads from a folder, "
+            f"got {type(encoder).__name__}"
+        )
+
+
+def no_model_folder(name: str, path: str | os.PathLike[str], holding: str = "") -> str:
+    """Return the message of an argument that should name a model folder and does not."""
+    return (
+        f"{name}: expected a local model folder{holding}, got {os.fspath(path)!r} (hub models have "
+        "to be downloaded first: hf download NAME --local-dir FOLDER)"
+    )
 
 
 def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
@@ -81,6 +99,8 @@ def bind_template(
         if template.kind != kind:
             raise ValueError(f"template: expected one bound as {kind!r}, got {template.kind!r}")
         return template
+    if template is not None and not hasattr(template, "bind"):
+        raise ValueError(f"template: expected a Template or None, got {type(template).__name__}")
     if tokenizer is None:
         raise ValueError("generator_tokenizer: expected a tokenizer to bind the template, got None")
     from fastrag.data.templates import Template

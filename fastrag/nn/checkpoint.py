@@ -339,6 +339,11 @@ def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
                 f"{settings['index'].get('source')})"
             )
         index = open_index(folder / "index")
+    elif not hasattr(index, "search"):
+        raise ValueError(
+            f"index: expected an index, such as open_index reads from a folder, got "
+            f"{type(index).__name__}"
+        )
     if index.dim != settings["index"]["dim"]:
         raise ValueError(
             f"index: expected vectors of width {settings['index']['dim']}, got {index.dim}"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastrag.nn.arguments import check_ids
+from fastrag.nn.arguments import check_ids, no_model_folder
 
 Pooling = Literal["cls", "mean", "last", "pooler"]
 Role = Literal["query", "passage"]
@@ -228,10 +228,7 @@ class TextEncoder(nn.Module):
         """
         folder = Path(path)
         if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-            raise ValueError(
-                f"path: expected a local model folder with config.json or modules.json, got "
-                f"{str(path)!r} (hub models have to be downloaded first)"
-            )
+            raise ValueError(no_model_folder("path", path, " with config.json or modules.json"))
         settings = _read_settings(folder, role)
         given = {
             "pooling": pooling,

@@ -18,6 +18,7 @@ from fastrag.nn.arguments import (
     bind_template,
     check_answers,
     check_count,
+    check_encoder,
     check_ids,
     check_numbers,
     context_limit,
@@ -126,6 +127,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
         tau_lm: float = 1.0,
     ) -> None:
         super().__init__()
+        check_encoder("question_encoder", question_encoder)
+        if passage_encoder is not None:
+            check_encoder("passage_encoder", passage_encoder)
         if tau is None:
             both = (question_encoder, passage_encoder or question_encoder)
             normalized = all(getattr(encoder, "normalize", False) for encoder in both)
@@ -361,6 +365,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
             self.index.add(vectors)
 
     def _encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        checks.check_tensor("input_ids", input_ids)
+        if input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected at least one question, got {checks.show(input_ids)}"
+            )
         with stage("encode_questions"):
             query_emb = self.question_encoder(input_ids, attention_mask)
         require_finite(

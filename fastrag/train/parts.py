@@ -220,9 +220,11 @@ def _with_lora(model: Any, lora: dict[str, Any]) -> Any:
 
 
 def _local_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    from fastrag.nn.arguments import no_model_folder
+
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{name}: expected a local model folder, got {str(path)!r}")
+        raise ValueError(no_model_folder(name, path))
     return folder
 
 

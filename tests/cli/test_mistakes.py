@@ -77,7 +77,7 @@ def tear(path: Path) -> None:
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
-            "generator: expected a local model folder, got 'nix'",
+            "generator: expected a local model folder, got 'nix' (hub models have to be downloaded",
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=holed"),

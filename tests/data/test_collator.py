@@ -183,3 +183,10 @@ def test_rejects_bad_examples(collator, examples, message):
 def test_rejects_bad_arguments(family, arguments, message):
     with pytest.raises(ValueError, match=message):
         RagCollator(family("bert"), family("gpt2"), **arguments)
+
+
+def test_rejects_what_is_no_tokenizer(family):
+    with pytest.raises(ValueError, match="^question_tokenizer: expected a tokenizer .* NoneType$"):
+        RagCollator(None, None)
+    with pytest.raises(ValueError, match="^generator_tokenizer: expected a tokenizer .* got str$"):
+        RagCollator(family("bert"), "gpt2")

@@ -230,6 +230,8 @@ def test_rejects_folders(tmp_path):
         RagModel.from_pretrained(folder)
     with pytest.raises(ValueError, match="index: expected vectors of width 16, got 8"):
         RagModel.from_pretrained(folder, FlatIndex(8), model.passages)
+    with pytest.raises(ValueError, match="^index: expected an index, such as .* got str$"):
+        RagModel.from_pretrained(folder, "runs/index", model.passages)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="expected an empty folder or a fastrag-model one"):

@@ -346,6 +346,22 @@ def test_rejects_bad_settings():
     )
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_rejects_the_path_of_an_encoder(place):
+    model, name = rag_model(), ("question_encoder", "passage_encoder")[place]
+    encoders = [model.question_encoder, model.passage_encoder]
+    encoders[place] = "models/minilm"
+    with pytest.raises(ValueError, match=f"^{name}: expected a module, such as .* got str$"):
+        RagModel(*encoders, model.generator, model.index, model.passages)
+
+
+def test_rejects_the_name_of_a_template():
+    model = rag_model()
+    parts = (model.question_encoder, None, model.generator, model.index, model.passages)
+    with pytest.raises(ValueError, match="^template: expected a Template or None, got str$"):
+        RagModel(*parts, template="plain", generator_tokenizer=model.generator_tokenizer)
+
+
 def test_rejects_index_of_another_size():
     model = rag_model()
     parts = {
@@ -413,6 +429,10 @@ def test_rejects_vectors_that_are_not_finite():
 def test_rejects_bad_batches():
     model = rag_model()
     data = batch()
+    with pytest.raises(ValueError, match=r"^input_ids: expected at least one question, got \[0, "):
+        model(**{name: values[:0] for name, values in data.items()})
+    with pytest.raises(ValueError, match="^input_ids: expected a tensor, got list$"):
+        model([1, 2])
     with pytest.raises(ValueError, match=r"rows: expected \[B, K\] with B = 4"):
         model(**data, rows=torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="rows: expected"):
