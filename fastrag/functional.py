@@ -206,6 +206,7 @@ def token_logp(
     checks.check_ndim("hidden", hidden, "[B, K, T, H]")
     softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
     checks.check_labels(labels, hidden.shape[0], hidden.shape[2])
+    ignore_index = checks.whole("ignore_index", ignore_index)
     if hidden.shape[1] == 0:
         raise ValueError(
             f"hidden: expected at least one passage, got K = 0 ({checks.show(hidden)})"
@@ -447,9 +448,9 @@ def mips_topk(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, int8 without scale, scale or offset with
-            another dtype, k < 1, the index is empty, or (on a CPU) a
-            query or a row of the index is not finite (message names the row) or an inner product
-            overflows float32.
+            another dtype, k < 1, the index is empty, or (on a CPU) an excluded row is outside
+            [-1, N), a query or a row of the index is not finite (message names the row) or an
+            inner product overflows float32.
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
 
     Note:
@@ -465,7 +466,9 @@ def mips_topk(
         >>> F.mips_topk(torch.tensor([[1.0, 2.0]]), index, 2, exclude=torch.tensor([[2]]))
         (tensor([[2., 1.]]), tensor([[1, 0]]))
     """
+    k = checks.whole("k", k)
     check_search(query_emb, index_emb, k, exclude, scale, offset)
-    if exclude is not None and exclude.dtype == torch.int32:
+    if exclude is not None and exclude.dtype != torch.bool:
+        checks.check_rows(exclude, index_emb.shape[0], "exclude", "none")
         exclude = exclude.long()
     return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude, scale, offset)

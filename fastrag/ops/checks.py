@@ -6,6 +6,7 @@ Of a small op they are a good part: where all is well, each is one frame, and ma
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -102,12 +103,20 @@ def check_head(
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "[V]")
     # Comparisons, unlike math.isfinite, may be traced with a symbolic number by torch.compile.
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    try:
+        fits = -math.inf < logit_scale < math.inf
+    except TypeError:  # text, say, which nothing compares with a number
+        fits = False
+    if not fits:
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
     if softcap is None:
         return None
-    if not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    try:
+        fits = 0.0 < softcap < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
     return float(softcap)
 
 
@@ -116,6 +125,27 @@ def check_labels(labels: Tensor, n_examples: int, n_tokens: int) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64, got {show(labels)}")
     check_shape("labels", labels, (n_examples, n_tokens), "[B, T]")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    try:
+        fits = 0.0 <= label_smoothing < 1.0
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+
+
+def whole(name: str, x: object) -> int:
+    """x as an int; numpy's whole numbers too, but no tensor, which a GPU would be waited for."""
+    if type(x) is int:
+        return x
+    try:
+        if not isinstance(x, (bool, Tensor)):
+            return operator.index(x)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected a whole number, got {x!r}")
 
 
 def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
@@ -130,8 +160,12 @@ def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
         if torch.compiler.is_compiling() or not readable(normalizer):
             return
         normalizer = float(normalizer.detach())
-    if not 0.0 <= normalizer < math.inf:
-        raise ValueError(f"normalizer: expected a number of at least 0, got {normalizer}")
+    try:
+        fits = 0.0 <= normalizer < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"normalizer: expected a number of at least 0, got {normalizer!r}")
 
 
 def check_tau(tau: float | Tensor) -> None:
@@ -142,8 +176,12 @@ def check_tau(tau: float | Tensor) -> None:
         if torch.compiler.is_compiling() or not readable(tau):
             return
         tau = float(tau.detach())
-    if not 0.0 < tau < math.inf:
-        raise ValueError(f"tau: expected a positive number, got {tau}")
+    try:
+        fits = 0.0 < tau < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"tau: expected a positive number, got {tau!r}")
 
 
 def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
@@ -155,7 +193,9 @@ def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
             raise RuntimeError(f"fastrag::{op} does not support forward-mode differentiation")
 
 
-def check_rows(rows: Tensor, n: int) -> None:
+def check_rows(
+    rows: Tensor, n: int, name: str = "rows", missing: str = "a missing passage"
+) -> None:
     # A value check breaks a compiled graph; the kernels then guard memory, not the user.
     if torch.compiler.is_compiling() or not readable(rows):
         return
@@ -166,7 +206,7 @@ def check_rows(rows: Tensor, n: int) -> None:
         return
     b, k = (int(i) for i in ((rows < -1) | (rows >= n)).nonzero()[0])
     raise ValueError(
-        f"rows: expected values in [0, {n}), or -1 for a missing passage, "
+        f"{name}: expected values in [0, {n}), or -1 for {missing}, "
         f"got {int(rows[b, k])} at [{b}, {k}]"
     )
 

@@ -82,8 +82,8 @@ def rag_nll(
         checks.check_shape("hidden", hidden, expected, "[B, K, T, H], or [B*K, T, H]")
     softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
     checks.check_labels(labels, n_examples, hidden.shape[2])
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    checks.check_label_smoothing(label_smoothing)
+    ignore_index = checks.whole("ignore_index", ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None:

@@ -556,6 +556,7 @@ def test_double_backward_is_refused(stored: str) -> None:
         ({"rows": torch.full((3, 4), 9)}, r"rows: expected values in \[0, 9\).* got 9 at \[0, 0"),
         ({"rows": torch.full((3, 4), -2)}, r"rows: expected values in .* got -2 at \[0, 0\]"),
         ({"tau": 0.0}, "tau: expected a positive number, got 0.0"),
+        ({"tau": "warm"}, "tau: expected a positive number, got 'warm'"),
         ({"tau": float("nan")}, "tau: expected a positive number, got nan"),
         ({"tau": torch.tensor(-1.0)}, "tau: expected a positive number, got -1.0"),
         ({"tau": torch.ones(1)}, "tau: expected a positive number or a 0-d tensor"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,6 +150,12 @@ def test_names_an_overflow(dtype: torch.dtype, backend: None) -> None:
         ((torch.zeros(2, 3), torch.zeros(0, 3), 1), "index_emb: expected at least one row"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 0), "k: expected a whole number of at least 1"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 2.0), "k: expected a whole number"),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), True), "k: expected a whole number, got True"),
+        (
+            (torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.tensor([[0], [5]])),
+            r"exclude: expected values in \[0, 5\), or -1 for none, got 5 at \[1, 0\]",
+        ),
+        ((torch.zeros(2, 3), torch.zeros(5, 3), 1, torch.tensor([[-2], [0]])), "got -2 at"),
         ((torch.zeros(3), torch.zeros(5, 3), 1), r"query_emb: expected \[B, D\], got \[3\]"),
         ((torch.zeros(2, 3).int(), torch.zeros(5, 3), 1), "query_emb: expected a floating"),
         ((torch.zeros(2, 3), torch.zeros(5, 3), 1, [0]), "exclude: expected a tensor, got list"),
@@ -160,6 +167,11 @@ def test_names_an_overflow(dtype: torch.dtype, backend: None) -> None:
 def test_rejects_bad_input(args: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         F.mips_topk(*args[:3], exclude=args[3] if len(args) > 3 else None)
+
+
+def test_k_may_be_a_number_of_numpy() -> None:
+    index = torch.arange(12.0).view(4, 3)
+    same(F.mips_topk(index, index, np.int64(2)), F.mips_topk(index, index, 2))
 
 
 def test_rejects_codes_and_scales_that_do_not_go_together() -> None:

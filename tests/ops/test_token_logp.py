@@ -245,3 +245,13 @@ def test_composes_into_the_marginal() -> None:
 def test_rejects_bad_input(args: tuple[Tensor, Tensor, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         F.token_logp(*args)
+
+
+def test_rejects_an_ignore_index_that_is_no_whole_number() -> None:
+    with pytest.raises(ValueError, match="^ignore_index: expected a whole number, got 'none'$"):
+        F.token_logp(
+            torch.zeros(1, 1, 1, 4),
+            torch.zeros(7, 4),
+            torch.zeros(1, 1).long(),
+            ignore_index="none",
+        )
