@@ -95,6 +95,18 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         backends._probe.cache_clear()
 
 
+def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := backends.why_not("cpp"):
+        pytest.skip(reason)
+    monkeypatch.setenv(backends.ISA_VARIABLE, "sse9")
+    one = torch.ones(1, 1)
+    message = r"^FASTRAG_CPU_ISA: expected one of .*scalar.*, got 'sse9'$"
+    with pytest.raises(ValueError, match=message):
+        F.mips_topk(one, one, 1)
+    with pytest.raises(ValueError, match=message):
+        F.rag_token_nll(one.view(1, 1, 1, 1), one, torch.zeros(1, 1).long(), one)
+
+
 def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     if backends.why_not("cpp"):
         assert collect()["instruction_sets"] == []

@@ -82,10 +82,8 @@ def choose(
     Raises:
         BackendError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
     """
-    forced = os.environ.get(BACKEND_VARIABLE, "")
+    forced = _forced()
     if forced:
-        if forced not in NAMES:
-            raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(forced)}")
         reason = _refusal(forced, op, device, dtype, unfit or {})
         if reason:
             raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
@@ -94,6 +92,45 @@ def choose(
         if not _refusal(name, op, device, dtype, unfit or {}):
             return name
     raise BackendError(f"no backend can run {op} on {device}")
+
+
+def check_forced() -> None:
+    """Checks the variables that force a choice, before work of hours that ends in a refusal.
+
+    Raises:
+        BackendError: `FASTRAG_BACKEND` names a backend that does not exist or cannot run here.
+        ValueError: `FASTRAG_CPU_ISA` names no instruction set of this machine and build.
+    """
+    forced = _forced()
+    if forced and (reason := why_not(forced)):
+        raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run here: {reason}")
+    if not why_not("cpp"):
+        forced_isa()
+
+
+def forced_isa() -> str:
+    """Returns the instruction set that `FASTRAG_CPU_ISA` forces on fastrag._C, "" for the best.
+
+    Raises:
+        ValueError: this machine and this build have none of that name.
+    """
+    name = os.environ.get(ISA_VARIABLE, "")
+    if name:
+        from fastrag import _C
+
+        if name not in (known := _C.instruction_sets()):
+            raise ValueError(
+                f"{ISA_VARIABLE}: expected one of {', '.join(known)} (what this machine and this "
+                f"build have), got {name!r}"
+            )
+    return name
+
+
+def _forced() -> str:
+    name = os.environ.get(BACKEND_VARIABLE, "")
+    if name and name not in NAMES:
+        raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(name)}")
+    return name
 
 
 def _unknown(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -48,5 +47,5 @@ def capsule(x: Tensor | None, dtype: torch.dtype | None = None) -> Any:
 def options() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
-        "isa": os.environ.get(backends.ISA_VARIABLE, ""),
+        "isa": backends.forced_isa(),
     }

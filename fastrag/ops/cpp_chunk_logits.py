@@ -10,7 +10,6 @@ anew from it, so that the gradient needs no second buffer. csrc/row_pass.h has t
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ class CppChunkLogits(ChunkLogits):
             logit_scale=head.logit_scale,
             softcap=head.softcap or 0.0,
             threads=torch.get_num_threads(),
-            isa=os.environ.get(backends.ISA_VARIABLE, ""),
+            isa=backends.forced_isa(),
         )
 
     def __del__(self) -> None:

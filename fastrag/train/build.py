@@ -13,6 +13,7 @@ from fastrag import folders
 from fastrag.data import Passage, RagCollator, Template
 from fastrag.index import FlatIndex, Index, PassageStore, open_index
 from fastrag.index.refresh import encode_passages
+from fastrag.ops import backends
 from fastrag.train.config import RagConfig
 from fastrag.train.parts import (
     DEFAULT,
@@ -70,11 +71,13 @@ def build_index(
 
     Raises:
         ValueError: the corpus is empty or malformed, or the folder holds something else.
+        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run here.
     """
     out = Path(folder)
     parts = {INDEX_FOLDER, PASSAGES_FOLDER}
     if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= parts):
         raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
+    backends.check_forced()  # a search would tell, after the whole corpus is encoded
     staging = folders.begin(out)
     try:
         store = PassageStore.build(
