@@ -43,8 +43,7 @@ def load_run(
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(
-            f"model: expected the folder of a model, a run or a checkpoint, got {str(folder)!r}, "
-            "which is none"
+            f"model: expected a model, a run or a checkpoint, there is no folder {str(folder)!r}"
         )
     if (path / STATE).is_file():
         return _load_checkpoint(path, index)

@@ -181,8 +181,8 @@ def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
     done = fastrag(project, "ask", "--model", "nowhere", "x")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "fastrag: error: model: expected a model, a run or a checkpoint, nowhere has no "
-        "rag_config.json\n"
+        "fastrag: error: model: expected a model, a run or a checkpoint, there is no "
+        "folder 'nowhere'\n"
     )
 
 

@@ -106,5 +106,5 @@ def test_the_best_metric_can_be_measured(
 
 
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^model: expected the folder of .* got '.*/missing'"):
+    with pytest.raises(ValueError, match="^model: expected .*, there is no folder '.*/missing'$"):
         load_run(tmp_path / "missing")
