@@ -1,19 +1,34 @@
 #include "thread_pool.h"
 
 #include <unistd.h>
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace fastrag {
 namespace {
 
 constexpr int kMaxThreads = 256;
+// To sleep and be woken takes some fifty microseconds, and loops come one after another: who waits
+// looks for so long first, and lets others have the processor between two looks.
+constexpr std::chrono::microseconds kLooking{100};
+
+template <class Condition>
+void look_for(const Condition& condition) {
+  const auto until = std::chrono::steady_clock::now() + kLooking;
+  while (!condition() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+}
 
 // One loop: its tasks are taken from a counter by whoever is free.
 class Loop {
@@ -46,6 +61,34 @@ class Loop {
   std::exception_ptr error_;
 };
 
+// Linux may leave a thread that it wakes on the processor of the thread that woke it for all of a
+// loop, and another one idle: helpers are kept off the processor that their caller is on.
+class Processors {
+ public:
+  // Gives helpers the others that the calling thread may use, if these are enough for all of them.
+  void keep_off_caller(const std::vector<std::thread::native_handle_type>& helpers) {
+#ifdef __linux__
+    cpu_set_t others;
+    const int caller = sched_getcpu();
+    if (caller < 0 || sched_getaffinity(0, sizeof(others), &others) != 0) return;
+    CPU_CLR(caller, &others);
+    if (CPU_COUNT(&others) < static_cast<int>(helpers.size())) CPU_SET(caller, &others);
+    if (n_set_ == helpers.size() && CPU_EQUAL(&others, &set_)) return;
+    for (const pthread_t helper : helpers) pthread_setaffinity_np(helper, sizeof(others), &others);
+    n_set_ = helpers.size();
+    set_ = others;
+#else
+    (void)helpers;
+#endif
+  }
+
+#ifdef __linux__
+ private:
+  size_t n_set_ = 0;  // helpers that have been told
+  cpu_set_t set_;
+#endif
+};
+
 class ThreadPool {
  public:
   ThreadPool() : pid_(getpid()) {}
@@ -57,15 +100,20 @@ class ThreadPool {
     const std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     start(n_helpers);
+    processors_.keep_off_caller(helpers_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       loop_ = loop;
-      places_ = std::min(n_helpers, n_threads_);
+      places_ = std::min(n_helpers, static_cast<int>(helpers_.size()));
     }
     wake_.notify_all();
     loop->work();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      places_ = 0;  // who has not begun by now need not
+    }
+    look_for([this] { return working_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    places_ = 0;  // who has not begun by now need not
     idle_.wait(lock, [this] { return working_ == 0; });
     loop_ = nullptr;
     return true;
@@ -74,9 +122,11 @@ class ThreadPool {
  private:
   // As many as the machine gives; with none at all the caller does the work.
   void start(int n) {
-    for (; n_threads_ < n; ++n_threads_) {
+    while (static_cast<int>(helpers_.size()) < n) {
       try {
-        std::thread([this] { serve(); }).detach();
+        std::thread helper([this] { serve(); });
+        helpers_.push_back(helper.native_handle());  // for ever: it never ends
+        helper.detach();
       } catch (const std::system_error&) {
         return;
       }
@@ -84,8 +134,9 @@ class ThreadPool {
   }
 
   [[noreturn]] void serve() {
-    std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      look_for([this] { return places_ > 0; });
+      std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [this] { return places_ > 0; });
       --places_;
       ++working_;
@@ -98,13 +149,14 @@ class ThreadPool {
   }
 
   const pid_t pid_;
-  std::mutex owner_;  // held for a whole loop
-  int n_threads_ = 0;
-  std::mutex mutex_;  // guards what follows
+  std::mutex owner_;  // held for a whole loop; guards the next two
+  std::vector<std::thread::native_handle_type> helpers_;
+  Processors processors_;
+  std::mutex mutex_;  // guards changes of what follows
   std::condition_variable wake_, idle_;
   Loop* loop_ = nullptr;
-  int places_ = 0;   // helpers still wanted
-  int working_ = 0;  // helpers at work
+  std::atomic<int> places_{0};   // helpers still wanted
+  std::atomic<int> working_{0};  // helpers at work
 };
 
 std::atomic<ThreadPool*> g_pool{nullptr};
