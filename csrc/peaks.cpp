@@ -167,7 +167,7 @@ void fold(const int8_t* bytes, int64_t n, uint64_t* words) {
 
 using Fold = void (*)(const int8_t*, int64_t, uint64_t*);
 
-Fold fold_of(Isa isa) {
+Fold fold_of([[maybe_unused]] Isa isa) {
 #ifdef FASTRAG_X86
   if (isa == Isa::kAvx512) return fold_avx512;
   if (isa == Isa::kAvx2) return fold_avx2;
