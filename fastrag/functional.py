@@ -25,10 +25,11 @@ from torch import Tensor
 from fastrag.ops import checks
 from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
+from fastrag.ops.grads import needs_grad
 from fastrag.ops.mips_topk import check_arguments as check_search
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
 from fastrag.ops.positions import IGNORE_INDEX
-from fastrag.ops.rag_nll import needs_grad, rag_nll
+from fastrag.ops.rag_nll import rag_nll
 from fastrag.ops.token_logp import token_logp as _token_logp
 
 __all__ = [

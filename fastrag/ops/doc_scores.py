@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastrag.ops import backends, checks, cpp_arrays, workspace
 from fastrag.ops.eager import is_plain
-from fastrag.ops.grads import once_differentiable
+from fastrag.ops.grads import needs_grad, once_differentiable
 from fastrag.profiling import stage
 
 backends.register("doc_scores", ("cpp", "triton", "torch"))
@@ -91,9 +91,7 @@ def doc_scores(
     inputs = (query_emb, passage_emb, rows, tau, scale, offset)
     if not is_plain(query_emb, passage_emb, rows, scale, offset):
         scores, log_prior = doc_scores_op(*inputs)
-    elif torch.is_grad_enabled() and any(
-        x.requires_grad for x in (query_emb, passage_emb, scale, offset) if x is not None
-    ):
+    elif any(map(needs_grad, (query_emb, passage_emb, scale, offset))):
         scores, log_prior = DocScores.apply(*inputs)
     else:
         scores, log_prior = _forward(*inputs)

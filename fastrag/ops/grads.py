@@ -12,6 +12,11 @@ from torch import Tensor
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+def needs_grad(x: Tensor | None) -> bool:
+    """Whether a backward will ask for the gradient of x."""
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
 class _Refusal(torch.autograd.Function):
     """Passes gradients through; stands between them and the op's inputs, and raises backwards."""
 

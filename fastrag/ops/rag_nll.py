@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastrag.ops import checks
+from fastrag.ops.grads import needs_grad
 from fastrag.ops.marginal_nll import marginal_nll
 from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.reduction import divide
@@ -128,8 +128,3 @@ def rag_nll(
     else:
         loss = divide(total, (labels != ignore_index).sum() if normalizer is None else normalizer)
     return RagNLL(loss, log_posterior, token_logp)
-
-
-def needs_grad(x: Tensor | None) -> bool:
-    """Whether a backward will ask for the gradient of x."""
-    return x is not None and x.requires_grad and torch.is_grad_enabled()

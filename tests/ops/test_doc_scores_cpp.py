@@ -16,7 +16,8 @@ from fastrag.ops.doc_scores import doc_scores, doc_scores_backward_op
 from fastrag.testing import assert_close
 
 from .codes import random_codes
-from .test_doc_scores import TAU, both, inputs
+from .score_inputs import inputs
+from .test_doc_scores import TAU, both
 
 _C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
 
