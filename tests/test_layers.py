@@ -12,18 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # layer -> the layers that its modules may import when they are imported themselves
 BELOW = {
+    "messages": set(),
     "folders": set(),
     "reference": set(),
     "kernels": set(),
     "profiling": set(),
-    "ops": {"profiling"},
-    "functional": {"ops"},
+    "ops": {"profiling", "messages"},
+    "functional": {"ops", "messages"},
     "testing": set(),
-    "data": {"functional", "ops"},
-    "index": {"profiling", "data", "functional", "ops", "folders"},
-    "nn": {"profiling", "index", "data", "functional", "ops", "folders"},
-    "generation": {"nn", "index", "data", "functional", "ops", "folders"},
-    "eval": {"generation", "nn", "index", "data", "functional", "ops", "folders"},
+    "data": {"functional", "ops", "messages"},
+    "index": {"profiling", "data", "functional", "ops", "folders", "messages"},
+    "nn": {"profiling", "index", "data", "functional", "ops", "folders", "messages"},
+    "generation": {"nn", "index", "data", "functional", "ops", "folders", "messages"},
+    "eval": {"generation", "nn", "index", "data", "functional", "ops", "folders", "messages"},
     "train": {
         "profiling",
         "eval",
@@ -34,9 +35,10 @@ BELOW = {
         "functional",
         "ops",
         "folders",
+        "messages",
     },
     "info": {"kernels", "ops", "profiling"},
-    "cli": set(),  # everything is imported inside the commands, so that --help is quick
+    "cli": {"messages"},  # everything else is imported inside the commands, so that --help is quick
 }
 
 

@@ -1,0 +1,125 @@
+"""Text of error messages: a user's value, a name, or what the system said, short and on one line.
+
+A value in a message can be a whole file, or nested so that it is small in memory and endless in
+print. `shown` writes pieces until it has enough and never visits the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+LIMIT = 200
+# Digits of an integer that are written out: Python refuses to print much longer ones.
+_DIGITS = 50
+_BRACKETS = {tuple: "()", list: "[]", set: "{}", frozenset: "{}"}
+
+
+def shown(value: object) -> str:
+    """Return the `repr` of a value, cut at `LIMIT` characters.
+
+    Args:
+        value: any object; a tensor or an array is described by shape and dtype.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> shown({"ks": [1, 5]})
+        "{'ks': [1, 5]}"
+        >>> len(shown(["x" * 10**6] * 1000))
+        200
+        >>> shown(-(10**400))
+        'a negative integer of about 401 digits'
+    """
+    return _cut(_pieces(value))
+
+
+def clipped(text: object) -> str:
+    """Return a text for a message without quotes: on one line, cut at `LIMIT` characters.
+
+    Args:
+        text: a name, a path, or an error whose message another library wrote.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> clipped("one\\n two")
+        'one two'
+    """
+    return _cut(iter([" ".join(str(text).split())]))
+
+
+def refusal(error: OSError, path: object = None) -> str:
+    """Return what the system refused, in the form `path: no such file or directory`.
+
+    Args:
+        error: what was raised.
+        path: the path to name; None takes the error's own.
+
+    Returns:
+        One line, without the number of the error.
+
+    Example:
+        >>> refusal(FileNotFoundError(2, "No such file or directory", "a.yaml"))
+        'a.yaml: no such file or directory'
+    """
+    reason = clipped(error.strerror or error) or type(error).__name__
+    path = error.filename if path is None else path
+    # Only the system's own words start lower: a library's message may start with a name.
+    reason = reason[:1].lower() + reason[1:] if error.strerror else reason
+    return reason if path is None else f"{clipped(path)}: {reason}"
+
+
+def _cut(pieces: Iterator[str]) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        if len(text) > LIMIT:
+            return text[: LIMIT - 3] + "..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """Yield the repr of a value; each level and item adds characters, so that a cut ends it."""
+    if isinstance(value, str | bytes):
+        yield repr(value[:LIMIT])
+    elif isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        digits = int(value.bit_length() * math.log10(2)) + 1
+        yield f"{'a negative' if value < 0 else 'an'} integer of about {digits} digits"
+    elif isinstance(value, Mapping):
+        yield "{"
+        for i, key in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(value[key])
+        yield "}"
+    elif isinstance(value, list | tuple | Set):
+        kind = next((kind for kind in _BRACKETS if isinstance(value, kind)), set)
+        yield _BRACKETS[kind][0]
+        for i, item in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(item)
+        yield ("," if kind is tuple and len(value) == 1 else "") + _BRACKETS[kind][1]
+    elif _is_array(value):
+        yield f"{type(value).__name__} {list(value.shape)} {str(value.dtype).rpartition('.')[2]}"
+    else:
+        yield _repr(value)
+
+
+def _repr(value: object) -> str:
+    try:
+        return " ".join(repr(value).split())
+    except Exception:  # a class of the user's, in the middle of an error message
+        return f"<{type(value).__name__}>"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array or a tensor; printing one may wait for a GPU."""
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or not hasattr(value, "dtype"):
+        return False
+    return bool(shape) or hasattr(value, "requires_grad")  # numpy's scalars print as numbers
