@@ -60,6 +60,8 @@ class PassageStore:
     ) -> None:
         self._manifest = {key: manifest[key] for key in ("n", "streams", "template")}
         self._arrays = dict(arrays)
+        files = manifest.get("files", {})
+        self._sha256 = {name: str(entry["sha256"]) for name, entry in files.items()}
         self._tokens = {name: as_tensor(arrays[f"{name}_tokens"]) for name in STREAMS}
         self._offsets = {name: as_tensor(arrays[f"{name}_offsets"]) for name in STREAMS}
         self.ids: Sequence[str] = _Texts(arrays, "ids")
@@ -216,6 +218,22 @@ class PassageStore:
             if self.ids[int(rows[at])] == id:
                 return int(rows[at])
         raise ValueError(f"id: expected the id of one of {len(self)} passages, got {id!r}")
+
+    def checksum(self) -> str:
+        """Name the content: ids, texts, tokens, and how they were tokenised.
+
+        Read off the manifest of a loaded store; computed once for a store in memory.
+
+        Returns:
+            32 hexadecimal digits; equal content gives equal digits on any device.
+        """
+        if not self._sha256:
+            self._sha256 = {
+                f"{name}.npy": hashlib.sha256(array).hexdigest()
+                for name, array in self._arrays.items()
+            }
+        described = json.dumps([self._manifest, self._sha256], sort_keys=True)
+        return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
 
     def fingerprint(self, stream: Stream) -> str:
         """Names the tokenizer (and passage template) that a stream was built with."""

@@ -179,6 +179,22 @@ def test_a_streamed_build_equals_one_in_memory(build, passages, tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["saved", "store"]
 
 
+def test_the_checksum_names_the_content(build, passages, tmp_path):
+    in_memory = build(passages)
+    on_disk = build(passages, dir=tmp_path / "store")
+    checksum = on_disk.checksum()
+    assert len(checksum) == 32 and in_memory.checksum() == checksum
+    in_memory.save(tmp_path / "saved")
+    assert PassageStore.load(tmp_path / "saved").checksum() == checksum
+    others = [
+        build(passages[:-1]),
+        build([*passages[:-1], Passage("another id", passages[-1].title, passages[-1].text)]),
+        build(passages, max_passage=1),
+        build(passages, encoder_prefix="river "),
+    ]
+    assert len({checksum, *(each.checksum() for each in others)}) == 5
+
+
 def test_prefix_and_limits(build, passages, encoder_tokenizer, generator_tokenizer):
     store = build(passages, encoder_prefix="river ", max_encoder_tokens=None, max_passage=3)
     text = "river " + TEMPLATE.render_passage(passages[4])
