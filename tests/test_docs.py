@@ -172,7 +172,7 @@ def test_commands_exist(command: list[str]) -> None:
         command = command[1:]
     name, *arguments = command
     if name == "fastrag":
-        assert cli._parser().parse_args(arguments).run
+        assert cli.parser().parse_args(arguments).run
     elif name == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{arguments[0]}:", makefile, flags=re.MULTILINE)

@@ -1,0 +1,79 @@
+"""The command `fastrag`: train, index build, index info, index verify, evaluate, ask, info.
+
+Each command has a module here, with `add` for its options. A mistake of the user is one line on
+stderr and exit status 2; FASTRAG_DEBUG=1 shows the traceback. torch and transformers are imported
+inside the functions that run a command, so that `fastrag --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastrag import __version__
+from fastrag.cli import ask, evaluate, index, info, train
+from fastrag.cli.output import one_line, show_warning
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's.
+
+    Returns:
+        The exit status: 0, 2 after a user's mistake, 128 + n after signal n.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt as error:
+        # TrainingInterrupted says which signal came and where the checkpoint is; its note says how
+        # to resume
+        for message in (str(error) or "interrupted", *getattr(error, "__notes__", ())):
+            print(f"fastrag: {message}", file=sys.stderr)
+        return getattr(error, "exit_code", INTERRUPTED)
+    except BrokenPipeError:
+        return 0  # the reader, for example head, has seen enough
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("FASTRAG_DEBUG") == "1" or not _is_user_error(error):
+            raise
+        print(f"fastrag: error: {one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether the user can mend it: any RuntimeError but that of a forced backend is a fault."""
+    if not isinstance(error, RuntimeError):
+        return True
+    from fastrag.ops.backends import BackendError
+
+    return isinstance(error, BackendError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; its result's `run` runs the command that was given."""
+    whole = _Parser(
+        prog="fastrag", description="End-to-end training of a retriever and a generator."
+    )
+    whole.add_argument("--version", action="version", version=f"fastrag {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (train, index, evaluate, ask, info):
+        module.add(commands)
+    return whole

@@ -1,0 +1,163 @@
+"""`fastrag index`: build, verify and describe a passage index."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastrag.cli.options import add_device, device_of, positive
+from fastrag.cli.output import quiet
+
+_FOLDER_HELP = "folder from `fastrag index build`, of a run, or of a saved index"
+
+
+def add(commands: Any) -> None:
+    """Add the commands to the parser's."""
+    index = commands.add_parser("index", help="build, describe or verify a passage index")
+    actions = index.add_subparsers(dest="action", required=True, metavar="action")
+    build = actions.add_parser("build", help="tokenise and encode a corpus")
+    build.add_argument("--corpus", required=True, help="JSONL, CSV or TSV file, or `default`")
+    build.add_argument(
+        "--encoder", "--passage-encoder", required=True, help="folder of the passage encoder"
+    )
+    build.add_argument("--generator", required=True, help="folder of the generator")
+    build.add_argument("--out", required=True, help="folder to write")
+    build.add_argument(
+        "--template",
+        type=_template,
+        default="plain",
+        help="plain, chat, or a YAML mapping of a template's fields: what the config that will "
+        "train on the index says",
+    )
+    build.add_argument(
+        "--max-passage", type=positive, metavar="TOKENS", help="cut longer passages (default 256)"
+    )
+    build.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    build.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="float32",
+        help="how the index stores vectors: float32 (default), float16, bfloat16 or int8",
+    )
+    add_device(build)
+    build.set_defaults(run=_build)
+    verify = actions.add_parser("verify", help="check every byte against its checksum")
+    verify.add_argument("folder", help=_FOLDER_HELP)
+    verify.set_defaults(run=_verify)
+    described = actions.add_parser("info", help="what an index holds, and how well it searches")
+    described.add_argument("folder", help=_FOLDER_HELP)
+    described.add_argument(
+        "--probe",
+        type=positive,
+        metavar="N",
+        help="search for N of its vectors and report the recall against an exact search",
+    )
+    described.add_argument("--k", type=positive, metavar="K", help="hits that count (default 10)")
+    described.add_argument(
+        "--exact",
+        metavar="DIR",
+        help="index of the original vectors to compare with; default: what the index reconstructs",
+    )
+    described.set_defaults(run=_info)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    quiet()
+    from fastrag.train import build, parts
+
+    tokenizer = parts.load_tokenizer(arguments.generator, "generator")
+    index, _ = build.build_index(
+        arguments.out,
+        parts.load_passages(arguments.corpus),
+        parts.load_encoder(arguments.encoder, "encoder", "passage"),
+        template=parts.make_template(
+            arguments.template, tokenizer, parts.generator_kind(arguments.generator)
+        ),
+        encoder_tokenizer=parts.load_tokenizer(arguments.encoder, "encoder"),
+        generator_tokenizer=tokenizer,
+        max_passage=arguments.max_passage or build.MAX_PASSAGE,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=device_of(arguments),
+    )
+    print(f"{arguments.out}: {len(index)} passages, {index.dim} dimensions")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.folder)
+    if folder == Path(arguments.folder):
+        from fastrag.index import open_index
+
+        n = len(open_index(folder, verify=True))
+        print(f"{arguments.folder}: {n} vectors, all checksums hold")
+        return 0
+    from fastrag.train.build import load_index
+
+    index, _ = load_index(folder.parent, verify=True)
+    print(f"{arguments.folder}: {len(index)} passages, all checksums hold")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fastrag.index import FlatIndex, open_index, saved
+
+    if arguments.probe is None and (arguments.exact or arguments.k):
+        raise ValueError("--probe: expected a number of queries with --exact or --k, got none")
+    index = open_index(_folder(arguments.folder))
+    for name, value in saved.describe(index).items():
+        print(f"{name:<12}{value}")
+    if arguments.probe is None:
+        return 0
+    if arguments.exact:
+        exact, source = open_index(_folder(arguments.exact)), arguments.exact
+    elif isinstance(index, FlatIndex):
+        raise ValueError(
+            "--exact: expected an index of the original vectors, as a FlatIndex searches what it "
+            "stores exactly, got none"
+        )
+    else:
+        exact, source = saved.exact_of(index), "its reconstructed vectors"
+    k = arguments.k or 10
+    found = saved.recall(index, exact, k, arguments.probe)
+    n = min(arguments.probe, index.n_live)
+    print(f"{f'recall@{k}':<12}{found:.4f}   ({n} queries, against {source})")
+    return 0
+
+
+def _folder(folder: str) -> Path:
+    """The index itself, which lies beside the passages, in a run both in a folder of their own."""
+    from fastrag import folders
+
+    root = Path(folder)
+    folders.recover(root.absolute())
+    while (root / "index").is_dir():
+        root /= "index"
+    return root
+
+
+def _dtype(text: str) -> str:
+    from fastrag.index.codec import DTYPES
+
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
+    return text
+
+
+def _template(text: str) -> str | dict[str, Any]:
+    """Read a template as a config's `template` may state it."""
+    import yaml
+
+    from fastrag.train.config import TEMPLATES
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, dict) or value in TEMPLATES:
+        return value
+    raise argparse.ArgumentTypeError(
+        f"expected one of {', '.join(TEMPLATES)}, or a YAML mapping of a template's fields, "
+        f"got {text!r}"
+    )
