@@ -229,7 +229,7 @@ class PassageStore:
         """
         if not self._sha256:
             self._sha256 = {
-                f"{name}.npy": hashlib.sha256(array).hexdigest()
+                f"{name}.npy": hashlib.sha256(array.data).hexdigest()
                 for name, array in self._arrays.items()
             }
         described = json.dumps([self._manifest, self._sha256], sort_keys=True)
