@@ -9,8 +9,9 @@
 
 Whenever the process is killed, the old folder or the new one is there whole: between the two
 renames the old one is `.index.old`, and `recover` takes it back. Whoever opens such a folder calls
-`recover` first. Each step raises the audit event `fastrag.folders` (`sys.addaudithook`) with its
-name, so that a test can kill the process at any of them.
+`recover` first. A target that is a symbolic link stays one: the folder that it names is replaced,
+where that folder is. Each step raises the audit event `fastrag.folders` (`sys.addaudithook`) with
+its name, so that a test can kill the process at any of them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def staging_path(target: Path, *, shared: bool = False) -> Path:
         >>> staging_path(Path("runs/x/checkpoint-10"), shared=True).name
         '.checkpoint-10.tmp'
     """
+    target = _resolved(target)
     if shared:
         return target.with_name(f".{target.name}{_STAGING}")
     return target.with_name(f".{target.name}{_owner()}{os.getpid()}-{uuid.uuid4().hex[:8]}")
@@ -80,6 +82,7 @@ def begin(target: Path, *, shared: bool = False) -> Path:
     Raises:
         OSError: the system refuses.
     """
+    target = _resolved(target)
     recover(target)
     staging = staging_path(target, shared=shared)
     if shared:
@@ -103,6 +106,7 @@ def commit(staging: Path, target: Path) -> None:
     """
     flush_tree(staging)
     step("synced", staging)
+    target = _resolved(target)
     aside = _aside(target)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -130,6 +134,7 @@ def recover(target: Path) -> None:
     Args:
         target: the folder; nothing happens where it is there.
     """
+    target = _resolved(target)
     aside = _aside(target)
     if not target.exists() and aside.exists():
         try:
@@ -194,6 +199,10 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _resolved(target: Path) -> Path:
+    return Path(os.path.realpath(target))
+
+
 def _aside(target: Path) -> Path:
     return target.parent / f".{target.name}{_ASIDE}"
 
@@ -235,8 +244,5 @@ def _discard(aside: Path, target: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder, or a link to one, as far as the system lets."""
-    if folder.is_symlink():
-        folder.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete a folder as far as the system lets."""
+    shutil.rmtree(folder, ignore_errors=True)

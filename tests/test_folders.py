@@ -251,13 +251,46 @@ def test_what_cannot_be_deleted_does_not_stop_the_next_save(
     assert read(target) == "3"
 
 
-def test_a_linked_folder_is_replaced_more_than_once(target: Path) -> None:
+@SHARED
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_a_link_stays_and_its_folder_is_replaced(
+    target: Path, shared: bool, absolute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (target.parent / "here").mkdir()
+    link = target.parent / "here" / "link"
+    link.symlink_to(target if absolute else Path("..", target.name))
+    monkeypatch.chdir(target.parent / "here")
+    for path, text in ((link, "1"), (Path("link"), "2")):
+        save(path, text, shared)
+        assert link.is_symlink() and read(link) == read(target) == text
+        assert not target.is_symlink() and siblings(link) == ["link"]
+        assert siblings(target) == ["f", "here"]
+
+
+@SHARED
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_step_of_a_save_through_a_link(target: Path, step: str, shared: bool) -> None:
     link = target.with_name("link")
     link.symlink_to(target)
-    for text in ("1", "2"):
-        save(link, text)
-        assert read(link) == text and not link.is_symlink()
-    assert read(target) == "old" and siblings(target) == ["f", "link"]
+    assert save_elsewhere(link, step, shared).returncode == 9
+    folders.recover(link)
+    assert link.is_symlink() and read(link) == ("new" if step in ("in", "done") else "old")
+    save(link, "newer", shared)
+    assert link.is_symlink() and read(target) == "newer" and siblings(target) == ["f", "link"]
+
+
+def test_a_link_to_no_folder_yet_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "large" / "f")
+    save(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and read(tmp_path / "large" / "f") == "new"
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(OSError):
+        save(tmp_path / "a", "new")
+    assert (tmp_path / "a").is_symlink() and (tmp_path / "b").is_symlink()
 
 
 WRITER = """

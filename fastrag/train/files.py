@@ -13,7 +13,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary sibling to write, which takes the file's name when the block ends.
 
     A reader, or a process that is killed, sees the old file or the new one; after an error in the
-    block the old one stays and the sibling is gone.
+    block the old one stays and the sibling is gone. A symbolic link stays one: the file that it
+    names is replaced.
 
     Args:
         path: the file to appear or to be replaced.
@@ -25,7 +26,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> with replacing("curve.txt") as temporary:            # doctest: +SKIP
         ...     temporary.write_text("loss 0.5")
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         yield temporary

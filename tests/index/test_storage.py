@@ -94,6 +94,14 @@ def test_replacing_keeps_open_maps_alive(folder):
     assert siblings(folder) == ["f"]
 
 
+def test_a_link_stays_and_its_folder_is_replaced(folder):
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    write_folder(link, {"a": ARRAYS["a"] + 1}, HEAD)
+    assert link.is_symlink() and siblings(folder) == ["f", "link"]
+    np.testing.assert_array_equal(read(folder)[1]["a"], ARRAYS["a"] + 1)
+
+
 def test_an_error_leaves_the_old_folder_and_nothing_else(folder):
     with (
         pytest.raises(ValueError, match=r"x\.npy: expected rows of int64 \[\], got float32"),
