@@ -118,6 +118,7 @@ def test_readme_runs(folder: Path) -> None:
         assert tensor.grad is not None and bool(tensor.grad.abs().sum() > 0), name
     assert names["trainer"].state.global_step == 4
     assert (folder / names["config"].output_dir / "model").is_dir()
+    assert names["config"].marginal == RagConfig.marginal  # both ways in train one model
 
 
 def test_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +152,8 @@ def test_yaml_configs_are_valid() -> None:
     found = [text for page in PAGES for text in blocks(page, "yaml")]
     assert found
     for text in found:
-        assert RagConfig.from_dict(yaml.safe_load(text)).steps == 2000
+        config = RagConfig.from_dict(yaml.safe_load(text))
+        assert (config.steps, config.marginal) == (2000, RagConfig.marginal)
 
 
 def test_records_are_read(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 ANSWER_CHOICES = ("first", "random")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
+GENERATOR_LR = 5e-5
+LORA_LR = 2e-4  # the update is a product of two small matrices, one of which starts at zero
 POSITIVE = (
     "n_docs",
     "batch_size",
@@ -102,7 +104,7 @@ class RagConfig:
         explore_tau: softening of the prior they are drawn from.
         refresh: `frozen` or `every:<steps>`, when stored vectors are made anew.
         retriever_lr: learning rate of both encoders and the temperature.
-        generator_lr: learning rate of the generator.
+        generator_lr: learning rate of the generator; None: 5e-5, or 2e-4 with `lora`.
         weight_decay: AdamW's, on matrices only.
         adam_betas: AdamW's two decay rates.
         lr_scheduler: a schedule name of transformers.
@@ -174,7 +176,7 @@ class RagConfig:
     explore_tau: float = 1.0
     refresh: str = "frozen"
     retriever_lr: float = 2e-5
-    generator_lr: float = 5e-5
+    generator_lr: float | None = None
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     lr_scheduler: str = "linear"
@@ -219,6 +221,8 @@ class RagConfig:
         hints = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):
             setattr(self, each.name, coerce(each.name, getattr(self, each.name), hints[each.name]))
+        if self.generator_lr is None:
+            self.generator_lr = GENERATOR_LR if self.lora is None else LORA_LR
         for name in POSITIVE:
             require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
         for name in (*POSITIVE_OR_NONE, "early_stopping"):

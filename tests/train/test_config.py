@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fastrag.train import RagConfig
 
@@ -45,6 +46,26 @@ def test_overrides(tmp_path: Path) -> None:
         RagConfig.load(path, ["n_docs.x=1"])
     with pytest.raises(ValueError, match="--set n_docs: expected a YAML value"):
         RagConfig.load(path, ["n_docs=[1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 5e-5),
+        ({"lora": {"rank": 4}}, 2e-4),
+        ({"lora": {"rank": 4}, "generator_lr": 5e-5}, 5e-5),
+        ({"lora": {"rank": 4}, "generator_lr": 0.0}, 0.0),
+    ],
+)
+def test_the_rate_of_the_generator_suits_lora(
+    tmp_path: Path, settings: dict[str, Any], rate: float
+) -> None:
+    """A rate that is given is obeyed; the resolved config states the number."""
+    config = make(**settings)
+    assert config.generator_lr == config.training_arguments().learning_rate == rate
+    config.save(tmp_path / "c.yaml")
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["generator_lr"] == rate
+    assert RagConfig.load(tmp_path / "c.yaml") == config
 
 
 @pytest.mark.parametrize(
