@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = RagConfig.load(arguments.config, arguments.set)
     quiet()
+    from fastrag.train.distributed import leave_processes
     from fastrag.train.run import train_run
 
     try:
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(error, "checkpoint", None):
             error.add_note(_resume_command(arguments))
         raise
+    leave_processes(trainer)
     if not trainer.is_world_process_zero():
         return 0
     if trainer.last_evaluation is not None:

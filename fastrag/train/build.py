@@ -152,7 +152,15 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     from transformers import set_seed
 
     from fastrag.nn import RagModel
+    from fastrag.train.distributed import launched_processes
 
+    built = Path(config.output_dir) / INDEX_FOLDER
+    if config.index is None and not (resume and built.is_dir()) and launched_processes() > 1:
+        # every process would encode the corpus into the same folder
+        raise ValueError(
+            "index: expected a folder from `fastrag index build` where several processes train, "
+            "got null"
+        )
     set_seed(config.seed)
     passage_folder = config.passage_encoder or config.question_encoder
     question_encoder = load_encoder(config.question_encoder, "question_encoder", "query")
@@ -161,7 +169,6 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
     template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))
-    built = Path(config.output_dir) / INDEX_FOLDER
     if config.index is not None:
         index, passages = load_index(config.index)
     elif resume and built.is_dir():

@@ -4,18 +4,21 @@
     posterior entropy  H(p(z|x,y))
     KL                 KL(p(z|x,y) || p(z|x)), what the answer taught the retriever
 
-Sums stay on the device; only `summary` reads them, once per log line.
+Sums stay on the device; only `summary` reads them, once per log line, over all ranks.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastrag.ops.positions import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class StepStatistics:
@@ -75,8 +78,11 @@ class StepStatistics:
         if n_cut is not None:
             self._host["cut"] = self._host["cut"] + n_cut
 
-    def summary(self) -> dict[str, float]:
-        """Give the figures since the last call, and start anew.
+    def summary(self, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """Return the figures since the last call and reset them.
+
+        Args:
+            accelerator: adds up the ranks of a distributed run, each of which has to call this.
 
         Returns:
             `prior_entropy`, `posterior_entropy`, `kl` (nats, per question or label token),
@@ -87,19 +93,27 @@ class StepStatistics:
         if self._sums is None:
             self._reset()
             return {}
-        prior, questions, posterior, kl, weight, tokens = self._sums.tolist()
+        host = self._sums.new_tensor([float(each) for each in self._host.values()])
+        sums = torch.cat([self._sums, host])
         unique = torch.unique(torch.cat([rows.reshape(-1) for rows in self._rows]))
+        ranks = 1
+        if accelerator is not None and accelerator.num_processes > 1:
+            ranks = accelerator.num_processes
+            sums = accelerator.reduce(sums)
+            padded = accelerator.pad_across_processes(unique, pad_index=-1)
+            unique = torch.unique(accelerator.gather(padded))
+        prior, questions, posterior, kl, weight, tokens, retrieval, cut, passages = sums.tolist()
         result = {
             "prior_entropy": prior / max(questions, 1.0),
             "posterior_entropy": posterior / max(weight, 1.0),
             "kl": kl / max(weight, 1.0),
             "unique_passages": int((unique >= 0).sum()),
-            "passages_cut": float(self._host["cut"]) / max(self._host["passages"], 1.0),
+            "passages_cut": cut / max(passages, 1.0),
         }
         if self.retriever_lr is not None:
             result["retriever_lr"] = self.retriever_lr
         if self._steps:
-            result["retrieval_ms"] = 1e3 * self._host["retrieval"] / self._steps
+            result["retrieval_ms"] = 1e3 * retrieval / (ranks * self._steps)
         if self._seconds > 0.0:
             result["tokens_per_second"] = tokens / self._seconds
             result["steps_per_second"] = self._steps / self._seconds

@@ -43,6 +43,7 @@ from fastrag.train.checkpoints import (
 )
 from fastrag.train.collation import ResumableCollator
 from fastrag.train.config import RagConfig
+from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER
 from fastrag.train.run_folder import write_versions
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
@@ -119,7 +120,11 @@ class RagTrainer(Trainer):
                 f"data_collator: expected a RagCollator, got {type(data_collator).__name__}"
             )
         config = args if isinstance(args, RagConfig) else None
-        args = args.training_arguments() if isinstance(args, RagConfig) else copy.copy(args)
+        if isinstance(args, RagConfig):
+            args = args.training_arguments()
+        else:
+            args = copy.copy(args)
+            check_processes(args)
 
         def setting(given: Any, name: str, default: Any) -> Any:
             return given if given is not None else getattr(config, name, default)
@@ -152,6 +157,7 @@ class RagTrainer(Trainer):
             train_dataset=None if train_dataset is None else _as_list(train_dataset),
             eval_dataset=eval_dataset,
             callbacks=[
+                SamePassagesCallback(model),
                 self.refresher,
                 MetricsFileCallback(run / METRICS_FILE),
                 CurveCallback(run / METRICS_FILE, run / CURVE_FILE),
@@ -306,7 +312,7 @@ class RagTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the statistics of the window to a training log, then report it."""
         if "loss" in logs:
-            logs.update(self.statistics.summary())
+            logs.update(self.statistics.summary(self.accelerator))
         super().log(logs, *args, **kwargs)
 
     def evaluate(

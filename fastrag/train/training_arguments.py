@@ -11,7 +11,9 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.utils import is_torch_bf16_gpu_available
 
+from fastrag.train.distributed import check_processes
 from fastrag.train.settings import coerce, require_word, unknown
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ def training_arguments(config: RagConfig) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # it hides NaN losses and waits for the device
         "report_to": report_to or "none",
         "seed": config.seed,
-        "use_cpu": config.device == "cpu",
+        # said to transformers, which else forms no group of processes without a GPU
+        "use_cpu": config.device == "cpu" or not torch.accelerator.is_available(),
         "remove_unused_columns": False,
         "disable_tqdm": False,
         "restore_callback_states_from_checkpoint": config.early_stopping is not None,
@@ -71,11 +74,14 @@ def training_arguments(config: RagConfig) -> TrainingArguments:
         "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
     }
     _check_schedule(config.lr_scheduler, config.lr_scheduler_kwargs)
-    further = _further(config.training)
+    values |= _further(config.training)
+    _check_precision(values)
     try:
-        return TrainingArguments(**{**values, **further})
+        args = TrainingArguments(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: expected values for TrainingArguments: {error}") from error
+    check_processes(args)
+    return args
 
 
 def _further(settings: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +94,15 @@ def _further(settings: dict[str, Any]) -> dict[str, Any]:
         number = {*(typing.get_args(hints[key]) or (hints[key],))} <= _NUMBERS
         values[key] = coerce(f"training.{key}", value, hints[key]) if number else value
     return values
+
+
+def _check_precision(values: dict[str, Any]) -> None:
+    # transformers would speak of its own fields, or find the mistake when everything is loaded
+    on_cpu = values["use_cpu"]
+    if values["fp16"] and on_cpu:
+        raise ValueError("precision: expected fp32 or bf16 on a CPU, got 'fp16'")
+    if values["bf16"] and not on_cpu and not is_torch_bf16_gpu_available():
+        raise ValueError("precision: expected fp32 or fp16 on a GPU without bfloat16, got 'bf16'")
 
 
 def _check_schedule(name: str, settings: dict[str, Any]) -> None:

@@ -46,6 +46,20 @@ def fastrag(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run arguments behind torchrun in two processes, at a port of their own."""
+    launcher = (sys.executable, "-m", "torch.distributed.run")
+    return subprocess.run(
+        [*launcher, "--standalone", "--nproc-per-node", "2", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
 def write_files(folder: Path) -> None:
     """Model parts, corpus, questions and config, as a user has them."""
     tiny.save_parts(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastrag.cli import main
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.checkpoints import checkpoints
+from fastrag.train.load import load_run
 from tests import tiny
-from tests.cli.commands import ENVIRONMENT, SETTINGS, fastrag
+from tests.cli.commands import ENVIRONMENT, ROOT, SETTINGS, fastrag, torchrun
 
 
 def test_training_leaves_a_run_folder(project: Path) -> None:
@@ -141,3 +144,32 @@ def test_index_of_another_encoder_is_noticed(
     again = ("--set", "output_dir=known", "--set", "passage_encoder=encoder")
     assert main([*command, *again]) == 0
     assert "its vectors" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_of_the_guide_for_several_processes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, half of the batch each, are one process with the whole batch."""
+    monkeypatch.chdir(project)
+    parts = {key: value for key, value in SETTINGS.items() if key != "device"}
+    for name, size in (("one", 4), ("two", 2)):
+        settings = parts | {"output_dir": name, "batch_size": size, "generator_lr": 1e-2}
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "one.yaml"]) == 0
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    command = re.search(r"^torchrun --standalone --nproc-per-node 2 (.*) config.yaml$", guide, re.M)
+    assert command
+    done = torchrun(project, *command[1].split(), "two.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 3  loss") == 1 and done.stdout.count("model: two/model") == 1
+    one, two = (read_metrics(project / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [each["step"] for each in two] == [each["step"] for each in one]
+    same = {"loss", "eval_loss", "grad_norm", "prior_entropy", "kl", "unique_passages"}
+    for mine, theirs in zip(one, two, strict=True):
+        for key in same & mine.keys():
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4), (key, mine["step"])
+    models = (load_run(project / name) for name in ("one", "two"))
+    weights, expected = ([*each.parameters()] for each in models)
+    torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-5)
+    assert len((project / "two" / "predictions.jsonl").read_text().splitlines()) == 12

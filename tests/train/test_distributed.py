@@ -1,0 +1,95 @@
+"""Processes of a launcher: they train together on the same passages, or nothing trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrag.train import RagConfig, RagTrainer, build, distributed, training_arguments
+from tests import tiny
+from tests.cli.commands import torchrun
+
+PARTS: dict[str, Any] = {"question_encoder": "encoder", "generator": "generator"}
+
+
+@pytest.mark.slow
+def test_ranks_agree(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "-m", "tests.train.ranks", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_transformers_is_told_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = RagConfig(**PARTS, precision=precision).training_arguments()
+    assert args.use_cpu and args.bf16 == (precision == "bf16")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("cpu", "fp16", "^precision: expected fp32 or bf16 on a CPU, got 'fp16'$"),
+        ("gpu", "bf16", "^precision: expected fp32 or fp16 on a GPU without bfloat16, got 'bf16'$"),
+    ],
+)
+def test_a_precision_that_the_device_lacks(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device == "gpu")
+    monkeypatch.setattr(training_arguments, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        RagConfig(**PARTS, precision=precision).training_arguments()
+
+
+def test_processes_that_would_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^WORLD_SIZE: expected 2 processes .*, got 1; start"):
+        RagTrainer(tiny.rag_model(), args, tiny.collator(), tiny.questions())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(type(args), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="^LOCAL_WORLD_SIZE: expected .* there are 1, got 2;"):
+        distributed.check_processes(args)
+
+
+def test_one_process_uses_one_gpu(tmp_path: Path) -> None:
+    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    args._n_gpu = 4
+    with pytest.warns(UserWarning, match="^one process trains on one GPU of 4; torchrun"):
+        trainer = RagTrainer(tiny.rag_model(), args, tiny.collator(), tiny.questions())
+    assert trainer.args.n_gpu == 1 and args.n_gpu == 4  # the caller's arguments stay as they were
+
+
+def test_several_processes_need_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^index: expected a folder .* several processes train"):
+        build.build_model(RagConfig(**PARTS, output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("part", ["index", "passages"])
+def test_other_passages_on_another_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    model = tiny.rag_model()
+    callback = distributed.SamePassagesCallback(model)
+    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    monkeypatch.setattr(type(args), "world_size", 2)
+    checksum = getattr(model, part).checksum()
+    unused: Any = None
+    monkeypatch.setattr(distributed, "gather_object", lambda sums: sums * 2)
+    callback.on_train_begin(args, unused, unused)
+    other = {checksum: "0"}
+    monkeypatch.setattr(
+        distributed, "gather_object", lambda sums: [sums[0], other.get(sums[0], sums[0])]
+    )
+    with pytest.raises(ValueError, match=f"^{part}: .* {checksum} on rank 0 and 0 on rank 1$"):
+        callback.on_train_begin(args, unused, unused)
