@@ -1,6 +1,11 @@
 #include "thread_pool.h"
 
 #include <unistd.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#elif !defined(__aarch64__)
+#include <cfenv>
+#endif
 #ifdef __linux__
 #include <pthread.h>
 #include <sched.h>
@@ -30,11 +35,39 @@ void look_for(const Condition& condition) {
   while (!condition() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
 }
 
-// One loop: its tasks are taken from a counter by whoever is free.
+// How a thread computes with floating point: the rounding mode, whether denormals are flushed, which
+// exceptions trap. Each thread has its own, without the flags of what happened so far.
+#if defined(__SSE2__)
+using FloatMode = uint32_t;
+constexpr FloatMode kHappened = 0x3f;
+FloatMode float_mode() { return _mm_getcsr() & ~kHappened; }
+void set_float_mode(FloatMode mode) { _mm_setcsr(mode | (_mm_getcsr() & kHappened)); }
+#elif defined(__aarch64__)
+using FloatMode = uint64_t;
+FloatMode float_mode() {
+  FloatMode mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+void set_float_mode(FloatMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = int;  // the rounding mode is all that the standard knows
+FloatMode float_mode() { return std::fegetround(); }
+void set_float_mode(FloatMode mode) { std::fesetround(mode); }
+#endif
+
+// One loop: its tasks are taken from a counter by any thread that is free, and computed in the
+// floating-point mode of the caller, so that no result depends on which thread it was.
 class Loop {
  public:
   Loop(int64_t n_tasks, const std::function<void(int64_t)>& task)
       : n_tasks_(n_tasks), task_(task) {}
+
+  // A helper only ever computes in loops: it keeps the mode until another one is wanted.
+  void help() noexcept {
+    if (float_mode() != mode_) set_float_mode(mode_);
+    work();
+  }
 
   void work() noexcept {
     for (int64_t i = next_.fetch_add(1); i < n_tasks_; i = next_.fetch_add(1)) {
@@ -56,6 +89,7 @@ class Loop {
  private:
   const int64_t n_tasks_;
   const std::function<void(int64_t)>& task_;
+  const FloatMode mode_ = float_mode();
   std::atomic<int64_t> next_{0};
   std::mutex mutex_;
   std::exception_ptr error_;
@@ -142,7 +176,7 @@ class ThreadPool {
       ++working_;
       Loop* loop = loop_;
       lock.unlock();
-      loop->work();
+      loop->help();
       lock.lock();
       if (--working_ == 0) idle_.notify_one();
     }

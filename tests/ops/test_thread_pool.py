@@ -1,15 +1,20 @@
-"""Where the helpers of the C++ kernels run; csrc/thread_pool.cpp."""
+"""Where the helpers of the C++ kernels run, and in which floating-point mode; csrc/thread_pool.cpp."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor
 
-pytest.importorskip("fastrag._C", reason="the extension module is not built")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+_C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
 
 # Prints what the thread of the loop may use, before and after, and what each other thread may.
 PROGRAM = """
@@ -37,6 +42,7 @@ def masks(n_threads: int, cpus: list[int]) -> list[list[int]]:
     return [[int(cpu) for cpu in mask[1:-1].split(",")] for mask in done.stdout.strip().split(";")]
 
 
+@on_linux
 def test_a_helper_keeps_off_the_processor_of_its_caller() -> None:
     cpus = sorted(os.sched_getaffinity(0))[:2]
     if len(cpus) < 2:
@@ -47,9 +53,51 @@ def test_a_helper_keeps_off_the_processor_of_its_caller() -> None:
     assert helper[0] in cpus
 
 
+@on_linux
 @pytest.mark.parametrize("n_cpus", [1, 2])
 def test_more_helpers_than_processors_share_them_all(n_cpus: int) -> None:
     cpus = sorted(os.sched_getaffinity(0))[:n_cpus]
     before, after, *helpers = masks(3, cpus)
     assert before == after == cpus
     assert helpers == [cpus, cpus]
+
+
+@pytest.fixture
+def the_usual_mode() -> Iterator[None]:
+    yield
+    torch.set_flush_denormal(False)
+    ctypes.CDLL(None).fesetround(0)
+
+
+def scores_of(query: Tensor, index: Tensor, n_threads: int) -> Tensor:
+    scores, rows = torch.full((len(query), 3), torch.nan), torch.full((len(query), 3), -7)
+    _C.mips_topk(query.numpy(), index.numpy(), scores.numpy(), rows.numpy(), threads=n_threads)
+    return scores
+
+
+@pytest.mark.usefixtures("the_usual_mode")
+def test_denormals_are_flushed_where_the_caller_flushes_them() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    torch.set_flush_denormal(False)
+    query, index = 1e-20 * torch.rand(256, 16), 1e-20 * torch.rand(100_000, 16)
+    for flush in (False, True, False):
+        torch.set_flush_denormal(flush)
+        found = [scores_of(query, index, n_threads) for n_threads in (1, 2, 3, 2)]
+        torch.set_flush_denormal(False)
+        for scores in found:
+            assert torch.equal(scores, found[0])
+            assert (scores == 0).all() if flush else (scores > 1e-41).all()
+
+
+@pytest.mark.usefixtures("the_usual_mode")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="modes have other numbers elsewhere")
+def test_scores_are_rounded_as_the_caller_rounds() -> None:
+    query, index = torch.rand(256, 16), torch.rand(100_000, 16)
+    found = {}
+    for mode in (0, 0x400, 0x800):  # to nearest, down, up
+        ctypes.CDLL(None).fesetround(mode)
+        found[mode] = [scores_of(query, index, n_threads) for n_threads in (1, 2, 3, 2)]
+        ctypes.CDLL(None).fesetround(0)
+        assert all(torch.equal(scores, found[mode][0]) for scores in found[mode])
+    assert (found[0x400][0] < found[0x800][0]).all()
