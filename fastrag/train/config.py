@@ -12,6 +12,7 @@ import math
 import os
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import yaml
 
 from fastrag.index.codec import DTYPES
 from fastrag.index.refresh import RefreshPolicy
+from fastrag.messages import clipped, shown
 from fastrag.nn.loss import MARGINALS, OBJECTIVES
 from fastrag.train.files import replacing
 from fastrag.train.settings import coerce, override, read_yaml, require, require_word, unknown
@@ -127,7 +129,8 @@ class RagConfig:
         max_context: window of the generator's input.
         answer_choice: train on the `first` or a `random` answer.
         template: `plain`, `chat`, or a mapping of a `Template`'s fields.
-        lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets`.
+        lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets` (names of
+            layers, `all-linear`, or a regular expression for their paths).
         eval_steps: evaluate every so many steps; None only before and after training.
         eval_limit: evaluate on so many fixed questions; None on all.
         eval_ks: the k of recall@k.
@@ -284,7 +287,7 @@ class RagConfig:
             if self.best_metric is not None and getattr(self, name) is None:
                 raise ValueError(
                     f"best_metric: expected {name} to be set when best_metric is "
-                    f"{self.best_metric!r}, got null"
+                    f"{shown(self.best_metric)}, got null"
                 )
 
     def _require_none(self, name: str, why: str) -> None:
@@ -292,7 +295,7 @@ class RagConfig:
         require(
             name,
             getattr(self, name) is None,
-            f"null with index = {self.index!r}, {why}",
+            f"null with index = {shown(self.index)}, {why}",
             getattr(self, name),
         )
 
@@ -315,10 +318,12 @@ class RagConfig:
             Traceback (most recent call last):
             ValueError: n_doc: unknown setting; did you mean n_docs?
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values: expected a mapping of settings, got {shown(values)}")
         known = {each.name: each for each in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise ValueError(unknown(str(key), known))
+                raise ValueError(unknown(key, known))
         missing = [
             name
             for name, each in known.items()
@@ -378,7 +383,8 @@ class RagConfig:
         for name, before in other.to_dict().items():
             if name not in FREE_ON_RESUME and getattr(self, name) != before:
                 raise ValueError(
-                    f"{name}: expected {before!r} as in {where}, got {getattr(self, name)!r}"
+                    f"{name}: expected {shown(before)} as in {where}, "
+                    f"got {shown(getattr(self, name))}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -430,23 +436,26 @@ def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
     # transformers would find the mistake at the first evaluation, after hours perhaps
     recalls = [f"recall@{k}" for k in sorted(eval_ks)]
     if name is not None and name not in (*BEST_METRICS, *recalls):
-        expected = ", ".join((*BEST_METRICS, *recalls))
+        expected = clipped(", ".join((*BEST_METRICS, *recalls)))
         more = "; eval_ks says which k are measured" if re.match(r"recall@\d+$", name) else ""
-        raise ValueError(f"best_metric: expected one of {expected}, got {name!r}{more}")
+        raise ValueError(f"best_metric: expected one of {expected}, got {shown(name)}{more}")
 
 
 def _checked_lora(lora: dict[str, Any]) -> dict[str, Any]:
     for key in lora:
         if key not in ("rank", "alpha", "dropout", "targets"):
             raise ValueError(unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
-    rank = lora.get("rank")
-    require("lora.rank", isinstance(rank, int) and rank >= 1, "an integer >= 1", rank)
-    hints = {"alpha": int | float, "dropout": float, "targets": str | list[str]}
+    hints = {"rank": int, "alpha": int | float, "dropout": float, "targets": str | list[str]}
+    require("lora.rank", lora.get("rank") is not None, "an integer >= 1", None)
     values = {key: coerce(f"lora.{key}", lora[key], hints[key]) for key in hints if key in lora}
+    require("lora.rank", values["rank"] >= 1, "an integer >= 1", values["rank"])
     _require_positive("lora.alpha", values.get("alpha", 1.0))
     dropout = values.get("dropout", 0.0)
     require("lora.dropout", 0.0 <= dropout < 1.0, "a number in [0, 1)", dropout)
-    return {"rank": rank, **values}
+    # PEFT takes a text for a pattern of the whole path, which no name of a layer matches.
+    if re.fullmatch(r"[\w.]+", str(values.get("targets", ""))):
+        values["targets"] = [values["targets"]]
+    return values
 
 
 def _require_positive(name: str, got: float, otherwise: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.util
 import inspect
 import typing
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
+from fastrag.messages import reason, shown
 from fastrag.train.distributed import check_processes
 from fastrag.train.settings import coerce, require_word, unknown
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 # What a schedule is given by the trainer.
 _FROM_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps")
-_NUMBERS = {bool, int, float, type(None)}
+# The types that `coerce` knows; an Enum of transformers stands next to the text that names it.
+_PLAIN = (bool, int, float, str, list, dict, type(None), enum.Enum)
 
 
 def training_arguments(config: RagConfig) -> TrainingArguments:
@@ -78,21 +81,29 @@ def training_arguments(config: RagConfig) -> TrainingArguments:
     _check_precision(values)
     try:
         args = TrainingArguments(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training: expected values for TrainingArguments: {error}") from error
+    except Exception as error:  # its code for each field raises what it happens to
+        raise ValueError(
+            f"training: expected values for TrainingArguments: {reason(error)}"
+        ) from error
     check_processes(args)
     return args
 
 
 def _further(settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields under `training`, numbers brought to type: transformers takes them as they are."""
+    """Return the fields under `training`, brought to type.
+
+    transformers takes a text for a number, and for a mapping a number, which it opens as a file.
+    """
     hints = typing.get_type_hints(TrainingArguments)
     values = {}
     for key, value in settings.items():
         if key not in hints:
-            raise ValueError(unknown(str(key), hints, prefix="training."))
-        number = {*(typing.get_args(hints[key]) or (hints[key],))} <= _NUMBERS
-        values[key] = coerce(f"training.{key}", value, hints[key]) if number else value
+            raise ValueError(unknown(key, hints, prefix="training."))
+        options = typing.get_args(hints[key]) or (hints[key],)
+        kinds = [typing.get_origin(option) or option for option in options]
+        plain = all(isinstance(kind, type) and issubclass(kind, _PLAIN) for kind in kinds)
+        empty = value == "" and str in kinds  # which some fields mean, and settings of ours do not
+        values[key] = coerce(f"training.{key}", value, hints[key]) if plain and not empty else value
     return values
 
 
@@ -113,7 +124,15 @@ def _check_schedule(name: str, settings: dict[str, Any]) -> None:
     taken = [each for each in parameters if each not in _FROM_TRAINER]
     for key in settings:
         if key not in taken and "kwargs" not in taken:
-            raise ValueError(unknown(str(key), taken, prefix="lr_scheduler_kwargs."))
+            raise ValueError(unknown(key, taken, prefix="lr_scheduler_kwargs."))
+    tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(name, tried, 0, 10**6, scheduler_specific_kwargs=settings)
+    except Exception as error:  # transformers checks no value, so that arithmetic raises anything
+        raise ValueError(
+            f"lr_scheduler_kwargs: expected settings of {name}, got {shown(settings)} "
+            f"({reason(error)})"
+        ) from error
 
 
 def _check_reporters(names: list[str]) -> None:
@@ -122,5 +141,5 @@ def _check_reporters(names: list[str]) -> None:
         if name not in (*installed, "all", "none"):
             raise ValueError(
                 f"report_to: expected reporters that are installed here "
-                f"({', '.join(installed) or 'none'}), got {name!r}"
+                f"({', '.join(installed) or 'none'}), got {shown(name)}"
             )

@@ -72,7 +72,21 @@ def test_the_rate_of_the_generator_suits_lora(
     ("settings", "message"),
     [
         ({"n_doc": 3}, "n_doc: unknown setting; did you mean n_docs?"),
-        ({"zzzzzz": 3}, "zzzzzz: unknown setting"),
+        ({"zzzzzz": 3}, "zzzzzz: unknown setting$"),
+        ({"lr": 1e-3}, r"lr: unknown setting; did you mean retriever_lr, generator_lr\?$"),
+        ({"learning_rate": 1}, r"learning_rate: .* did you mean retriever_lr, generator_lr\?$"),
+        ({"per_device_train_batch_size": 3}, r"per_device.*; did you mean batch_size\?$"),
+        ({"max_steps": 3}, r"max_steps: unknown setting; did you mean steps\?$"),
+        ({"lora": {"r": 8}}, r"lora\.r: unknown setting; did you mean lora\.rank\?$"),
+        ({"lora": {"lora_alpha": 8}}, r"lora\.lora_alpha: .* did you mean lora\.alpha\?$"),
+        ({"lora": {"target_modules": 8}}, r"lora\..* did you mean lora\.targets\?$"),
+        ({"lora": {8: 8}}, "lora.8: unknown setting$"),
+        ({"lora": {"rank": True}}, "lora.rank: expected an integer, got True"),
+        ({"n_docs": 10**20}, "n_docs: expected an integer of at most 64 bits, got 10{20}$"),
+        ({"seed": 10**400}, "seed: .* 64 bits, got an integer of about 401 digits$"),
+        ({"tau": 10**400}, "tau: expected a number or null, got an integer of about 401 digits$"),
+        ({"tau": "x" * 10**6}, r"tau: expected a number or null, got 'x{196}\.\.\.$"),
+        ({"eval_ks": "many"}, "eval_ks: expected a list, got 'many'"),
         ({"n_docs": 0}, "n_docs: expected an integer >= 1, got 0"),
         ({"n_docs": 2.5}, "n_docs: expected an integer, got 2.5"),
         ({"n_docs": True}, "n_docs: expected an integer, got True"),
@@ -137,6 +151,60 @@ def test_mistakes(settings: dict[str, Any], message: str) -> None:
         make(**settings)
 
 
+def test_one_value_is_a_list_of_one() -> None:
+    assert make(eval_ks=5).eval_ks == [5]
+    assert make(report_to="tensorboard").report_to == ["tensorboard"]
+    for targets in ("q_proj", "self_attn.q_proj"):
+        assert make(lora={"rank": 8, "targets": targets}).lora["targets"] == [targets]
+    for targets in ("all-linear", r".*\.(q|v)_proj"):  # PEFT reads these as texts
+        assert make(lora={"rank": 8, "targets": targets}).lora["targets"] == targets
+    with pytest.raises(ValueError, match=r"adam_betas: expected two numbers .*, got \[0.9\]"):
+        make(adam_betas=0.9)
+
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, "4: expected at most 10000 values, got more"),
+        ("n_docs: &n [*n]", "1: expected at most 10000 values, got more"),
+        ("template: " + "[" * 10_000, "1: expected at most 32 levels, got more"),
+        ("n_docs: 3\nn_docs: 5", "2: expected each key once, got 'n_docs' again"),
+        ("steps: 5\nn_docs: " + "9" * 5000, "2: expected a value of YAML's type int, got '99"),
+        ("seed: 2024-13-45", "1: expected a value of YAML's type timestamp, got '2024-13-45'"),
+        ("tau: !!float ''", "1: expected a value of YAML's type float, got ''"),
+        ("a: 1\nb: \0", r"2: special characters are not allowed, got '\\x00'"),
+        ("#" * 2**18 + "\n", " expected at most 262144 bytes of settings, got more"),
+    ],
+    ids=lambda each: repr(each)[:20],
+)
+def test_yaml_is_bounded(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"c\.yaml:{message}") as caught:
+        RagConfig.load(path)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    if len(text) < 2**17:  # the system passes no longer argument
+        with pytest.raises(ValueError, match="--set tau: expected a YAML value, got"):
+            RagConfig.load(_minimal(tmp_path), [f"tau={text}"])
+
+
+def _minimal(folder: Path) -> Path:
+    path = folder / "minimal.yaml"
+    make().save(path)
+    return path
+
+
+def test_an_alias_may_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("question_encoder: &a e\ngenerator: *a\neval_ks: &k [1, 2]\n")
+    assert RagConfig.load(path).generator == "e"
+
+
 def test_mistakes_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     with pytest.raises(FileNotFoundError):
@@ -190,6 +258,18 @@ def test_training_arguments(tmp_path: Path) -> None:
         ({"training": {"max_steps": "abc"}}, "training.max_steps: expected an integer, got 'abc'"),
         ({"training": {"optim": "foo"}}, "training: expected values .* foo is not a valid"),
         ({"lr_scheduler": "foo"}, "lr_scheduler: expected one of linear, .*, got 'foo'"),
+        (
+            {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "x"}},
+            "lr_scheduler_kwargs: expected settings of cosine_with_restarts, got {'num_cycles': 'x",
+        ),
+        (
+            {"training": {"accelerator_config": 1}},
+            "training.accelerator_config: expected a mapping or a text or null, got 1$",
+        ),
+        (
+            {"training": {"accelerator_config": "no.json"}},
+            "training: expected values for TrainingArguments: no such file or directory$",
+        ),
         (
             {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lrr": 0.1}},
             "lr_scheduler_kwargs.min_lrr: unknown setting; did you mean lr_scheduler_kwargs.min_lr",
