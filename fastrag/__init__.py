@@ -28,13 +28,15 @@ if TYPE_CHECKING:
         testing,
         train,
     )
-    from fastrag.index import FaissIndex, FlatIndex, PassageStore, RefreshPolicy
+    from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore, RefreshPolicy
     from fastrag.nn import (
         LMHead,
         RagGeneration,
         RagLoss,
         RagModel,
         RagOutput,
+        Reader,
+        Retriever,
         TextEncoder,
         adapt_generator,
     )
@@ -44,13 +46,17 @@ __version__ = "0.1.0"
 __all__ = [
     "FaissIndex",
     "FlatIndex",
+    "Hits",
+    "Index",
     "LMHead",
     "PassageStore",
     "RagGeneration",
     "RagLoss",
     "RagModel",
     "RagOutput",
+    "Reader",
     "RefreshPolicy",
+    "Retriever",
     "TextEncoder",
     "__version__",
     "adapt_generator",
@@ -89,6 +95,8 @@ _SUBMODULES = frozenset(
 _LAZY = {
     "FaissIndex": "fastrag.index",
     "FlatIndex": "fastrag.index",
+    "Hits": "fastrag.index",
+    "Index": "fastrag.index",
     "PassageStore": "fastrag.index",
     "RefreshPolicy": "fastrag.index",
     "LMHead": "fastrag.nn",
@@ -96,6 +104,8 @@ _LAZY = {
     "RagLoss": "fastrag.nn",
     "RagModel": "fastrag.nn",
     "RagOutput": "fastrag.nn",
+    "Reader": "fastrag.nn",
+    "Retriever": "fastrag.nn",
     "TextEncoder": "fastrag.nn",
     "adapt_generator": "fastrag.nn",
 }

@@ -7,12 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Read when torch is loaded. Each core has a process, and a test of threads sets their number.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # noqa: E402
+import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

@@ -116,7 +116,7 @@ def frozen_start(start: Path) -> RagModel:
     """Encoders and temperature stay as they are; the generator alone learns."""
     model = RagModel.from_pretrained(start, train_passage_encoder=False, explore=0)
     for name, parameter in model.named_parameters():
-        if not name.startswith("generator."):
+        if not name.startswith("reader.generator."):
             parameter.requires_grad_(False)
     return model
 

@@ -88,9 +88,9 @@ def _build(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     folder = _folder(arguments.folder)
     if folder == Path(arguments.folder):
-        from fastrag.index import open_index
+        from fastrag.index import Index
 
-        n = len(open_index(folder, verify=True))
+        n = len(Index.load(folder, verify=True))
         print(f"{arguments.folder}: {n} vectors, all checksums hold")
         return 0
     from fastrag.train.build import load_index
@@ -101,17 +101,17 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from fastrag.index import FlatIndex, open_index, saved
+    from fastrag.index import FlatIndex, Index, saved
 
     if arguments.probe is None and (arguments.exact or arguments.k):
         raise ValueError("--probe: expected a number of queries with --exact or --k, got none")
-    index = open_index(_folder(arguments.folder))
+    index = Index.load(_folder(arguments.folder))
     for name, value in saved.describe(index).items():
         print(f"{name:<12}{value}")
     if arguments.probe is None:
         return 0
     if arguments.exact:
-        exact, source = open_index(_folder(arguments.exact)), arguments.exact
+        exact, source = Index.load(_folder(arguments.exact)), arguments.exact
     elif isinstance(index, FlatIndex):
         raise ValueError(
             "--exact: expected an index of the original vectors, as a FlatIndex searches what it "

@@ -204,7 +204,7 @@ def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
 
 def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
     """Rows of the k best passages of each question, `[B, k]`."""
-    return model.retrieve(batch["input_ids"], batch["attention_mask"], k)[1]
+    return model.retrieve(batch["input_ids"], batch["attention_mask"], k).rows
 
 
 def _answer(

@@ -30,7 +30,7 @@ VERSION = 1
 _CPU = torch.device("cpu")
 
 
-class FaissIndex(RowIndex):
+class FaissIndex(RowIndex, format=FORMAT):
     """The vectors of N passages in an index of faiss, searched by inner product.
 
     A factory that learns (IVF, PQ, OPQ …) is trained by `train`, or else on the vectors of the
@@ -59,11 +59,6 @@ class FaissIndex(RowIndex):
         >>> rows
         tensor([[2, 0]])
     """
-
-    # `vectors` alone knows them: faiss keeps them in a layout of its own.
-    index_emb: Tensor | None = None
-    scale: Tensor | None = None
-    offset: Tensor | None = None
 
     def __init__(
         self,
@@ -97,6 +92,11 @@ class FaissIndex(RowIndex):
     def device(self) -> torch.device:
         """Where it is searched."""
         return self._device
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What faiss was asked to build and how it searches."""
+        return {"factory": self.factory, "parameters": self.parameters or "none"}
 
     @property
     def is_trained(self) -> bool:

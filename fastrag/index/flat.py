@@ -31,7 +31,7 @@ VERSION = 2
 SAMPLE_ROWS = 16384
 
 
-class FlatIndex(RowIndex):
+class FlatIndex(RowIndex, format=FORMAT):
     """The vectors of N passages and exact maximum inner product search over them.
 
         search(q, k) = the k rows i with the largest q · x_i, ties by lowest row
@@ -110,6 +110,11 @@ class FlatIndex(RowIndex):
             f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, exact={self.exact!r}, n={self._n}, "
             f"n_live={self.n_live}, device='{self.device}', search_device='{self.search_device}')"
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the vectors are stored."""
+        return {"dtype": self.dtype, "pitch": self.pitch, "clamped": self._n_clamped}
 
     @property
     def n_clamped(self) -> int:

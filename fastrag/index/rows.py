@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from fastrag.index import inputs
+from fastrag.index.base import Hits, Index
 from fastrag.index.lock import ReadWriteLock
 from fastrag.ops import checks
 from fastrag.profiling import stage
 
 
-class RowIndex(abc.ABC):
-    """Rows that never shift, searched beside each other and changed one writer at a time.
+class RowIndex(Index):
+    """Rows with tombstones, read by many threads at once and changed by one writer at a time.
+
+    A kind built on it defines how N > 0 rows are searched (`_topk`) and read back (`_vectors_of`),
+    and the methods that change them.
 
     Args:
         dim: D, the width of a vector.
@@ -42,11 +46,6 @@ class RowIndex(abc.ABC):
 
     def __len__(self) -> int:
         return self._n
-
-    @property
-    @abc.abstractmethod
-    def device(self) -> torch.device:
-        """Where the vectors are."""
 
     @property
     def search_device(self) -> torch.device:
@@ -94,22 +93,9 @@ class RowIndex(abc.ABC):
 
     @torch.no_grad()
     def search(
-        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Finds the k rows with the largest inner product; no gradient.
-
-        Args:
-            query_emb: `[B, D]`, floating point.
-            k: how many rows, at least 1. Where fewer are live, the rest is missing.
-            exclude: rows not to be returned: `[B, E]` int64 per query (-1: none), or bool `[N]`.
-
-        Returns:
-            scores `[B, k]` fp32 (missing: -inf) and rows `[B, k]` int64 (missing: -1), best first,
-            on the query's device. An empty index returns only missing rows.
-
-        Raises:
-            ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
-        """
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, vectors: bool = False
+    ) -> Hits:
+        """Find the k rows with the largest inner product; see `Index.search`."""
         k = inputs.check_query(query_emb, self.dim, k)
         with stage("index/search"), self._lock.read():
             query = query_emb.to(self.search_device, torch.float32)
@@ -126,36 +112,40 @@ class RowIndex(abc.ABC):
                 # At most E of the best k + E live rows are excluded, so the best k are among them.
                 wide = self._topk(query, k + exclude.shape[1], mask)
                 scores, rows = inputs.drop_excluded(*wide, exclude.to(wide[1].device), k)
-        return scores.to(query_emb.device), rows.to(query_emb.device)
+            taken = self._vectors_at(rows) if vectors else None
+            version = self._version
+        device = query_emb.device
+        return Hits(
+            scores.to(device),
+            rows.to(device),
+            None if taken is None else taken.to(device),
+            version,
+        )
 
     @torch.no_grad()
     def vectors(self, rows: Tensor) -> Tensor:
-        """The stored vectors of rows.
+        """Return the stored vectors of rows; see `Index.vectors`.
 
-        Args:
-            rows: `[...]` int64, any shape; -1 is missing.
-
-        Returns:
-            `[..., D]` fp32 on the rows' device; missing rows are zero. On a GPU a row outside the
-            index gives NaN instead of an error, because raising would wait for the device.
-
-        Raises:
-            ValueError: not whole numbers, or (on the CPU) a row outside the index.
+        On a GPU a row outside the index gives NaN instead of an error, because raising would wait
+        for the device.
         """
         checks.check_integer("rows", rows)
         with stage("index/vectors"), self._lock.read():
-            at = rows.to(self._removed.device, torch.int64)
-            outside = (at < -1) | (at >= self._n)
-            if at.device.type == "cpu" and bool(outside.any()):
-                bad = int(at[outside][0])
-                raise ValueError(f"rows: expected -1 to {self._n - 1}, got {bad}")
-            if self._n == 0:
-                found = torch.zeros(*at.shape, self.dim, dtype=torch.float32, device=at.device)
-            else:
-                found = self._vectors_of(at.clamp(0, self._n - 1))
-            found = found.masked_fill((at < 0)[..., None], 0.0)
-            found = found.masked_fill(outside[..., None], torch.nan)
-        return found.to(rows.device)
+            return self._vectors_at(rows).to(rows.device)
+
+    def _vectors_at(self, rows: Tensor) -> Tensor:
+        """Read rows, on the device of the tombstones. The caller holds the lock."""
+        at = rows.to(self._removed.device, torch.int64)
+        outside = (at < -1) | (at >= self._n)
+        if at.device.type == "cpu" and bool(outside.any()):
+            bad = int(at[outside][0])
+            raise ValueError(f"rows: expected -1 to {self._n - 1}, got {bad}")
+        if self._n == 0:
+            found = torch.zeros(*at.shape, self.dim, dtype=torch.float32, device=at.device)
+        else:
+            found = self._vectors_of(at.clamp(0, self._n - 1))
+        found = found.masked_fill((at < 0)[..., None], 0.0)
+        return found.masked_fill(outside[..., None], torch.nan)
 
     @abc.abstractmethod
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:

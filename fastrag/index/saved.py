@@ -1,53 +1,21 @@
-"""Saved indexes of any kind: opened, described, and measured against an exact search."""
+"""Saved indexes of any kind: described, and measured against an exact search."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrag import folders
-from fastrag.index import faiss_index, flat, inputs
-from fastrag.index.faiss_index import FaissIndex
+from fastrag.index import inputs
+from fastrag.index.base import Index
 from fastrag.index.flat import FlatIndex
 from fastrag.index.storage import read_manifest
 
-_KINDS: dict[str, type[FlatIndex] | type[FaissIndex]] = {
-    flat.FORMAT: FlatIndex,
-    faiss_index.FORMAT: FaissIndex,
-}
 # Queries searched together: each of them asks for its own rows to be left out.
 _BATCH = 64
 
 
-def open_index(
-    dir: str | os.PathLike[str],
-    mmap: bool = True,
-    verify: bool = False,
-    device: torch.device | str = "cpu",
-) -> FlatIndex | FaissIndex:
-    """Opens a saved index of whatever kind it is.
-
-    Args:
-        dir: the folder.
-        mmap: map the vectors instead of reading them, where the kind allows.
-        verify: check every byte against the manifest's checksums.
-        device: where it is searched.
-
-    Raises:
-        ValueError: no index is there, or as `load` of its kind.
-    """
-    path = Path(dir)
-    folders.recover(path.absolute())
-    found = read_manifest(path, "fastrag index").get("format")
-    if found not in _KINDS:
-        raise ValueError(f"{path}: expected an index ({', '.join(_KINDS)}), got {found!r}")
-    return _KINDS[found].load(path, mmap, verify, device)
-
-
-def describe(index: FlatIndex | FaissIndex) -> dict[str, Any]:
+def describe(index: Index) -> dict[str, Any]:
     """Says what an index that was just opened holds, and how.
 
     Returns:
@@ -56,12 +24,9 @@ def describe(index: FlatIndex | FaissIndex) -> dict[str, Any]:
     if index.source is None:
         raise ValueError("index: expected one as it was opened, got one that was changed")
     manifest = read_manifest(index.source, "fastrag index")
-    described: dict[str, Any] = {"kind": type(index).__name__}
-    if isinstance(index, FaissIndex):
-        described |= {"factory": index.factory, "parameters": index.parameters or "none"}
-    else:
-        described |= {"dtype": index.dtype, "pitch": index.pitch, "clamped": index.n_clamped}
-    return described | {
+    return {
+        "kind": type(index).__name__,
+        **index.settings,
         "dim": index.dim,
         "rows": len(index),
         "live": index.n_live,
@@ -72,7 +37,7 @@ def describe(index: FlatIndex | FaissIndex) -> dict[str, Any]:
     }
 
 
-def exact_of(index: FlatIndex | FaissIndex) -> FlatIndex:
+def exact_of(index: Index) -> FlatIndex:
     """An exact float32 index of what an index says its vectors are."""
     exact = FlatIndex(index.dim)
     n_rows = max(1, inputs.BLOCK_BYTES // (4 * index.dim))
@@ -82,8 +47,8 @@ def exact_of(index: FlatIndex | FaissIndex) -> FlatIndex:
 
 @torch.no_grad()
 def recall(
-    index: FlatIndex | FaissIndex,
-    exact: FlatIndex | FaissIndex,
+    index: Index,
+    exact: Index,
     k: int = 10,
     n_queries: int = 1000,
     seed: int = 0,
@@ -123,7 +88,7 @@ def recall(
         for each in (index, exact):
             barred = gone if bool(gone.any()) else None
             wide = each.search(query, k + 1, exclude=barred)
-            hits.append(inputs.drop_excluded(*wide, rows[:, None], k)[1])
+            hits.append(inputs.drop_excluded(wide.scores, wide.rows, rows[:, None], k)[1])
         same = (hits[0][:, :, None] == hits[1][:, None, :]) & (hits[1][:, None, :] >= 0)
         n_found += int(same.any(dim=1).sum())
         n_sought += hits[1].numel()

@@ -1,4 +1,4 @@
-"""Modules: RagLoss, TextEncoder, generator adapters, ContextBuilder, RagModel.
+"""Modules: RagLoss, TextEncoder, generator adapters, Retriever, Reader, RagModel.
 
 Names load on first use, so that `fastrag.nn.loss` needs torch alone; the rest needs transformers.
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fastrag.nn.loss import RagLoss, RagLossOutput
     from fastrag.nn.model import RagModel
     from fastrag.nn.outputs import RagGeneration, RagOutput
+    from fastrag.nn.reader import Adapter, Reader
+    from fastrag.nn.retriever import Retrieved, Retriever
 
 _HOMES = {
     "BuiltContext": "builder",
@@ -30,9 +32,14 @@ _HOMES = {
     "RagModel": "model",
     "RagGeneration": "outputs",
     "RagOutput": "outputs",
+    "Adapter": "reader",
+    "Reader": "reader",
+    "Retrieved": "retriever",
+    "Retriever": "retriever",
 }
 
 __all__ = [
+    "Adapter",
     "BuiltContext",
     "CausalAdapter",
     "ContextBuilder",
@@ -42,6 +49,9 @@ __all__ = [
     "RagLossOutput",
     "RagModel",
     "RagOutput",
+    "Reader",
+    "Retrieved",
+    "Retriever",
     "Seq2SeqAdapter",
     "TextEncoder",
     "adapt_generator",

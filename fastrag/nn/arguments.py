@@ -110,7 +110,7 @@ def bind_template(
 
 def context_limit(generator: nn.Module, kind: str, max_context: int | None) -> int:
     """Return the generator's window, held against the positions that it has."""
-    config = base_model(generator).config
+    config = getattr(base_model(generator), "config", None)
     config = getattr(config, "encoder", None) or config  # EncoderDecoder: the encoder reads it
     positions = getattr(config, "max_position_embeddings", None)
     if max_context is None:

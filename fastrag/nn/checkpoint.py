@@ -145,7 +145,7 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "passage_encoder": passage_encoder,
         **{name: getattr(model, name) for name in _SETTINGS},
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
-        "learn_tau": model.log_tau is not None,
+        "learn_tau": model.retriever.log_tau is not None,
         **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
         "template": model.builder.template.template.to_dict(),
         "index": {
@@ -330,7 +330,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
-    from fastrag.index import open_index
+    from fastrag.index import Index
 
     if index is None:
         if not (folder / "index").is_dir():
@@ -338,10 +338,10 @@ def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
                 f"index: expected an index, as {folder} holds none (saved from "
                 f"{settings['index'].get('source')})"
             )
-        index = open_index(folder / "index")
+        index = Index.load(folder / "index")
     elif not hasattr(index, "search"):
         raise ValueError(
-            f"index: expected an index, such as open_index reads from a folder, got "
+            f"index: expected an index, such as Index.load reads from a folder, got "
             f"{type(index).__name__}"
         )
     if index.dim != settings["index"]["dim"]:

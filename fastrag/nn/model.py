@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrag import functional
 from fastrag.nn.activation_checkpointing import ActivationCheckpointing
 from fastrag.nn.arguments import (
     bind_template,
     check_answers,
     check_count,
-    check_encoder,
     check_ids,
-    check_numbers,
     context_limit,
-    require_finite,
 )
 from fastrag.nn.builder import BuiltContext, ContextBuilder
-from fastrag.nn.generators import adapt_generator, evaluating
+from fastrag.nn.generators import evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration, RagOutput
-from fastrag.nn.retrieval import FLAT_PRIOR, check_index, encode_rows, explore, is_flat
+from fastrag.nn.reader import Adapter, Reader
+from fastrag.nn.retriever import Retriever
 from fastrag.nn.state import keep_one_name_per_tensor
-from fastrag.ops import checks
 from fastrag.profiling import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastrag.data.templates import BoundTemplate, Template
-    from fastrag.index import Index, PassageStore
+    from fastrag.index import Hits, Index, PassageStore
 
-NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
-
-
-class _Retrieved(NamedTuple):
-    rows: Tensor  # [B, K] int64, -1 where missing
-    seconds: float  # wall time on the host
+# Where RagModel's attributes of these names are: read and set there.
+_OWNERS = {
+    "question_encoder": "retriever",
+    "passage_encoder": "retriever",
+    "index": "retriever",
+    "passages": "retriever",
+    "n_docs": "retriever",
+    "tau": "retriever",
+    "log_tau": "retriever",
+    "train_passage_encoder": "retriever",
+    "explore": "retriever",
+    "explore_pool": "retriever",
+    "explore_tau": "retriever",
+    "generator": "reader",
+    "adapter": "reader",
+}
 
 
 class RagModel(ActivationCheckpointing, nn.Module):
@@ -83,6 +86,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prior softmax(s / explore_tau) over the candidates behind the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
+        adapter: an `Adapter` of the generator, for a model that is not of transformers.
         label_smoothing, objective, tau_lm: see `RagLoss`. With an objective that leaves the
             generator alone ("replug") its parameters are set to `requires_grad=False`.
 
@@ -95,8 +99,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         ...                  question_tokenizer=qt, generator_tokenizer=gt)     # doctest: +SKIP
         >>> model(**collator(questions)).loss.backward()                        # doctest: +SKIP
     """
-
-    log_tau: nn.Parameter | None
 
     accepts_loss_kwargs = True  # transformers.Trainer: pass num_items_in_batch to forward
     main_input_name = "input_ids"
@@ -125,53 +127,32 @@ class RagModel(ActivationCheckpointing, nn.Module):
         label_smoothing: float = 0.0,
         objective: str = "marginal",
         tau_lm: float = 1.0,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
-        check_encoder("question_encoder", question_encoder)
-        if passage_encoder is not None:
-            check_encoder("passage_encoder", passage_encoder)
-        if tau is None:
-            both = (question_encoder, passage_encoder or question_encoder)
-            normalized = all(getattr(encoder, "normalize", False) for encoder in both)
-            tau = NORMALIZED_TAU if normalized else 1.0
-        if not hasattr(index, "search") or not hasattr(passages, "gather"):
-            raise ValueError(
-                f"index, passages: expected a FlatIndex and a PassageStore, got "
-                f"{type(index).__name__} and {type(passages).__name__}"
-            )
-        check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
-        if train_passage_encoder and passage_encoder is None:
-            raise ValueError("passage_encoder: expected a module to train, got None")
-        self.question_encoder = question_encoder
-        self.passage_encoder = passage_encoder
-        self.generator = generator
-        self.adapter = adapt_generator(generator)
-        self.index = index
-        self.passages = passages
-        self.n_docs = n_docs
-        self._tau = float(tau)
-        log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
-        self.register_parameter("log_tau", log_tau)
+        self.retriever = Retriever(
+            question_encoder,
+            passage_encoder,
+            index,
+            passages,
+            n_docs=n_docs,
+            tau=tau,
+            learn_tau=learn_tau,
+            train_passage_encoder=train_passage_encoder,
+            explore=explore,
+            explore_pool=explore_pool,
+            explore_tau=explore_tau,
+        )
+        self.reader = Reader(generator, adapter)
         self.loss_fn = RagLoss(marginal, objective, tau_lm=tau_lm, label_smoothing=label_smoothing)
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
         self.question_tokenizer = question_tokenizer
         self.generator_tokenizer = generator_tokenizer
         self.builder = ContextBuilder(
-            bind_template(template, generator_tokenizer, self.adapter.kind),
-            context_limit(generator, self.adapter.kind, max_context),
+            bind_template(template, generator_tokenizer, self.reader.kind),
+            context_limit(generator, self.reader.kind, max_context),
         )
-        self.train_passage_encoder = train_passage_encoder
-        self.explore = explore
-        self.explore_pool = explore_pool
-        self.explore_tau = explore_tau
-        self._prior_seen = False
-        if passage_encoder is not None and not train_passage_encoder:
-            _freeze_unshared(passage_encoder, question_encoder)
-        if len(index):
-            check_index(index, passages, question_encoder)
-        if len(passages) == 0:
-            raise ValueError("passages: expected at least one passage, got an empty store")
         if generator_tokenizer is not None:
             bound = self.builder.template.template
             passages.check_tokenizer("generator", generator_tokenizer, bound)
@@ -179,15 +160,23 @@ class RagModel(ActivationCheckpointing, nn.Module):
             passages.check_tokenizer("encoder", question_tokenizer)
         keep_one_name_per_tensor(self)
 
-    @property
-    def tau(self) -> float | Tensor:
-        """Temperature of the prior; a tensor with gradient when it is learned."""
-        return self._tau if self.log_tau is None else self.log_tau.exp()
+    def __getattr__(self, name: str) -> Any:
+        owner = _OWNERS.get(name)
+        if owner is not None:
+            return getattr(getattr(self, owner), name)
+        if name == "config":  # transformers.Trainer asks for it when its own smoother is wanted
+            raise AttributeError(
+                "RagModel has no config; label smoothing is RagModel(label_smoothing=...), not "
+                "label_smoothing_factor of TrainingArguments, whose smoother needs logits"
+            )
+        return super().__getattr__(name)
 
-    @property
-    def _tau_value(self) -> float:
-        """The temperature of the prior as it is now, a number."""
-        return self._tau if self.log_tau is None else math.exp(self.log_tau.item())
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = _OWNERS.get(name)
+        if owner is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(getattr(self, owner), name, value)
 
     @property
     def marginal(self) -> str:
@@ -215,7 +204,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         rows: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         example_weight: Tensor | None = None,
-        **kwargs: Any,
     ) -> RagOutput:
         """Retrieve K passages per question and return the marginal loss of the labels.
 
@@ -229,7 +217,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
             rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
             num_items_in_batch: what the loss is divided by; default this batch's label tokens.
             example_weight: `[B]` factors of the examples in the loss.
-            kwargs: other keys of a batch; not read.
 
         Returns:
             `RagOutput`.
@@ -240,22 +227,18 @@ class RagModel(ActivationCheckpointing, nn.Module):
         """
         if labels is not None:
             check_answers(labels, len(input_ids))
-        query_emb = self._encode_questions(input_ids, attention_mask)
-        retrieved = self._retrieve(query_emb, rows)
-        doc_scores = self._score(query_emb, retrieved.rows)
-        output = RagOutput(
-            doc_scores=doc_scores, rows=retrieved.rows, retrieval_seconds=retrieved.seconds
-        )
+        retrieved = self.retriever(input_ids, attention_mask, rows)
+        output = RagOutput(doc_scores=retrieved.doc_scores, rows=retrieved.hits.rows)
         if labels is None:
             return output
-        context = self._context(retrieved.rows, prompt_ids, prompt_mask)
+        context = self.contexts(retrieved.hits.rows, prompt_ids, prompt_mask)
         with stage("generator"):
-            hidden = self.adapter.hidden(context.ids, context.mask, labels)  # [B, K, T, H]
+            hidden = self.reader(context.ids, context.mask, labels)  # [B, K, T, H]
         output["loss"], output["log_posterior"] = self.loss_fn(
             hidden,
-            self.adapter.head(),
+            self.reader.head(),
             labels,
-            doc_scores,
+            retrieved.doc_scores,
             normalizer=num_items_in_batch,
             example_weight=example_weight,
             valid_rows=valid_rows,
@@ -263,30 +246,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
         output["n_cut"] = context.n_cut
         return output
 
-    @torch.no_grad()
     def retrieve(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the K nearest passages of each question, without exploring.
-
-        Args:
-            input_ids: `[B, S]` int64.
-            attention_mask: `[B, S]`, 1 at tokens.
-            k: passages per question; None: `n_docs`.
-
-        Returns:
-            scores `[B, k]` fp32 (inner products, not divided by tau; -inf where missing), rows
-            `[B, k]` int64 (-1 where missing), best first.
-
-        Raises:
-            ValueError: shapes or dtypes disagree, k below 1, a question without a finite vector, an
-                empty index.
-        """
-        k = self.n_docs if k is None else k
-        check_count("k", k)
-        with evaluating(self.question_encoder):
-            query_emb = self._encode_questions(input_ids, attention_mask)
-        return self._search(query_emb, k)
+    ) -> Hits:
+        """Return the K nearest passages of each question; see `Retriever.search`."""
+        return self.retriever.search(input_ids, attention_mask, k)
 
     def generate(
         self,
@@ -326,11 +290,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
         # Training taught the template's end, which a chat template may set apart from the model's.
         end_ids = sorted({*own_end_ids(self.adapter), self.builder.template.eos_id})
         with evaluating(self):
-            query_emb = self._encode_questions(input_ids, attention_mask)
-            if rows is None:
-                rows = self._search(query_emb, n_docs)[1]
-            doc_scores = self._score(query_emb, rows)
-            context = self._context(rows, prompt_ids, prompt_mask)
+            retrieved = self.retriever(input_ids, attention_mask, rows, n_docs)
+            rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+            context = self.contexts(rows, prompt_ids, prompt_mask)
             return rag_sequence_generate(
                 self.adapter,
                 context.ids,
@@ -343,105 +305,33 @@ class RagModel(ActivationCheckpointing, nn.Module):
             )
 
     def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
-        """Encode all passages with the passage encoder as it is now and swap the vectors in.
+        """Encode all passages again and swap the vectors in; see `Retriever.refresh_index`."""
+        self.retriever.refresh_index(batch_size, progress=progress)
+
+    def contexts(
+        self, rows: Tensor, prompt_ids: Tensor | None, prompt_mask: Tensor | None = None
+    ) -> BuiltContext:
+        """Join questions and their passages to the generator's inputs.
 
         Args:
-            batch_size: passages per forward pass.
-            progress: show a progress bar.
+            rows: `[B, K]` int64, -1 = missing.
+            prompt_ids: questions in the generator's vocabulary, `[B, S']` int64, right-padded.
+            prompt_mask: `[B, S']`, 1 at tokens.
+
+        Returns:
+            `BuiltContext`.
 
         Raises:
-            ValueError: there is no passage encoder, or it gives a vector that is not finite.
+            ValueError: no prompt, ids outside the vocabulary, or a question over the window.
         """
-        from fastrag.index.refresh import encode_passages
-
-        if self.passage_encoder is None:
-            raise ValueError("passage_encoder: expected a module to encode passages, got None")
-        vectors = encode_passages(
-            self.passage_encoder, self.passages, batch_size, progress=progress
-        )
-        if len(self.index):
-            self.index.replace(vectors)
-        else:
-            self.index.add(vectors)
-
-    def _encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        checks.check_tensor("input_ids", input_ids)
-        if input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids: expected at least one question, got {checks.show(input_ids)}"
-            )
-        with stage("encode_questions"):
-            query_emb = self.question_encoder(input_ids, attention_mask)
-        require_finite(
-            query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
-        )
-        return query_emb
-
-    def _retrieve(self, query_emb: Tensor, rows: Tensor | None) -> _Retrieved:
-        """Choose the K rows of each question: forced, nearest, or nearest and explored."""
-        if rows is not None:
-            checks.check_integer("rows", rows)
-            if rows.dim() != 2 or rows.shape[0] != query_emb.shape[0]:
-                raise ValueError(
-                    f"rows: expected [B, K] with B = {query_emb.shape[0]}, got {list(rows.shape)}"
-                )
-            return _Retrieved(rows, 0.0)
-        start = time.perf_counter()
-        query_emb = query_emb.detach()
-        if self.training and self.explore:
-            n_candidates = max(self.explore_pool or len(self.index), self.n_docs)
-            scores, candidates = self._search(query_emb, n_candidates)
-            softness = self.tau * self.explore_tau
-            rows = explore(scores, candidates, self.n_docs, self.explore, softness)
-        else:
-            rows = self._search(query_emb, self.n_docs)[1]
-        return _Retrieved(rows, time.perf_counter() - start)
-
-    def _search(self, query_emb: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        check_index(self.index, self.passages, self.question_encoder)
-        with stage("search"):
-            return self.index.search(query_emb, k)
-
-    def _score(self, query_emb: Tensor, rows: Tensor) -> Tensor:
-        """Scores q . d / tau `[B, K]`; d from the index, or fresh if the passage encoder trains."""
-        scale = offset = None
-        if self.passage_encoder is not None and self.train_passage_encoder and self.training:
-            passage_emb = encode_rows(self.passage_encoder, self.passages, rows)
-        elif self.index.device == query_emb.device and self.index.index_emb is not None:
-            passage_emb = self.index.index_emb  # gathered inside the operation
-            scale, offset = self.index.scale, self.index.offset
-        else:
-            passage_emb = self.index.vectors(rows).to(query_emb.device)
-        with stage("score"):
-            doc_scores = functional.doc_scores(
-                query_emb, passage_emb, rows=rows, tau=self.tau, scale=scale, offset=offset
-            )
-        if self.training and not self._prior_seen:
-            self._warn_if_flat(doc_scores.detach())
-        return doc_scores
-
-    def _context(
-        self, rows: Tensor, prompt_ids: Tensor | None, prompt_mask: Tensor | None
-    ) -> BuiltContext:
         if prompt_ids is None:
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
         if prompt_mask is None:
             prompt_mask = torch.ones_like(prompt_ids)
-        check_ids("prompt_ids", prompt_ids, self.adapter.n_vocab)
+        check_ids("prompt_ids", prompt_ids, self.reader.adapter.n_vocab)
         with stage("contexts"):
             ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
             return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
-
-    def _warn_if_flat(self, doc_scores: Tensor) -> None:
-        """Say once when the first training batch's prior is as good as uniform."""
-        self._prior_seen = True
-        if is_flat(doc_scores):
-            warnings.warn(
-                f"the prior over passages is nearly uniform in the first batch (entropy above "
-                f"{FLAT_PRIOR} of its maximum, tau = {self._tau_value:g}): the retriever will "
-                f"learn slowly; use a smaller tau",
-                stacklevel=4,
-            )
 
     def _checkpointed_parts(self) -> list[Any]:
         """The transformers models inside that train."""
@@ -526,16 +416,4 @@ class RagModel(ActivationCheckpointing, nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"n_docs={self.n_docs}, marginal={self.marginal!r}, tau={self._tau_value:g}, "
-            f"learn_tau={self.log_tau is not None}, max_context={self.max_context}, "
-            f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
-        )
-
-
-def _freeze_unshared(module: nn.Module, other: nn.Module) -> None:
-    """Freeze the parameters of `module` that `other` does not have too."""
-    shared = {id(parameter) for parameter in other.parameters()}
-    for parameter in module.parameters():
-        if id(parameter) not in shared:
-            parameter.requires_grad_(False)
+        return f"marginal={self.marginal!r}, max_context={self.max_context}"

@@ -18,7 +18,6 @@ class RagOutput(ModelOutput):
         rows: rows of the index, `[B, K]` int64, -1 at missing passages.
         log_posterior: log p(z|x,y), `[B, K]` (sequence) or `[B, K, T]` (token).
         n_cut: number of passages cut to fit the context, a 0-d int64 tensor.
-        retrieval_seconds: wall time of the search on the host.
     """
 
     loss: Tensor | None = None
@@ -26,7 +25,6 @@ class RagOutput(ModelOutput):
     rows: Tensor | None = None
     log_posterior: Tensor | None = None
     n_cut: Tensor | None = None
-    retrieval_seconds: float | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrag import folders
 from fastrag.data import Passage, RagCollator, Template
-from fastrag.index import FlatIndex, Index, PassageStore, open_index
+from fastrag.index import FlatIndex, Index, PassageStore
 from fastrag.index.refresh import encode_passages
 from fastrag.ops import backends
 from fastrag.train.config import RagConfig
@@ -122,7 +122,7 @@ def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[In
             raise ValueError(
                 f"index: expected a folder from `fastrag index build`, {root / part} is missing"
             )
-    index = open_index(root / INDEX_FOLDER, verify=verify)
+    index = Index.load(root / INDEX_FOLDER, verify=verify)
     store = PassageStore.load(root / PASSAGES_FOLDER, verify=verify)
     if len(index) != len(store):
         raise ValueError(

@@ -58,13 +58,14 @@ class StepStatistics:
             self._started = None
         self._steps += 1
 
-    def add(self, outputs: Any, labels: Tensor | None) -> None:
+    def add(self, outputs: Any, labels: Tensor | None, retrieval_seconds: float = 0.0) -> None:
         """Take in the outputs of one forward pass.
 
         Args:
             outputs: a mapping with `doc_scores` [B, K], `rows` [B, K], `log_posterior` [B, K] or
-                [B, K, T], and optionally `n_cut` and `retrieval_seconds`.
+                [B, K, T], and optionally `n_cut`.
             labels: label ids, `[B, T]`.
+            retrieval_seconds: time that the search took.
         """
         scores, log_posterior = outputs["doc_scores"], outputs["log_posterior"]
         rows = outputs["rows"]
@@ -73,7 +74,7 @@ class StepStatistics:
             self._sums = sums if self._sums is None else self._sums + sums
             self._rows.append(rows.detach())
         self._host["passages"] += rows.numel()
-        self._host["retrieval"] += float(outputs.get("retrieval_seconds") or 0.0)
+        self._host["retrieval"] += retrieval_seconds
         n_cut = outputs.get("n_cut")
         if n_cut is not None:
             self._host["cut"] = self._host["cut"] + n_cut

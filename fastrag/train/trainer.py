@@ -264,7 +264,7 @@ class RagTrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if self.model.training:
-            self.statistics.add(outputs, labels)
+            self.statistics.add(outputs, labels, self.model.retriever.search_seconds)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -291,7 +291,7 @@ class RagTrainer(Trainer):
         members: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                part = "generator" if "generator" in name.split(".")[:2] else "retriever"
+                part = "generator" if "generator" in name.split(".")[:3] else "retriever"
                 key = (part, name in decays and parameter.dim() >= 2)
                 members.setdefault(key, []).append(parameter)
         rates = {"generator": self.generator_lr, "retriever": self.retriever_lr}

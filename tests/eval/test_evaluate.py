@@ -164,9 +164,9 @@ def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatc
     widths: list[int] = []
     plain = type(model.index).search
 
-    def search(index: Any, query_emb: torch.Tensor, k: int, exclude: Any = None) -> Any:
+    def search(index: Any, query_emb: torch.Tensor, k: int, exclude: Any = None, **how: Any) -> Any:
         widths.append(k)
-        return plain(index, query_emb, k, exclude)
+        return plain(index, query_emb, k, exclude, **how)
 
     monkeypatch.setattr(type(model.index), "search", search)
     settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": 2, "loss": True}

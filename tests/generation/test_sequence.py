@@ -40,7 +40,7 @@ def literal(model, data, rows, max_new_tokens=4):
         for k in range(rows.shape[1]):
             if rows[b, k] < 0:
                 continue
-            context = model._context(
+            context = model.contexts(
                 rows[b : b + 1, k : k + 1],
                 data["prompt_ids"][b : b + 1],
                 data["prompt_mask"][b : b + 1],

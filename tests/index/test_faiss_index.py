@@ -79,15 +79,15 @@ def test_search_as_the_exact_one(factory: str) -> None:
     index, exact = made(factory), flat()
     assert len(index) == index.n_live == N and index.dim == DIM and index.version == 1
     assert_same_hits(index, exact)
-    assert_same_hits(index, exact, exclude=exact.search(query(), 3)[1])
+    assert_same_hits(index, exact, exclude=exact.search(query(), 3).rows)
     for each in (index, exact):
         each.remove(torch.tensor([0, 5, 599]))
-        each.remove(exact.search(query(), 1)[1].flatten().unique())
+        each.remove(exact.search(query(), 1).rows.flatten().unique())
     gc.collect(1)  # what the search leaves out is held by the search
     assert index.n_live == exact.n_live < N
     assert_same_hits(index, exact)
     assert_same_hits(index, exact, exclude=torch.arange(N) % 2 == 0)
-    assert_same_hits(index, exact, exclude=exact.search(query(), 3)[1])
+    assert_same_hits(index, exact, exclude=exact.search(query(), 3).rows)
     added = vectors(50, seed=3)
     assert index.add(added) == exact.add(added) == range(N, N + 50)
     assert_same_hits(index, exact)
@@ -201,7 +201,7 @@ def test_a_mapped_index_takes_no_memory(tmp_path) -> None:
     index.save(tmp_path / "i")
     before = own_bytes()
     mapped = FaissIndex.load(tmp_path / "i")
-    assert mapped.search(torch.ones(1, 256), 1)[1].tolist() == [[0]]
+    assert mapped.search(torch.ones(1, 256), 1).rows.tolist() == [[0]]
     assert own_bytes() - before < 10e6
     read = FaissIndex.load(tmp_path / "i", mmap=False)
     assert own_bytes() - before > 30e6 and len(read) == 40_000
@@ -219,9 +219,9 @@ def test_search_parameters_are_kept_when_rows_are_left_out() -> None:
         index.add(vectors())
         index.remove(torch.tensor([0]))
     exact = _without(flat(), 0)
-    expected = exact.search(query(), 20)[1]
-    assert torch.equal(wide.search(query(), 20)[1], expected)
-    assert not torch.equal(narrow.search(query(), 20)[1], expected)
+    expected = exact.search(query(), 20).rows
+    assert torch.equal(wide.search(query(), 20).rows, expected)
+    assert not torch.equal(narrow.search(query(), 20).rows, expected)
 
 
 def test_training_on_a_sample(monkeypatch) -> None:
@@ -313,8 +313,8 @@ def test_rejects_bad_input(call: Any, message: str) -> None:
 
 def test_what_cannot_leave_rows_out_still_leaves_out_a_few_per_query() -> None:
     index = made("PQ4x4")
-    best = index.search(query(), 4)[1]
-    assert torch.equal(index.search(query(), 3, exclude=best[:, :1])[1], best[:, 1:])
+    best = index.search(query(), 4).rows
+    assert torch.equal(index.search(query(), 3, exclude=best[:, :1]).rows, best[:, 1:])
 
 
 def test_without_faiss(monkeypatch) -> None:

@@ -268,7 +268,7 @@ def test_a_copy_is_independent(index, vectors):
     twin = copy.deepcopy(index)
     twin.update(torch.tensor([0]), torch.zeros(1, 4))
     assert torch.equal(index.index_emb, vectors)
-    assert twin.search(torch.ones(1, 4), 1)[1].shape == (1, 1)
+    assert twin.search(torch.ones(1, 4), 1).rows.shape == (1, 1)
 
 
 def test_numpy_input_is_copied(vectors):
@@ -293,7 +293,7 @@ def test_searches_beside_updates_see_old_or_new_rows(dtype):
 
     def search():
         while not stop.is_set():
-            values = index.search(query, n)[0][0].unique().tolist()
+            values = index.search(query, n).scores[0].unique().tolist()
             seen.update(values)
             if len(values) != 1:
                 torn.append(values)

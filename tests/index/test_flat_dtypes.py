@@ -177,7 +177,7 @@ def test_int8_of_one_row_leaves_room_for_more() -> None:
     zero = FlatIndex(2, "int8")
     zero.add(torch.zeros(2, 2))
     assert zero.scale is not None and zero.scale.tolist() == [1.0, 1.0]
-    assert zero.search(torch.ones(1, 2), 1)[1].tolist() == [[0]]
+    assert zero.search(torch.ones(1, 2), 1).rows.tolist() == [[0]]
 
 
 def test_int8_is_read_twice() -> None:
@@ -189,7 +189,7 @@ def test_int8_is_read_twice() -> None:
     empty = FlatIndex(DIM, "int8")
     empty.add([])
     empty.replace(vectors()[:0])
-    assert len(empty) == 0 and empty.search(query(), 2)[1].tolist() == [[-1, -1]] * 5
+    assert len(empty) == 0 and empty.search(query(), 2).rows.tolist() == [[-1, -1]] * 5
     assert empty.add(vectors()) == range(60)
 
 

@@ -207,7 +207,7 @@ def test_page_locked_memory_grows_with_the_index(log: list[str]) -> None:
     for n in (1, 1, 20, 60):
         twin.add(torch.ones(n, D))
         log.clear()
-        assert twin.search(torch.ones(B, D), 1)[1].tolist() == [[0]] * B
+        assert twin.search(torch.ones(B, D), 1).rows.tolist() == [[0]] * B
         locked.append([line for line in log if line.startswith("locks")])
     assert locked == [["locks 32"], ["locks 64"], ["locks 1024"], ["locks 1024"]]
 
@@ -247,7 +247,7 @@ def test_a_change_waits_for_the_search_in_progress(
     search.join()
     change.join()
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected, strict=True))
-    assert twin.search(torch.ones(B, D), 1)[0].eq(0).all()
+    assert twin.search(torch.ones(B, D), 1).scores.eq(0).all()
 
 
 def test_searches_take_turns(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,12 +258,12 @@ def test_searches_take_turns(log: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(triton_mips, "_search_block", slow)
     twin = elsewhere(filled())
     query = torch.randn(8, 1, D)
-    expected = [twin.search(q, K)[1] for q in query]
+    expected = [twin.search(q, K).rows for q in query]
     log.clear()
     found: list[Tensor] = [torch.empty(0)] * 8
 
     def search(i: int) -> None:
-        found[i] = twin.search(query[i], K)[1]
+        found[i] = twin.search(query[i], K).rows
 
     threads = [threading.Thread(target=search, args=(i,)) for i in range(8)]
     for thread in threads:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastrag import FaissIndex, FlatIndex
-from fastrag.index import codec, flat, inputs, open_index, saved, storage
+from fastrag.index import Index, codec, flat, inputs, saved, storage
 from fastrag.index.storage import MANIFEST, write_folder
 
 DTYPES = pytest.mark.parametrize("dtype", list(codec.DTYPES))
@@ -80,7 +80,7 @@ def test_save_and_load(dtype: str, mmap: bool, tmp_path: Path) -> None:
 def test_an_empty_index(dtype: str, tmp_path: Path) -> None:
     FlatIndex(DIM, dtype).save(tmp_path / "i")
     loaded = FlatIndex.load(tmp_path / "i", verify=True)
-    assert len(loaded) == 0 and loaded.search(query(), 2)[1].tolist() == [[-1, -1]] * 3
+    assert len(loaded) == 0 and loaded.search(query(), 2).rows.tolist() == [[-1, -1]] * 3
     loaded.add(vectors())
     assert torch.equal(loaded.index_emb, filled(dtype).index_emb)
 
@@ -195,7 +195,7 @@ def test_verify_names_file_block_and_bytes(
     with pytest.raises(ValueError, match=where):
         FlatIndex.load(tmp_path / "i", verify=True)
     with pytest.raises(ValueError, match=where):
-        open_index(tmp_path / "i", verify=True)
+        Index.load(tmp_path / "i", verify=True)
 
 
 def test_ten_gigabytes_load_without_being_read(tmp_path: Path) -> None:
@@ -290,28 +290,28 @@ def test_killed_at_fifty_steps_old_or_new_is_whole(kind: str, tmp_path: Path) ->
     assert points[-1]["beside"] == ["i"]
 
 
-def test_open_index_of_any_kind(tmp_path: Path) -> None:
+def test_load_an_index_of_any_kind(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     filled("int8").save(tmp_path / "flat")
     faiss_index = FaissIndex(DIM)
     faiss_index.add(vectors())
     faiss_index.save(tmp_path / "faiss")
-    assert isinstance(open_index(tmp_path / "flat"), FlatIndex)
-    assert isinstance(open_index(tmp_path / "faiss", verify=True), FaissIndex)
+    assert isinstance(Index.load(tmp_path / "flat"), FlatIndex)
+    assert isinstance(Index.load(tmp_path / "faiss", verify=True), FaissIndex)
     write_folder(tmp_path / "other", {}, {"format": "other", "version": 1})
     with pytest.raises(ValueError, match="other: expected an index .*, got 'other'"):
-        open_index(tmp_path / "other")
+        Index.load(tmp_path / "other")
     with pytest.raises(ValueError, match="no: expected a fastrag index folder, got no such folder"):
-        open_index(tmp_path / "no")
+        Index.load(tmp_path / "no")
     (tmp_path / "flat").rename(tmp_path / ".flat.old")  # as a save that was killed leaves it
-    assert len(open_index(tmp_path / "flat")) == 50
+    assert len(Index.load(tmp_path / "flat")) == 50
 
 
 def test_describe(tmp_path: Path) -> None:
     index = filled("bfloat16")
     index.remove(torch.tensor([1]))
     index.save(tmp_path / "i")
-    described = saved.describe(open_index(tmp_path / "i"))
+    described = saved.describe(Index.load(tmp_path / "i"))
     size = sum(path.stat().st_size for path in (tmp_path / "i").glob("*.npy"))
     assert described == {
         "kind": "FlatIndex",
@@ -345,7 +345,7 @@ def test_recall() -> None:
     # by hand: the row that the query is from counts for neither
     hits = []
     for each in (probing, exact):
-        rows = each.search(given, 6)[1]
+        rows = each.search(given, 6).rows
         keep = rows != torch.arange(400)[:, None]
         hits.append([set(r[m][:5].tolist()) - {-1} for r, m in zip(rows, keep, strict=True)])
     shared = sum(len(a & b) for a, b in zip(*hits, strict=True))

@@ -270,7 +270,7 @@ def test_index_on_the_host(dtype: str, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(host_search, "BLOCK_BYTES", block_bytes)
         assert same_on_the_cpu(index, query, 10)
         assert same_on_the_cpu(mapped, query, 10)
-    excluded = index.search(query, 10)[1]
+    excluded = index.search(query, 10).rows
     assert same_on_the_cpu(index, query, 10, exclude=excluded)
     assert same_on_the_cpu(index, query.cpu(), 10, exclude=torch.rand(N) < 0.5)
     assert same_on_the_cpu(index, query, 1100)

@@ -75,12 +75,13 @@ def test_gradient_reaches_questions_and_generator_alone():
     model = rag_model()
     model(**batch()).loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    assert all(g is None for name, g in grads.items() if name.startswith("passage_encoder"))
+    frozen = "retriever.passage_encoder"
+    assert all(g is None for name, g in grads.items() if name.startswith(frozen))
     assert not any(p.requires_grad for p in model.passage_encoder.parameters())
     assert all(
         g is not None and g.isfinite().all()
         for name, g in grads.items()
-        if not name.startswith("passage_encoder")
+        if not name.startswith(frozen)
     )
 
 
@@ -121,7 +122,7 @@ def test_fresh_passages_carry_gradient_and_are_encoded_once(monkeypatch):
 def test_one_encoder_for_questions_and_passages():
     model = rag_model(shared=True, train_passage_encoder=True)
     assert model.passage_encoder is model.question_encoder
-    assert not any(name.startswith("passage_encoder") for name in model.state_dict())
+    assert not any(name.startswith("retriever.passage_encoder") for name in model.state_dict())
     model(**batch()).loss.backward()
     assert all(p.grad is not None for p in model.question_encoder.parameters())
     clone = rag_model(shared=True, train_passage_encoder=True, seed=3)
@@ -141,7 +142,7 @@ def test_learned_temperature():
     assert model.log_tau.grad.abs() > 0
     fixed = rag_model(tau=0.3)
     torch.testing.assert_close(fixed(**batch()).loss, out.loss)
-    assert "log_tau" in model.state_dict() and "log_tau" not in fixed.state_dict()
+    assert "retriever.log_tau" in model.state_dict() and "log_tau" not in fixed.state_dict()
 
 
 def test_default_temperature_follows_normalisation():
@@ -448,6 +449,8 @@ def test_rejects_bad_batches():
         model(**data, rows=[[0, 1]] * 4)
     with pytest.raises(ValueError, match="K = 0"):
         model(**data, rows=torch.zeros(4, 0, dtype=torch.int64))
+    with pytest.raises(TypeError, match="lables"):
+        model(**data, lables=data["labels"])
 
 
 @pytest.mark.parametrize(
@@ -516,7 +519,7 @@ def test_checkpoint_of_another_configuration_is_a_value_error():
     other = rag_model("causal")
     with pytest.raises(ValueError, match="state_dict: checkpoint of another configuration"):
         other.load_state_dict(state)
-    state["question_encoder.model.embeddings.word_embeddings.weight"] = torch.zeros(3, 16)
+    state["retriever.question_encoder.model.embeddings.word_embeddings.weight"] = torch.zeros(3, 16)
     with pytest.raises(ValueError, match="(?s)another configuration: .*size mismatch"):
         rag_model().load_state_dict(state, strict=False)
 

@@ -47,11 +47,11 @@ def test_trains_saves_and_resumes(tmp_path, kind):
     whole.train()
     stored = load_file(tmp_path / "a" / "checkpoint-3" / "model.safetensors")
     head, embedding = (
-        ("generator.lm_head.weight", "generator.shared.weight")
+        ("reader.generator.lm_head.weight", "reader.generator.shared.weight")
         if kind == "seq2seq"
-        else ("generator.lm_head.weight", "generator.model.embed_tokens.weight")
+        else ("reader.generator.lm_head.weight", "reader.generator.model.embed_tokens.weight")
     )
-    assert embedding in stored and head not in stored and "log_tau" in stored
+    assert embedding in stored and head not in stored and "retriever.log_tau" in stored
     again = rag_model(kind, dropout=0.1, explore=1, learn_tau=True, seed=9)
     again.index = rag_model(kind).index  # Trainer keeps weights alone; the index is frozen
     again.load_state_dict(stored)
@@ -101,6 +101,23 @@ def test_gradient_checkpointing(tmp_path, kind):
     assert not any(getattr(part, "gradient_checkpointing", False) for part in again.model.modules())
     again.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert any(getattr(part, "gradient_checkpointing", False) for part in again.model.modules())
+
+
+def test_evaluates_with_metrics_of_the_users(tmp_path):
+    """What Trainer gathers of an output are tensors: of batches of 4, 4 and 1 questions."""
+    seen = []
+    run = trainer(rag_model(), tmp_path, per_device_eval_batch_size=4)
+    run.eval_dataset = questions(9)
+    run.compute_metrics = lambda found: seen.append(found) or {"n": len(found.label_ids)}
+    metrics = run.evaluate()
+    doc_scores, rows = seen[0].predictions[:2]
+    assert metrics["eval_n"] == 9 and doc_scores.shape == rows.shape == (9, 3)
+    assert (rows >= 0).all()
+
+
+def test_label_smoothing_of_the_trainer_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(AttributeError, match=r"RagModel\(label_smoothing="):
+        trainer(rag_model(), tmp_path, label_smoothing_factor=0.1)
 
 
 # PEFT

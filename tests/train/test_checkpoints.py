@@ -99,7 +99,7 @@ def test_weights_hold_what_trains(tmp_path: Path) -> None:
     stored = load_file(tmp_path / module.WEIGHTS)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() & dict(model.named_parameters()).keys() == trained
-    assert not any(name.startswith("passage_encoder.model.e") for name in trained)
+    assert not any(name.startswith("retriever.passage_encoder.model.e") for name in trained)
     other = tiny.rag_model(learn_tau=True)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -117,7 +117,7 @@ def test_weights_of_another_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors: checkpoint of another configuration"):
         module.read_weights(other, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
-    with pytest.raises(ValueError, match="another configuration: log_tau expected shape"):
+    with pytest.raises(ValueError, match="another configuration: retriever.log_tau expected shape"):
         module.read_weights(tiny.rag_model(learn_tau=True), tmp_path)
 
 

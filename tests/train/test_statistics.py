@@ -72,8 +72,9 @@ def test_window_is_a_mean_over_steps_and_starts_anew() -> None:
     for scores in (even, sure):
         statistics.start_step()
         statistics.add(
-            outputs(scores, scores.log_softmax(1), n_cut=torch.tensor(1), retrieval_seconds=0.5),
+            outputs(scores, scores.log_softmax(1), n_cut=torch.tensor(1)),
             torch.tensor([[3, 1]]),
+            retrieval_seconds=0.5,
         )
         statistics.end_step()
     result = statistics.summary()

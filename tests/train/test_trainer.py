@@ -90,17 +90,20 @@ def test_learning_rates_and_weight_decay_by_part(tmp_path: Path) -> None:
         for parameter in group["params"]:
             found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
     assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert found["log_tau"] == (1e-3, 0.0)
-    prefix = "question_encoder.model.encoder.layer.0."
+    assert found["retriever.log_tau"] == (1e-3, 0.0)
+    prefix = "retriever.question_encoder.model.encoder.layer.0."
     assert found[prefix + "intermediate.dense.weight"] == (1e-3, 0.1)
     assert found[prefix + "intermediate.dense.bias"] == (1e-3, 0.0)
     assert found[prefix + "output.LayerNorm.weight"] == (1e-3, 0.0)
-    assert {n: v[0] for n, v in found.items() if n.startswith("passage_encoder.")}.values()
+    assert {
+        n: v[0] for n, v in found.items() if n.startswith("retriever.passage_encoder.")
+    }.values()
     assert all(
-        lr == (2e-3 if name.startswith("generator.") else 1e-3) for name, (lr, _) in found.items()
+        lr == (2e-3 if name.startswith("reader.generator.") else 1e-3)
+        for name, (lr, _) in found.items()
     )
-    assert found["generator.encoder.block.0.layer.0.layer_norm.weight"] == (2e-3, 0.0)
-    assert found["generator.shared.weight"] == (2e-3, 0.1)
+    assert found["reader.generator.encoder.block.0.layer.0.layer_norm.weight"] == (2e-3, 0.0)
+    assert found["reader.generator.shared.weight"] == (2e-3, 0.1)
 
 
 def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_frozen_passage_encoder_is_left_out(tmp_path: Path) -> None:
     before = parameters(model)
     trainer.train()
     after = parameters(model)
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"question_encoder", "generator"}
 
 
@@ -121,7 +124,7 @@ def test_replug_trains_the_question_encoder_alone(tmp_path: Path) -> None:
     before = parameters(model)
     trainer.train()
     after = parameters(model)
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"question_encoder"}
 
 

@@ -1,0 +1,228 @@
+"""The index as its users see it: what every kind answers, and how a saved one is opened.
+
+A kind of index is a subclass of `Index`. How vectors are stored, searched and scored is its own
+business; nothing outside this folder asks for a matrix. Rows are numbered as they are added and
+never shift. A missing hit has row -1 and score -inf.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fastrag import folders, functional
+from fastrag.index.inputs import Vectors
+from fastrag.index.storage import read_manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """The rows that a search found; unpacks as `scores, rows = hits`.
+
+    Attributes:
+        scores: `[B, k]` fp32 inner products, best first; -inf where a hit is missing.
+        rows: `[B, k]` int64; -1 where a hit is missing.
+        vectors: `[B, k, D]` fp32, read in the same version as the scores; zero where a hit is
+            missing. None unless the search was asked for them.
+        version: the index's version that was searched.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    vectors: Tensor | None
+    version: int
+
+    def columns(self, chosen: Tensor) -> Hits:
+        """Return the hits at the columns `chosen` `[B, m]` of each question."""
+        taken = self.vectors
+        if taken is not None:
+            taken = taken.gather(1, chosen[..., None].expand(-1, -1, taken.shape[-1]))
+        scores, rows = self.scores.gather(1, chosen), self.rows.gather(1, chosen)
+        return Hits(scores, rows, taken, self.version)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.scores
+        yield self.rows
+
+
+class Index(abc.ABC):
+    """Vectors of passages by row, searched by inner product.
+
+    A kind has to define `search`, `vectors`, `device` and `__len__`. An index that can change also
+    defines `add`, `update`, `replace` and `remove` and raises `version` with each change; one that
+    can be saved defines `save`, `load` and `checksum` and names its manifest's format, by which
+    `Index.load` finds the kind again:
+
+        class MyIndex(Index, format="mine.MyIndex"): ...
+    """
+
+    dim: int
+    _kinds: ClassVar[dict[str, type[Index]]] = {}
+
+    def __init_subclass__(cls, *, format: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if format is not None:
+            Index._kinds[format] = cls
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of rows, removed ones included."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where the vectors are, or where they are searched if their place is no torch device."""
+
+    @property
+    def version(self) -> int:
+        """Number that rises with each change of the rows."""
+        return 0
+
+    @property
+    def removed(self) -> Tensor:
+        """Which rows are tombstones, `[N]` bool: read it, do not write to it."""
+        return torch.zeros(len(self), dtype=torch.bool, device=self.device)
+
+    @property
+    def n_live(self) -> int:
+        """Number of rows that a search can return."""
+        return len(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `fastrag index info` says of this kind alone, as plain values by name."""
+        return {}
+
+    @property
+    def source(self) -> Path | None:
+        """Folder that holds exactly this content, or None after a change."""
+        return None
+
+    @abc.abstractmethod
+    def search(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, vectors: bool = False
+    ) -> Hits:
+        """Find the k rows with the largest inner product; no gradient.
+
+        Args:
+            query_emb: `[B, D]`, floating point.
+            k: how many rows, at least 1. If fewer are live, the rest is missing.
+            exclude: rows not to be returned: `[B, E]` int64 per query (-1: none), or bool `[N]`.
+            vectors: also return the vectors of the hits, as they were when they were searched.
+
+        Returns:
+            `Hits` on the query's device. An empty index returns only missing rows.
+
+        Raises:
+            ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
+        """
+
+    @abc.abstractmethod
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the stored vectors of rows.
+
+        Args:
+            rows: `[...]` int64, any shape; -1 is missing.
+
+        Returns:
+            `[..., D]` fp32 on the rows' device; missing rows are zero.
+
+        Raises:
+            ValueError: not whole numbers, or (on the CPU) a row outside the index.
+        """
+
+    def score(self, query_emb: Tensor, rows: Tensor, tau: float | Tensor = 1.0) -> Tensor:
+        """Score rows against their question, with a gradient to the question.
+
+            s[b,k] = q_b . d_bk / tau
+
+        The vectors are copied when this is called. A later change of the index changes neither the
+        scores nor their gradient.
+
+        Args:
+            query_emb: `[B, D]`, differentiable.
+            rows: `[B, K]` int64; -1 is missing and scores -inf.
+            tau: temperature; a tensor receives a gradient.
+
+        Returns:
+            `[B, K]` fp32 (fp64 for fp64 queries).
+
+        Raises:
+            ValueError: as `vectors` and `fastrag.functional.doc_scores`.
+        """
+        taken = self.vectors(rows).to(query_emb.device)
+        return functional.doc_scores(query_emb, taken, rows=rows, tau=tau)
+
+    def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
+        """Append rows and return their numbers."""
+        raise self._cannot("add")
+
+    def update(self, rows: Tensor, vectors: Vectors) -> None:
+        """Overwrite rows in place."""
+        raise self._cannot("update")
+
+    def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
+        """Swap all vectors at once; the number of rows stays."""
+        raise self._cannot("replace")
+
+    def remove(self, rows: Tensor) -> None:
+        """Take rows out of every later search; their numbers are not used again."""
+        raise self._cannot("remove")
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the index and return it."""
+        if torch.device(device) != self.device:
+            raise ValueError(
+                f"device: expected '{self.device}', where this {type(self).__name__} stays, got "
+                f"'{device}'"
+            )
+        return self
+
+    def checksum(self) -> str:
+        """Return a name of the content: equal content gives equal digits on any device."""
+        raise self._cannot("checksum")
+
+    def save(self, dir: str | os.PathLike[str]) -> None:
+        """Write the index as a folder, whole or not at all."""
+        raise self._cannot("save")
+
+    @classmethod
+    def load(
+        cls,
+        dir: str | os.PathLike[str],
+        mmap: bool = True,
+        verify: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Index:
+        """Open a saved index of whatever kind it is.
+
+        Args:
+            dir: the folder.
+            mmap: map the vectors instead of reading them, if the kind allows it.
+            verify: check every byte against the manifest's checksums.
+            device: where it is searched.
+
+        Returns:
+            An index of the kind that wrote the folder.
+
+        Raises:
+            ValueError: the folder holds no index of a kind that is known, or as `load` of the kind.
+        """
+        path = Path(dir)
+        folders.recover(path.absolute())
+        found = read_manifest(path, "fastrag index").get("format")
+        kind = Index._kinds.get(found) if isinstance(found, str) else None
+        if kind is None or kind.load.__func__ is Index.load.__func__:  # type: ignore[attr-defined]
+            known = ", ".join(Index._kinds)
+            raise ValueError(f"{path}: expected an index ({known}), got {found!r}")
+        return kind.load(path, mmap, verify, device)
+
+    def _cannot(self, method: str) -> ValueError:
+        return ValueError(f"index: expected one with `{method}`, got a {type(self).__name__}")

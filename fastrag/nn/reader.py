@@ -1,0 +1,107 @@
+"""Reader: a generator as a module that maps contexts and answers to hidden states before its head.
+
+    hidden = reader(context_ids, context_mask, labels)      # [B, K, T, H]
+    head = reader.head()                                    # LMHead, with gradients
+
+Everything that fastrag knows about a generator's architecture is in its adapter. `adapt_generator`
+makes one for any model of transformers; another model reads through an adapter that its owner
+passes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from fastrag.nn.generators import adapt_generator
+from fastrag.nn.heads import LMHead
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """What a reader needs to know about a generator.
+
+    Attributes:
+        kind: "causal" (contexts are padded on the left) or "seq2seq" (on the right).
+        n_vocab: V, the size of the vocabulary that the head scores.
+    """
+
+    kind: str
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    def hidden(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the states that predict each label, `[B, K, T, H]`, differentiable."""
+
+    def head(self) -> LMHead:
+        """Return the head as it is now, with gradients to its parameters."""
+
+
+class Reader(nn.Module):
+    """Read contexts with a generator.
+
+    The generator may be replaced at any time (`reader.generator = other`): the next call adapts the
+    new one and checks it.
+
+    Args:
+        generator: a seq2seq or causal language model of transformers, plain or with PEFT; with
+            `adapter`, any module.
+        adapter: an `Adapter` of this generator; None: `adapt_generator(generator)`.
+
+    Raises:
+        ValueError: a generator that `adapt_generator` refuses, or an adapter without the methods
+            of `Adapter`.
+
+    Example:
+        >>> reader = Reader(generator)                              # doctest: +SKIP
+        >>> reader(context_ids, context_mask, labels).shape         # doctest: +SKIP
+        torch.Size([8, 5, 16, 576])
+    """
+
+    def __init__(self, generator: nn.Module, adapter: Adapter | None = None) -> None:
+        super().__init__()
+        if adapter is None:
+            adapter = adapt_generator(generator)
+        elif not isinstance(adapter, Adapter):
+            raise ValueError(
+                f"adapter: expected an object with kind, n_vocab, hidden and head, got "
+                f"{type(adapter).__name__}"
+            )
+        self.generator = generator
+        self._adapted = (generator, adapter)
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter of the present generator."""
+        adapted, adapter = self._adapted
+        if adapted is not self.generator:
+            adapter = adapt_generator(self.generator)
+            self._adapted = (self.generator, adapter)
+        return adapter
+
+    @property
+    def kind(self) -> str:
+        """ "causal" or "seq2seq"."""
+        return str(self.adapter.kind)
+
+    def head(self) -> LMHead:
+        """Return the head as it is now, with gradients to its parameters."""
+        return self.adapter.head()
+
+    def forward(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the hidden states that predict each label.
+
+        Args:
+            context_ids: `[B*K, L]` int64, the K contexts of a question next to each other.
+            context_mask: `[B*K, L]`, 1 at tokens.
+            labels: `[B, T]` int64, padded on the right with -100.
+
+        Returns:
+            hidden `[B, K, T, H]`, differentiable.
+
+        Raises:
+            ValueError: as the adapter's `hidden`.
+        """
+        return self.adapter.hidden(context_ids, context_mask, labels)

@@ -1,0 +1,388 @@
+"""Retriever: question encoder, passage encoder and index as one module with gradients.
+
+    retrieved = retriever(input_ids, attention_mask)
+    retrieved.doc_scores[b, k] = q_b . d_bk / tau
+
+A step sees one version of the index. The vectors of the K passages are read together with the
+search that found them, so a later change of the index, from any thread, moves neither the scores
+nor their gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastrag import functional
+from fastrag.index.base import Hits, Index
+from fastrag.nn.arguments import check_count, check_encoder, check_numbers, require_finite
+from fastrag.nn.generators import evaluating
+from fastrag.ops import checks
+from fastrag.profiling import stage
+
+if TYPE_CHECKING:
+    from fastrag.index import PassageStore
+
+NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
+FLAT_PRIOR = 0.99  # share of log K above which a prior says nothing
+
+
+class Retrieved(NamedTuple):
+    """What `Retriever` returns.
+
+    Attributes:
+        query_emb: question vectors `[B, D]`, differentiable.
+        hits: the K passages of each question, in the version of the index that was searched.
+        doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
+        log_prior: log p(z|x) `[B, K]`, differentiable.
+    """
+
+    query_emb: Tensor
+    hits: Hits
+    doc_scores: Tensor
+    log_prior: Tensor
+
+
+class Retriever(nn.Module):
+    """Find the K passages of each question and score them with gradients.
+
+        q = question_encoder(x);  z_1..z_K = the K passages of largest inner product with q
+        p(z_k|x) = softmax_k(q . d_k / tau)                    (Lewis et al. 2020, sec. 2.2)
+
+    Args:
+        question_encoder: module of `(input_ids [B, S], attention_mask) -> [B, D]`, for example a
+            `TextEncoder`.
+        passage_encoder: the same for passages; may be the very same module; None if the index is
+            never rebuilt.
+        index: vectors of the passages, in the order of `passages`; may still be empty, see
+            `refresh_index`.
+        passages: the passages as token ids.
+        n_docs: K, passages per question.
+        tau: temperature of the prior; None: 0.05 if both encoders normalise, else 1.
+        learn_tau: train log tau too, starting from `tau`.
+        train_passage_encoder: encode the K passages of a training step again, with gradient.
+            Without it, the parameters of the passage encoder are set to `requires_grad=False`,
+            except those that the question encoder also has.
+        explore: in training, m of the K passages are drawn without replacement from the softened
+            prior softmax(s / explore_tau) over the candidates after the first K - m.
+        explore_pool: number of candidates; None: all passages.
+        explore_tau: softening of that prior; larger is more uniform.
+        move_index: move index and passages along when the module moves to another device.
+
+    Raises:
+        ValueError: index and passages of different length or width, numbers out of range.
+
+    Example:
+        >>> retriever = Retriever(encoder, None, index, passages)      # doctest: +SKIP
+        >>> retriever(input_ids, attention_mask).hits.rows.shape       # doctest: +SKIP
+        torch.Size([8, 5])
+    """
+
+    log_tau: nn.Parameter | None
+
+    def __init__(
+        self,
+        question_encoder: nn.Module,
+        passage_encoder: nn.Module | None,
+        index: Index,
+        passages: PassageStore,
+        *,
+        n_docs: int = 5,
+        tau: float | None = None,
+        learn_tau: bool = False,
+        train_passage_encoder: bool = False,
+        explore: int = 0,
+        explore_pool: int | None = 256,
+        explore_tau: float = 1.0,
+        move_index: bool = True,
+    ) -> None:
+        super().__init__()
+        check_encoder("question_encoder", question_encoder)
+        if passage_encoder is not None:
+            check_encoder("passage_encoder", passage_encoder)
+        if tau is None:
+            both = (question_encoder, passage_encoder or question_encoder)
+            normalized = all(getattr(encoder, "normalize", False) for encoder in both)
+            tau = NORMALIZED_TAU if normalized else 1.0
+        if not hasattr(index, "search") or not hasattr(passages, "gather"):
+            raise ValueError(
+                f"index, passages: expected a FlatIndex and a PassageStore, got "
+                f"{type(index).__name__} and {type(passages).__name__}"
+            )
+        check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
+        if train_passage_encoder and passage_encoder is None:
+            raise ValueError("passage_encoder: expected a module to train, got None")
+        self.question_encoder = question_encoder
+        self.passage_encoder = passage_encoder
+        self.index = index
+        self.passages = passages
+        self.n_docs = n_docs
+        self._tau = float(tau)
+        log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
+        self.register_parameter("log_tau", log_tau)
+        self.train_passage_encoder = train_passage_encoder
+        self.explore = explore
+        self.explore_pool = explore_pool
+        self.explore_tau = explore_tau
+        self.move_index = move_index
+        self.search_seconds = 0.0  # wall time of the last search on the host
+        self._prior_seen = False
+        if passage_encoder is not None and not train_passage_encoder:
+            _freeze_unshared(passage_encoder, question_encoder)
+        if len(index):
+            self._check_index()
+        if len(passages) == 0:
+            raise ValueError("passages: expected at least one passage, got an empty store")
+
+    @property
+    def tau(self) -> float | Tensor:
+        """Temperature of the prior; a tensor with gradient if it is learned."""
+        return self._tau if self.log_tau is None else self.log_tau.exp()
+
+    @property
+    def tau_value(self) -> float:
+        """The temperature of the prior as a number."""
+        return self._tau if self.log_tau is None else math.exp(self.log_tau.item())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        n_docs: int | None = None,
+    ) -> Retrieved:
+        """Find K passages per question and score them.
+
+        Args:
+            input_ids: questions in the question encoder's vocabulary, `[B, S]` int64.
+            attention_mask: `[B, S]`, 1 at tokens.
+            rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
+            n_docs: K of this call; None: the retriever's.
+
+        Returns:
+            `Retrieved`.
+
+        Raises:
+            ValueError: shapes disagree, a question or passage without a finite vector (named; on a
+                GPU, where looking would cost a wait, its scores are NaN instead), an empty index.
+        """
+        query_emb = self.encode_questions(input_ids, attention_mask)
+        if rows is None:
+            hits = self._find(query_emb.detach(), self.n_docs if n_docs is None else n_docs)
+        else:
+            hits = self._take(query_emb.detach(), rows)
+        fresh = self.train_passage_encoder and self.training
+        passage_emb = self.encode_rows(hits.rows) if fresh else cast(Tensor, hits.vectors)
+        with stage("score"):
+            doc_scores, log_prior = functional.doc_scores(
+                query_emb, passage_emb, rows=hits.rows, tau=self.tau, return_log_prior=True
+            )
+        if self.training and not self._prior_seen:
+            self._warn_if_flat(doc_scores.detach())
+        return Retrieved(query_emb, hits, doc_scores, log_prior)
+
+    @torch.no_grad()
+    def search(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None
+    ) -> Hits:
+        """Return the k nearest passages of each question, in eval mode and without exploring.
+
+        Args:
+            input_ids: `[B, S]` int64.
+            attention_mask: `[B, S]`, 1 at tokens.
+            k: passages per question; None: `n_docs`.
+
+        Returns:
+            `Hits`; its scores are inner products, not divided by tau.
+
+        Raises:
+            ValueError: shapes or dtypes disagree, k below 1, a question without a finite vector, an
+                empty index.
+        """
+        k = self.n_docs if k is None else k
+        check_count("k", k)
+        with evaluating(self.question_encoder):
+            query_emb = self.encode_questions(input_ids, attention_mask)
+        return self._search(query_emb, k)
+
+    def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode questions `[B, S]` with gradient: `[B, D]`."""
+        checks.check_tensor("input_ids", input_ids)
+        if input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected at least one question, got {checks.show(input_ids)}"
+            )
+        with stage("encode_questions"):
+            query_emb = self.question_encoder(input_ids, attention_mask)
+        require_finite(
+            query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
+        )
+        return query_emb
+
+    def encode_rows(self, rows: Tensor) -> Tensor:
+        """Encode the passages of `rows` `[B, K]` with gradient, each once: `[B, K, D]`."""
+        encoder = self._passage_encoder()
+        unique, where = rows.clamp(min=0).unique(return_inverse=True)
+        with stage("encode_passages"):
+            ids, lengths = self.passages.gather(unique, "encoder")
+            mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
+            vectors = encoder(ids, mask.long())
+        require_finite(
+            vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
+        )
+        return vectors[where]
+
+    def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
+        """Encode all passages with the passage encoder as it is now and swap the vectors in.
+
+        Args:
+            batch_size: passages per forward pass.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: there is no passage encoder, or it gives a vector that is not finite.
+        """
+        from fastrag.index.refresh import encode_passages
+
+        vectors = encode_passages(
+            self._passage_encoder(), self.passages, batch_size, progress=progress
+        )
+        if len(self.index):
+            self.index.replace(vectors)
+        else:
+            self.index.add(vectors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retriever:
+        super()._apply(fn, recurse)
+        if self.move_index:
+            device = fn(torch.empty(0, device=self.index.device)).device
+            if device not in (self.index.device, torch.device("meta")):
+                self.index.to(device)
+                self.passages.to(device)
+        return self
+
+    def _passage_encoder(self) -> Any:
+        if self.passage_encoder is None:
+            raise ValueError("passage_encoder: expected a module to encode passages, got None")
+        return self.passage_encoder
+
+    def _find(self, query_emb: Tensor, k: int) -> Hits:
+        """Choose the K passages of each question: the nearest, or some of them drawn."""
+        start = time.perf_counter()
+        if self.training and self.explore:
+            n_candidates = max(self.explore_pool or len(self.index), k)
+            candidates = self._search(query_emb, n_candidates, vectors=True)
+            softness = self.tau * self.explore_tau
+            columns = explore(candidates.scores, k, min(self.explore, k), softness)
+            hits = candidates.columns(columns)
+        else:
+            hits = self._search(query_emb, k, vectors=True)
+        self.search_seconds = time.perf_counter() - start
+        return hits
+
+    def _take(self, query_emb: Tensor, rows: Tensor) -> Hits:
+        """Read the passages that the caller chose."""
+        checks.check_integer("rows", rows)
+        if rows.dim() != 2 or rows.shape[0] != query_emb.shape[0]:
+            raise ValueError(
+                f"rows: expected [B, K] with B = {query_emb.shape[0]}, got {list(rows.shape)}"
+            )
+        self.search_seconds = 0.0
+        version = self.index.version
+        taken = self.index.vectors(rows).to(query_emb.device)
+        scores = functional.doc_scores(query_emb, taken, rows=rows)
+        return Hits(scores, rows, taken, version)
+
+    def _search(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
+        self._check_index()
+        with stage("search"):
+            return self.index.search(query_emb, k, vectors=vectors)
+
+    def _check_index(self) -> None:
+        """Raise ValueError unless there is a vector of the right width for each passage."""
+        index, passages = self.index, self.passages
+        if len(index) == 0:
+            raise ValueError("index: expected vectors, got an empty index; call refresh_index()")
+        if len(index) != len(passages):
+            raise ValueError(
+                f"index: expected one vector per passage, got {len(index)} vectors and "
+                f"{len(passages)} passages"
+            )
+        dim = getattr(self.question_encoder, "dim", index.dim)
+        if dim != index.dim:
+            raise ValueError(
+                f"index: expected vectors of width {dim} as the question encoder gives, got "
+                f"{index.dim}"
+            )
+
+    def _warn_if_flat(self, doc_scores: Tensor) -> None:
+        """Warn once if the first training batch's prior is nearly uniform."""
+        self._prior_seen = True
+        if is_flat(doc_scores):
+            warnings.warn(
+                f"the prior over passages is nearly uniform in the first batch (entropy above "
+                f"{FLAT_PRIOR} of its maximum, tau = {self.tau_value:g}): the retriever will "
+                f"learn slowly; use a smaller tau",
+                stacklevel=4,
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_docs={self.n_docs}, tau={self.tau_value:g}, learn_tau={self.log_tau is not None}, "
+            f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
+        )
+
+
+def explore(scores: Tensor, n_docs: int, n_drawn: int, tau: float | Tensor) -> Tensor:
+    """Keep the nearest candidates and draw the rest without replacement: columns `[B, n_docs]`.
+
+        the first n_docs - n_drawn, then a sample of softmax(scores / tau) over those after them
+
+    Gumbel top-m draws such a sample in one step.
+
+    Args:
+        scores: `[B, C]`, descending, -inf where missing, C of at least n_docs.
+        n_docs: passages per question.
+        n_drawn: how many of them are drawn.
+        tau: softness of the draw.
+
+    Example:
+        >>> scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+        >>> explore(scores, n_docs=3, n_drawn=1, tau=1e-3)
+        tensor([[0, 1, 2]])
+    """
+    n_kept = n_docs - n_drawn
+    logits = (scores[:, n_kept:] / tau).detach()
+    gumbel = -torch.empty_like(logits).exponential_().log()
+    drawn = n_kept + (logits + gumbel).topk(n_drawn, dim=1).indices
+    kept = torch.arange(n_kept, device=drawn.device).expand(len(drawn), -1)
+    return torch.cat([kept, drawn], dim=1)
+
+
+def is_flat(doc_scores: Tensor) -> bool:
+    """Whether log_softmax_k(doc_scores) `[B, K]` is nearly uniform for every question.
+
+    Example:
+        >>> is_flat(torch.tensor([[0.0, 0.01]])), is_flat(torch.tensor([[0.0, 5.0]]))
+        (True, False)
+    """
+    found = doc_scores.isfinite()
+    log_prior = doc_scores.float().log_softmax(dim=1)
+    entropy = -torch.where(found, log_prior.exp() * log_prior, 0.0).sum(dim=1)
+    n_found = found.sum(dim=1).clamp(min=1)  # [B]
+    several = n_found > 1
+    return bool((several & (entropy > FLAT_PRIOR * n_found.log())).sum() == several.sum() > 0)
+
+
+def _freeze_unshared(module: nn.Module, other: nn.Module) -> None:
+    """Freeze the parameters of `module` that `other` does not also have."""
+    shared = {id(parameter) for parameter in other.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)

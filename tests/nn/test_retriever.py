@@ -1,0 +1,160 @@
+"""Retriever: one version of the index a step, whatever changes meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastrag import functional
+from fastrag.index import FlatIndex, Hits, Index
+from fastrag.nn import Retriever
+from tests.tiny import batch, encoder, rag_model, store
+
+N = 12
+
+
+def question_gradient(model, change=lambda index: None, **options) -> Tensor:
+    """Gradient of the question encoder where the index changes between forward and backward."""
+    data = batch()
+    loss = model(**data, **options).loss
+    change(model.index)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.question_encoder.parameters()])
+
+
+def update(index: Index) -> None:
+    index.update(torch.arange(N), torch.randn(N, index.dim))
+
+
+CHANGES = {
+    "update": update,
+    "replace": lambda index: index.replace(torch.randn(N, index.dim)),
+    "remove": lambda index: index.remove(torch.arange(N)),
+    "add": lambda index: index.add(torch.randn(3, index.dim)),
+    "to": lambda index: index.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([[0, 3, 1]] * 4)], ids=["searched", "given"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_are_those_of_the_version_that_was_searched(change, dtype, rows):
+    def model():
+        made = rag_model(tau=0.1)
+        made.index = made.index.astype(dtype)
+        return made
+
+    expected = question_gradient(model(), rows=rows)
+    assert torch.equal(question_gradient(model(), CHANGES[change], rows=rows), expected)
+
+
+def test_another_thread_may_update_all_the_time():
+    """Scores, vectors and gradient of each step agree, whichever version the search has met."""
+    torch.manual_seed(0)
+    model = rag_model(tau=1.0)
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            update(model.index)
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    try:
+        for _ in range(50):
+            retrieved = model.retriever(batch()["input_ids"], batch()["attention_mask"])
+            query, hits = retrieved.query_emb, retrieved.hits
+            (found,) = torch.autograd.grad(retrieved.doc_scores.sum(), query)
+            torch.testing.assert_close(found, hits.vectors.sum(1))
+            torch.testing.assert_close(hits.scores, retrieved.doc_scores.detach())
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_scores_and_prior_are_those_of_the_stored_vectors(dtype):
+    """An index scored without its scale, or without its offset, would be caught here."""
+    torch.manual_seed(0)
+    vectors = 3.0 + torch.randn(N, 16) * torch.linspace(0.1, 5.0, 16)
+    index = FlatIndex(16, dtype)
+    index.add(vectors)
+    retriever = Retriever(encoder(), None, index, store(), n_docs=4, tau=0.5)
+    data = batch()
+    retrieved = retriever(data["input_ids"], data["attention_mask"])
+    stored = index.vectors(retrieved.hits.rows)
+    torch.testing.assert_close(stored, vectors[retrieved.hits.rows], rtol=0.02, atol=0.06)
+    expected = torch.einsum("bd,bkd->bk", retrieved.query_emb, stored) / 0.5
+    torch.testing.assert_close(retrieved.doc_scores, expected)
+    torch.testing.assert_close(retrieved.log_prior, expected.log_softmax(1))
+    assert retrieved.hits.version == index.version == 1
+
+
+def test_explored_hits_keep_rows_scores_and_vectors_together():
+    torch.manual_seed(0)
+    model = rag_model(explore=2, explore_tau=50.0, tau=1.0)
+    for _ in range(5):
+        hits = model.retriever(batch()["input_ids"], batch()["attention_mask"]).hits
+        assert torch.equal(hits.vectors, model.index.vectors(hits.rows))
+    assert hits.rows.shape == hits.scores.shape == (4, 3)
+
+
+def test_an_index_from_outside_with_four_methods():
+    """All that a kind has to define; no matrix, no lock, no file."""
+
+    class Rounded(Index):
+        def __init__(self, vectors: Tensor) -> None:
+            self.dim, self._vectors = vectors.shape[1], vectors.round()
+
+        def __len__(self) -> int:
+            return len(self._vectors)
+
+        @property
+        def device(self) -> torch.device:
+            return self._vectors.device
+
+        def search(self, query_emb, k, exclude=None, *, vectors=False):
+            scores, rows = functional.mips_topk(query_emb.detach(), self._vectors, k)
+            return Hits(scores, rows, self.vectors(rows) if vectors else None, self.version)
+
+        def vectors(self, rows):
+            return self._vectors[rows]
+
+    model = rag_model(tau=1.0)
+    model.index = Rounded(model.index.vectors(torch.arange(N)) * 4)
+    assert question_gradient(model).isfinite().all()
+    model.index.to("cpu")
+    with pytest.raises(ValueError, match="index: expected one with `update`, got a Rounded"):
+        model.index.update(torch.tensor([0]), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="index: expected one with `replace`, got a Rounded"):
+        model.train_passage_encoder = True
+        model.refresh_index()
+
+
+def test_the_index_moves_with_the_module(monkeypatch):
+    """There is no second device here: the move is the function that `to` applies to tensors."""
+    retriever = Retriever(nn.Identity(), None, rag_model().index, store())
+    moved = []
+    for part in (retriever.index, retriever.passages):
+        monkeypatch.setattr(part, "to", lambda device, part=part: moved.append((part, device)))
+    gpu = torch.device("cuda", 0)
+    retriever._apply(lambda tensor: SimpleNamespace(device=gpu))
+    assert moved == [(part, gpu) for part in (retriever.index, retriever.passages)]
+    moved.clear()
+    retriever.to("cpu").double().to("meta")
+    retriever.move_index = False
+    retriever._apply(lambda tensor: SimpleNamespace(device=gpu))
+    assert moved == []
+
+
+def test_an_index_of_another_width_is_refused_where_it_meets():
+    model = rag_model()
+    model.index = FlatIndex(8)
+    model.index.add(torch.randn(N, 8))
+    data = batch()
+    with pytest.raises(ValueError, match="index: expected vectors of width 16 .* got 8"):
+        model(**data)
