@@ -253,7 +253,8 @@ def adapt_generator(model: Any) -> GeneratorAdapter:
 
     Raises:
         ValueError: no language-model head, a head or adapter that is not of the form in
-            `fastrag.nn.heads`, prompt-learning adapters (the message names what it is).
+            `fastrag.nn.heads`, prompt-learning adapters (the message names what it is), a model
+            that torch.compile or accelerate has wrapped, or one on the meta device.
 
     Example:
         >>> import torch
@@ -266,13 +267,42 @@ def adapt_generator(model: Any) -> GeneratorAdapter:
         >>> adapter.kind, adapter.hidden(context, torch.ones_like(context), labels).shape
         ('causal', torch.Size([2, 2, 3, 8]))
     """
+    _refuse_wrapped(model)
     config = getattr(base_model(model), "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ValueError(
             f"generator: expected a transformers model with a language-model head, got "
             f"{type(model).__name__}"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"generator: expected a model with weights, got {architecture(model)} on the meta "
+            f"device"
+        )
     return Seq2SeqAdapter(model) if config.is_encoder_decoder else CausalAdapter(model)
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """Raise for a model inside a wrapper, whose forward passes the adapter would go past.
+
+    With the module inside, DDP would average no gradients and torch.compile compile nothing, both
+    silently.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None:
+        inner = getattr(model, "module", None)
+    if isinstance(inner, nn.Module):
+        got = f"{type(model).__name__} around {architecture(inner)}"
+    elif getattr(model, "_compiled_call_impl", None) is not None:
+        got = f"a compiled {architecture(model)}"
+    elif hasattr(model, "_original_forward"):  # accelerate's mixed precision
+        got = f"{architecture(model)} with the forward of accelerate"
+    else:
+        return
+    raise ValueError(
+        f"generator: expected a plain transformers model, got {got}; adapt before "
+        f"accelerator.prepare or torch.compile"
+    )
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:

@@ -239,6 +239,36 @@ def test_undeclared_softcap_is_found_out(monkeypatch):
         adapt_generator(model)
 
 
+def by_accelerate(model):
+    model._original_forward = model.forward  # as Accelerator(mixed_precision="bf16").prepare does
+    return model
+
+
+def in_place(model):
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "got"),
+    [
+        (torch.compile, "OptimizedModule around GPT2LMHeadModel"),
+        (nn.DataParallel, "DataParallel around GPT2LMHeadModel"),
+        (in_place, "a compiled GPT2LMHeadModel"),
+        (by_accelerate, "GPT2LMHeadModel with the forward of accelerate"),
+    ],
+)
+def test_refuses_a_wrapped_model(wrap, got):
+    advice = "adapt before accelerator.prepare or torch.compile"
+    with pytest.raises(ValueError, match=f"^generator: expected a plain .*, got {got}; {advice}$"):
+        adapt_generator(wrap(generator("gpt2")))
+
+
+def test_refuses_a_model_without_weights():
+    with pytest.raises(ValueError, match="^generator: .* got GPT2LMHeadModel on the meta device$"):
+        adapt_generator(generator("gpt2").to("meta"))
+
+
 def test_refuses_what_is_not_a_generator():
     config = BertConfig(
         vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
