@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 MARGINAL ?= sequence
-# more options for pytest, for example: make test PYTEST_ARGS="tests/ops -x"
+# more options for pytest, for example: make test PYTEST_ARGS="tests/ops -x"; "-n 0" runs all in one process
 PYTEST_ARGS ?=
 # make gate GATE_ARGS=--update writes benchmarks/gate.json
 GATE_ARGS ?=
@@ -16,7 +16,9 @@ GATE_ARGS ?=
 BIN := $(VENV)/bin
 # pip shows its progress to a person and keeps quiet in continuous integration
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CI),--quiet)
-PYTEST := $(BIN)/python -m pytest --durations=10
+# One process for each core, but no more than 16, since each collects all tests first. worksteal gives
+# neighbouring tests to the same process, so nearly every fixture of a module is made once.
+PYTEST := $(BIN)/python -m pytest --durations=10 -n logical --maxprocesses 16 --dist worksteal
 INSTALLED := $(VENV)/.installed
 UNPINNED_TRITON := $(VENV)/constraints-without-triton.txt
 # its tests skip themselves where it is not built, and here it has been

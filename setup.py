@@ -153,6 +153,7 @@ EXTRAS_REQUIRE = {
         "pybind11>=2.12",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.9",
         "setuptools>=77",
         "tensorboard>=2.16",

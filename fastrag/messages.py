@@ -49,10 +49,29 @@ def clipped(text: object) -> str:
         >>> clipped("one\\n two")
         'one two'
     """
-    return _cut(iter([" ".join(str(text).split())]))
+    line = " ".join(str(text)[: 4 * LIMIT].split())
+    return _cut(each if each.isprintable() else repr(each)[1:-1] for each in line)
 
 
-def refusal(error: OSError, path: object = None) -> str:
+def reason(error: BaseException) -> str:
+    """Return what an error says, without the number that the system gives its own.
+
+    Args:
+        error: what was raised; nothing but its type is known of some, such as a `MemoryError`.
+
+    Returns:
+        One line, cut at `LIMIT` characters.
+
+    Example:
+        >>> reason(FileNotFoundError(2, "No such file or directory", "a.yaml"))
+        'no such file or directory'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + clipped(error.strerror)[1:]
+    return clipped(error) or type(error).__name__
+
+
+def refusal(error: Exception, path: object = None) -> str:
     """Return what the system refused, in the form `path: no such file or directory`.
 
     Args:
@@ -60,17 +79,14 @@ def refusal(error: OSError, path: object = None) -> str:
         path: the path to name; None takes the error's own.
 
     Returns:
-        One line, without the number of the error.
+        One line.
 
     Example:
         >>> refusal(FileNotFoundError(2, "No such file or directory", "a.yaml"))
         'a.yaml: no such file or directory'
     """
-    reason = clipped(error.strerror or error) or type(error).__name__
-    path = error.filename if path is None else path
-    # Only the system's own words start lower: a library's message may start with a name.
-    reason = reason[:1].lower() + reason[1:] if error.strerror else reason
-    return reason if path is None else f"{clipped(path)}: {reason}"
+    path = getattr(error, "filename", None) if path is None else path
+    return reason(error) if path is None else f"{clipped(path)}: {reason(error)}"
 
 
 def _cut(pieces: Iterator[str]) -> str:

@@ -7,7 +7,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is loaded. Each core has a process, and a test of threads sets their number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

@@ -15,10 +15,13 @@ import json
 import lzma
 import os
 import sys
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from fastrag.messages import clipped, reason, refusal, shown
 
 FORMATS = ("jsonl", "csv", "tsv")
 _SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
@@ -82,8 +85,9 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
         Passages in file order.
 
     Raises:
-        ValueError: unreadable path, unknown format, malformed line, missing or wrong key, empty
-            text, duplicate id, bytes that are not UTF-8. The message begins `file:line:`.
+        ValueError: unreadable path, unknown format, malformed line, missing, wrong or repeated key
+            or column, empty text, duplicate id, bytes that are not UTF-8. The message begins
+            `file:line:`, with the line on which the record begins.
 
     Example:
         >>> import tempfile
@@ -136,7 +140,9 @@ def to_question(record: Any, where: str = "question", default_id: str = "") -> Q
     """
     if isinstance(record, Question):
         if not record.question.strip():
-            raise ValueError(f"{where}: expected a question, got an empty text (id {record.id!r})")
+            raise ValueError(
+                f"{where}: expected a question, got an empty text (id {shown(record.id)})"
+            )
         return record
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected a record, got {type(record).__name__}")
@@ -163,6 +169,8 @@ def to_question(record: Any, where: str = "question", default_id: str = "") -> Q
 def _passage(record: Any, where: str) -> Passage:
     if isinstance(record, Passage):
         return record
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: expected a record, got {type(record).__name__}")
     title = record.get("title")
     if isinstance(title, str) and not title.strip():
         title = None
@@ -176,7 +184,7 @@ def _passage(record: Any, where: str) -> Passage:
 def _unique(item: Any, where: str, seen: dict[str, str]) -> Any:
     if item.id in seen:
         raise ValueError(
-            f"{where}: expected unique ids, got {item.id!r} again (first {seen[item.id]})"
+            f"{where}: expected unique ids, got {shown(item.id)} again (first {seen[item.id]})"
         )
     seen[item.id] = where.rpartition(":")[2] if ":" in where else where
     return item
@@ -187,26 +195,31 @@ def _answers_of(record: Mapping[str, Any], where: str) -> Any:
     if "text" in record:
         return record["text"]
     if "value" in record:
-        return [record["value"], *(record.get("aliases") or ())]
-    raise ValueError(f"{where}: answers: expected the key text or value, got {list(record)[:8]}")
+        aliases = record.get("aliases")
+        more = (aliases,) if isinstance(aliases, str) else _texts(aliases, "aliases", where)
+        return [record["value"], *more]
+    raise ValueError(f"{where}: answers: expected the key text or value, got {shown(list(record))}")
 
 
 def _required(record: Mapping[str, Any], key: str, where: str) -> str:
     if key not in record:
-        raise ValueError(f"{where}: {key}: expected text, got nothing beside {list(record)[:8]}")
+        raise ValueError(f"{where}: {key}: expected text, got nothing beside {shown(list(record))}")
     return _text(record[key], key, where)
 
 
 def _text(value: Any, key: str, where: str) -> str:
     """A required text; ids that a JSON file holds as integers are read as text."""
     if key == "id" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+        try:
+            return str(value)
+        except ValueError:  # Python writes out no more than some thousand digits
+            raise ValueError(f"{where}: {key}: expected text, got {shown(value)}") from None
     if not isinstance(value, str):
         got = "nothing" if value is None else type(value).__name__
         raise ValueError(f"{where}: {key}: expected text, got {got}")
     if not value.strip():
         raise ValueError(f"{where}: {key}: expected text, got an empty one")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+    if _lone_surrogate(value) is not None:
         raise ValueError(f"{where}: {key}: expected text, got half of a surrogate pair")
     return value
 
@@ -239,14 +252,20 @@ def _list_literal(value: str, key: str, where: str) -> list[Any]:
         return []
     if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
         return [value]
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, _python_literal):
         try:
             parsed = parse(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue  # a cell is as deep as its writer likes, and a key may be a list
         if isinstance(parsed, list):
             return parsed
-    raise ValueError(f"{where}: {key}: expected a list such as ['a', 'b'], got {value[:80]!r}")
+    raise ValueError(f"{where}: {key}: expected a list such as ['a', 'b'], got {shown(value)}")
+
+
+def _python_literal(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a backslash in an answer is no mistake of the reader's
+        return ast.literal_eval(text)
 
 
 def _records(source: Any, format: str | None, required: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -263,9 +282,10 @@ def _records(source: Any, format: str | None, required: Sequence[str]) -> Iterat
         stem = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
         format = _SUFFIX_FORMATS.get(stem.suffix.lower())
     if format not in FORMATS:
+        got = shown(path.name if format is None else format)
         raise ValueError(
-            f"{path}: expected a name ending in {sorted(_SUFFIX_FORMATS)} (and .gz or .xz), or "
-            f"format= one of {list(FORMATS)}, got {format or path.name!r}"
+            f"{clipped(path)}: expected a name ending in {sorted(_SUFFIX_FORMATS)} (and .gz or "
+            f".xz), or format= one of {list(FORMATS)}, got {got}"
         )
     if format == "jsonl":
         yield from _jsonl_records(path)
@@ -276,50 +296,50 @@ def _records(source: Any, format: str | None, required: Sequence[str]) -> Iterat
 def _dataset_records(dataset: Any, required: Sequence[str]) -> Iterator[tuple[str, Any]]:
     columns = dataset.column_names
     if isinstance(columns, Mapping):
-        raise ValueError(f"dataset: expected one split, got a dict of splits {sorted(columns)}")
+        raise ValueError(
+            f"dataset: expected one split, got a dict of splits {shown(list(columns))}"
+        )
     if columns is not None and not set(required) <= set(columns):
-        raise ValueError(f"dataset: expected columns {list(required)}, got {list(columns)}")
+        raise ValueError(f"dataset: expected columns {list(required)}, got {shown(list(columns))}")
     for row, record in enumerate(dataset):
         yield f"dataset row {row}", record
 
 
-def _opener(path: Path) -> Callable[..., Any]:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)
-
-
 def _open(path: Path) -> TextIO:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    # utf-8-sig: a byte order mark, as spreadsheets write it, is not part of the first key.
+    # surrogateescape: the decoder reads ahead, so that its own error would name no line.
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     try:
-        # utf-8-sig: a byte order mark, as spreadsheets write it, is not part of the first key.
-        return _opener(path)(path, "rt", encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable file, got {error}") from error
+        return openers.get(path.suffix, open)(path, "rt", **how)
+    except (OSError, ValueError) as error:  # the latter: a NUL in the name
+        raise ValueError(refusal(error, path)) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields lines; damage and foreign bytes become a ValueError that names the line."""
-    number = 0
+    """Yield lines; damage and foreign bytes become a ValueError that names the line."""
+    number = 1
     with _open(path) as file:
         try:
             for line in file:
-                number += 1
+                if (escaped := _lone_surrogate(line)) is not None:
+                    byte = f"0x{ord(escaped) & 0xFF:02x}"
+                    raise ValueError(f"{path}:{number}: expected UTF-8, got byte {byte}")
                 yield line
-        except UnicodeDecodeError as error:
-            # The decoder reads ahead of the line, so the place is found by reading again.
-            raise ValueError(_foreign_bytes(path, error)) from error
+                number += 1
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"{path}:{number + 1}: expected readable data, got {error}") from error
+            raise ValueError(
+                f"{path}:{number}: expected readable data, got {reason(error)}"
+            ) from error
 
 
-def _foreign_bytes(path: Path, error: UnicodeDecodeError) -> str:
-    with _opener(path)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as found:
-                byte = line[found.start]
-                return f"{path}:{number}: expected UTF-8, got byte 0x{byte:02x} ({found.reason})"
-    return f"{path}: expected UTF-8, got {error}"
+def _lone_surrogate(text: str) -> str | None:
+    """Return the first half of a surrogate pair in a text, which no file in UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -328,12 +348,28 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: expected one JSON object, got {error}") from error
+            raise ValueError(f"{where}: expected one JSON object, got {reason(error)}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
         yield where, record
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; the json module would take the last of two equal keys."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"the key {shown(_repeated([key for key, _ in pairs]))} twice")
+    return record
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """Return the first name that stands in a list twice."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def _table_records(
@@ -343,35 +379,38 @@ def _table_records(
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    for row, cells in enumerate(_csv_rows(reader, path), 1):
-        where = f"{path}:{row}"
+    for line, cells in _csv_rows(reader, path):
+        where = f"{path}:{line}"
         if not cells:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
             if set(required) <= set(header):
+                if (name := _repeated(header)) is not None:
+                    raise ValueError(f"{where}: expected distinct columns, got {shown(name)} twice")
                 continue
             if list(required) == list(_QUESTION_KEYS) and len(cells) == 2:
                 header = ["question", "answers"]
             else:
                 hint = "; tab-separated? pass format='tsv'" if "\t" in header[0] else ""
                 raise ValueError(
-                    f"{where}: expected a header with {list(required)}, got {header[:8]}{hint}"
+                    f"{where}: expected a header with {list(required)}, got {shown(header)}{hint}"
                 )
         if len(cells) != len(header):
             raise ValueError(f"{where}: expected {len(header)} fields, got {len(cells)}")
         yield where, dict(zip(header, cells, strict=True))
 
 
-def _csv_rows(reader: Iterable[list[str]], path: Path) -> Iterator[list[str]]:
-    row = 0
-    rows = iter(reader)
+def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row with the line on which it begins."""
     while True:
-        row += 1
+        line = reader.line_num + 1
         try:
-            cells = next(rows)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(f"{path}:{row}: expected double-quoted fields, got {error}") from error
-        yield cells
+            raise ValueError(
+                f"{path}:{line}: expected double-quoted fields, got {reason(error)}"
+            ) from error
+        yield line, cells

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -89,13 +90,16 @@ def test_questions(tmp_path):
         {"question": "s?", "answer": "z", "negative_ids": [3], "positive": None},
         {"id": "sq", "question": "t?", "answers": {"text": ["u"], "answer_start": [0]}},
         {"id": "tq", "question": "u?", "answer": {"value": "v", "aliases": ["v", "w"], "type": 1}},
+        {"id": "t1", "question": "v?", "answer": {"value": "v", "aliases": "Vee"}},
+        {"id": "s1", "question": "w?", "answers": {"text": "Paris"}},
     ]
-    a, b, c, d, e = read_questions(write_text(tmp_path / "q.jsonl", jsonl(records)))
+    a, b, c, d, e, f, g = read_questions(write_text(tmp_path / "q.jsonl", jsonl(records)))
     assert a == Question("a", "q?", ("x", "y"), ("p1",)) and a.meta == {"field": "f"}
     assert a.positive == "p1"
     assert b == Question("7", "r?", ("[Verse 1",), ("p1", "p2"))
     assert c == Question("2", "s?", ("z",), (), ("3",)) and c.positive is None
     assert d.answers == ("u",) and e.answers == ("v", "w")
+    assert f.answers == ("v", "Vee") and g.answers == ("Paris",)  # one is a list of one
 
 
 def test_question_tables(tmp_path):
@@ -120,6 +124,19 @@ def test_datasets_objects():
         list(read_passages(datasets.DatasetDict(dev=dataset)))
     with pytest.raises(ValueError, match="dataset row 1: expected unique ids, got 'p1' again"):
         list(read_passages(datasets.Dataset.from_list([records[0], records[0]])))
+
+
+class Rows(list):
+    """Rows with the one attribute that tells a data set."""
+
+    column_names = None
+
+
+@pytest.mark.parametrize("read", [read_passages, read_questions])
+def test_a_row_that_is_no_mapping(read):
+    for row in (["p1", "text"], None, 5, "text"):
+        with pytest.raises(ValueError, match="dataset row 0: expected a record, got"):
+            list(read(Rows([row])))
 
 
 def test_byte_order_mark_and_blank_lines(tmp_path):
@@ -161,6 +178,11 @@ def test_reading_is_lazy(tmp_path):
         ),
         ("p.csv", b"id,text\n1,a\n2,\xff\n", r"p\.csv:3: expected UTF-8, got byte 0xff"),
         ("p.csv", b"id,text\n1,a\n2,b,c\n", r"p\.csv:3: expected 2 fields, got 3"),
+        ("p.csv", b"id,text,text\n1,a,b\n", r"p\.csv:1: expected distinct .*, got 'text' twice$"),
+        ("p.csv", b"id,text,, \n1,a,b,c\n", r"p\.csv:1: expected distinct .*, got '' twice$"),
+        ("p.csv", b'id,text\n1,"a\n\n"\n2,b,c\n', r"p\.csv:5: expected 2 fields, got 3"),
+        ("p.jsonl", b'{"id": "1", "id": "2", "text": "a"}', r"p\.jsonl:1: .* the key 'id' twice$"),
+        ("p.jsonl", b'{"id": ' + b"9" * 5000 + b"}", r"p\.jsonl:1: expected one JSON object, got"),
         ("p.csv", b"id,body\n1,a\n", r"p\.csv:1: expected a header with \['id', 'text'\]"),
         ("p.csv", b'id,text\n1,"a"b\n', r"p\.csv:2: expected double-quoted fields"),
         ("p.csv", b'id,text\n1,"a\n', r"p\.csv:2: expected double-quoted fields"),
@@ -185,6 +207,9 @@ def test_rejects_bad_files(tmp_path, name, content, message):
         ({"question": "q", "answers": 5}, "answers: expected a list of texts, got int"),
         ({"question": "q", "answers": [5]}, "answers: expected text, got int"),
         ({"question": "q", "answer": {"a": 1}}, r"answers: .* text or value, got \['a'\]"),
+        ({"question": "q", "answer": {"value": "a", "aliases": 5}}, "aliases: expected a list of"),
+        ({"question": "q", "answers": "[{[]: 1}]"}, "answers: expected a list such as"),
+        ({"question": "q", "answers": "[" + "[" * 1000 + "]"}, "answers: expected a list such as"),
         ({"question": "q", "answers": [""]}, "answers: expected text, got an empty one"),
         ({"question": "q", "answers": "[1, "}, None),
         ({"question": "q", "answers": "[a]"}, "answers: expected a list such as"),
@@ -210,12 +235,31 @@ def test_truncated_archives_are_named(tmp_path):
             list(read_passages(path))
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_foreign_bytes_name_their_line(tmp_path, suffix):
+    """Lines before it are read; what follows it, a torn archive say, is not looked at."""
+    lines = [b'{"id": "%d", "text": "text %d"}\n' % (i, i * 7919) for i in range(5000)]
+    lines[3000] = b'{"id": "3000", "text": "\xe9"}\n'
+    path = tmp_path / f"p.jsonl{suffix}"
+    with OPENERS.get(path.suffix, open)(path, "wb") as file:
+        file.write(b"".join(lines))
+    path.write_bytes(path.read_bytes()[:-100])
+    passages = read_passages(path)
+    assert [next(passages).id for _ in range(3000)] == [str(i) for i in range(3000)]
+    with pytest.raises(
+        ValueError, match=rf"p\.jsonl{re.escape(suffix)}:3001: expected UTF-8, got byte 0xe9$"
+    ):
+        next(passages)
+
+
 def test_unreadable_sources(tmp_path):
-    with pytest.raises(ValueError, match="missing.jsonl: expected a readable file, got"):
+    with pytest.raises(ValueError, match="missing.jsonl: no such file or directory$"):
         list(read_passages(tmp_path / "missing.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ValueError, match="folder.jsonl: expected a readable file, got"):
+    with pytest.raises(ValueError, match="folder.jsonl: is a directory$"):
         list(read_passages(tmp_path / "folder.jsonl"))
+    with pytest.raises(ValueError, match=r"^a\\x00b.jsonl: embedded null byte$"):
+        list(read_passages("a\0b.jsonl"))
     with pytest.raises(ValueError, match="source: expected a path or a datasets object, got int"):
         list(read_passages(5))
     with pytest.raises(ValueError, match="format= one of .* got 'parquet'"):
