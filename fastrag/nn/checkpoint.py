@@ -63,6 +63,11 @@ def save_model(
             raise ValueError(
                 f"{name}: expected a module with save_pretrained, got {type(encoder).__name__}"
             )
+    if model.loss_fn.objective is None:
+        raise ValueError(
+            f"objective: expected a retriever term with a word to save, got "
+            f"{type(model.loss_fn.retriever_term).__name__} without one"
+        )
     with FolderWriter(path, format=FORMAT, version=VERSION) as writer:
         folder = writer.folder
         encoders: dict[str, Any] = {"question_encoder": model.question_encoder}

@@ -7,14 +7,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastrag.nn.heads import LMHead
-from fastrag.nn.objectives import RETRIEVER_TERMS
+from fastrag.nn.objectives import MARGINAL, RetrieverTerm
 from fastrag.ops.positions import IGNORE_INDEX
 from fastrag.ops.rag_nll import rag_nll
 from fastrag.ops.reduction import reduce_examples
 from fastrag.profiling import stage
 
 MARGINALS = ("token", "sequence")
-OBJECTIVES = ("marginal", *RETRIEVER_TERMS)
 _GENERATOR_LOSSES = ("marginal", "none")
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,7 +45,7 @@ class RagLoss(nn.Module):
     Args:
         marginal: "token" or "sequence".
         objective: "marginal", the likelihood above, trains retriever and generator together;
-            "emdr2", "pdist" and "replug" as above.
+            "emdr2", "pdist" and "replug" as above. A `RetrieverTerm` takes the place of theirs.
         tau_lm: temperature of the generator's distribution over passages (pdist, replug), > 0.
         generator_loss: "marginal", or "none" for a generator that does not train: nothing flows
             to hidden states and head. None takes what the objective says.
@@ -71,7 +70,7 @@ class RagLoss(nn.Module):
     def __init__(
         self,
         marginal: str = "token",
-        objective: str = "marginal",
+        objective: str | RetrieverTerm = "marginal",
         *,
         tau_lm: float = 1.0,
         generator_loss: str | None = None,
@@ -80,19 +79,23 @@ class RagLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if isinstance(objective, str):
+            term = RetrieverTerm.named(objective, tau_lm)
+        elif isinstance(objective, RetrieverTerm):
+            term = objective
+        else:
+            raise ValueError(
+                f"objective: expected a word or a RetrieverTerm, got {type(objective).__name__}"
+            )
         if generator_loss is None:
-            generator_loss = "none" if objective == "replug" else "marginal"
+            generator_loss = "marginal" if term is None else term.generator_loss
         _require_word("marginal", marginal, MARGINALS)
-        _require_word("objective", objective, OBJECTIVES)
         _require_word("generator_loss", generator_loss, _GENERATOR_LOSSES)
-        if not 0.0 < tau_lm < float("inf"):
-            raise ValueError(f"tau_lm: expected a positive number, got {tau_lm}")
         _require_word("reduction", reduction, _REDUCTIONS)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing: expected 0 <= number < 1, got {label_smoothing}")
         self.marginal = marginal
-        self.objective = objective
-        self.tau_lm = tau_lm
+        self.retriever_term = term
         self.generator_loss = generator_loss
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -136,7 +139,7 @@ class RagLoss(nn.Module):
                 hidden,
                 weight,
                 labels,
-                doc_scores if self.objective == "marginal" else doc_scores.detach(),
+                doc_scores if self.retriever_term is None else doc_scores.detach(),
                 bias=bias,
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
@@ -147,18 +150,27 @@ class RagLoss(nn.Module):
                 example_weight=example_weight,
                 valid_rows=valid_rows,
             )
-        if self.objective != "marginal":
+        if self.retriever_term is not None:
             with stage("objective"):
-                counts = labels != self.ignore_index
-                term = RETRIEVER_TERMS[self.objective](doc_scores, token_logp, counts, self.tau_lm)
+                label_mask = labels != self.ignore_index
                 retriever = reduce_examples(
-                    term,
+                    self.retriever_term(doc_scores, token_logp.detach(), label_mask),
                     self.reduction,
-                    normalizer=counts.sum() if normalizer is None else normalizer,
+                    normalizer=label_mask.sum() if normalizer is None else normalizer,
                     example_weight=example_weight,
                 )
             loss = retriever if self.generator_loss == "none" else loss + retriever
         return RagLossOutput(loss, log_posterior)
+
+    @property
+    def objective(self) -> str | None:
+        """The word of the objective; None for a retriever term that has no word."""
+        return MARGINAL if self.retriever_term is None else self.retriever_term.word
+
+    @property
+    def tau_lm(self) -> float:
+        """Temperature of the generator's distribution over passages."""
+        return 1.0 if self.retriever_term is None else self.retriever_term.tau_lm
 
     def extra_repr(self) -> str:
         return (

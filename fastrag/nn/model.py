@@ -20,6 +20,7 @@ from fastrag.nn.arguments import (
 from fastrag.nn.builder import BuiltContext, ContextBuilder
 from fastrag.nn.generators import evaluating
 from fastrag.nn.loss import RagLoss
+from fastrag.nn.objectives import RetrieverTerm
 from fastrag.nn.outputs import RagGeneration, RagOutput
 from fastrag.nn.reader import Adapter, Reader
 from fastrag.nn.retriever import Retriever
@@ -125,7 +126,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
         label_smoothing: float = 0.0,
-        objective: str = "marginal",
+        objective: str | RetrieverTerm = "marginal",
         tau_lm: float = 1.0,
         adapter: Adapter | None = None,
     ) -> None:

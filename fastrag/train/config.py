@@ -21,7 +21,8 @@ import yaml
 from fastrag.index.codec import DTYPES
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.messages import clipped, shown
-from fastrag.nn.loss import MARGINALS, OBJECTIVES
+from fastrag.nn.loss import MARGINALS
+from fastrag.nn.objectives import objective_words
 from fastrag.train.files import replacing
 from fastrag.train.settings import coerce, override, read_yaml, require, require_word, unknown
 
@@ -232,7 +233,7 @@ class RagConfig:
             value = getattr(self, name)
             require(name, value is None or value >= 1, "an integer >= 1 or null", value)
         require_word("marginal", self.marginal, MARGINALS)
-        require_word("objective", self.objective, OBJECTIVES)
+        require_word("objective", self.objective, objective_words())
         require_word("precision", self.precision, PRECISIONS)
         require_word("answer_choice", self.answer_choice, ANSWER_CHOICES)
         require_word("device", self.device, ("auto", "cpu"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastrag import RagLoss, reference
-from fastrag.nn import LMHead, objectives
+from fastrag.nn import LMHead
+from fastrag.nn.objectives import RetrieverTerm, objective_words
 
 OBJECTIVES = ("emdr2", "pdist", "replug")
 REFERENCE = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
@@ -96,13 +97,13 @@ def test_emdr2_over_the_token_marginal_is_the_joint_gradient():
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("term", [objectives.pdist, objectives.replug])
-def test_divergence_vanishes_where_the_retriever_agrees(term):
+@pytest.mark.parametrize("word", ["pdist", "replug"])
+def test_divergence_vanishes_where_the_retriever_agrees(word):
     counts = torch.tensor([[True, True, False]])
     logp = torch.randn(1, 4, 3, dtype=torch.float64)
-    said = (logp * counts).sum(2) / (1 if term is objectives.pdist else 2)
+    said = (logp * counts).sum(2) / (1 if word == "pdist" else 2)
     scores = (said + 3.0).requires_grad_()
-    value = term(scores, logp, counts, 1.0)
+    value = RetrieverTerm.named(word)(scores, logp, counts)
     (grad,) = torch.autograd.grad(value.sum(), scores)
     torch.testing.assert_close(value, torch.zeros_like(value))
     torch.testing.assert_close(grad, torch.zeros_like(grad))
@@ -113,13 +114,42 @@ def test_far_apart_passages_stay_finite(objective):
     """A posterior of 0 and 1 in float32, and a prior that says the opposite."""
     logp = torch.tensor([[[-500.0], [-0.1]]])
     scores = torch.tensor([[100.0, -100.0]], requires_grad=True)
-    term = objectives.RETRIEVER_TERMS[objective]
-    value = term(scores, logp, torch.ones(1, 1, dtype=torch.bool), 1.0)
+    term = RetrieverTerm.named(objective)
+    value = term(scores, logp, torch.ones(1, 1, dtype=torch.bool))
     (grad,) = torch.autograd.grad(value.sum(), scores)
     assert value.isfinite().all() and grad.isfinite().all() and grad[0, 1] < 0 < grad[0, 0]
 
 
+def test_a_term_from_outside_with_a_parameter_of_its_own(monkeypatch):
+    monkeypatch.setattr(RetrieverTerm, "_known", dict(RetrieverTerm._known))
+
+    class Margin(RetrieverTerm, word="margin"):
+        """The best passage by the generator is to score above all others by a learned margin."""
+
+        def __init__(self, tau_lm=1.0):
+            super().__init__(tau_lm)
+            self.margin = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def forward(self, doc_scores, token_logp, label_mask):
+            best = (token_logp * label_mask[:, None]).sum(2).argmax(1, keepdim=True)
+            scores = doc_scores.clamp(min=-9.0)
+            return (self.margin + scores - scores.gather(1, best)).relu().sum(1)
+
+    inputs = case()
+    assert "margin" in objective_words()
+    for loss_fn in (RagLoss(objective="margin"), RagLoss(objective=Margin())):
+        assert loss_fn.objective == "margin"
+        loss_fn(*inputs).loss.backward()
+        assert [p.grad > 0 for p in loss_fn.parameters()] == [True]
+    dhidden, *_, dscores = gradients(RagLoss(objective="margin")(*inputs).loss, inputs)
+    fixed = RagLoss()(*inputs[:3], inputs[3].detach()).loss
+    torch.testing.assert_close(dhidden, torch.autograd.grad(fixed, inputs[0])[0])
+    assert dscores.any()
+
+
 def test_rejects_words_and_numbers():
+    with pytest.raises(ValueError, match="objective: expected a word or a RetrieverTerm, got int"):
+        RagLoss(objective=3)
     with pytest.raises(ValueError, match="objective: expected one of .*'replug'.*, got 'x'"):
         RagLoss(objective="x")
     with pytest.raises(ValueError, match="generator_loss: expected one of .*, got 'frozen'"):
