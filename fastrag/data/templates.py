@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastrag import manifests
 from fastrag.data.readers import Passage
 from fastrag.data.tokenization import encode_markup, encode_texts, special_frame
 
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 Kind = Literal["seq2seq", "causal"]
 KINDS: tuple[Kind, ...] = ("seq2seq", "causal")
 _SLOTS = ("passage", "question")
+_FIELDS = manifests.record(
+    {"context": manifests.text()},
+    {
+        "passage": manifests.text(),
+        "answer": manifests.text(),
+        "answer_end": manifests.optional(manifests.text()),
+        "add_special_tokens": manifests.flag(),
+    },
+    closed=True,
+)
 # Stands for "some text came before": a literal or slot that is not first is measured behind it.
 _ANCHOR = "a"
 _JOIN_PROBES = ("Paris", "the 12 items", "(x)")
@@ -179,12 +190,9 @@ class Template:
         """Reads back what `to_dict` wrote.
 
         Raises:
-            ValueError: an unknown key, or no `context`.
+            ValueError: an unknown key, no `context`, or a value of another type.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(config) - set(known))
-        if unknown or "context" not in config:
-            raise ValueError(f"template: expected keys {known}, got {sorted(config)}")
+        _FIELDS(config, "template")
         return cls(**config)
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> BoundTemplate:

@@ -19,14 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrag import manifests
 from fastrag.index import faiss_support as support
 from fastrag.index import inputs
 from fastrag.index.inputs import Vectors
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, entry_of, read_folder
+from fastrag.manifests import integer, optional, record, text
 
 FORMAT = "fastrag.FaissIndex"
 VERSION = 1
+_FIELDS = record(
+    {
+        "dim": integer(1, (1 << 31) - 1),  # faiss counts dimensions in 32 bits
+        "factory": text(),
+        "parameters": optional(text()),
+        "count": integer(),
+        "index_version": integer(),
+    }
+)
 _CPU = torch.device("cpu")
 
 
@@ -286,25 +297,23 @@ class FaissIndex(RowIndex, format=FORMAT):
             ValueError: naming the file, what was expected and what was found.
             ImportError: faiss is not installed.
         """
-        manifest, arrays = read_folder(dir, format=FORMAT, version=VERSION, verify=verify)
-        dim, factory, parameters, count, version = (
-            entry_of(manifest, key, dir, FORMAT)
-            for key in ("dim", "factory", "parameters", "count", "index_version")
+        manifest, arrays = read_folder(
+            dir, format=FORMAT, version=VERSION, fields=_FIELDS, verify=verify
         )
-        index = cls(dim, factory, parameters=parameters)
+        dim, count = manifest["dim"], manifest["count"]
         data = entry_of(arrays, "index", dir, FORMAT)
-        if mmap:
-            index._index, index._mapped = support.read_in_place(data), data
-        else:
-            index._index = support.read(data)
-        found = (index._index.d, index._index.ntotal)
-        if found != (dim, count):
-            raise ValueError(
-                f"{dir}: index.npy: expected {count} vectors of width {dim}, got {found[1]} of "
-                f"width {found[0]}"
-            )
-        index._load_removed(entry_of(arrays, "removed", dir, FORMAT), count, dir)
-        index._version = version
+        removed = entry_of(arrays, "removed", dir, FORMAT)
+        with manifests.named(dir):
+            read = support.read_in_place(data) if mmap else support.read(data)
+            if (read.d, read.ntotal) != (dim, count):
+                raise ValueError(
+                    f"index.npy: expected {count} vectors of width {dim}, got {read.ntotal} of "
+                    f"width {read.d}"
+                )
+            index = cls(dim, manifest["factory"], parameters=manifest["parameters"])
+        index._index, index._mapped = read, data if mmap else None
+        index._load_removed(removed, count, dir)
+        index._version = manifest["index_version"]
         index._checksum = index._checksum_of(manifest["files"]["index.npy"]["sha256"])
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)

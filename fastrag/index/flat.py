@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrag import functional
+from fastrag import functional, manifests
 from fastrag.index import codec, codes, inputs
 from fastrag.index.codec import Codec
 from fastrag.index.codes import RowCodes
@@ -23,10 +23,21 @@ from fastrag.index.inputs import Vectors
 from fastrag.index.lock import ReadWriteLock
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
+from fastrag.manifests import integer, one_of, record, sha256
 
 FORMAT = "fastrag.FlatIndex"
 # 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
 VERSION = 2
+_FIELDS = record(
+    {"dim": integer(1), "dtype": one_of(*codec.DTYPES), "index_version": integer()},
+    {
+        "exact": one_of("stored", "float32"),
+        "count": integer(),
+        "pitch": integer(1),
+        "n_clamped": integer(),
+        "content_sha256": sha256(),
+    },
+)
 # Of the blocks of an iterable, so many rows are looked at before int8 codes are chosen.
 SAMPLE_ROWS = 16384
 
@@ -309,10 +320,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         """
         with self._lock.read():
             if self._checksum is None:
-                sha = hashlib.sha256()
-                for block in self._stored_blocks():
-                    sha.update(_bytes_of(block))
-                self._checksum = self._checksum_of(sha.hexdigest())
+                self._checksum = self._checksum_of(self._content_sha256())
             return self._checksum
 
     def save(self, dir: str | os.PathLike[str]) -> None:
@@ -380,14 +388,12 @@ class FlatIndex(RowIndex, format=FORMAT):
                 class.
         """
         manifest, arrays = read_folder(
-            dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
+            dir, format=FORMAT, version=VERSION, fields=_FIELDS, mmap=mmap, verify=verify
         )
-        dim, dtype, version = (
-            entry_of(manifest, key, dir, FORMAT) for key in ("dim", "dtype", "index_version")
-        )
-        index = cls(dim, dtype, exact=manifest.get("exact", "stored"))
         stored, removed = (entry_of(arrays, key, dir, FORMAT) for key in ("vectors", "removed"))
         _check_stored(stored, manifest, dir)
+        with manifests.named(dir):
+            index = cls(manifest["dim"], manifest["dtype"], exact=manifest.get("exact", "stored"))
         index._load_removed(removed, len(stored), dir)
         # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
@@ -396,8 +402,13 @@ class FlatIndex(RowIndex, format=FORMAT):
         if index._codec.dtype == "int8" and index._n:
             factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
+        if verify and index._content_sha256() != _content_sha256(manifest):
+            raise ValueError(
+                f"{dir}: expected vectors of width {index.dim} with the SHA-256 "
+                f"{_content_sha256(manifest)}, got {index._content_sha256()}"
+            )
         index._n_clamped = manifest.get("n_clamped", 0)
-        index._version = version
+        index._version = manifest["index_version"]
         index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index.to(device, search_device=search_device)
@@ -459,6 +470,12 @@ class FlatIndex(RowIndex, format=FORMAT):
         with self._lock.write():
             self._data, self._mapped, self._codes = grown, False, None
 
+    def _content_sha256(self) -> str:
+        sha = hashlib.sha256()
+        for block in self._stored_blocks():
+            sha.update(_bytes_of(block))
+        return sha.hexdigest()
+
     def _checksum_of(self, vectors_sha256: str) -> str:
         removed = hashlib.sha256(self._removed_rows().tobytes()).hexdigest()
         parts = [self.dim, self._codec.dtype, self._n, vectors_sha256, removed]
@@ -478,7 +495,7 @@ def _bytes_of(block: Tensor) -> memoryview:
 
 
 def _content_sha256(manifest: dict[str, Any]) -> str:
-    """Of the vectors without what lies between the rows: of the whole file where nothing does."""
+    """Return the checksum of the vectors without the padding between rows, as it was saved."""
     whole = manifest["files"]["vectors.npy"]["sha256"]
     return str(manifest.get("content_sha256", whole))
 
@@ -494,10 +511,11 @@ def _check_stored(
     if (
         stored.dtype != dtype
         or stored.shape != (count, pitch // dtype.itemsize)
+        or pitch % dtype.itemsize
         or (pitch < dim * dtype.itemsize)
     ):
         raise ValueError(
-            f"{dir}: vectors.npy: expected {dtype} [{count}, {pitch // dtype.itemsize}] for "
+            f"{dir}: vectors.npy: expected {dtype} [{count}, {pitch / dtype.itemsize:g}] for "
             f"{manifest['dtype']} vectors of width {dim}, got {stored.dtype} {list(stored.shape)}"
         )
 

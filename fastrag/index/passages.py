@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import torch
 
+from fastrag import manifests
 from fastrag.data.readers import Passage
 from fastrag.data.templates import Template
 from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
 from fastrag.index.inputs import usable_device
-from fastrag.index.storage import ArrayStream, FolderWriter, as_tensor, read_folder, write_folder
+from fastrag.index.storage import (
+    ArrayStream,
+    FolderWriter,
+    as_tensor,
+    entry_of,
+    read_folder,
+    write_folder,
+)
+from fastrag.manifests import integer, optional, record, text
 from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
@@ -28,6 +37,16 @@ VERSION = 1
 Stream = Literal["encoder", "generator"]
 STREAMS: tuple[Stream, ...] = ("encoder", "generator")
 _TEXTS = ("ids", "titles", "texts")
+_STREAM = {"fingerprint": text(), "max_tokens": optional(integer(1)), "longest": integer()}
+_FIELDS = record(
+    {
+        "n": integer(1),
+        "streams": record(
+            {"encoder": record({**_STREAM, "prefix": text()}), "generator": record(_STREAM)}
+        ),
+        "template": record({}),  # as Template.from_dict reads it
+    }
+)
 _BATCH = 1024
 
 
@@ -165,8 +184,10 @@ class PassageStore:
             ValueError: naming the file, what was expected and what was found.
         """
         manifest, arrays = read_folder(
-            dir, format=FORMAT, version=VERSION, mmap=mmap, verify=verify
+            dir, format=FORMAT, version=VERSION, fields=_FIELDS, mmap=mmap, verify=verify
         )
+        with manifests.named(dir):
+            Template.from_dict(manifest["template"])
         _check_arrays(Path(dir), manifest, arrays)
         return cls(manifest, arrays)
 
@@ -532,16 +553,29 @@ def _check_stream(stream: str) -> None:
 def _check_arrays(
     path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> None:
-    """The arrays belong together: offsets have N + 1 entries and end where the data end."""
+    """Raise unless the arrays belong together: N + 1 offsets that end where their data end."""
     n = int(manifest["n"])
-    pairs = [(f"{name}_tokens", f"{name}_offsets") for name in STREAMS]
-    pairs += [(f"{name}_bytes", f"{name}_offsets") for name in _TEXTS]
-    for flat, offsets in pairs:
-        if flat not in arrays or offsets not in arrays:
-            raise ValueError(f"{path}: expected {flat}.npy and {offsets}.npy, got {sorted(arrays)}")
-        found = arrays[offsets]
-        if found.shape != (n + 1,) or int(found[-1]) != len(arrays[flat]):
+    pairs: list[tuple[str, str, Any]]
+    pairs = [(f"{name}_tokens", f"{name}_offsets", np.int32) for name in STREAMS]
+    pairs += [(f"{name}_bytes", f"{name}_offsets", np.uint8) for name in _TEXTS]
+    expected: dict[str, tuple[Any, int | None]] = {
+        "id_hashes": (np.uint64, n),
+        "id_rows": (np.int64, n),
+    }
+    for flat, offsets, dtype in pairs:
+        expected |= {flat: (dtype, None), offsets: (np.int64, n + 1)}
+    for name, (dtype, length) in expected.items():
+        found = entry_of(arrays, name, path, FORMAT)
+        fits = found.ndim == 1 and length in (None, len(found))
+        if found.dtype != dtype or not fits:
+            raise ValueError(
+                f"{path / name}.npy: expected {np.dtype(dtype)} [{length or 'n'}], got "
+                f"{found.dtype} {list(found.shape)}"
+            )
+    for flat, offsets, _ in pairs:
+        end = int(arrays[offsets][-1])
+        if end != len(arrays[flat]):
             raise ValueError(
                 f"{path / offsets}.npy: expected {n + 1} offsets up to {len(arrays[flat])}, got "
-                f"{list(found.shape)} up to {int(found[-1])}"
+                f"{n + 1} up to {end}"
             )

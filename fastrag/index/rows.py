@@ -171,6 +171,10 @@ class RowIndex(Index):
 
     def _load_removed(self, rows: np.ndarray[Any, Any], n: int, dir: object) -> None:
         """Takes up n rows and the tombstones of a saved index."""
+        if rows.dtype != np.int64 or rows.ndim != 1:
+            raise ValueError(
+                f"{dir}: removed.npy: expected int64 [n], got {rows.dtype} {list(rows.shape)}"
+            )
         if rows.size and (rows.min() < 0 or rows.max() >= n):
             raise ValueError(
                 f"{dir}: removed.npy: expected rows 0 to {n - 1}, got {rows.min()} to {rows.max()}"

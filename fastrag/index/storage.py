@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import math
 import os
 import shutil
 import warnings
@@ -26,12 +26,26 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from fastrag import folders
+from fastrag import folders, manifests
+from fastrag.manifests import integer, items, record, sha256, table, text
+from fastrag.messages import shown
 
 MANIFEST = "manifest.json"
 # Headers are padded to one size, so that a streamed array's shape can be written last.
 _HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 24
+_DTYPES = [np.dtype(kind) for kind in "?bBhHiIqQefd"]
+_FILE = record(
+    {
+        "dtype": manifests.one_of(*map(np.lib.format.dtype_to_descr, _DTYPES)),
+        "shape": items(integer()),
+        "bytes": integer(_HEADER_BYTES),
+        "sha256": sha256(),
+    },
+    # older folders have no checksums of blocks
+    {"block_bytes": integer(1), "crc32": items(text("[0-9a-f]{8}", "8 hexadecimal digits"))},
+)
+_FILES = table(_FILE, text(r"[\w-]+\.npy", "the name of a .npy file"))
 
 
 def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
@@ -195,15 +209,15 @@ class FolderWriter:
             for name, stream in self._streams.items():
                 files[f"{name}.npy"] = stream.close()
                 folders.step(f"array {name}", self.folder)
-            body = {
-                **manifest,
-                "format": self._format,
-                "version": self._version,
-                "files": files,
-            }
-            body["manifest_sha256"] = _manifest_sha256(body)
-            text = json.dumps(body, indent=1, ensure_ascii=False)
-            (self.folder / MANIFEST).write_bytes(text.encode("utf-8"))
+            body = manifests.sealed(
+                {
+                    **manifest,
+                    "format": self._format,
+                    "version": self._version,
+                    "files": files,
+                }
+            )
+            manifests.write(self.folder / MANIFEST, body)
             folders.step("manifest", self.folder)
             folders.commit(self.folder, self.path)
             self._done = True
@@ -258,6 +272,7 @@ def read_folder(
     *,
     format: str,
     version: int,
+    fields: manifests.Check = manifests.anything,
     mmap: bool = True,
     verify: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -270,6 +285,7 @@ def read_folder(
         path: the folder.
         format: the format name that must stand in the manifest.
         version: the newest format version that the caller can read.
+        fields: describes what the manifest says besides its files.
         mmap: map the files (read-only) instead of reading them.
         verify: check the checksums of every file's data too; reads everything once.
 
@@ -286,6 +302,7 @@ def read_folder(
             before = _identity(path)
             try:
                 manifest = _checked_manifest(path, format, version)
+                manifests.verify(path / MANIFEST, manifest, fields)
                 arrays = _open_arrays(path, manifest, mmap, verify)
             except (OSError, ValueError):
                 if _identity(path) == before:
@@ -351,10 +368,7 @@ def read_manifest(path: Path, format: str) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a {format} folder, got no such folder")
     if not file.exists():
         raise ValueError(f"{path}: expected a {format} folder with {MANIFEST}, got none")
-    try:
-        manifest = json.loads(file.read_bytes().decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
+    manifest = manifests.load(file)
     if not isinstance(manifest, dict):
         raise ValueError(f"{file}: expected format {format!r}, got {type(manifest).__name__!r}")
     return manifest
@@ -364,26 +378,15 @@ def _checked_manifest(path: Path, format: str, version: int) -> dict[str, Any]:
     file = path / MANIFEST
     manifest = read_manifest(path, format)
     if manifest.get("format") != format:
-        raise ValueError(f"{file}: expected format {format!r}, got {manifest.get('format')!r}")
+        raise ValueError(f"{file}: expected format {format!r}, got {shown(manifest.get('format'))}")
     found = manifest.get("version")
-    if not isinstance(found, int) or not 1 <= found <= version:
+    if type(found) is not int or not 1 <= found <= version:
         raise ValueError(
-            f"{file}: expected format version 1 to {version}, got {found!r} (a newer fastrag reads "
-            "newer versions)"
+            f"{file}: expected format version 1 to {version}, got {shown(found)} (a newer fastrag "
+            "reads newer versions)"
         )
-    stated = manifest.pop("manifest_sha256", None)
-    if stated != _manifest_sha256(manifest):
-        raise ValueError(
-            f"{file}: expected SHA-256 {stated} as it states, got {_manifest_sha256(manifest)}: "
-            "the manifest was altered"
-        )
-    files = manifest.get("files")
-    keys = {"dtype", "shape", "bytes", "sha256"}
-    if not isinstance(files, dict) or not all(
-        Path(name).name == name and isinstance(entry, dict) and keys <= set(entry)
-        for name, entry in files.items()
-    ):
-        raise ValueError(f"{file}: expected files with {sorted(keys)}, got {files!r}")
+    manifest = manifests.unsealed(file, manifest)
+    manifests.verify(file, manifest, record({"files": _FILES}))
     return manifest
 
 
@@ -393,14 +396,15 @@ def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
     n_bytes = file.stat().st_size
     if n_bytes != entry["bytes"]:
         raise ValueError(f"{file}: expected {entry['bytes']} bytes, got {n_bytes}")
-    expected = _header(np.dtype(entry["dtype"]), entry["shape"])
+    with manifests.named(file):
+        expected = _header(np.dtype(entry["dtype"]), entry["shape"])
     with file.open("rb") as opened:
         found = opened.read(_HEADER_BYTES)
     if found != expected:
         raise ValueError(
             f"{file}: expected the npy header of {entry['dtype']} {entry['shape']}, got {found!r}"
         )
-    n_data = int(np.prod(entry["shape"], dtype=object)) * np.dtype(entry["dtype"]).itemsize
+    n_data = math.prod(entry["shape"]) * np.dtype(entry["dtype"]).itemsize
     if n_bytes != _HEADER_BYTES + n_data:
         raise ValueError(
             f"{file}: expected {_HEADER_BYTES + n_data} bytes for {entry['dtype']} "
@@ -410,11 +414,14 @@ def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
 
 def _check_data(file: Path, entry: Mapping[str, Any]) -> None:
     expected: Sequence[str] = entry.get("crc32", ())  # none in older folders
-    size = entry["block_bytes"] if expected else _BLOCK_BYTES
-    digests = _Digests(size)
+    size = entry.get("block_bytes", _BLOCK_BYTES)
+    n_blocks = -(-(entry["bytes"] - _HEADER_BYTES) // size)
+    if expected and len(expected) != n_blocks:
+        raise ValueError(f"{file}: expected {n_blocks} CRC-32 of blocks, got {len(expected)}")
+    digests = _Digests(size if expected else _BLOCK_BYTES)
     with file.open("rb") as opened:
         opened.seek(_HEADER_BYTES)
-        while data := opened.read(size):
+        while data := opened.read(_BLOCK_BYTES):
             digests.update(data)
     found = digests.sha256()
     if found != entry["sha256"]:
@@ -447,11 +454,6 @@ def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[
         return memory.view(dtype).reshape(shape)
 
 
-def _manifest_sha256(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
 def _check_replaceable(path: Path, format: str) -> None:
     """Refuses to replace anything but an empty folder or one of the same format."""
     if not path.exists():
@@ -461,12 +463,12 @@ def _check_replaceable(path: Path, format: str) -> None:
     if not any(path.iterdir()):
         return
     found = None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads((path / MANIFEST).read_bytes()).get("format")
+    with contextlib.suppress(ValueError):
+        found = read_manifest(path, format).get("format")
     if found != format:
         raise ValueError(
             f"{path}: expected an empty folder or a {format} one to replace, got a folder of "
-            f"format {found!r}"
+            f"format {shown(found)}"
         )
 
 

@@ -33,8 +33,8 @@ def check_numbers(
         raise ValueError(
             f"explore_pool: expected an integer >= n_docs = {n_docs} or None, got {explore_pool!r}"
         )
-    if not (_is_number(explore_tau) and explore_tau > 0):
-        raise ValueError(f"explore_tau: expected a number > 0, got {explore_tau!r}")
+    if not (_is_number(explore_tau) and explore_tau > 0 and math.isfinite(explore_tau)):
+        raise ValueError(f"explore_tau: expected a finite number > 0, got {explore_tau!r}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -12,7 +12,6 @@ missing one transformers and PEFT would take a default, or ask the hub.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastrag import manifests
+from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
+from fastrag.nn.loss import MARGINALS, OBJECTIVES
 
 if TYPE_CHECKING:
     from fastrag.nn.model import RagModel
@@ -40,6 +42,37 @@ _SETTINGS = (
 )
 _OF_INDEX = ("index", "passages")
 _LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
+_MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
+_SAVED = record(
+    {
+        "fastrag": text(),
+        "kind": one_of("seq2seq", "causal"),
+        "generator": one_of("model", "adapter", "adapter on generator_base"),
+        "passage_encoder": one_of("own", "shared", "none"),
+        "n_docs": integer(1),
+        "marginal": one_of(*MARGINALS),
+        "max_context": integer(1),
+        "train_passage_encoder": flag(),
+        "explore": integer(),
+        "explore_pool": optional(integer(1)),
+        "explore_tau": number(above=0),
+        "tau": number(above=0),
+        "learn_tau": flag(),
+        "label_smoothing": number(0),
+        "objective": one_of(*OBJECTIVES),
+        "tau_lm": number(above=0),
+        "template": record({}),  # as Template.from_dict reads it
+        "index": record(
+            {
+                "dim": integer(1),
+                "n_passages": integer(),
+                "checksum": optional(text()),
+                "source": optional(text()),
+            }
+        ),
+    },
+    closed=True,
+)
 
 
 def save_model(
@@ -84,8 +117,7 @@ def save_model(
         if include_index:
             model.index.save(folder / "index")
             model.passages.save(folder / "passages")
-        text = json.dumps(_settings(model, kept), indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        manifests.write(folder / CONFIG, _settings(model, kept))
         writer.commit({"parts": _parts(folder)})
 
 
@@ -113,23 +145,25 @@ def load_model(
     if settings["passage_encoder"] == "own":
         passage_encoder = _load_encoder(folder / "passage_encoder")
     generator = _load_generator(folder, settings, base_generator, generator_class)
+    with manifests.named(folder / CONFIG):
+        template = Template.from_dict(settings["template"])
     arguments = {name: settings[name] for name in _SETTINGS}
     arguments |= {
         "tau": settings["tau"],
         "learn_tau": settings["learn_tau"],
         **{name: settings[name] for name in _LOSS_SETTINGS},
-        "template": Template.from_dict(settings["template"]),
+        "template": template,
         "question_tokenizer": _load_tokenizer(folder / "question_encoder"),
         "generator_tokenizer": _load_tokenizer(folder / "generator"),
     }
-    model = cls(
-        question_encoder,
-        passage_encoder,
-        generator,
-        _load_index(folder, settings, index),
-        _load_passages(folder, passages),
-        **(arguments | overrides),
-    )
+    parts = (_load_index(folder, settings, index), _load_passages(folder, passages))
+    try:
+        model = cls(question_encoder, passage_encoder, generator, *parts, **(arguments | overrides))
+    except ValueError as error:
+        name = str(error).partition(":")[0]
+        if name in overrides or name not in settings:
+            raise
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     return model.eval()
 
 
@@ -168,7 +202,7 @@ def _parts(folder: Path) -> list[str]:
 
 
 def _check_parts(folder: Path, manifest: dict[str, Any], given_base: bool) -> None:
-    for part in manifest.get("parts", ()):  # version 1 lists none
+    for part in manifest.get("parts", ()):
         path = folder / part
         if path.exists() or (given_base and part.startswith("generator_base/")):
             continue
@@ -181,22 +215,8 @@ def _read_settings(folder: Path, *, given_base: bool) -> dict[str, Any]:
     from fastrag.index.storage import read_folder
 
     # also takes back what a kill left aside
-    manifest, _ = read_folder(folder, format=FORMAT, version=VERSION)
-    file = folder / CONFIG
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: expected the settings of a saved RagModel, got {error}"
-        ) from error
-    needed = {*_SETTINGS, *_LOSS_SETTINGS, "fastrag", "kind", "generator", "passage_encoder"}
-    needed |= {"tau", "learn_tau", "template", "index"}
-    if not isinstance(settings, dict) or set(settings) != needed:
-        got = sorted(settings) if isinstance(settings, dict) else type(settings).__name__
-        raise ValueError(f"{file}: expected the keys {sorted(needed)}, got {got}")
-    for key in ("template", "index"):
-        if not isinstance(settings[key], dict):
-            raise ValueError(f"{file}: {key}: expected a mapping, got {settings[key]!r}")
+    manifest, _ = read_folder(folder, format=FORMAT, version=VERSION, fields=_MANIFEST)
+    settings: dict[str, Any] = manifests.read(folder / CONFIG, _SAVED)
     _check_parts(folder, manifest, given_base)
     return settings
 

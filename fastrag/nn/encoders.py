@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
 import warnings
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastrag import manifests
+from fastrag.manifests import flag, integer, items, one_of, optional, record, table, text
 from fastrag.nn.arguments import check_ids, no_model_folder
 
 Pooling = Literal["cls", "mean", "last", "pooler"]
@@ -29,6 +30,26 @@ CONFIG_NAME = "fastrag_encoder.json"
 _OWN_CLASSES = ("DPRContextEncoder", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 _FORMAT = "fastrag-text-encoder"
 _VERSION = 1
+_SETTINGS = record(
+    {
+        "format": one_of(_FORMAT),
+        "version": integer(_VERSION, _VERSION),
+        "pooling": one_of(*POOLINGS),
+        "normalize": flag(),
+        "prefix": text(),
+        "max_length": optional(integer(1)),
+    },
+    closed=True,
+)
+# The files of a sentence-transformers folder.
+_ST_MODULES = items(record({}, {"type": text(), "path": text("[^\0]*", "a path")}))
+_ST_CONFIG = record(
+    {}, {"prompts": optional(table(text())), "default_prompt_name": optional(text())}
+)
+_ST_TRANSFORMER = record(
+    {}, {"max_seq_length": optional(integer(1)), "do_lower_case": optional(flag())}
+)
+_ST_POOLING = record({}, {"include_prompt": flag(), "pooling_mode": text()})
 # How sentence-transformers names the poolings that exist here.
 _ST_POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
 _ST_POOLING_WORDS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
@@ -190,7 +211,7 @@ class TextEncoder(nn.Module):
             "prefix": self.prefix,
             "max_length": self.max_length,
         }
-        Path(path, CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        manifests.write(Path(path, CONFIG_NAME), settings)
 
     @classmethod
     def from_pretrained(
@@ -256,19 +277,8 @@ def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
     if role not in (None, "query", "passage"):
         raise ValueError(f"role: expected 'query', 'passage' or None, got {role!r}")
     if (folder / CONFIG_NAME).is_file():
-        settings = _read_json(folder / CONFIG_NAME)
-        known = isinstance(settings, dict) and settings.pop("format", None) == _FORMAT
-        if not known or settings.pop("version", None) != _VERSION:
-            raise ValueError(
-                f"{folder / CONFIG_NAME}: expected format {_FORMAT!r}, version {_VERSION}"
-            )
-        expected = {"pooling", "normalize", "prefix", "max_length"}
-        if set(settings) != expected:
-            raise ValueError(
-                f"{folder / CONFIG_NAME}: expected the keys {sorted(expected)}, got "
-                f"{sorted(settings)}"
-            )
-        return settings
+        settings = manifests.read(folder / CONFIG_NAME, _SETTINGS)
+        return {key: settings[key] for key in ("pooling", "normalize", "prefix", "max_length")}
     if (folder / "modules.json").is_file():
         return _read_sentence_transformers(folder, role)
     return {}
@@ -277,8 +287,8 @@ def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
 def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, Any]:
     """Return the settings of a sentence-transformers folder; refuse modules unknown here."""
     settings: dict[str, Any] = {"normalize": False}
-    for module in _read_json(folder / "modules.json"):
-        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+    for module in manifests.read(folder / "modules.json", _ST_MODULES):
+        kind = module.get("type", "").rsplit(".", 1)[-1]
         place = folder / module.get("path", "")
         if kind == "Transformer":
             settings["folder"] = module.get("path", "")
@@ -294,7 +304,7 @@ def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, An
             )
     config = folder / "config_sentence_transformers.json"
     if config.is_file():
-        settings["prefix"] = _st_prompt(_read_json(config), role)
+        settings["prefix"] = _st_prompt(manifests.read(config, _ST_CONFIG), role)
     return settings
 
 
@@ -302,7 +312,7 @@ def _st_max_length(folder: Path) -> int | None:
     path = folder / "sentence_bert_config.json"
     if not path.is_file():
         return None
-    config = _read_json(path)
+    config = manifests.read(path, _ST_TRANSFORMER)
     if config.get("do_lower_case"):
         warnings.warn(
             f"{path}: do_lower_case is left to the tokenizer; lower-case the text if it keeps case",
@@ -312,12 +322,12 @@ def _st_max_length(folder: Path) -> int | None:
 
 
 def _st_pooling(path: Path) -> str:
-    config = _read_json(path)
+    config = manifests.read(path, _ST_POOLING)
     if config.get("include_prompt", True) is False:
         raise ValueError(f"{path}: expected include_prompt = true, got false")
     if "pooling_mode" in config:
         modes = {config["pooling_mode"]}
-        known = {_ST_POOLING_WORDS.get(str(mode)) for mode in modes}
+        known = {_ST_POOLING_WORDS.get(mode) for mode in modes}
     else:
         marks = {
             name for name, value in config.items() if name.startswith("pooling_mode_") and value
@@ -384,7 +394,9 @@ def _without_missing_pooler(folder: Path) -> dict[str, bool]:
     from transformers import MODEL_MAPPING, AutoConfig
 
     if (folder / "model.safetensors.index.json").is_file():
-        names = list(_read_json(folder / "model.safetensors.index.json")["weight_map"])
+        weights_of = record({"weight_map": table(text())})
+        index = manifests.read(folder / "model.safetensors.index.json", weights_of)
+        names = list(index["weight_map"])
     elif (folder / "model.safetensors").is_file():
         with safe_open(folder / "model.safetensors", "pt") as weights:
             names = list(weights.keys())
@@ -394,10 +406,3 @@ def _without_missing_pooler(folder: Path) -> dict[str, bool]:
     takes_it = isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
     stored = any("pooler" in name.split(".") for name in names)
     return {"add_pooling_layer": False} if takes_it and not stored else {}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable JSON file, got {error}") from error

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastrag import folders
+from fastrag import folders, manifests
 from fastrag.index import FlatIndex
+from fastrag.manifests import integer, items, one_of, record, sha256, table, text
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -43,6 +43,11 @@ STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 RANDOM_STATE = "rng_state*.pth"
+_FROZEN_FIELDS = table(record({"shape": items(integer()), "sha256": sha256()}))
+_INDEX_FIELDS = record(
+    {"version": integer(), "refreshed_at": integer(), "kept": one_of("whole", "reference")},
+    {"n_passages": integer(), "checksum": text()},
+)
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _SAMPLE = 4096
 
@@ -155,7 +160,7 @@ def write_weights(
         if name not in frozen
     }
     save_file(trained, str(folder / WEIGHTS), metadata={"format": "pt"})
-    _write_json(folder / FROZEN, frozen)
+    manifests.write(folder / FROZEN, frozen)
 
 
 def read_weights(model: nn.Module, folder: Path) -> None:
@@ -185,7 +190,7 @@ def read_weights(model: nn.Module, folder: Path) -> None:
                 f"{path}: checkpoint of another configuration: {name} expected "
                 f"{_shape(ours)}, got {_shape(theirs)}"
             )
-    before = _read_json(folder / FROZEN)
+    before = manifests.read(folder / FROZEN, _FROZEN_FIELDS)
     for name in sorted(before.keys() | frozen.keys()):
         if before.get(name) != frozen.get(name):
             raise ValueError(
@@ -217,7 +222,7 @@ def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: 
         entry["kept"] = "whole"
     else:
         entry |= {"kept": "reference", "checksum": index.checksum()}
-    _write_json(folder / INDEX, entry)
+    manifests.write(folder / INDEX, entry)
 
 
 def read_index(model: RagModel, folder: Path) -> int:
@@ -235,9 +240,9 @@ def read_index(model: RagModel, folder: Path) -> int:
             other contents than when the checkpoint was written.
     """
     path = folder / INDEX
-    entry = _read_json(path)
+    entry = manifests.read(path, _INDEX_FIELDS)
     index = model.index
-    if entry.get("kept") == "whole":
+    if entry["kept"] == "whole":
         where: dict[str, Any] = {"device": index.device}
         if isinstance(index, FlatIndex):
             where["search_device"] = index.search_device
@@ -273,17 +278,3 @@ def _frozen(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"shape {tuple(tensor.shape)}"
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values

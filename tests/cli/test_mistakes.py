@@ -101,7 +101,7 @@ def tear(path: Path) -> None:
         ((*BUILD, "--corpus", "empty.jsonl"), "expected at least one passage"),
         (
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "{contxt: a}"),
-            "template: expected keys ['context'",
+            "template: expected the keys ['add_special_tokens', 'answer'",
         ),
         (
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: '{passage}'}"),

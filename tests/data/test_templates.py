@@ -203,7 +203,7 @@ def test_window_and_pad(family):
 def test_dict_round_trip():
     template = Template("{question} {passage}", answer_end="</s>", add_special_tokens=False)
     assert Template.from_dict(template.to_dict()) == template
-    with pytest.raises(ValueError, match="expected keys .* got .*colour"):
+    with pytest.raises(ValueError, match="expected the keys .* got .*colour"):
         Template.from_dict({"context": "{question} {passage}", "colour": 1})
 
 

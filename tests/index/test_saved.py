@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastrag import FaissIndex, FlatIndex
+from fastrag import FaissIndex, FlatIndex, manifests
 from fastrag.index import Index, codec, flat, inputs, saved, storage
 from fastrag.index.storage import MANIFEST, write_folder
 
@@ -51,9 +51,7 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
     """Changes a manifest as whoever writes it would: with its own checksum right."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["manifest_sha256"]
-    manifest |= changes
-    manifest["manifest_sha256"] = storage._manifest_sha256(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifests.write(folder / MANIFEST, manifests.sealed(manifest | changes))
 
 
 @DTYPES
@@ -134,7 +132,13 @@ def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
         ({"count": 49}, r"expected float32 \[49, 48\] .*, got float32 \[50, 48\]"),
         ({"dtype": "float16"}, r"expected float16 \[50, 96\] .*, got float32 \[50, 48\]"),
         ({"dtype": "float8"}, "dtype: expected one of float32, .* got 'float8'"),
-        ({"dim": -1}, "dim: expected a whole number of at least 1, got -1"),
+        ({"dim": -1}, r"manifest\.json: dim: expected a whole number of at least 1, got -1"),
+        ({"dim": "37"}, r"manifest\.json: dim: expected a whole number of at least 1, got '37'"),
+        ({"index_version": None}, r"manifest\.json: index_version: expected a whole number"),
+        ({"exact": "int8"}, r"manifest\.json: exact: expected one of stored, float32, got 'int8'"),
+        ({"exact": "float32"}, r"i: exact: expected 'stored', or 'float32' with dtype 'int8'"),
+        ({"pitch": 193}, r"expected float32 \[50, 48\.25\] .*, got float32 \[50, 48\]"),
+        ({"n_clamped": []}, r"manifest\.json: n_clamped: expected a whole number"),
     ],
 )
 def test_manifests_that_do_not_fit_the_files(
@@ -144,6 +148,14 @@ def test_manifests_that_do_not_fit_the_files(
     edit_manifest(tmp_path / "i", **changes)
     with pytest.raises(ValueError, match=message):
         FlatIndex.load(tmp_path / "i")
+
+
+def test_verify_checks_the_width(tmp_path: Path) -> None:
+    """Rows are padded, so that a width that is a little larger fits the file."""
+    filled().save(tmp_path / "i")
+    edit_manifest(tmp_path / "i", dim=DIM + 1)
+    with pytest.raises(ValueError, match="i: expected vectors of width 38 with the SHA-256"):
+        FlatIndex.load(tmp_path / "i", verify=True)
 
 
 def test_parts_that_are_not_there_are_named(tmp_path: Path) -> None:

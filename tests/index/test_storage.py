@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastrag import folders
+from fastrag import folders, manifests
 from fastrag.index import storage
 from fastrag.index.storage import MANIFEST, FolderWriter, read_folder, write_folder
 
@@ -237,8 +237,7 @@ def test_folders_without_checksums_of_blocks(folder):
     del manifest["manifest_sha256"]
     for entry in manifest["files"].values():
         del entry["crc32"], entry["block_bytes"]
-    manifest["manifest_sha256"] = storage._manifest_sha256(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifests.write(folder / MANIFEST, manifests.sealed(manifest))
     np.testing.assert_array_equal(read(folder, verify=True)[1]["a"], ARRAYS["a"])
     data = bytearray((folder / "a.npy").read_bytes())
     data[-1] ^= 0xFF
@@ -261,14 +260,43 @@ def test_versions_and_formats(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_bytes": -1}, "block_bytes: expected a whole number of at least 1, got -1"),
+        ({"block_bytes": 0}, "block_bytes: expected a whole number of at least 1, got 0"),
+        ({"block_bytes": 1}, "a.npy: expected 48 CRC-32 of blocks, got 1"),
+        ({"block_bytes": "1"}, "block_bytes: expected a whole number of at least 1, got '1'"),
+        ({"crc32": 5}, "crc32: expected a list, got 5"),
+        ({"crc32": [5]}, r"crc32\[0\]: expected 8 hexadecimal digits, got 5"),
+        ({"crc32": ["0" * 8] * 2}, "a.npy: expected 1 CRC-32 of blocks, got 2"),
+        ({"dtype": "|O"}, "dtype: expected one of .*, got '|O'"),
+        ({"dtype": None}, "dtype: expected one of .*, got None"),
+        ({"shape": [-3, 4]}, r"shape\[0\]: expected a whole number of at least 0, got -3"),
+        ({"shape": [3, True]}, r"shape\[1\]: expected a whole number of at least 0, got True"),
+        ({"shape": 12}, "shape: expected a list, got 12"),
+        ({"shape": [1] * 99}, "a.npy: array: expected a shape that fits a 118-byte header"),
+        ({"bytes": 1.5}, "bytes: expected a whole number of at least 128, got 1.5"),
+        ({"sha256": None}, "sha256: expected 64 hexadecimal digits, got None"),
+    ],
+)
+def test_entries_of_another_make_are_refused(folder, changes, message):
+    """Whoever wrote them, with the manifest's own checksum right; verifying comes to an end."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"]["a.npy"] |= changes
+    manifests.write(folder / MANIFEST, manifests.sealed(manifest))
+    with pytest.raises(ValueError, match=message) as caught:
+        read(folder, verify=True)
+    assert str(caught.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize(
     "files",
     [None, {"a.npy": {}}, {"../b/a.npy": {"dtype": 0, "shape": 0, "bytes": 0, "sha256": 0}}],
 )
 def test_manifests_of_another_make_are_refused(folder, files):
-    body = {**HEAD, "files": files}
-    text = json.dumps({**body, "manifest_sha256": storage._manifest_sha256(body)})
-    (folder / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match="manifest.json: expected files with .*'sha256'"):
+    manifests.write(folder / MANIFEST, manifests.sealed({**HEAD, "files": files}))
+    with pytest.raises(ValueError, match=r"manifest\.json: files.*: expected "):
         read(folder)
 
 
@@ -279,7 +307,7 @@ def test_unreadable_paths(tmp_path):
     with pytest.raises(ValueError, match=r"file: expected a .*folder"):
         read(tmp_path / "file")
     (tmp_path / "odd" / MANIFEST).mkdir(parents=True)
-    with pytest.raises(ValueError, match="odd: expected a readable folder, got .*Is a directory"):
+    with pytest.raises(ValueError, match="manifest.json: expected a JSON file, got Is a directory"):
         read(tmp_path / "odd")
 
 
