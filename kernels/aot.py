@@ -5,7 +5,7 @@ module finds them all, compiles them for each architecture and reads back what t
 them. A kernel that spills, or that wants more shared memory than the architecture has, is a defect
 that shows here rather than on the user's GPU.
 
-    python -m fastrag.kernels.aot [--arch 90] [--module doc_scores] [--candidates] [--json]
+    python -m fastrag.kernels.aot [--arch 90] [--module NAME] [--candidates] [--sample] [--json]
 """
 
 from __future__ import annotations
@@ -131,6 +131,19 @@ def all_configs(module: str | None = None, offered_by: str = "aot_configs") -> l
     return [config for offer in chosen for config in offer()]
 
 
+def sample(configs: Iterable[AotConfig]) -> list[AotConfig]:
+    """Returns as many as show every dtype, flag and block size of every kernel at least once."""
+    chosen, seen = [], set()
+    for config in configs:
+        kernel = config.kernel.fn.__name__
+        options = {**config.types, **config.constants, "num_warps": config.num_warps}
+        shown = {(kernel, name, value) for name, value in options.items()}
+        if not shown <= seen:
+            chosen.append(config)
+            seen |= shown
+    return chosen
+
+
 def build(config: AotConfig, arch: int) -> Any:
     """Compiles one configuration for one compute capability: a triton CompiledKernel."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -174,11 +187,8 @@ def compile_config(config: AotConfig, arch: int) -> Resources:
     )
 
 
-def compile_all(
-    archs: Iterable[int], module: str | None = None, offered_by: str = "aot_configs"
-) -> Iterator[Resources]:
+def compile_all(configs: Iterable[AotConfig], archs: Iterable[int]) -> Iterator[Resources]:
     """Compiles every configuration for every compute capability in `archs`."""
-    configs = all_configs(module, offered_by)
     for arch in archs:
         for config in configs:
             if not config.archs or arch in config.archs:
@@ -193,11 +203,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--candidates", action="store_true", help="what tuning may choose from (slow)"
     )
+    parser.add_argument(
+        "--sample", action="store_true", help="every dtype, flag and block size once (quick)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     defects = []
     offered_by = "aot_candidates" if args.candidates else "aot_configs"
-    for found in compile_all(args.arch or sorted(SHARED_LIMIT), args.module, offered_by):
+    configs = all_configs(args.module, offered_by)
+    if args.sample:
+        configs = sample(configs)
+    for found in compile_all(configs, args.arch or sorted(SHARED_LIMIT)):
         defects += found.defects()
         row = dataclasses.asdict(found) | {"occupancy": round(found.occupancy, 3)}
         line = json.dumps(row) if args.json else describe(found)
