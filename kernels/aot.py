@@ -133,7 +133,8 @@ def all_configs(module: str | None = None, offered_by: str = "aot_configs") -> l
 
 def sample(configs: Iterable[AotConfig]) -> list[AotConfig]:
     """Returns as many as show every dtype, flag and block size of every kernel at least once."""
-    chosen, seen = [], set()
+    chosen: list[AotConfig] = []
+    seen: set[tuple[str, str, Any]] = set()
     for config in configs:
         kernel = config.kernel.fn.__name__
         options = {**config.types, **config.constants, "num_warps": config.num_warps}
