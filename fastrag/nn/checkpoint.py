@@ -23,7 +23,7 @@ from fastrag import manifests
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
-from fastrag.nn.loss import MARGINALS, OBJECTIVES
+from fastrag.nn.loss import MARGINALS
 
 if TYPE_CHECKING:
     from fastrag.nn.model import RagModel
@@ -59,7 +59,7 @@ _SAVED = record(
         "tau": number(above=0),
         "learn_tau": flag(),
         "label_smoothing": number(0),
-        "objective": one_of(*OBJECTIVES),
+        "objective": text(),  # as RetrieverTerm knows it
         "tau_lm": number(above=0),
         "template": record({}),  # as Template.from_dict reads it
         "index": record(
