@@ -332,6 +332,13 @@ def load_whole(
         )
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder}: expected a readable generator: {error}") from error
+    quantization = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "quant_method", None) == "gguf":
+        # transformers takes its plain weights for packed ones, and refuses to save them again
+        raise ValueError(
+            f"{Path(folder) / 'config.json'}: expected no quantization_config of the GGUF that the "
+            "weights come from, as they are not packed here; delete it"
+        )
     wrong = ["missing_keys", "mismatched_keys", *([] if allow_unexpected else ["unexpected_keys"])]
     for what in wrong:
         if report[what]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from fastrag import folders
 from fastrag.data import Passage, RagCollator, Template
 from fastrag.index import FlatIndex, Index, PassageStore
@@ -17,6 +19,7 @@ from fastrag.ops import backends
 from fastrag.train.config import RagConfig
 from fastrag.train.parts import (
     DEFAULT,
+    choose_dtype,
     generator_kind,
     load_encoder,
     load_generator,
@@ -152,7 +155,7 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     from transformers import set_seed
 
     from fastrag.nn import RagModel
-    from fastrag.train.distributed import launched_processes
+    from fastrag.train.distributed import is_first_process, launched_processes
 
     built = Path(config.output_dir) / INDEX_FOLDER
     if config.index is None and not (resume and built.is_dir()) and launched_processes() > 1:
@@ -165,7 +168,11 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     passage_folder = config.passage_encoder or config.question_encoder
     question_encoder = load_encoder(config.question_encoder, "question_encoder", "query")
     passage_encoder = load_encoder(passage_folder, "passage_encoder", "passage")
-    generator: PreTrainedModel = load_generator(config.generator, config.lora)
+    dtype, stored = choose_dtype(config)
+    if progress and stored not in (dtype, None) and is_first_process():
+        said = [str(each).removeprefix("torch.") for each in (dtype, stored)]
+        tqdm.write(f"generator: {said[0]} weights, stored in {said[1]} (see generator_dtype)")
+    generator: PreTrainedModel = load_generator(config.generator, config.lora, dtype)
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
     template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))

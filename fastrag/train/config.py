@@ -53,6 +53,7 @@ FREE_ON_RESUME = (
     "training",
 )
 PRECISIONS = ("fp32", "bf16", "fp16")
+GENERATOR_DTYPES = ("auto", "float32", "bfloat16")
 ANSWER_CHOICES = ("first", "random")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
@@ -121,7 +122,10 @@ class RagConfig:
         epochs: passes over the questions when `steps` is None.
         batch_size: questions per device and forward pass.
         accumulation: forward passes per optimiser step.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, or autocast to `bf16` or `fp16`.
+        generator_dtype: how the generator's weights are kept: `float32`, `bfloat16` (the optimiser
+            then updates float32 copies), or `auto`: float32, but bfloat16 where LoRA leaves
+            weights as they are that are stored so, and precision is `bf16`.
         gradient_checkpointing: recompute activations in the backward pass.
         max_question: question tokens of the retriever, at which a longer question is cut.
         max_passage: passage tokens of the passage encoder, at which a longer passage is cut when
@@ -195,6 +199,7 @@ class RagConfig:
     batch_size: int = 8
     accumulation: int = 1
     precision: str = "fp32"
+    generator_dtype: str = "auto"
     gradient_checkpointing: bool = False
     max_question: int = 64
     max_passage: int | None = None
@@ -235,6 +240,10 @@ class RagConfig:
         require_word("marginal", self.marginal, MARGINALS)
         require_word("objective", self.objective, objective_words())
         require_word("precision", self.precision, PRECISIONS)
+        require_word("generator_dtype", self.generator_dtype, GENERATOR_DTYPES)
+        # the loss scaler of fp16 looks for gradients where the float32 copies are
+        fits = (self.generator_dtype, self.precision) != ("bfloat16", "fp16")
+        require("generator_dtype", fits, "auto or float32 with precision fp16", "bfloat16")
         require_word("answer_choice", self.answer_choice, ANSWER_CHOICES)
         require_word("device", self.device, ("auto", "cpu"))
         require_word("index_dtype", self.index_dtype, DTYPES)

@@ -25,6 +25,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks for all that the launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_processes(args: TrainingArguments) -> None:
     """Refuse arguments under which the processes of a launcher would not train together.
 

@@ -17,9 +17,11 @@ from fastrag.data import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from fastrag.nn import TextEncoder
+    from fastrag.train.config import RagConfig
 
 DEFAULT = "default"  # the embedded data set
 
@@ -101,15 +103,20 @@ def load_encoder(
         raise ValueError(f"{name}: {str(error).removeprefix('path: ')}") from error
 
 
-def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = None) -> Any:
+def load_generator(
+    path: str | os.PathLike[str],
+    lora: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """Load a generator from a local folder, with LoRA adapters if asked.
 
     Args:
         path: a Hugging Face folder of a seq2seq or causal language model.
-        lora: `rank`, and optionally `alpha`, `dropout`, `targets`.
+        lora: `rank`, and optionally `alpha`, `dropout`, `targets`; the adapters are float32.
+        dtype: of the model's own weights; None: float32.
 
     Returns:
-        The model, in fp32.
+        The model.
 
     Raises:
         ValueError: the folder cannot be read, or LoRA is asked for and peft is not installed.
@@ -121,7 +128,7 @@ def load_generator(path: str | os.PathLike[str], lora: dict[str, Any] | None = N
 
     kind = AutoModelForSeq2SeqLM if generator_kind(path) == "seq2seq" else AutoModelForCausalLM
     try:
-        model = load_whole(kind, path, dtype=torch.float32, allow_unexpected=True)
+        model = load_whole(kind, path, dtype=dtype or torch.float32, allow_unexpected=True)
     except ValueError as error:
         raise ValueError(f"generator: {_first_line(error)}") from error
     return model if lora is None else _with_lora(model, lora)
@@ -139,16 +146,30 @@ def generator_kind(path: str | os.PathLike[str]) -> Literal["seq2seq", "causal"]
     Raises:
         ValueError: the folder holds no readable config.
     """
-    from transformers import AutoConfig
+    return "seq2seq" if _generator_config(path).is_encoder_decoder else "causal"
 
-    folder = _local_folder("generator", path)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"generator: expected a model config in {folder}: {_first_line(error)}"
-        ) from error
-    return "seq2seq" if config.is_encoder_decoder else "causal"
+
+def choose_dtype(config: RagConfig) -> tuple[torch.dtype, torch.dtype | None]:
+    """Choose the dtype of the generator's weights.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The dtype to load, and the one in which the folder says that they are stored; None where it
+        does not say.
+
+    Raises:
+        ValueError: the folder holds no readable config.
+    """
+    import torch
+
+    stored = getattr(_generator_config(config.generator), "dtype", None)
+    if config.generator_dtype != "auto":
+        return getattr(torch, config.generator_dtype), stored
+    # nothing is lost: autocast multiplies in bfloat16, and the adapters are float32
+    kept = config.lora is not None and config.precision == "bf16" and stored == torch.bfloat16
+    return torch.bfloat16 if kept else torch.float32, stored
 
 
 def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokenizerBase:
@@ -198,6 +219,18 @@ def make_template(
     if setting == "chat":
         return Template.from_chat(tokenizer)
     return Template.default(kind)
+
+
+def _generator_config(path: str | os.PathLike[str]) -> Any:
+    from transformers import AutoConfig
+
+    folder = _local_folder("generator", path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"generator: expected a model config in {folder}: {_first_line(error)}"
+        ) from error
 
 
 def _with_lora(model: Any, lora: dict[str, Any]) -> Any:

@@ -45,6 +45,7 @@ from fastrag.train.collation import ResumableCollator
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER
+from fastrag.train.master_weights import MasterWeights, needs_masters
 from fastrag.train.run_folder import write_versions
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepStatistics
@@ -268,12 +269,20 @@ class RagTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser: generator and retriever each at their own rate, decay on matrices."""
+        """Make the optimiser: generator and retriever each at their own rate, decay on matrices.
+
+        Parameters of fewer bits than float32 are updated by way of float32 copies.
+        """
         if self.optimizer is None:
             module = self.model if model is None else model
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
             settings.pop("lr", None)
-            self.optimizer = kind(self.parameter_groups(module), **settings)
+            groups = self.parameter_groups(module)
+            # accelerate puts its shards into the groups, which the copies would not follow
+            if needs_masters(groups) and not self._sharded:
+                self.optimizer = MasterWeights(kind, groups, **settings)
+            else:
+                self.optimizer = kind(groups, **settings)
         return self.optimizer
 
     def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
