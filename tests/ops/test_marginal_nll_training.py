@@ -78,19 +78,13 @@ def test_logits_around_minus_ten_thousand(marginal: str, smoothing: float) -> No
 @pytest.mark.usefixtures("each_backend")
 def test_strided_inputs(marginal: str) -> None:
     """Hidden states cut out of a longer sequence, as generators do, and a transposed head."""
-    p = make(SHAPES["odd"]).to(torch.float32)
-    expected = LOSSES[marginal](*p.args())
-    expected_grads = grads(expected, p)
-    q = p.to(torch.float32)
-    padded = torch.nn.functional.pad(p.hidden.detach(), (0, 0, 3, 2), value=torch.nan)
+    q = make(SHAPES["odd"]).to(torch.float32)
+    padded = torch.nn.functional.pad(q.hidden.detach(), (0, 0, 3, 2), value=torch.nan)
     q.hidden = padded[:, :, 3:-2].requires_grad_()
-    q.weight = p.weight.detach().t().contiguous().t().requires_grad_()
-    q.doc_scores = p.doc_scores.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_()
+    q.weight = q.weight.detach().t().contiguous().t().requires_grad_()
+    q.doc_scores = q.doc_scores.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_()
     assert not any(x.is_contiguous() for x in q.leaves().values())
-    loss = LOSSES[marginal](*q.args())
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for name, grad in grads(loss, q).items():
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-7)
+    check(marginal, q)
 
 
 class Generator(nn.Module):
