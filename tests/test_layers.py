@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # layer -> the layers that its modules may import when they are imported themselves
 BELOW = {
     "messages": set(),
+    "terminal": set(),
     "folders": set(),
     "manifests": {"messages"},
     "reference": set(),
@@ -48,9 +49,11 @@ BELOW = {
         "folders",
         "messages",
         "manifests",
+        "terminal",
     },
-    "info": {"kernels", "ops", "profiling"},
-    "cli": {"messages"},  # everything else is imported inside the commands, so that --help is quick
+    "info": {"kernels", "ops", "profiling", "terminal"},
+    # everything else is imported inside the commands, so that --help is quick
+    "cli": {"messages", "terminal"},
 }
 
 

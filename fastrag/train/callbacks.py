@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from fastrag import terminal
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.profiling import stage
 from fastrag.train.collation import ResumableCollator
@@ -32,15 +35,18 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
 AGREE_EVERY = 8
-_TRAINING_LINE = {
-    "loss": "loss",
-    "learning_rate": "lr",
-    "prior_entropy": "prior entropy",
-    "kl": "kl",
-    "unique_passages": "unique passages",
-    "steps_per_second": "steps/s",
+# Rates and speeds are in metrics.jsonl, and the bar shows the pace: the line has to fit 80 columns.
+_TRAINING_LINE = ("loss", "prior_entropy", "kl", "unique_passages", "passages_cut")
+_TEXTS: dict[str, Callable[[Any], str]] = {
+    "loss": lambda value: f"loss {value:#.5g}",
+    "prior_entropy": lambda value: f"entropy {value:.3f}",
+    "kl": lambda value: f"kl {value:.3g}",
+    "unique_passages": lambda value: f"unique {value}",
+    "passages_cut": lambda value: f"cut {100 * value:.0f} %",
 }
-_NOT_IN_LINES = ("epoch", "total_flos")
+_METRIC = re.compile(r"eval_(?:(?P<questions>.+)_)?(?P<metric>recall@\d+|em|f1|loss)")
+# Ends of names that transformers and the trainer log for the file.
+_NOT_IN_LINES = ("epoch", "total_flos", "_runtime", "_per_second", "_time", "_n_questions")
 
 
 class RefreshCallback(TrainerCallback):
@@ -305,9 +311,9 @@ class TerminalCallback(ProgressCallback):
 
     Example:
         >>> TerminalCallback.line({"loss": 1.25, "grad_norm": 0.5, "epoch": 2.0}, step=30)
-        'step 30  loss 1.25'
+        'step 30  loss 1.2500'
         >>> TerminalCallback.line({"eval_em": 0.5, "epoch": 2.0}, step=30)
-        'step 30  em 0.5'
+        'step 30  em 0.500'
     """
 
     training_bar: Any
@@ -321,19 +327,16 @@ class TerminalCallback(ProgressCallback):
             step: optimiser steps done.
 
         Returns:
-            One line of text.
+            One line of text, or several where the terminal is too narrow for it.
         """
-        if "loss" in logs:
-            labels = {name: label for name, label in _TRAINING_LINE.items() if name in logs}
-        else:
-            names = [name for name in logs if name not in _NOT_IN_LINES]
-            labels = {name: name.removeprefix("eval_") for name in names}
         parts = [f"step {step}"]
-        for name, label in labels.items():
-            value = logs[name]
-            text = f"{value:.3g}" if isinstance(value, float) else str(value)
-            parts.append(f"{label} {text}")
-        return "  ".join(parts)
+        if "loss" in logs:
+            parts += [_TEXTS[name](logs[name]) for name in _TRAINING_LINE if name in logs]
+        elif "train_runtime" in logs:
+            parts.append(f"trained for {tqdm.format_interval(logs['train_runtime'])}")
+        else:
+            parts += _evaluation(logs)
+        return "\n  ".join(terminal.wrap(parts, terminal.width() - 2, separator="  "))
 
     def on_log(
         self,
@@ -352,6 +355,22 @@ class TerminalCallback(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
+
+
+def _evaluation(logs: dict[str, Any]) -> list[str]:
+    parts = []
+    for name, value in logs.items():
+        if name.endswith(_NOT_IN_LINES):
+            continue
+        found = _METRIC.fullmatch(name)
+        if found is None:
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            continue
+        questions, metric = found["questions"], found["metric"]
+        if questions and f"{questions}:" not in parts:
+            parts.append(f"{questions}:")
+        parts.append(f"loss {value:#.5g}" if metric == "loss" else f"{metric} {value:.3f}")
+    return parts
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

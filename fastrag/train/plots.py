@@ -1,24 +1,27 @@
-"""The curve of a run: loss, recall@k and answers over optimiser steps."""
+"""The curve of a run: loss, answers, and what the retriever learns, over optimiser steps."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrag.train.files import replacing
 
+Entries = Sequence[dict[str, Any]]
 
-def plot_curve(entries: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> bool:
-    """Draw the loss on the left, recall@k, EM and F1 on the right.
+
+def plot_curve(entries: Entries, path: str | os.PathLike[str]) -> bool:
+    """Draw the loss, then recall@k, EM and F1, then entropy of the prior and KL.
 
     The file is replaced in one step, so that a viewer never reads half a picture.
 
     Args:
         entries: lines of `metrics.jsonl`: mappings with `step` and any of `loss`, `eval_loss`,
-            `eval_recall@<k>`, `eval_em`, `eval_f1`.
-        path: the PNG to write.
+            `eval_recall@<k>`, `eval_em`, `eval_f1`, `prior_entropy`, `kl`. What has no point gets
+            no axes.
+        path: the PNG to write; the title names its folder.
 
     Returns:
         True when a picture was written; False without matplotlib or without any point.
@@ -27,49 +30,97 @@ def plot_curve(entries: Sequence[dict[str, Any]], path: str | os.PathLike[str]) 
         >>> plot_curve([], "curve.png")
         False
     """
-    losses = _series(entries, "loss")
-    names = {
-        name
-        for entry in entries
-        for name in entry
-        if name.startswith("eval_recall@") or name in ("eval_em", "eval_f1")
-    }
-    shares = {name: _series(entries, name) for name in sorted(names, key=_order)}
-    if not losses[0] and not shares:
+    panels = [draw for draw, names in _PANELS if any(map(names, _names(entries)))]
+    if not panels:
         return False
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.plot(*losses, label="training", color="tab:blue")
-    evaluated = _series(entries, "eval_loss")
-    if evaluated[0]:
-        left.plot(*evaluated, label="evaluation", color="tab:orange", marker=".")
-    left.set(xlabel="step", ylabel="marginal NLL per label token")
-    left.legend()
-    for name, points in shares.items():
-        label = name.removeprefix("eval_")
-        label = label.upper() if label in ("em", "f1") else label
-        # dashed: where answers are one word long, F1 is EM and would hide it
-        right.plot(*points, label=label, marker=".", linestyle="--" if label == "F1" else "-")
-    right.set(xlabel="step", ylim=(0.0, 1.02))
-    if shares:
-        right.legend(loc="lower right")
-    for axes in (left, right):
+    n = entries[-1]["step"]
+    title = f"{Path(path).absolute().parent.name}, {n} step{'s' if n != 1 else ''}"
+    figure.suptitle(title, parse_math=False)  # a folder's name may have dollars
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        lines = draw(axes, entries)
+        axes.set(xlabel="step")
         axes.grid(alpha=0.3)
+        axes.legend(  # above the axes, where it covers no point
+            handles=lines,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=5,
+            frameon=False,
+            fontsize="small",
+            handlelength=1.2,
+            columnspacing=1.0,
+        )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
 
 
-def _series(entries: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def _draw_loss(axes: Any, entries: Entries) -> list[Any]:
+    axes.set(ylabel="marginal NLL per label token")
+    return [
+        *_line(axes, entries, "loss", "training", "tab:blue"),
+        *_line(axes, entries, "eval_loss", "evaluation", "tab:orange", marker="."),
+    ]
+
+
+def _draw_shares(axes: Any, entries: Entries) -> list[Any]:
+    axes.set(ylabel="share of the evaluation questions", ylim=(-0.02, 1.02))
+    lines = []
+    for name in sorted(filter(_is_share, _names(entries)), key=_order):
+        label = name.removeprefix("eval_")
+        label = label.upper() if label in ("em", "f1") else label
+        # dashed: where answers are one word long, F1 is EM and would hide it
+        style = "--" if label == "F1" else "-"
+        lines += _line(axes, entries, name, label, marker=".", linestyle=style)
+    return lines
+
+
+def _draw_retriever(axes: Any, entries: Entries) -> list[Any]:
+    right = axes.twinx()  # KL is often a hundredth of the entropy
+    lines = [
+        *_line(axes, entries, "prior_entropy", "entropy of the prior", "tab:blue"),
+        *_line(right, entries, "kl", "KL (right)", "tab:red"),
+    ]
+    axes.set(ylabel="entropy, nats")
+    right.set(ylabel="KL(posterior ‖ prior), nats")
+    for each in (axes, right):
+        each.set_ylim(bottom=0.0)
+    return lines
+
+
+def _line(
+    axes: Any, entries: Entries, name: str, label: str, color: Any = None, **style: Any
+) -> Any:
     points = [(each["step"], each[name]) for each in entries if each.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    if len(points) == 1:  # a line alone would not show
+        style["marker"] = "."
+    return (
+        axes.plot(*zip(*points, strict=True), label=label, color=color, **style) if points else []
+    )
+
+
+def _names(entries: Entries) -> set[str]:
+    """Names that have a point."""
+    return {name for entry in entries for name, value in entry.items() if value is not None}
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith("eval_recall@") or name in ("eval_em", "eval_f1")
+
+
+_PANELS: tuple[tuple[Callable[[Any, Entries], list[Any]], Callable[[str], bool]], ...] = (
+    (_draw_loss, lambda name: name in ("loss", "eval_loss")),
+    (_draw_shares, _is_share),
+    (_draw_retriever, lambda name: name in ("prior_entropy", "kl")),
+)
 
 
 def _order(name: str) -> tuple[int, int, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -55,20 +55,37 @@ def test_metrics_file_of_a_resumed_run_is_cut_at_its_step(tmp_path: Path) -> Non
     ]
 
 
-def test_plot_curve_draws_loss_and_metrics(tmp_path: Path) -> None:
-    entries: list[dict[str, Any]] = [{"step": i, "loss": 5.0 / (1 + i)} for i in range(20)]
-    plot_curve(entries, tmp_path / "loss.png")
-    entries += [
-        {"step": i, "eval_recall@1": i / 20, "eval_recall@20": 0.9, "eval_em": i / 30}
-        for i in range(0, 20, 5)
+def test_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Title, every series, and legends that cover no point; what has no point gets no axes."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def savefig(self: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    entries = [training_log(step=i, loss=5.0 / (1 + i)) for i in range(20)]
+    metrics = {"eval_recall@20": 0.9, "eval_recall@1": 0.3, "eval_em": 0.2, "eval_f1": 0.2}
+    entries += [{"step": i, "eval_loss": 2.0} | metrics for i in range(0, 20, 5)]
+    entries.append({"step": 19, "eval_em": None, "eval_best_em": 0.5})
+    path = tmp_path / "$my run$" / "curve.png"
+    assert plot_curve(entries, path) and imread(path).ndim == 3
+    [figure] = saved
+    assert figure.get_suptitle() == "$my run$, 19 steps"
+    legends = {each: each.get_legend() for each in figure.axes if each.get_legend()}
+    named = [[text.get_text() for text in legend.get_texts()] for legend in legends.values()]
+    assert named == [
+        ["training", "evaluation"],
+        ["recall@1", "recall@20", "EM", "F1"],
+        ["entropy of the prior", "KL (right)"],
     ]
-    entries.append({"step": 19, "eval_em": None})
-    assert plot_curve(entries, tmp_path / "sub" / "all.png")
-    loss, whole = imread(tmp_path / "loss.png"), imread(tmp_path / "sub" / "all.png")
-    assert loss.shape == whole.shape
-    width = loss.shape[1] // 2
-    drawn = np.abs(loss - whole).sum(axis=2) > 0.1
-    assert drawn[:, width:].sum() > 1000  # metrics stand on the right
+    lines = {line.get_label(): line for each in figure.axes for line in each.lines}
+    assert {lines[name].get_ydata()[0] for name in ("KL (right)", "recall@1")} == {0.01234, 0.3}
+    for axes, legend in legends.items():
+        assert not axes.bbox.overlaps(legend.get_window_extent())
+    assert plot_curve([{"step": 1, "loss": 2.0, "kl": None}], tmp_path / "loss.png")
+    assert [each.get_ylabel() for each in saved[1].axes] == ["marginal NLL per label token"]
     assert not plot_curve([{"step": 1, "other": 2.0}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
@@ -86,11 +103,38 @@ def test_a_curve_that_cannot_be_written_is_a_warning(
         curve.draw()
 
 
-def test_terminal_line_is_short() -> None:
-    logs = {"loss": 2.34567, "learning_rate": 1e-4, "grad_norm": 3.0, "kl": 0.01, "epoch": 1.0}
-    assert TerminalCallback.line(logs, 20) == "step 20  loss 2.35  lr 0.0001  kl 0.01"
-    evaluation = {"eval_recall@1": 0.5, "eval_em": 0.25, "epoch": 1.0}
-    assert TerminalCallback.line(evaluation, 20) == "step 20  recall@1 0.5  em 0.25"
+def training_log(**changes: Any) -> dict[str, Any]:
+    logs = {"loss": 2.345678, "grad_norm": 3.0, "learning_rate": 1e-4, "prior_entropy": 1.38629}
+    logs |= {"posterior_entropy": 1.2, "kl": 0.01234, "unique_passages": 412}
+    logs |= {"passages_cut": 0.71, "retriever_lr": 1e-5, "steps_per_second": 8.5, "epoch": 1.0}
+    return logs | changes
+
+
+def test_the_line_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = TerminalCallback.line(training_log(), 20)
+    assert line == "step 20  loss 2.3457  entropy 1.386  kl 0.0123  unique 412  cut 71 %"
+    # what is learned late shows, and a long run still has one line a log
+    late = [TerminalCallback.line(training_log(loss=loss), 10**6) for loss in (0.012345, 0.012339)]
+    assert late[0] != late[1] and all(len(each) <= 80 for each in late)
+    assert "loss nan" in TerminalCallback.line(training_log(loss=math.nan), 20)
+    assert "loss 0.5000" in TerminalCallback.line(training_log(loss=0.5), 20)
+
+
+def test_the_line_of_an_evaluation_has_no_raw_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shares = {"recall@1": 0.5, "recall@5": 1.0, "em": 0.25, "f1": 0.3333}
+    metrics = {f"eval_{name}": value for name, value in shares.items()}
+    metrics |= {"eval_n_questions": 200.0, "eval_loss": 2.345678, "eval_runtime": 3.2, "epoch": 1.0}
+    words = "recall@1 0.500  recall@5 1.000  em 0.250  f1 0.333  loss 2.3457"
+    assert TerminalCallback.line(metrics, 20) == f"step 20  {words}"
+    best = {name.replace("eval_", "eval_best_"): value for name, value in metrics.items()}
+    lines = TerminalCallback.line(best, 20).splitlines()
+    assert " ".join(lines).split() == f"step 20 best: {words}".split()
+    assert all(len(each) <= 80 for each in lines)
+    end = {"train_runtime": 75.2, "train_samples_per_second": 9.5, "train_loss": 3.87}
+    assert TerminalCallback.line(end, 20) == "step 20  trained for 01:15"
+    assert TerminalCallback.line({"mine": 0.123456, "epoch": 1.0}, 3) == "step 3  mine 0.1235"
 
 
 def test_refresh_is_called_when_due() -> None:
