@@ -24,6 +24,7 @@ from fastrag.manifests import flag, integer, items, number, one_of, optional, re
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
 from fastrag.nn.loss import MARGINALS
+from fastrag.nn.quiet import without_bars
 
 if TYPE_CHECKING:
     from fastrag.nn.model import RagModel
@@ -221,6 +222,7 @@ def _read_settings(folder: Path, *, given_base: bool) -> dict[str, Any]:
     return settings
 
 
+@without_bars()
 def _save_generator(generator: Any, folder: Path, merge_adapter: bool) -> str:
     """Write the generator; return "model", "adapter" or "adapter on generator_base"."""
     if not hasattr(generator, "peft_config"):
@@ -303,6 +305,7 @@ def _load_generator(
     return adapted.eval()
 
 
+@without_bars()
 def load_whole(
     loader: Any,
     folder: str | os.PathLike[str],

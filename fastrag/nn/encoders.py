@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastrag import manifests
 from fastrag.manifests import flag, integer, items, one_of, optional, record, table, text
 from fastrag.nn.arguments import check_ids, no_model_folder
+from fastrag.nn.quiet import without_bars
 
 Pooling = Literal["cls", "mean", "last", "pooler"]
 Role = Literal["query", "passage"]
@@ -191,6 +192,7 @@ class TextEncoder(nn.Module):
         at = (attention_mask * order).argmax(dim=1)  # first or last token under the mask
         return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[-1])).squeeze(1)
 
+    @without_bars()
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder with `fastrag_encoder.json` beside the weights.
 
@@ -350,6 +352,7 @@ def _st_prompt(config: dict[str, Any], role: Role | None) -> str:
     return ""
 
 
+@without_bars()
 def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> Any:
     """Load the transformers model of a folder; every weight that is used must be there."""
     import transformers
