@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fastrag
-from fastrag import profiling
+from fastrag import profiling, terminal
 from fastrag.kernels import tuning
 from fastrag.ops import backends, workspace
 
@@ -116,8 +116,10 @@ def info() -> str:
 
 
 def main() -> None:
-    """Prints `info()`: the command `fastrag info`."""
-    sys.stdout.write(info() + "\n")
+    """Prints `info()` as wide as the terminal: the command `fastrag info`."""
+    for line in info().splitlines():
+        wrapped = terminal.wrap(line.split(" "), terminal.width() - 2)
+        sys.stdout.write("\n  ".join(wrapped) + "\n")
 
 
 def _tree() -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""What commands print: metrics, errors and warnings in one line, and nothing of transformers."""
+"""What commands print: metrics, errors in one line, warnings, and nothing of transformers."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, TextIO
+
+from fastrag import terminal
 
 
 def print_metrics(result: Any) -> None:
@@ -23,7 +25,7 @@ def print_metrics(result: Any) -> None:
             low, high = bootstrap_interval(values)
             print(f"{name:<12}{value:>8.3f}   {low:.3f} – {high:.3f}")
         elif name != "n_questions":
-            print(f"{name:<12}{value:>8.3f}")
+            print(f"{name:<12}{value:>#8.5g}")
 
 
 def one_line(error: BaseException) -> str:
@@ -48,5 +50,11 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    if not issubclass(category, (DeprecationWarning, FutureWarning)):
-        print(f"fastrag: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """Print a warning above the progress bars: one line, or on a terminal as many as it takes."""
+    if issubclass(category, (DeprecationWarning, FutureWarning)):
+        return
+    from tqdm import tqdm
+
+    words = ["fastrag: warning:", *str(message).split()]
+    room = terminal.width() if sys.stderr.isatty() else sys.maxsize
+    tqdm.write("\n".join(terminal.wrap(words, room)), file=sys.stderr)

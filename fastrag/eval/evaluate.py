@@ -33,6 +33,7 @@ class Prediction:
         answers: the accepted answers; empty when none are known.
         prediction: the answer found.
         log_prob: log of the answer's marginal probability over the K passages.
+        n_tokens: tokens that the answer took, its end included.
         passage_id: the passage with the largest share in the answer; empty when none was found.
         retrieved: ids of the retrieved passages, best first.
         exact_match: 1.0 or 0.0; NaN without accepted answers.
@@ -46,11 +47,17 @@ class Prediction:
     answers: tuple[str, ...]
     prediction: str
     log_prob: float
+    n_tokens: int
     passage_id: str
     retrieved: tuple[str, ...]
     exact_match: float
     f1: float
     hit_rank: int | None
+
+    @property
+    def probability_per_token(self) -> float:
+        """Geometric mean of the probabilities of the answer's tokens, comparable across lengths."""
+        return math.exp(self.log_prob / self.n_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +248,7 @@ def _answer(
                 answers=answers,
                 prediction=text,
                 log_prob=float(generation.scores[i]),
+                n_tokens=int(generation.lengths[i]),
                 passage_id=passages.ids[support] if support >= 0 else "",
                 retrieved=tuple(passages.ids[row] for row in found),
                 exact_match=exact_match(text, answers) if answers else math.nan,

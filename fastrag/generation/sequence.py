@@ -118,6 +118,7 @@ def rag_sequence_generate(
         doc_scores=doc_scores,
         candidates=candidates,
         candidate_scores=candidate_scores,
+        lengths=(keys[question, best] != IGNORE_INDEX).sum(dim=1),
     )
 
 

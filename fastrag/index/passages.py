@@ -488,7 +488,7 @@ def _write(
     hashes: list[np.ndarray[Any, Any]] = []
     n = 0
     total = len(passages) if isinstance(passages, Sized) else None
-    with tqdm(total=total, desc="tokenise", unit="passage", disable=not progress) as bar:
+    with tqdm(total=total, desc="tokenise", unit=" passages", disable=not progress) as bar:
         for batch in _batches(passages):
             for row, passage in enumerate(batch, n):
                 if not isinstance(passage, Passage):

@@ -220,4 +220,4 @@ def _device_of(encoder: PassageEncoder) -> torch.device:
 def _progress_bar(total: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="encode", unit="passage", disable=not progress)
+    return tqdm(total=total, desc="encode", unit=" passages", disable=not progress)

@@ -41,6 +41,7 @@ class RagGeneration(ModelOutput):
         doc_scores: retrieval scores divided by tau, `[B, K]`.
         candidates: greedy answer under each passage, `[B, K, T]`.
         candidate_scores: log p(y|x) of each candidate, `[B, K]`, -inf at missing passages.
+        lengths: tokens of each best answer, its EOS included, `[B]` int64.
     """
 
     sequences: Tensor | None = None
@@ -50,3 +51,4 @@ class RagGeneration(ModelOutput):
     doc_scores: Tensor | None = None
     candidates: Tensor | None = None
     candidate_scores: Tensor | None = None
+    lengths: Tensor | None = None

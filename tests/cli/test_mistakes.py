@@ -151,7 +151,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ((), "the following arguments are required: command"),
         (("trian",), "invalid choice: 'trian'"),
         (("evaluate", "--model", "m", "--questions", "q", "--k", "0"), "an integer >= 1, got '0'"),
-        (("ask", "--model", "m"), "the following arguments are required: question"),
+        (("ask", "x"), "the following arguments are required: --model"),
         (
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "chatty"),
             "--template: expected one of plain, chat, or a YAML mapping of a template's fields, "

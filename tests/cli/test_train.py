@@ -114,7 +114,7 @@ def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
     best = ("best_metric=recall@12", "eval_ks=[12]", "n_docs=12", "output_dir=best")
     assert main(["train", "train.yaml", *(word for each in best for word in ("--set", each))]) == 0
     out = capsys.readouterr().out
-    assert "step 0  recall@12 1  em" in out  # before training, when there is no bar yet
+    assert "step 0  recall@12 1.000  em" in out  # before training, when there is no bar yet
     assert "model: best/model (of step 3, the best by recall@12)" in out
     entries = read_metrics(project / "best" / "metrics.jsonl")
     by_step = {each["step"]: each["eval_loss"] for each in entries if "eval_loss" in each}

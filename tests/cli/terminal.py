@@ -1,0 +1,110 @@
+"""The command line on a terminal: in this process, or in one that can be typed to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+
+from fastrag.cli import main
+from fastrag.terminal import columns
+from tests.cli.commands import ENVIRONMENT
+
+COLUMNS = 80
+_CURSOR = re.compile(r"\x1b\[[0-9;?]*[A-Z]")  # moves, which take no column
+
+
+def shown(*arguments: str) -> str:
+    """What a command that ends well prints on a terminal of 80 columns."""
+    master, slave = pty.openpty()
+    _resize(slave)
+    printed: list[str] = []
+
+    def read() -> None:
+        while data := _read(master):
+            printed.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(COLUMNS))
+        with os.fdopen(slave, "w", encoding="utf-8") as file:
+            patch.setattr(sys, "stdout", file)
+            patch.setattr(sys, "stderr", file)
+            status = main(arguments)
+    reader.join()
+    os.close(master)
+    assert status == 0, "".join(printed)
+    return "".join(printed)
+
+
+class Terminal:
+    """A process of fastrag on a pseudo-terminal of 80 columns; a context manager that ends it.
+
+    Args:
+        folder: its working directory.
+        arguments: of the command.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        environment = {k: v for k, v in ENVIRONMENT.items() if k not in ("COLUMNS", "LINES")}
+        command = [sys.executable, "-m", "fastrag.cli", *arguments]
+        self.process, self._terminal = pty.fork()
+        if self.process == 0:
+            _resize(0)
+            os.chdir(folder)
+            os.execve(command[0], command, environment | {"TERM": "xterm"})
+        self.printed = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._terminal)
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._terminal, keys.encode())
+
+    def read_to(self, text: str) -> str:
+        """Everything printed since the last call, up to and with a text."""
+        while text not in self.printed:
+            assert self._read(), f"{text!r} did not come, this did: {self.printed}"
+        shown, found, self.printed = self.printed.partition(text)
+        return shown + found
+
+    def read_all(self) -> str:
+        """What is printed until the process ends, which has to be well."""
+        while self._read():
+            pass
+        assert os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]) == 0, self.printed
+        return self.printed
+
+    def _read(self) -> bool:
+        data = _read(self._terminal)
+        self.printed += data
+        return bool(data)
+
+
+def _resize(terminal: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+
+
+def _read(terminal: int) -> str:
+    try:
+        return os.read(terminal, 1 << 16).decode(errors="replace")
+    except OSError:  # how Linux ends a pseudo-terminal
+        return ""
+
+
+def widest(printed: str) -> int:
+    """Columns of the widest line, each state of a progress bar being one."""
+    return max(map(columns, re.split(r"[\r\n]", _CURSOR.sub("", printed))))

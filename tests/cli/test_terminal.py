@@ -1,0 +1,165 @@
+"""What commands show on a terminal of 80 columns, and a conversation at a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastrag.eval
+from fastrag import cli
+from fastrag.cli import main
+from fastrag.nn import RagModel
+from fastrag.nn.outputs import RagGeneration
+from tests import tiny
+from tests.cli.terminal import COLUMNS, Terminal, shown, widest
+
+# A passage as people have them, longer than a line, of letters of every width; and one that would
+# colour the rest of the screen.
+LONG = "likes red 東京都は日本の首都である and " + 30 * "so " + "\x1b[31m" + 100 * "x"
+
+
+def test_no_line_is_wider_than_the_terminal(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of training with its evaluations, and of all that describes what it leaves behind."""
+    monkeypatch.chdir(project)
+    rows = [{"id": p.id, "title": p.title, "text": LONG} for p in tiny.passages()]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build = ("--corpus", "long.jsonl", "--encoder", "encoder", "--generator", "generator")
+    settings = ("output_dir=shown", "index=long", "max_context=32", "best_metric=em")
+    commands = [
+        ("index", "build", *build, "--out", "long"),
+        ("train", "train.yaml", *(word for each in settings for word in ("--set", each))),
+        ("index", "info", "long"),
+        ("evaluate", "--model", "shown", "--questions", "questions.jsonl"),
+        ("ask", "--model", "shown", "ada"),
+    ]
+    printed = {command[0:2]: shown(*command) for command in commands}
+    assert {name: widest(text) for name, text in printed.items() if widest(text) > COLUMNS} == {}
+    trained = printed["train", "train.yaml"]
+    assert re.search(r"step 1  loss \d\.\d{4}  entropy .*  cut \d+ %\r?\n", trained)
+    for raw in ("runtime", "per_second", "n_questions", "eval_", "Loading", "Writing"):
+        assert raw not in trained, raw
+    assert "\x1b" not in printed["ask", "--model"] and "東京" in printed["ask", "--model"]
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from parsers(each)
+
+
+def test_help_and_info_fit_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    texts = [parser.format_help() for parser in parsers(cli.parser())]
+    assert main(["info"]) == 0
+    texts.append(capsys.readouterr().out)
+    assert len(texts) == 10 and max(map(widest, texts)) <= COLUMNS
+
+
+def test_several_questions_of_one_process(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As arguments and from a pipe the answers are those of one question at a time."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    ask = ["ask", "--model", "run", "--device", "cpu", "--max-new-tokens", "3"]
+    alone = []
+    for question in ("ada", "bob"):
+        assert main([*ask, "--json", question]) == 0
+        alone += capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["question"] for line in alone] == ["ada", "bob"]
+    assert main([*ask, "--json", "ada", "bob"]) == 0
+    assert capsys.readouterr().out.splitlines() == alone
+    monkeypatch.setattr("sys.stdin", io.StringIO("ada\n\n  bob \n"))
+    assert main([*ask, "--json"]) == 0
+    assert capsys.readouterr().out.splitlines() == alone
+    assert main([*ask, "ada", "bob"]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert [block.split("\n")[0].split() for block in blocks[:2]] == [
+        ["question", "ada"],
+        ["question", "bob"],
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(ask) == 2
+    assert "question: expected one as an argument or on" in capsys.readouterr().err
+
+
+def test_the_words_of_an_answer(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    ask = ["ask", "--model", "run", "--device", "cpu", "--max-new-tokens", "3", "ada"]
+    assert main([*ask, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(ask) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("probability"))
+    a_token, whole = (float(x) for x in re.findall(r"[\d.e-]+(?= a token| for all 3)", line))
+    assert a_token == pytest.approx(found["probability"] ** (1 / 3), rel=0.01)
+    assert whole == pytest.approx(found["probability"], rel=0.01)
+    assert found["probability_per_token"] == pytest.approx(a_token, rel=0.01)
+    generate = RagModel.generate
+
+    def ended(*arguments: Any, **settings: Any) -> RagGeneration:
+        found: Any = generate(*arguments, **settings)
+        found.sequences = torch.full_like(found.sequences[:, :1], tiny.EOS)
+        found.lengths = torch.ones_like(found.lengths)
+        return found
+
+    monkeypatch.setattr(RagModel, "generate", ended)
+    assert main(ask) == 0
+    out = capsys.readouterr().out
+    assert "answer       (empty: " in out and "the answer is one token" in out
+
+
+def test_a_conversation(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C drops the question at hand, a question that fails is no end either, Ctrl-D is."""
+    monkeypatch.chdir(project)
+    typed: list[Any] = ["ada", KeyboardInterrupt(), "", "bob", "ada", EOFError()]
+    evaluate = fastrag.eval.evaluate
+    outcomes = [None, KeyboardInterrupt(), ValueError("context_ids: too long")]
+
+    def read(prompt: str) -> str:
+        if isinstance(key := typed.pop(0), BaseException):
+            raise key
+        return key
+
+    def answer(*arguments: Any, **settings: Any) -> Any:
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("fastrag.eval.evaluate", answer)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert main(["ask", "--model", "run", "--device", "cpu", "--max-new-tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("answer  ") == 1 and not typed and not outcomes
+    assert err.split() == ["fastrag:", "error:", "context_ids:", "too", "long"]
+
+
+@pytest.mark.slow
+def test_a_conversation_on_a_terminal(project: Path) -> None:
+    with Terminal(project, "ask", "--model", "run", "--max-new-tokens", "3") as terminal:
+        terminal.read_to("question: ")
+        terminal.type("ada\n")
+        assert "answer" in terminal.read_to("question: ")
+        terminal.type("who\x03")  # Ctrl-C
+        terminal.read_to("question: ")
+        terminal.type("bob\n")
+        assert widest(terminal.read_to("question: ")) <= COLUMNS
+        terminal.type("\x04")  # Ctrl-D
+        terminal.read_all()
