@@ -159,12 +159,17 @@ class Rows:
 def rows(
     n_positions: int = 13, n_passages: int = 5, width: int = 16, vocab: int = 131, head: str = ""
 ) -> Rows:
+    """Operands are multiples of 1 / 16: products are exact in any order of summation."""
+
+    def draw(*shape: int) -> Tensor:
+        return (16.0 * torch.randn(*shape, dtype=torch.float64)).round() / 16.0
+
     n = n_positions * n_passages
     softcap = {"softcap": 2.0, "saturated": 0.3}.get(head)
     return Rows(
-        x=torch.randn(n, width, dtype=torch.float64),
+        x=draw(n, width),
         gold=torch.randint(vocab, (n_positions,)).repeat_interleave(n_passages),
-        weight=torch.randn(vocab, width, dtype=torch.float64),
+        weight=draw(vocab, width),
         bias=torch.randn(vocab, dtype=torch.float64) if head else None,
         softcap=softcap,
         logit_scale=0.7 if head else 1.0,
