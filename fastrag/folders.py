@@ -24,21 +24,24 @@ import shutil
 import socket
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 _ASIDE = ".old"
 _STAGING = ".tmp"
-# Readers that take the old folder back between the two renames: each costs one more attempt.
+_T = TypeVar("_T")
+# Of a save: readers that take the old folder back between the two renames cost it an attempt each.
+# Of a reader: so does each save that comes while it reads.
 _ATTEMPTS = 9
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def step(name: str, path: Path) -> None:
-    """Raise the audit event `fastrag.folders`: a step of a save is done.
+    """Raise the audit event `fastrag.folders`: a step of a save, or of a read, is done.
 
     Args:
-        name: "open", "synced", "aside", "in", "done", or a step of the caller's own.
+        name: "open", "synced", "aside", "in", "done", or another step of the caller's.
         path: the folder it concerns.
     """
     sys.audit("fastrag.folders", name, str(path))
@@ -146,6 +149,40 @@ def recover(target: Path) -> None:
                 raise
 
 
+def read_whole(target: Path, read: Callable[[], _T]) -> _T:
+    """Read several files of a folder as one save left them.
+
+    A folder that is replaced meanwhile is read once more, so that no file of the old one meets a
+    file of the new one.
+
+    Args:
+        target: the folder.
+        read: reads it, and raises OSError or ValueError for what it cannot read.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        ValueError: the folder was replaced each time; or what `read` raised.
+        OSError: what `read` raised.
+    """
+    for _ in range(_ATTEMPTS):
+        recover(target)
+        before = _identity(target)
+        try:
+            found = read()
+        except (OSError, ValueError):
+            if _identity(target) == before:
+                raise
+        else:
+            if _identity(target) == before:
+                return found
+    raise ValueError(
+        f"{target}: expected a folder that is left alone while it is read, got one that was "
+        f"replaced {_ATTEMPTS} times"
+    )
+
+
 def clean(parent: Path, names: str = "*") -> None:
     """Take back or delete what killed processes left of the targets in a folder.
 
@@ -197,6 +234,15 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return which folder stands at a path: inode numbers are used again, times are not."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _resolved(target: Path) -> Path:

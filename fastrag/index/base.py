@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrag import folders, functional
 from fastrag.index.inputs import Vectors
 from fastrag.index.storage import read_manifest
+from fastrag.messages import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,15 @@ class Index(abc.ABC):
     `Index.load` finds the kind again:
 
         class MyIndex(Index, format="mine.MyIndex"): ...
+
+    Attributes:
+        dim: width D of a vector.
+        passages_checksum: checksum of the PassageStore whose rows these are, or None. It is saved
+            with the index, so that passages of another build are told apart from them.
     """
 
     dim: int
+    passages_checksum: str | None = None
     _kinds: ClassVar[dict[str, type[Index]]] = {}
 
     def __init_subclass__(cls, *, format: str | None = None, **kwargs: Any) -> None:
@@ -216,13 +223,22 @@ class Index(abc.ABC):
             ValueError: the folder holds no index of a kind that is known, or as `load` of the kind.
         """
         path = Path(dir)
-        folders.recover(path.absolute())
-        found = read_manifest(path, "fastrag index").get("format")
-        kind = Index._kinds.get(found) if isinstance(found, str) else None
-        if kind is None or kind.load.__func__ is Index.load.__func__:  # type: ignore[attr-defined]
-            known = ", ".join(Index._kinds)
-            raise ValueError(f"{path}: expected an index ({known}), got {found!r}")
-        return kind.load(path, mmap, verify, device)
+
+        def read() -> Index:
+            found = read_manifest(path, "fastrag index").get("format")
+            kind = Index._kinds.get(found) if isinstance(found, str) else None
+            load: Any = None if kind is None else kind.load
+            if load is None or load.__func__ is Index.load.__func__:  # type: ignore[attr-defined]
+                known = ", ".join(Index.formats())
+                raise ValueError(f"{path}: expected an index ({known}), got {shown(found)}")
+            return load(path, mmap, verify, device)
+
+        return folders.read_whole(path, read)
+
+    @staticmethod
+    def formats() -> tuple[str, ...]:
+        """Return the formats of the manifests of all kinds."""
+        return tuple(Index._kinds)
 
     def _cannot(self, method: str) -> ValueError:
         return ValueError(f"index: expected one with `{method}`, got a {type(self).__name__}")

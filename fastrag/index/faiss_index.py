@@ -36,7 +36,8 @@ _FIELDS = record(
         "parameters": optional(text()),
         "count": integer(),
         "index_version": integer(),
-    }
+    },
+    {"passages": optional(text())},
 )
 _CPU = torch.device("cpu")
 
@@ -271,6 +272,7 @@ class FaissIndex(RowIndex, format=FORMAT):
                     "parameters": self.parameters,
                     "count": self._n,
                     "index_version": self._version,
+                    "passages": self.passages_checksum,
                 }
             )
             self._checksum = self._checksum_of(manifest["files"]["index.npy"]["sha256"])
@@ -314,6 +316,7 @@ class FaissIndex(RowIndex, format=FORMAT):
         index._index, index._mapped = read, data if mmap else None
         index._load_removed(removed, count, dir)
         index._version = manifest["index_version"]
+        index.passages_checksum = manifest.get("passages")
         index._checksum = index._checksum_of(manifest["files"]["index.npy"]["sha256"])
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)

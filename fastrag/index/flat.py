@@ -23,7 +23,7 @@ from fastrag.index.inputs import Vectors
 from fastrag.index.lock import ReadWriteLock
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
-from fastrag.manifests import integer, one_of, record, sha256
+from fastrag.manifests import integer, one_of, optional, record, sha256, text
 
 FORMAT = "fastrag.FlatIndex"
 # 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
@@ -36,6 +36,7 @@ _FIELDS = record(
         "pitch": integer(1),
         "n_clamped": integer(),
         "content_sha256": sha256(),
+        "passages": optional(text()),
     },
 )
 # Of the blocks of an iterable, so many rows are looked at before int8 codes are chosen.
@@ -286,6 +287,7 @@ class FlatIndex(RowIndex, format=FORMAT):
             made._data, made._n = room, self._n
             made._set_removed(self._removed.clone())
             made._version = self._version
+            made.passages_checksum = self.passages_checksum
         return made
 
     def to(
@@ -356,6 +358,7 @@ class FlatIndex(RowIndex, format=FORMAT):
                 "pitch": pitch * self._data.itemsize,
                 "index_version": self._version,
                 "n_clamped": self._n_clamped,
+                "passages": self.passages_checksum,
             }
             if content is not None:
                 described["content_sha256"] = content.hexdigest()
@@ -409,6 +412,7 @@ class FlatIndex(RowIndex, format=FORMAT):
             )
         index._n_clamped = manifest.get("n_clamped", 0)
         index._version = manifest["index_version"]
+        index.passages_checksum = manifest.get("passages")
         index._checksum = index._checksum_of(_content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index.to(device, search_device=search_device)

@@ -156,22 +156,30 @@ class FolderWriter:
 
     Args:
         path: the folder to create or replace. An existing one is replaced only if it is empty or
-            holds the same format.
+            holds the same format and nothing besides.
         format: format name.
         version: format version, a whole number.
+        holds: names of folders in it that have manifests of their own.
 
     Raises:
         ValueError: the path is taken by something else, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, format: str, version: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str,
+        version: int,
+        holds: Sequence[str] = (),
+    ) -> None:
         self.path = Path(path).absolute()
-        self._format, self._version = format, version
+        self._format, self._version, self._holds = format, version, holds
         self._streams: dict[str, ArrayStream] = {}
         self._done = False
         with _as_value_error(self.path, "a writable folder"):
             folders.recover(self.path)
-            _check_replaceable(self.path, format)
+            check_replaceable(self.path, format, holds=holds)
             self.folder = folders.begin(self.path)
 
     def stream(self, name: str, dtype: Any, tail: tuple[int, ...] = ()) -> ArrayStream:
@@ -219,6 +227,8 @@ class FolderWriter:
             )
             manifests.write(self.folder / MANIFEST, body)
             folders.step("manifest", self.folder)
+            # what was put there while this folder was written
+            check_replaceable(self.path, self._format, holds=self._holds)
             folders.commit(self.folder, self.path)
             self._done = True
         return body
@@ -296,21 +306,16 @@ def read_folder(
         ValueError: naming the file, what was expected and what was found.
     """
     path = Path(path)
+
+    def read() -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+        manifest = _checked_manifest(path, format, version)
+        manifests.verify(path / MANIFEST, manifest, fields)
+        return manifest, _open_arrays(path, manifest, mmap, verify)
+
     with _as_value_error(path, "a readable folder"):
-        while True:
-            folders.recover(path.absolute())
-            before = _identity(path)
-            try:
-                manifest = _checked_manifest(path, format, version)
-                manifests.verify(path / MANIFEST, manifest, fields)
-                arrays = _open_arrays(path, manifest, mmap, verify)
-            except (OSError, ValueError):
-                if _identity(path) == before:
-                    raise
-            else:
-                if _identity(path) == before:
-                    return manifest, arrays
-            # A writer swapped a new folder in meanwhile: manifest and arrays may be of two folders.
+        found = folders.read_whole(path, read)
+        folders.step("read", path)
+    return found
 
 
 def _open_arrays(
@@ -324,15 +329,6 @@ def _open_arrays(
             _check_data(file, entry)
         arrays[file_name.removesuffix(".npy")] = _open_array(file, entry, mmap)
     return arrays
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Which folder stands at a path now: inode numbers are used again, times are not."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_ctime_ns
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -454,22 +450,58 @@ def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[
         return memory.view(dtype).reshape(shape)
 
 
-def _check_replaceable(path: Path, format: str) -> None:
-    """Refuses to replace anything but an empty folder or one of the same format."""
+def check_replaceable(path: Path, *formats: str, holds: Sequence[str] = ()) -> None:
+    """Raise unless a folder may be replaced: it is empty, or one of ours and nothing besides.
+
+    Args:
+        path: the folder; it need not exist.
+        formats: the formats that it may have.
+        holds: names of folders in it that have manifests of their own.
+
+    Raises:
+        ValueError: it is a file, has another format, or holds a file that its manifest does not
+            list; the file is named.
+    """
     if not path.exists():
         return
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder to write to, got a file")
-    if not any(path.iterdir()):
+    files = [each for each in path.rglob("*") if each.is_symlink() or not each.is_dir()]
+    if not files:
         return
-    found = None
-    with contextlib.suppress(ValueError):
-        found = read_manifest(path, format).get("format")
-    if found != format:
+    found = _manifest_of(path).get("format")
+    if found not in formats:
         raise ValueError(
-            f"{path}: expected an empty folder or a {format} one to replace, got a folder of "
-            f"format {shown(found)}"
+            f"{path}: expected an empty folder or a {' or '.join(formats)} one to replace, got a "
+            f"folder of format {shown(found)}"
         )
+    listed = {file for name in ("", *holds) for file in _listed(path / name)}
+    foreign = sorted(set(files) - listed)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
+        raise ValueError(
+            f"{path}: expected only files that its manifest lists, which are replaced, got "
+            f"{foreign[0].relative_to(path)}{more}"
+        )
+
+
+def _manifest_of(path: Path) -> dict[str, Any]:
+    """Return what a manifest says that may be of any version, or damaged."""
+    with contextlib.suppress(ValueError):
+        return read_manifest(path, "")
+    return {}
+
+
+def _listed(path: Path) -> Iterator[Path]:
+    """Yield the files that the manifest of a folder lists, and the manifest."""
+    manifest = _manifest_of(path)
+    names = [name for key in ("files", "parts") for name in _as_names(manifest.get(key))]
+    yield from (path / name for name in (MANIFEST, *names) if manifest)
+
+
+def _as_names(found: Any) -> list[str]:
+    names = list(found) if isinstance(found, list | dict) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastrag import manifests
+from fastrag import folders, manifests
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
@@ -41,7 +41,7 @@ _SETTINGS = (
     "explore_pool",
     "explore_tau",
 )
-_OF_INDEX = ("index", "passages")
+HOLDS = ("index", "passages")  # with manifests of their own
 _LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
 _MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
 _SAVED = record(
@@ -102,7 +102,7 @@ def save_model(
             f"objective: expected a retriever term with a word to save, got "
             f"{type(model.loss_fn.retriever_term).__name__} without one"
         )
-    with FolderWriter(path, format=FORMAT, version=VERSION) as writer:
+    with FolderWriter(path, format=FORMAT, version=VERSION, holds=HOLDS) as writer:
         folder = writer.folder
         encoders: dict[str, Any] = {"question_encoder": model.question_encoder}
         if model.passage_encoder is not model.question_encoder:
@@ -137,9 +137,26 @@ def load_model(
     Raises:
         ValueError: something is missing, unreadable or of another configuration; it is named.
     """
+    folder = Path(path)
+    return folders.read_whole(
+        folder,
+        lambda: _load_model(
+            cls, folder, index, passages, base_generator, generator_class, overrides
+        ),
+    )
+
+
+def _load_model(
+    cls: type[RagModel],
+    folder: Path,
+    index: Any,
+    passages: Any,
+    base_generator: nn.Module | None,
+    generator_class: type | None,
+    overrides: dict[str, Any],
+) -> RagModel:
     from fastrag.data.templates import Template
 
-    folder = Path(path)
     settings = _read_settings(folder, given_base=base_generator is not None)
     question_encoder = _load_encoder(folder / "question_encoder")
     passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
@@ -199,7 +216,7 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
 
 def _parts(folder: Path) -> list[str]:
     files = (each.relative_to(folder) for each in folder.rglob("*") if each.is_file())
-    return sorted(each.as_posix() for each in files if each.parts[0] not in _OF_INDEX)
+    return sorted(each.as_posix() for each in files if each.parts[0] not in HOLDS)
 
 
 def _check_parts(folder: Path, manifest: dict[str, Any], given_base: bool) -> None:

@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from fastrag import folders
 from fastrag.data import Passage, RagCollator, Template
 from fastrag.index import FlatIndex, Index, PassageStore
+from fastrag.index.passages import FORMAT as PASSAGES_FORMAT
 from fastrag.index.refresh import encode_passages
+from fastrag.index.storage import check_replaceable
 from fastrag.ops import backends
 from fastrag.train.config import RagConfig
 from fastrag.train.parts import (
@@ -77,9 +79,7 @@ def build_index(
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run here.
     """
     out = Path(folder)
-    parts = {INDEX_FOLDER, PASSAGES_FOLDER}
-    if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= parts):
-        raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
+    _check_replaceable(out)
     backends.check_forced()  # a search would tell, after the whole corpus is encoded
     staging = folders.begin(out)
     try:
@@ -98,11 +98,22 @@ def build_index(
         vectors = encode_passages(encoder, store, batch_size, progress=progress)
         index = FlatIndex(vectors.shape[1], dtype)
         index.add(vectors)
+        index.passages_checksum = store.checksum()
         index.save(staging / INDEX_FOLDER)
+        _check_replaceable(out)  # what was put there meanwhile
         folders.commit(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return load_index(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise unless a folder is new, empty, or holds an index and its passages and nothing else."""
+    parts = {INDEX_FOLDER: Index.formats(), PASSAGES_FOLDER: (PASSAGES_FORMAT,)}
+    if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= set(parts)):
+        raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
+    for name, formats in parts.items():
+        check_replaceable(out / name, *formats)
 
 
 def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[Index, PassageStore]:
@@ -116,10 +127,13 @@ def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[In
         The index and the passages.
 
     Raises:
-        ValueError: a part is missing, damaged, or the two differ in length.
+        ValueError: a part is missing or damaged, or the two are not of one build.
     """
     root = Path(folder)
-    folders.recover(root)
+    return folders.read_whole(root, lambda: _read_index(root, verify))
+
+
+def _read_index(root: Path, verify: bool) -> tuple[Index, PassageStore]:
     for part in (INDEX_FOLDER, PASSAGES_FOLDER):
         if not (root / part).is_dir():
             raise ValueError(
@@ -130,6 +144,11 @@ def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[In
     if len(index) != len(store):
         raise ValueError(
             f"{root}: expected index and passages of one length, got {len(index)} and {len(store)}"
+        )
+    if index.passages_checksum not in (None, store.checksum()):
+        raise ValueError(
+            f"{root}: expected the passages that the index was built with, checksum "
+            f"{index.passages_checksum}, got {store.checksum()}"
         )
     return index, store
 

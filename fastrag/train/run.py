@@ -9,7 +9,8 @@ import torch
 from fastrag.data import Question
 from fastrag.eval.evaluate import choose_fixed
 from fastrag.index import FlatIndex
-from fastrag.nn import RagModel
+from fastrag.index.storage import check_replaceable
+from fastrag.nn import RagModel, checkpoint
 from fastrag.train.build import build_collator, build_model
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
@@ -102,3 +103,5 @@ def _check_resumable(config: RagConfig, run: Path) -> None:
     if not saved.is_file():
         raise ValueError(f"output_dir: expected a run to resume, {saved} is missing")
     config.check_resumes(RagConfig.load(saved), str(saved))
+    # the model of a finished run is replaced at the end
+    check_replaceable(run / MODEL_FOLDER, checkpoint.FORMAT, holds=checkpoint.HOLDS)

@@ -31,7 +31,7 @@ ODD = st.one_of(
         ["", "x", "../x", "/", "0" * 64, "0" * 8, "|O", "<f2", "int8", "\0", "é" * 300]
     ),
     st.sampled_from([[], {}, [-1], ["x"], {"x": 1}, [[1]], {"vectors.npy": {}}]),
-)
+).map(copy.deepcopy)
 
 
 def make_index(dtype: str, folder: Path) -> None:

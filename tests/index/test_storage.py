@@ -142,6 +142,32 @@ def test_foreign_folders_are_not_replaced(tmp_path):
     assert siblings(home) == ["home", "thesis"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "int8/vectors.npy", "int8/manifest.json", ".hidden"])
+def test_foreign_files_in_a_folder_stop_the_save(folder, name):
+    """Another index in a folder within it is no part of it either."""
+    write_folder(folder / "int8", {"vectors": ARRAYS["b"]}, HEAD)
+    for each in [path for path in (folder / "int8").iterdir() if path != folder / name]:
+        each.unlink()
+    if "/" not in name:
+        (folder / name).write_text("keep")
+    kept = (folder / name).read_bytes()
+    match = f"f: expected only files that its manifest lists, which are replaced, got {name}$"
+    with pytest.raises(ValueError, match=match):
+        write_folder(folder, ARRAYS, HEAD)
+    assert (folder / name).read_bytes() == kept and siblings(folder) == ["f"]
+    (folder / name).unlink()
+    write_folder(folder, {"a": ARRAYS["a"] + 1}, HEAD)
+    np.testing.assert_array_equal(read(folder)[1]["a"], ARRAYS["a"] + 1)
+
+
+def test_a_foreign_file_that_comes_while_the_folder_is_written_survives(folder, monkeypatch):
+    at_step(monkeypatch, "array a", lambda: (folder / "notes.txt").write_text("keep"))
+    with pytest.raises(ValueError, match=r"expected only files that .*notes\.txt"):
+        write_folder(folder, {"a": ARRAYS["a"] + 1}, HEAD)
+    assert (folder / "notes.txt").read_text() == "keep" and siblings(folder) == ["f"]
+    np.testing.assert_array_equal(read(folder)[1]["a"], ARRAYS["a"])
+
+
 def test_manifest_needs_a_format(tmp_path):
     with pytest.raises(ValueError, match="manifest: expected a format name and version"):
         write_folder(tmp_path / "f", ARRAYS, {"format": "test"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3ForCausalLM
 
 from fastrag import FlatIndex, RagModel
+from fastrag.nn import checkpoint
 from tests.architectures import GENERATORS, lora_generator
 from tests.tiny import batch, rag_model, same_weights
 
@@ -71,6 +73,17 @@ def test_folder_with_its_index(tmp_path):
     assert again(**data).rows.equal(model(**data).rows[:, :2])
 
 
+@pytest.mark.parametrize("name", ["README.md", "generator/notes.txt", "index/notes.txt"])
+def test_foreign_files_stop_a_save(tmp_path: Path, name: str) -> None:
+    model = rag_model()
+    model.save_pretrained(tmp_path / "m", include_index=True)
+    model.save_pretrained(tmp_path / "m", include_index=True)  # all that is there is its own
+    (tmp_path / "m" / name).write_text("keep")
+    with pytest.raises(ValueError, match=f"m: expected only files that .* got {name}$"):
+        model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / name).read_text() == "keep"
+
+
 def test_saving_again_replaces_whole(tmp_path):
     """A failed save leaves the good folder as it was, and no other behind."""
     model = rag_model(tau=0.1).eval()
@@ -92,6 +105,23 @@ def test_saving_again_replaces_whole(tmp_path):
     with pytest.raises(AssertionError):
         same_weights(reload(model, tmp_path / "m"), model)
     same_weights(reload(model, tmp_path / "m"), other)
+
+
+def test_a_save_while_it_is_read_gives_the_new_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders of one save and a generator of another would be a model that nobody trained."""
+    old, new = rag_model(seed=0), rag_model(seed=5)
+    old.save_pretrained(tmp_path / "m")
+    load_generator, saved = checkpoint._load_generator, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if not saved:
+            saved.append(new.save_pretrained(tmp_path / "m"))
+        return load_generator(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_load_generator", interrupted)
+    same_weights(reload(old, tmp_path / "m"), new)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastrag import folders
+from fastrag.index import FlatIndex
 from fastrag.ops import backends
 from fastrag.train import RagConfig, build
 from tests import tiny
@@ -31,6 +35,143 @@ def test_which_passages_are_encoded(
     monkeypatch.setattr(build, "load_passages", asked)
     with pytest.raises(LookupError, match=f"^{corpus}$"):
         build.build_model(RagConfig.from_dict(parts | settings))
+
+
+def build_index(folder: Path, n: int, seed: int = 0) -> tuple[Any, Any]:
+    return build.build_index(
+        folder,
+        tiny.passages(n),
+        tiny.encoder(seed=seed),
+        template=tiny.TEMPLATE,
+        encoder_tokenizer=tiny.tokenizer("encoder"),
+        generator_tokenizer=tiny.tokenizer("seq2seq"),
+        progress=False,
+    )
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["index/thesis.tex"],
+        ["index/thesis.tex", "passages/notes.txt"],
+        ["passages/manifest.json"],
+        ["index/index/vectors.npy", "index/passages/ids.npy"],
+    ],
+    ids=["index", "both", "manifest", "deeper"],
+)
+def test_folders_with_our_names_and_foreign_files_survive(tmp_path: Path, names: list[str]) -> None:
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"files": {"notes.txt": {}}}')
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"out/\w+: expected an empty folder or a fastrag\."):
+        build_index(out, 2)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["index", "passages"])
+def test_foreign_files_beside_ours_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Put there before the build, or while it encodes."""
+    out = tmp_path / "out"
+    build_index(out, 2)
+    foreign = out / part / "notes.txt"
+    foreign.write_text("keep")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"{part}: expected only files that .* got notes\.txt"):
+        build_index(out, 3)
+    assert snapshot(tmp_path) == before
+    foreign.unlink()
+    encode = build.encode_passages
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        foreign.write_text("keep")
+        return encode(*arguments, **settings)
+
+    monkeypatch.setattr(build, "encode_passages", slow)
+    with pytest.raises(ValueError, match=rf"{part}: expected only files that .* got notes\.txt"):
+        build_index(out, 3)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("n", [4, 5], ids=["same-length", "other-length"])
+def test_a_rebuild_between_the_two_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """The folder is replaced after the index was read: both come from the new one."""
+    out = tmp_path / "out"
+    old = build_index(out, 4)
+    rebuilt: list[Any] = []
+
+    def act(name: str, path: Path) -> None:
+        if (name, path) == ("read", out / "index") and not rebuilt:
+            rebuilt.append(None)
+            rebuilt[0] = build_index(out, n, seed=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "step", act)
+        index, store = build.load_index(out)
+    new = rebuilt[0]
+    assert index.checksum() == new[0].checksum() != old[0].checksum()
+    assert store.checksum() == new[1].checksum() and len(index) == len(store) == n
+
+
+def test_a_folder_that_is_always_replaced_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build_index(out, 2)
+    n_replaced = 0
+
+    def act(name: str, path: Path) -> None:
+        nonlocal n_replaced
+        if (name, path) == ("read", out / "index"):
+            n_replaced += 1
+            shutil.copytree(out, tmp_path / "copy")
+            shutil.rmtree(out)
+            (tmp_path / "copy").rename(out)
+
+    monkeypatch.setattr(folders, "step", act)
+    with pytest.raises(ValueError, match="out: expected a folder that is left alone while it is"):
+        build.load_index(out)
+    assert n_replaced >= 9
+
+
+def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
+    """Of one length and one corpus order: nothing but the checksum tells."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    index, _ = build_index(one, 4)
+    build.build_index(
+        other,
+        tiny.passages(5)[1:],
+        tiny.encoder(),
+        template=tiny.TEMPLATE,
+        encoder_tokenizer=tiny.tokenizer("encoder"),
+        generator_tokenizer=tiny.tokenizer("seq2seq"),
+        progress=False,
+    )
+    shutil.rmtree(one / "passages")
+    shutil.copytree(other / "passages", one / "passages")
+    with pytest.raises(ValueError, match="one: expected the passages that the index was built"):
+        build.load_index(one)
+    # an index of another kind takes the place, whose vectors come from anywhere
+    own = FlatIndex(index.dim)
+    own.add(index.vectors(torch.arange(4)))
+    own.save(one / "index")
+    assert len(build.load_index(one)[0]) == 4
+    # and what is made from an index keeps what it belongs to
+    index.astype("float16").save(other / "index")
+    with pytest.raises(ValueError, match="other: expected the passages that the index was built"):
+        build.load_index(other)
 
 
 def test_no_collator_without_tokenizers() -> None:
