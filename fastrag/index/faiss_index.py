@@ -49,7 +49,9 @@ class FaissIndex(RowIndex, format=FORMAT):
     first `add`: an even sample of an array, or the first blocks of an iterable. Rows never shift:
     `remove` leaves a tombstone. A search runs beside other searches, never beside a change.
 
-    `vectors` gives what faiss can reconstruct, and so training scores the compressed vectors.
+    `vectors` gives what faiss reconstructs, and so training scores the compressed vectors. A
+    factory whose rows faiss cannot reconstruct, such as an IVF with fast scan, is refused, unless
+    an index behind it keeps the rows: `"IVF4096,PQ64x4fs,RFlat"`.
 
     Args:
         dim: D, the width of a vector.
@@ -59,8 +61,8 @@ class FaissIndex(RowIndex, format=FORMAT):
             `vectors` then still work on the copy that stays in main memory.
 
     Raises:
-        ValueError: `dim` below 1; a factory or parameters that faiss does not know; a device that
-            this faiss cannot use.
+        ValueError: `dim` below 1; a factory or parameters that faiss does not know; a factory whose
+            rows faiss cannot reconstruct; a device that this faiss cannot use.
         ImportError: faiss is not installed.
 
     Example:
@@ -313,6 +315,7 @@ class FaissIndex(RowIndex, format=FORMAT):
                     f"width {read.d}"
                 )
             index = cls(dim, manifest["factory"], parameters=manifest["parameters"])
+            support.check_kept(read, index.factory)
         index._index, index._mapped = read, data if mmap else None
         index._load_removed(removed, count, dir)
         index._version = manifest["index_version"]

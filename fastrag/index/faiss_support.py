@@ -16,6 +16,8 @@ import torch
 # What faiss itself asks for is 39 vectors for each list; fewer make it warn.
 _ROWS_PER_LIST = 40
 _TRAINING_ROWS = 32768
+# Rows in a block of a fast scan, where faiss finds them again.
+_BLOCK_OF_FAST_SCAN = 32
 
 
 def load() -> Any:
@@ -59,10 +61,45 @@ def make(dim: int, factory: str, parameters: str | None) -> Any:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if isinstance(index, faiss.IndexIDMap):
         raise ValueError(f"factory: expected rows numbered as they are added, got {factory!r}")
+    check_kept(index, factory)
+    with refusals(f"factory: expected one that faiss can copy: {factory!r}"):
+        clone(index)
     if parameters:
         with refusals(f"parameters: expected those of {factory!r}: {parameters!r}"):
             faiss.ParameterSpace().set_index_parameters(index, parameters)
     return index
+
+
+def check_kept(index: Any, factory: str) -> None:
+    """Checks that faiss gives back the rows of an index, which it does for most classes.
+
+    Reading the rows of the others gives numbers that have nothing to do with them, or ends the
+    process.
+
+    Raises:
+        ValueError: it does not.
+    """
+    faiss = load()
+    if isinstance(index, faiss.IndexPreTransform):
+        check_kept(faiss.downcast_index(index.index), factory)
+    elif isinstance(index, faiss.IndexRefine):
+        check_kept(faiss.downcast_index(index.refine_index), factory)
+    elif isinstance(index, faiss.IndexIVFFastScan | faiss.IndexIVFFlatDedup):
+        raise ValueError(
+            f"factory: expected one whose rows faiss can reconstruct, got {factory!r}, of which it "
+            f"searches an {type(index).__name__}; {factory + ',RFlat'!r} keeps the rows as well"
+        )
+    elif isinstance(index, faiss.IndexFastScan) and index.bbs != _BLOCK_OF_FAST_SCAN:
+        raise ValueError(
+            f"factory: expected one whose rows faiss can reconstruct, got {factory!r}, a fast scan "
+            f"in blocks of {index.bbs} rows; {_BLOCK_OF_FAST_SCAN} is the default"
+        )
+    elif isinstance(index, faiss.IndexLattice):
+        raise ValueError(
+            f"factory: expected one whose rows faiss can save, got {factory!r}, a lattice"
+        )
+    elif isinstance(index, faiss.IndexIVF):
+        check_kept(faiss.downcast_index(index.quantizer), factory)  # it has the lists' centres
 
 
 def clone(index: Any) -> Any:
@@ -89,6 +126,10 @@ def train(index: Any, sample: np.ndarray[Any, Any], factory: str) -> None:
 def enable_lookup(index: Any) -> None:
     """Lets rows be found by their number, which an inverted file does not know by itself."""
     faiss = load()
+    if isinstance(index, faiss.IndexRefine):
+        enable_lookup(faiss.downcast_index(index.base_index))
+        enable_lookup(faiss.downcast_index(index.refine_index))
+        return
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and ivf.direct_map.type == faiss.DirectMap.NoMap:
         ivf.make_direct_map()

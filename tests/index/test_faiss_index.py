@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import re
 import sys
 import threading
 from pathlib import Path
@@ -107,6 +108,101 @@ def test_vectors_are_reconstructed(factory: str) -> None:
         index.vectors(torch.tensor([N]))
 
 
+KEPT = [
+    "Flat",
+    "SQ8",
+    "SQ4",
+    "SQfp16",
+    "SQbf16",
+    "PQ4x4",
+    "PQ4x4fs",
+    "OPQ4,PQ4x4fs",
+    "IVF8,Flat",
+    "IVF8,SQ8",
+    "IVF8,PQ4x4",
+    "RQ4x4",
+    "RQ4x4fs",
+    "PRQ2x2x4fs",
+    "IVF8,RQ4x4",
+    "RaBitQ",
+    "IVF8,RaBitQ",
+    "IVF8,FlatPanorama4",
+    "PCA8,SQ8",
+    "HNSW8",
+    "HNSW8_SQ8",
+    "NSG8",
+    "IVF8,PQ4x4fs,RFlat",
+    "OPQ4,IVF8,PQ4x4fs,RFlat",
+    "IVF8,PQ4x4fs,Refine(SQfp16)",
+    "IVF8,FlatDedup,RFlat",
+    "IVF8,SQ8,Refine(IVF8,Flat)",
+    "PQ4x4fs_64,RFlat",
+]
+NOT_KEPT = [
+    "IVF8,PQ4x4fs",
+    "IVF8,PQ4x4fsr",
+    "OPQ4,IVF8,PQ4x4fs",
+    "PCA8,IVF8,PQ4x4fs",
+    "IVF8_HNSW8,PQ4x4fs",
+    "IVF8,RQ4x4fs",
+    "IVF8,LSQ4x4fs",
+    "IVF8,PRQ2x2x4fs",
+    "IVF8,PLSQ2x2x4fs",
+    "IVF8,RaBitQfs",
+    "IVF8,FlatDedup",
+    "PQ4x4fs_64",
+    "OPQ4,PQ4x4fs_64",
+    "IVF8(PQ4x4fs_64),Flat",
+    "IVF8,Flat,Refine(IVF8,PQ4x4fs)",
+    "ZnLattice4x4_4",
+]
+
+
+@pytest.mark.parametrize("factory", KEPT)
+def test_vectors_are_those_that_faiss_codes(factory: str, tmp_path: Path) -> None:
+    index = FaissIndex(DIM, factory)
+    index.add(vectors())
+    codec = index._index
+    if isinstance(codec, faiss.IndexRefine):
+        codec = faiss.downcast_index(codec.refine_index)
+    expected = vectors()
+    if not factory.startswith(("HNSW", "NSG")):
+        expected = torch.from_numpy(codec.sa_decode(codec.sa_encode(expected.numpy())))
+    index.save(tmp_path / "i")
+    for each in (
+        index,
+        FaissIndex.load(tmp_path / "i"),
+        FaissIndex.load(tmp_path / "i", mmap=False),
+    ):
+        found = each.vectors(torch.arange(N))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 if "SQ8" in factory else 1e-5)
+
+
+@pytest.mark.parametrize("factory", NOT_KEPT)
+def test_refuses_a_factory_whose_rows_faiss_does_not_give_back(
+    factory: str,
+) -> None:
+    message = rf"factory: expected one whose rows faiss can .*, got '{re.escape(factory)}', "
+    with pytest.raises(ValueError, match=message):
+        FaissIndex(DIM, factory)
+
+
+@pytest.mark.parametrize("told", ["IVF8,PQ4x4fs", "IVF8,Flat"])
+def test_refuses_to_load_rows_that_faiss_does_not_give_back(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss_support, "check_kept", lambda *args: None)
+        index = FaissIndex(DIM, "IVF8,PQ4x4fs")
+        index.add(vectors())
+        index.factory = told
+        index.save(tmp_path / "i")
+    message = rf"{tmp_path}/i: factory: expected one whose rows faiss can reconstruct, got '{told}'"
+    for mmap in (True, False):
+        with pytest.raises(ValueError, match=message):
+            FaissIndex.load(tmp_path / "i", mmap=mmap)
+
+
 def test_missing_hits_and_ties() -> None:
     index = FaissIndex(2)
     scores, rows = index.search(torch.ones(3, 2), 2)
@@ -166,7 +262,7 @@ def test_save_and_load(factory: str, tmp_path) -> None:
     assert_same_hits(index, FlatIndex.astype(_without(flat(), 2), "float32"))
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4fs"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,PQ4x4fs,RFlat"])
 def test_changing_a_mapped_index_leaves_the_disk_alone(factory: str, tmp_path) -> None:
     index = made(factory)
     index.save(tmp_path / "i")
@@ -176,7 +272,7 @@ def test_changing_a_mapped_index_leaves_the_disk_alone(factory: str, tmp_path) -
         lambda i: i.replace(vectors(seed=3)),
         lambda i: i.remove(asked),
     ]
-    for change in changes[factory == "IVF8,PQ4x4fs" :]:  # which cannot overwrite rows
+    for change in changes["fs" in factory :]:  # which cannot overwrite rows
         loaded, twin = FaissIndex.load(tmp_path / "i"), copy.deepcopy(index)
         for each in (loaded, twin):
             change(each)
@@ -282,6 +378,7 @@ def test_an_error_leaves_the_index_as_it_was(factory: str) -> None:
         (lambda: FaissIndex(DIM, None), "factory: expected a string .* got None"),
         (lambda: FaissIndex(DIM, "IDMap,Flat"), "factory: expected rows numbered as they are"),
         (lambda: FaissIndex(DIM, parameters="nprobe=3"), "parameters: .*'Flat': 'nprobe=3'"),
+        (lambda: FaissIndex(DIM, "RaBitQfs"), "factory: .* faiss can copy: 'RaBitQfs', got from"),
         (lambda: FaissIndex(DIM, device="cuda"), r"device: expected cpu, or cuda .*faiss-gpu"),
         (lambda: made("Flat").to("cuda"), r"device: expected cpu, or cuda .*faiss-gpu"),
         (
@@ -301,8 +398,8 @@ def test_an_error_leaves_the_index_as_it_was(factory: str) -> None:
             "remove, exclude: expected a factory .* got 'PQ4x4'",
         ),
         (
-            lambda: made("IVF8,PQ4x4fs").update([1], torch.ones(1, DIM)),
-            "update: expected a factory .* got 'IVF8,PQ4x4fs'",
+            lambda: made("PQ4x4fs,RFlat").update([1], torch.ones(1, DIM)),
+            "update: expected a factory .* got 'PQ4x4fs,RFlat'",
         ),
     ],
 )
