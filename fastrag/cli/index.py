@@ -8,7 +8,9 @@ from typing import Any
 
 from fastrag.cli.options import add_device, device_of, positive
 from fastrag.cli.output import quiet
+from fastrag.terminal import labelled
 
+_LABEL = 12  # columns of a name in `index info`
 _FOLDER_HELP = "folder from `fastrag index build`, of a run, or of a saved index"
 
 
@@ -80,6 +82,7 @@ def _build(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=device_of(arguments),
+        origin={"encoder": arguments.encoder, "corpus": arguments.corpus},
     )
     print(f"{arguments.out}: {len(index)} passages, {index.dim} dimensions")
     return 0
@@ -101,13 +104,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from fastrag.index import FlatIndex, Index, saved
+    from fastrag.index import FlatIndex, Index, PassageStore, saved
 
     if arguments.probe is None and (arguments.exact or arguments.k):
         raise ValueError("--probe: expected a number of queries with --exact or --k, got none")
-    index = Index.load(_folder(arguments.folder))
-    for name, value in saved.describe(index).items():
-        print(f"{name:<12}{value}")
+    folder = _folder(arguments.folder)
+    index = Index.load(folder)
+    beside = folder.parent / "passages" if folder.name == "index" else None
+    passages = PassageStore.load(beside) if beside and beside.is_dir() else None
+    for name, value in saved.describe(index, passages).items():
+        print(labelled(name, str(value), _LABEL))
     if arguments.probe is None:
         return 0
     if arguments.exact:
@@ -122,7 +128,7 @@ def _info(arguments: argparse.Namespace) -> int:
     k = arguments.k or 10
     found = saved.recall(index, exact, k, arguments.probe)
     n = min(arguments.probe, index.n_live)
-    print(f"{f'recall@{k}':<12}{found:.4f}   ({n} queries, against {source})")
+    print(f"{f'recall@{k}':<{_LABEL}}{found:.4f}   ({n} queries, against {source})")
     return 0
 
 

@@ -26,7 +26,7 @@ from fastrag.index.storage import (
     read_folder,
     write_folder,
 )
-from fastrag.manifests import integer, optional, record, text
+from fastrag.manifests import integer, optional, record, table, text
 from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ _FIELDS = record(
             {"encoder": record({**_STREAM, "prefix": text()}), "generator": record(_STREAM)}
         ),
         "template": record({}),  # as Template.from_dict reads it
-    }
+    },
+    {"origin": table(text())},
 )
 _BATCH = 1024
 
@@ -78,6 +79,8 @@ class PassageStore:
         self, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
     ) -> None:
         self._manifest = {key: manifest[key] for key in ("n", "streams", "template")}
+        # where it came from, which is no part of the content: equal texts have equal checksums
+        self.origin: dict[str, str] = dict(manifest.get("origin", {}))
         self._arrays = dict(arrays)
         files = manifest.get("files", {})
         self._sha256 = {name: str(entry["sha256"]) for name, entry in files.items()}
@@ -105,6 +108,7 @@ class PassageStore:
         max_encoder_tokens: int | None = 256,
         max_passage: int | None = None,
         encoder_prefix: str = "",
+        origin: Mapping[str, str] | None = None,
         progress: bool = False,
     ) -> Self:
         """Tokenises a corpus, in bounded memory when a folder is given.
@@ -119,6 +123,7 @@ class PassageStore:
                 included; `None`: uncut.
             max_passage: the generator's stream is cut at this many tokens; `None`: uncut.
             encoder_prefix: put before the joined text for the encoder (`"passage: "`).
+            origin: where the passages came from, by name; kept as `origin`, also by `save`.
             progress: show a progress bar.
 
         Raises:
@@ -150,6 +155,7 @@ class PassageStore:
                     "max_tokens": max_passage,
                 },
             },
+            "origin": dict(origin or {}),
         }
         if dir is None:
             sink = _MemorySink()
@@ -169,7 +175,8 @@ class PassageStore:
         Raises:
             ValueError: the path is taken by something else, or cannot be written.
         """
-        write_folder(dir, self._arrays, {**self._manifest, "format": FORMAT, "version": VERSION})
+        described = {**self._manifest, "origin": self.origin}
+        write_folder(dir, self._arrays, {**described, "format": FORMAT, "version": VERSION})
 
     @classmethod
     def load(cls, dir: str | os.PathLike[str], mmap: bool = True, verify: bool = False) -> Self:

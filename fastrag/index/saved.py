@@ -9,14 +9,22 @@ import torch
 from fastrag.index import inputs
 from fastrag.index.base import Index
 from fastrag.index.flat import FlatIndex
+from fastrag.index.passages import PassageStore
 from fastrag.index.storage import read_manifest
+
+# What PassageStore.origin may say of both; older folders have nothing.
+ORIGIN = ("encoder", "corpus", "built")
 
 # Queries searched together: each of them asks for its own rows to be left out.
 _BATCH = 64
 
 
-def describe(index: Index) -> dict[str, Any]:
-    """Says what an index that was just opened holds, and how.
+def describe(index: Index, passages: PassageStore | None = None) -> dict[str, Any]:
+    """Says where an index that was just opened came from, what it holds, and how.
+
+    Args:
+        index: the index.
+        passages: its passages, which know where both came from.
 
     Returns:
         Plain values by name; sizes in bytes.
@@ -24,7 +32,16 @@ def describe(index: Index) -> dict[str, Any]:
     if index.source is None:
         raise ValueError("index: expected one as it was opened, got one that was changed")
     manifest = read_manifest(index.source, "fastrag index")
+    origin = dict.fromkeys(ORIGIN, "not recorded") | (passages.origin if passages else {})
+    if index.version > 1 and passages and "encoder" in passages.origin:
+        origin["encoder"] += " at first; the index has changed since"
+    template = passages.template if passages else None
     return {
+        "encoder": origin["encoder"],
+        "template": template.context if template else "not recorded",
+        "passage": template.passage if template else "not recorded",
+        "corpus": origin["corpus"],
+        "built": origin["built"],
         "kind": type(index).__name__,
         **index.settings,
         "dim": index.dim,

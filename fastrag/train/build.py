@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def build_index(
     batch_size: int = 64,
     dtype: str = "float32",
     device: str | None = None,
+    origin: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> tuple[Index, PassageStore]:
     """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
@@ -69,6 +71,8 @@ def build_index(
         batch_size: passages per encoder batch.
         dtype: how the index stores vectors, as for FlatIndex.
         device: where the encoder runs; None leaves it where it is.
+        origin: names of the `encoder` and the `corpus`, which `fastrag index info` prints with the
+            date.
         progress: show a progress bar.
 
     Returns:
@@ -90,6 +94,7 @@ def build_index(
             generator_tokenizer=generator_tokenizer,
             max_encoder_tokens=min(max_passage, encoder.max_length or max_passage),
             encoder_prefix=encoder.prefix,
+            origin={**(origin or {}), "built": datetime.now(UTC).isoformat(timespec="seconds")},
             dir=staging / PASSAGES_FOLDER,
             progress=progress,
         )
@@ -210,6 +215,7 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
             max_passage=config.max_passage or MAX_PASSAGE,
             batch_size=config.encode_batch_size,
             dtype=config.index_dtype,
+            origin={"encoder": passage_folder, "corpus": config.corpus or DEFAULT},
             device="cuda" if config.device == "auto" and torch.cuda.is_available() else None,
             progress=progress,
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastrag import manifests
 from fastrag.cli import main
 from fastrag.index import FaissIndex, FlatIndex, PassageStore
 from tests.cli.commands import BUILD
@@ -42,6 +44,10 @@ def test_index_info(
     monkeypatch.chdir(project)
     assert main(["index", "info", "idx"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines)[:6] == ["encoder", "template", "passage", "corpus", "built", "kind"]
+    origin = {"encoder": "encoder", "corpus": "corpus.jsonl", "passage": "{title}: {text}"}
+    assert origin.items() <= lines.items() and "{passage}" in lines["template"]
+    assert datetime.now(UTC) - datetime.fromisoformat(lines["built"]) < timedelta(hours=1)
     index = FlatIndex.load(project / "idx" / "index")
     expected = {"kind": "FlatIndex", "dtype": "float32", "dim": "16", "rows": "12", "pitch": "64"}
     assert expected.items() <= lines.items() and lines["checksum"] == index.checksum()
@@ -53,6 +59,25 @@ def test_index_info(
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[0] == "recall@4" and 0.7 < float(last[1]) <= 1.0
     assert last[2:] == ["(12", "queries,", "against", "idx)"]
+
+
+def test_an_index_of_unknown_origin(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder from before origins were recorded, and an index without its passages."""
+    old = tmp_path / "old"
+    shutil.copytree(project / "idx", old)
+    manifest = old / "passages" / "manifest.json"
+    body = manifests.unsealed(manifest, manifests.load(manifest))
+    assert body.pop("origin")
+    manifests.write(manifest, manifests.sealed(body))
+    shutil.copytree(old / "index", tmp_path / "bare")
+    known = {"encoder": 0, "template": 1, "passage": 1, "corpus": 0, "built": 0}
+    for folder, found in ((old, known), (tmp_path / "bare", dict.fromkeys(known, 0))):
+        assert main(["index", "info", str(folder)]) == 0
+        lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+        assert {name: int(lines[name] != "not recorded") for name in known} == found
+        assert lines["rows"] == "12"
 
 
 def test_the_index_of_a_run(

@@ -186,6 +186,10 @@ def test_the_checksum_names_the_content(build, passages, tmp_path):
     assert len(checksum) == 32 and in_memory.checksum() == checksum
     in_memory.save(tmp_path / "saved")
     assert PassageStore.load(tmp_path / "saved").checksum() == checksum
+    known = build(passages, dir=tmp_path / "known", origin={"corpus": "rivers.jsonl"})
+    known.save(tmp_path / "copy")
+    copy = PassageStore.load(tmp_path / "copy")
+    assert copy.checksum() == checksum and copy.origin == {"corpus": "rivers.jsonl"}
     others = [
         build(passages[:-1]),
         build([*passages[:-1], Passage("another id", passages[-1].title, passages[-1].text)]),

@@ -19,6 +19,7 @@ import torch
 from fastrag import FaissIndex, FlatIndex, manifests
 from fastrag.index import Index, codec, flat, inputs, saved, storage
 from fastrag.index.storage import MANIFEST, write_folder
+from tests import tiny
 
 DTYPES = pytest.mark.parametrize("dtype", list(codec.DTYPES))
 DIM = 37
@@ -325,7 +326,9 @@ def test_describe(tmp_path: Path) -> None:
     index.save(tmp_path / "i")
     described = saved.describe(Index.load(tmp_path / "i"))
     size = sum(path.stat().st_size for path in (tmp_path / "i").glob("*.npy"))
-    assert described == {
+    unknown = dict.fromkeys(("encoder", "template", "passage", "corpus", "built"), "not recorded")
+    assert list(described)[:6] == [*unknown, "kind"]
+    assert described == unknown | {
         "kind": "FlatIndex",
         "dtype": "bfloat16",
         "pitch": 128,
@@ -338,6 +341,11 @@ def test_describe(tmp_path: Path) -> None:
         "version": 2,
         "checksum": index.checksum(),
     }
+    store = tiny.store()
+    store.origin = {"encoder": "minilm", "corpus": "facts.jsonl", "built": "2026-01-01T00:00:00"}
+    origin = store.origin | {"encoder": "minilm at first; the index has changed since"}
+    template = {"template": tiny.TEMPLATE.context, "passage": tiny.TEMPLATE.passage}
+    assert saved.describe(Index.load(tmp_path / "i"), store) == described | origin | template
     index.remove(torch.tensor([2]))
     with pytest.raises(ValueError, match="index: expected one as it was opened, got one that was"):
         saved.describe(index)
