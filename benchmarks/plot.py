@@ -495,7 +495,7 @@ def stale(folder: Path) -> list[str]:
     wrong = [
         os.path.relpath(FIGURES / file, ROOT)
         for file in sorted(files)
-        if _bytes(folder / file) != _bytes(FIGURES / file)
+        if _drawing(folder / file) != _drawing(FIGURES / file)
     ]
     for file in TEXTS:
         text = file.read_text(encoding="utf-8")
@@ -504,8 +504,22 @@ def stale(folder: Path) -> list[str]:
     return wrong
 
 
-def _bytes(file: Path) -> bytes | None:
-    return file.read_bytes() if file.exists() else None
+def _drawing(file: Path) -> bytes | str | None:
+    """What a figure shows: the same on every processor.
+
+    An SVG names its clip paths by a hash of their corners, whose last bit depends on the vector
+    instructions that numpy's logarithm uses.
+    """
+    if not file.exists():
+        return None
+    if file.suffix != ".svg":
+        return file.read_bytes()
+    order: dict[str, int] = {}
+    return re.sub(
+        r"\bp[0-9a-f]{10}\b",
+        lambda found: f"clip{order.setdefault(found[0], len(order))}",
+        file.read_text(encoding="utf-8"),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
