@@ -23,7 +23,7 @@ from fastrag import manifests
 from fastrag.index import faiss_support as support
 from fastrag.index import inputs
 from fastrag.index.inputs import Vectors
-from fastrag.index.rows import RowIndex
+from fastrag.index.rows import CUT_SHORT, RowIndex
 from fastrag.index.storage import FolderWriter, entry_of, read_folder
 from fastrag.manifests import integer, optional, record, text
 
@@ -40,6 +40,8 @@ _FIELDS = record(
     {"passages": optional(text())},
 )
 _CPU = torch.device("cpu")
+# faiss changes rows in place and undoes nothing.
+_INTERRUPTED = CUT_SHORT.format("the change was interrupted")
 
 
 class FaissIndex(RowIndex, format=FORMAT):
@@ -47,7 +49,9 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     A factory that learns (IVF, PQ, OPQ …) is trained by `train`, or else on the vectors of the
     first `add`: an even sample of an array, or the first blocks of an iterable. Rows never shift:
-    `remove` leaves a tombstone. A search runs beside other searches, never beside a change.
+    `remove` leaves a tombstone. A search runs beside other searches, never beside a change. faiss
+    changes rows in place, so an exception (Ctrl-C) halfway through `add` to rows that are there, or
+    through `update`, leaves an index that only raises a RuntimeError.
 
     `vectors` gives what faiss reconstructs, and so training scores the compressed vectors. A
     factory whose rows faiss cannot reconstruct, such as an IVF with fast scan, is refused, unless
@@ -165,10 +169,13 @@ class FaissIndex(RowIndex, format=FORMAT):
             changeable = self._changeable()
             with self._lock.write():
                 self._take(changeable)
+                self._lock.torn = _INTERRUPTED
                 n = _append(self._index, self._checked_blocks(vectors))
                 if n:
-                    self._append_live(n)
                     self._changed()
+                    self._append_live(n)
+                    self._copy_to_device()
+                self._lock.torn = None
         return range(start, start + n)
 
     def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
@@ -191,8 +198,11 @@ class FaissIndex(RowIndex, format=FORMAT):
             changeable = self._changeable()
             with self._lock.write():
                 self._take(changeable)
-                support.overwrite(self._index, rows.numpy(), checked.numpy())
+                self._lock.torn = _INTERRUPTED
                 self._changed()
+                support.overwrite(self._index, rows.numpy(), checked.numpy())
+                self._copy_to_device()
+                self._lock.torn = None
 
     def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
         """Takes rows out of every later search; their numbers are not used again.
@@ -326,7 +336,7 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     def _changed(self) -> None:
         super()._changed()
-        self._copy_to_device()
+        self._on_gpu = None  # until it is copied again, searches run on the CPU
 
     def _copy_to_device(self) -> None:
         on_cpu = self._device.type == "cpu"
@@ -340,9 +350,11 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     def _swap(self, index: Any, n_new: int) -> None:
         with self._lock.write():
-            self._take(index)
-            self._append_live(n_new)
             self._changed()
+            removed = self._removed_and(n_new)
+            self._index, self._mapped = index, None
+            self._removed, self._n = removed, self._n + n_new
+            self._copy_to_device()
 
     def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
         return inputs.checked_blocks(vectors, self.dim, _CPU)

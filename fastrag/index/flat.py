@@ -191,11 +191,10 @@ class FlatIndex(RowIndex, format=FORMAT):
                 n_clamped += n
             if stop > start:
                 with self._lock.write():
-                    self._codec = chosen
-                    self._append_live(stop - start)
-                    self._codes = None
-                    self._n_clamped += n_clamped
                     self._changed()
+                    self._codec, self._codes = chosen, None
+                    self._n_clamped += n_clamped
+                    self._append_live(stop - start)
         return range(start, stop)
 
     def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
@@ -217,11 +216,14 @@ class FlatIndex(RowIndex, format=FORMAT):
             if self._mapped:
                 self._reserve(self._n, keep=self._n)
             with self._lock.write():
-                codec.put_rows(self.index_emb, rows, stored)
-                if self._codes is not None:
-                    self._codes.update(rows)
-                self._n_clamped += n_clamped
                 self._changed()
+                # Codes that an interrupt leaves out of date are made again by the next search.
+                row_codes, self._codes = self._codes, None
+                codec.put_rows(self.index_emb, rows, stored)
+                self._n_clamped += n_clamped
+                if row_codes is not None:
+                    row_codes.update(rows)
+                self._codes = row_codes
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
         """Swaps all vectors at once (a rebuilt index); tombstones are kept.
@@ -250,9 +252,9 @@ class FlatIndex(RowIndex, format=FORMAT):
                 n_clamped += n
             inputs.check_length(stop, self._n)
             with self._lock.write():
-                self._data, self._mapped = fresh, False
-                self._codec, self._n_clamped, self._codes = chosen, n_clamped, None
                 self._changed()
+                self._data, self._mapped, self._codes = fresh, False, None
+                self._codec, self._n_clamped = chosen, n_clamped
 
     @torch.no_grad()
     def astype(self, dtype: str, *, exact: str = "stored") -> Self:
@@ -306,10 +308,10 @@ class FlatIndex(RowIndex, format=FORMAT):
         host_search = HostSearch.of(search_device, device)
         with self._writer.write(), self._lock.write():
             moved = self._data[: self._n].to(device)
-            self._mapped = self._mapped and moved.device == self._data.device
-            self._data, self._removed = moved, self._removed.to(device)
-            self._codes, self._host_search = None, host_search
-            self._codec = self._codec.to(device)
+            removed, moved_codec = self._removed.to(device), self._codec.to(device)
+            mapped = self._mapped and moved.device == self._data.device
+            self._data, self._mapped, self._removed = moved, mapped, removed
+            self._codes, self._host_search, self._codec = None, host_search, moved_codec
         return self
 
     def checksum(self) -> str:

@@ -16,12 +16,17 @@ from fastrag.index.lock import ReadWriteLock
 from fastrag.ops import checks
 from fastrag.profiling import stage
 
+CUT_SHORT = "the index was being changed when {}, so its rows are not whole: load or build it again"
+
 
 class RowIndex(Index):
     """Rows with tombstones, read by many threads at once and changed by one writer at a time.
 
     A kind built on it defines how N > 0 rows are searched (`_topk`) and read back (`_vectors_of`),
     and the methods that change them.
+
+    The child of a fork can use the index as its parent could. If another thread was changing the
+    index at that moment, all methods that need the rows raise a RuntimeError in the child.
 
     Args:
         dim: D, the width of a vector.
@@ -40,7 +45,7 @@ class RowIndex(Index):
         self._version = 0
         self._source: Path | None = None
         self._checksum: str | None = None
-        self._lock = ReadWriteLock()
+        self._lock = ReadWriteLock(cut_short=CUT_SHORT.format("this process was forked"))
         # Writers prepare their rows outside `_lock`, so they also exclude each other.
         self._writer = ReadWriteLock()
 
@@ -88,8 +93,8 @@ class RowIndex(Index):
             removed = self._removed.clone()
             removed[rows] = True
             with self._lock.write():
-                self._set_removed(removed)
                 self._changed()
+                self._set_removed(removed)
 
     @torch.no_grad()
     def search(
@@ -156,18 +161,23 @@ class RowIndex(Index):
         """float32 vectors `[..., D]` of rows of the index, of which there are some."""
 
     def _changed(self) -> None:
+        """Comes before the change, so that one that is interrupted leaves no checksum behind."""
         self._version += 1
         self._source = self._checksum = None
 
     def _set_removed(self, removed: Tensor) -> None:
-        self._removed = removed
-        self._n_removed = int(removed.sum())
+        n_removed = int(removed.sum())
+        self._removed, self._n_removed = removed, n_removed
 
     def _append_live(self, n: int) -> None:
         """Counts n more rows."""
+        # No signal is handled inside an assignment of values that are there.
+        self._removed, self._n = self._removed_and(n), self._n + n
+
+    def _removed_and(self, n: int) -> Tensor:
+        """The tombstones, with n live rows behind them."""
         new = torch.zeros(n, dtype=torch.bool, device=self._removed.device)
-        self._removed = torch.cat([self._removed, new])
-        self._n += n
+        return torch.cat([self._removed, new])
 
     def _load_removed(self, rows: np.ndarray[Any, Any], n: int, dir: object) -> None:
         """Takes up n rows and the tombstones of a saved index."""
