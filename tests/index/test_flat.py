@@ -348,7 +348,8 @@ def test_a_change_waits_for_the_search_in_progress(index, query, monkeypatch, ch
     search.join()
     writer.join()
     assert index.version == version + 1
-    assert torch.equal(found[0][0], expected[0]) and torch.equal(found[0][1], expected[1])
+    assert torch.equal(found[0].scores, expected.scores)
+    assert torch.equal(found[0].rows, expected.rows)
 
 
 def test_searches_run_side_by_side(index, query, monkeypatch):

@@ -42,8 +42,8 @@ def pair(vectors: Tensor) -> tuple[FlatIndex, FlatIndex]:
 
 def assert_same(index: FlatIndex, plain: FlatIndex, query: Tensor, **options: Tensor) -> None:
     found, expected = (i.search(query, K, **options) for i in (index, plain))
-    assert torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32))
-    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found.scores.view(torch.int32), expected.scores.view(torch.int32))
+    assert torch.equal(found.rows, expected.rows)
 
 
 def test_through_every_change(vectors: Tensor, query: Tensor, tmp_path: Path) -> None:
