@@ -95,16 +95,17 @@ def require_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
         )
 
 
-def require_training_state(folder: Path) -> None:
+def require_training_state(folder: Path, processes: int = 1) -> None:
     """Refuse a checkpoint without what a resumed run needs besides weights and index.
 
     transformers would start with a fresh optimiser, schedule and random state, and say nothing.
 
     Args:
         folder: the checkpoint.
+        processes: how many processes train; with another number a step has other questions.
 
     Raises:
-        ValueError: a file is missing; it is named.
+        ValueError: a file is missing, which is named, or another number of processes wrote it.
     """
     for name in (OPTIMIZER, SCHEDULER, RANDOM_STATE):
         if not any(folder.glob(name)):  # with several ranks, a random state for each
@@ -112,6 +113,12 @@ def require_training_state(folder: Path) -> None:
                 f"{folder / name}: expected the state to go on with, got no such file (a run with "
                 "training.save_only_model goes on without)"
             )
+    written = len([*folder.glob(RANDOM_STATE)])  # one by each process
+    if written != processes:
+        raise ValueError(
+            f"{folder}: expected the checkpoint of a run with as many processes, {processes}, got "
+            f"one of {written}"
+        )
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:

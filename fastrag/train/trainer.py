@@ -199,7 +199,7 @@ class RagTrainer(Trainer):
         if checkpoint is None:
             require_no_checkpoints(run)
         elif not (self.args.save_only_model or self._sharded):
-            require_training_state(Path(checkpoint))
+            require_training_state(Path(checkpoint), self.args.world_size)
         if self.is_world_process_zero():
             run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run)

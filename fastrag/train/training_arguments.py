@@ -6,6 +6,7 @@ import enum
 import importlib.util
 import inspect
 import typing
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from fastrag.train.settings import coerce, require_word, unknown
 if TYPE_CHECKING:
     from fastrag.train.config import RagConfig
 
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one of ARM
 # What a schedule is given by the trainer.
 _FROM_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps")
 # The types that `coerce` knows; an Enum of transformers stands next to the text that names it.
@@ -114,6 +116,19 @@ def _check_precision(values: dict[str, Any]) -> None:
         raise ValueError("precision: expected fp32 or bf16 on a CPU, got 'fp16'")
     if values["bf16"] and not on_cpu and not is_torch_bf16_gpu_available():
         raise ValueError("precision: expected fp32 or fp16 on a GPU without bfloat16, got 'bf16'")
+    if values["bf16"] and on_cpu and _emulates_bf16():
+        warnings.warn(
+            "precision: bf16 is many times slower than fp32 on this CPU, which has no instructions "
+            "for it",
+            stacklevel=2,
+        )
+
+
+def _emulates_bf16() -> bool:
+    """Whether this CPU is known to have no instructions that multiply in bfloat16."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    found = [known[name] for name in _BF16_INSTRUCTIONS if name in known]
+    return bool(found) and not any(found)
 
 
 def _check_schedule(name: str, settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_mistakes(parts: dict[str, str], tmp_path: Path) -> None:
     packed = parts | {"generator": str(tmp_path / "packed")}
     with pytest.raises(ValueError, match=r"^generator: .*config.json: .* no quantization_config"):
         build_model(RagConfig(**packed, output_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("known", "slow"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"bf16": True}, False),
+        ({}, False),  # nothing is known
+    ],
+)
+def test_bf16_that_a_cpu_emulates_is_said(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], slow: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        RagConfig("encoder", "generator", precision="bf16", device="cpu").training_arguments()
+        RagConfig("encoder", "generator", device="cpu").training_arguments()
+    said = [str(each.message) for each in seen if str(each.message).startswith("precision: ")]
+    assert len(said) == slow
 
 
 def test_updates_that_a_weight_of_few_bits_loses_add_up() -> None:

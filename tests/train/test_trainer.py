@@ -216,6 +216,16 @@ def test_resume_refuses_a_fresh_start_in_part(tmp_path: Path, name: str) -> None
         resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
 
 
+def test_resume_refuses_another_number_of_processes(tmp_path: Path) -> None:
+    resumable(tmp_path, joint=False).train()
+    alone = tmp_path / "checkpoint-10" / "rng_state.pth"
+    for rank in (0, 1):
+        shutil.copy(alone, alone.with_name(f"rng_state_{rank}.pth"))
+    alone.unlink()
+    with pytest.raises(ValueError, match="checkpoint-10: expected .* processes, 1, got one of 2"):
+        resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
+
+
 def test_refresh_makes_vectors_anew(tmp_path: Path) -> None:
     model = tiny.rag_model(**JOINT)
     version = model.index.version
