@@ -151,7 +151,9 @@ def doc_scores(
             # Only a GPU gets here with such a row; NaN as in the op, not a fault.
             passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
     scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau), scale, offset)
-    return (scores, log_prior) if return_log_prior else scores
+    if return_log_prior is False:
+        return scores
+    return (scores, log_prior) if checks.flag("return_log_prior", return_log_prior) else scores
 
 
 def token_logp(
@@ -322,7 +324,7 @@ def rag_token_nll(
         example_weight=example_weight,
         valid_rows=valid_rows,
     )
-    return (loss, log_posterior) if return_posterior else loss
+    return (loss, log_posterior) if checks.flag("return_posterior", return_posterior) else loss
 
 
 def rag_sequence_nll(
@@ -413,7 +415,7 @@ def rag_sequence_nll(
         example_weight=example_weight,
         valid_rows=valid_rows,
     )
-    return (loss, log_posterior) if return_posterior else loss
+    return (loss, log_posterior) if checks.flag("return_posterior", return_posterior) else loss
 
 
 def mips_topk(

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastrag.messages import shown
+
+# Of the floating point dtypes those that torch computes in.
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# True is no 1, text is not read, nor is a tensor, since a GPU would be waited for.
+_NO_NUMBERS = (bool, str, bytes, Tensor)
+
 
 def readable(x: Tensor) -> bool:
     """Whether the host may look at the values of x: those of a GPU would have to be waited for."""
@@ -21,6 +28,8 @@ def readable(x: Tensor) -> bool:
 def show(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__}"
+    if x.is_nested:  # which has no shape
+        return f"nested {str(x.dtype).removeprefix('torch.')}"
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
@@ -34,18 +43,29 @@ def check_tensor(name: str, x: object) -> None:
             f"{getattr(x, 'placements', ())}. Call the loss inside the forward of the module whose "
             f"root group holds the head, where FSDP has gathered it, or pass {name}.full_tensor()"
         )
+    if x.layout is not torch.strided:
+        _refuse_layout(name, x)
+
+
+def _refuse_layout(name: str, x: Tensor) -> None:
+    layout = str(x.layout).removeprefix("torch.")
+    raise ValueError(f"{name}: expected a dense tensor, got {show(x)} of layout {layout}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
     if type(x) is not Tensor:
         check_tensor(name, x)
-    if not x.is_floating_point():
+    if x.layout is not torch.strided:
+        _refuse_layout(name, x)
+    if x.dtype not in _FLOATING:
         raise ValueError(f"{name}: expected a floating point dtype, got {show(x)}")
 
 
 def check_integer(name: str, x: Tensor) -> None:
     if type(x) is not Tensor:
         check_tensor(name, x)
+    if x.layout is not torch.strided:
+        _refuse_layout(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: expected int64 or int32, got {show(x)}")
 
@@ -60,7 +80,10 @@ def check_ndim(name: str, x: Tensor, layout: str) -> None:
 def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], layout: str) -> None:
     if type(x) is not Tensor:
         check_tensor(name, x)
-    shape = x.shape
+    try:
+        shape = x.shape
+    except RuntimeError:  # a nested tensor has none
+        shape = torch.Size()
     if len(shape) == len(expected):
         for have, want in zip(shape, expected, strict=True):
             if want is not None and have != want:
@@ -103,20 +126,12 @@ def check_head(
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],), "[V]")
     # Comparisons, unlike math.isfinite, may be traced with a symbolic number by torch.compile.
-    try:
-        fits = -math.inf < logit_scale < math.inf
-    except TypeError:  # text, say, which nothing compares with a number
-        fits = False
-    if not fits:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
+    if not -math.inf < _number(logit_scale) < math.inf:
+        raise ValueError(f"logit_scale: expected a finite number, got {shown(logit_scale)}")
     if softcap is None:
         return None
-    try:
-        fits = 0.0 < softcap < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if not 0.0 < _number(softcap) < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {shown(softcap)}")
     return float(softcap)
 
 
@@ -128,44 +143,62 @@ def check_labels(labels: Tensor, n_examples: int, n_tokens: int) -> None:
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= _number(label_smoothing) < 1.0:
+        raise ValueError(
+            f"label_smoothing: expected a number in [0, 1), got {shown(label_smoothing)}"
+        )
+
+
+def _number(x: object) -> float:
+    """x as a float, NaN where it is no number, or one that no float can hold."""
+    if type(x) is float:
+        return x
     try:
-        fits = 0.0 <= label_smoothing < 1.0
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+        return math.nan if isinstance(x, _NO_NUMBERS) else float(x)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def whole(name: str, x: object) -> int:
     """x as an int; numpy's whole numbers too, but no tensor, which a GPU would be waited for."""
-    if type(x) is int:
-        return x
+    if type(x) is not int:
+        try:
+            if isinstance(x, _NO_NUMBERS):
+                raise TypeError
+            x = operator.index(x)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(f"{name}: expected a whole number, got {shown(x)}") from None
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name}: expected a whole number of 64 bits, got {shown(x)}")
+    return x
+
+
+def flag(name: str, x: object) -> bool:
+    """x as a bool; no tensor, whose truth a GPU would be waited for."""
+    if isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected True or False, got {shown(x)}")
     try:
-        if not isinstance(x, (bool, Tensor)):
-            return operator.index(x)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    raise ValueError(f"{name}: expected a whole number, got {x!r}")
+        return bool(x)
+    except ValueError:  # an array has as many truths as elements
+        raise ValueError(f"{name}: expected True or False, got {shown(x)}") from None
 
 
 def check_normalizer(normalizer: float | Tensor, reduction: str) -> None:
     if reduction != "mean":
-        raise ValueError(f"normalizer: expected None with reduction {reduction!r}, got a value")
+        raise ValueError(
+            f"normalizer: expected None with reduction {shown(reduction)}, got a value"
+        )
     if isinstance(normalizer, Tensor):
         check_tensor("normalizer", normalizer)
-        if normalizer.numel() != 1 or normalizer.dim() > 1:
+        if normalizer.numel() != 1 or normalizer.dim() > 1 or normalizer.is_complex():
             raise ValueError(
                 f"normalizer: expected a number or a 0-d tensor, got {show(normalizer)}"
             )
         if torch.compiler.is_compiling() or not readable(normalizer):
             return
         normalizer = float(normalizer.detach())
-    try:
-        fits = 0.0 <= normalizer < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"normalizer: expected a number of at least 0, got {normalizer!r}")
+    if not 0.0 <= _number(normalizer) < math.inf:
+        raise ValueError(f"normalizer: expected a number of at least 0, got {shown(normalizer)}")
 
 
 def check_tau(tau: float | Tensor) -> None:
@@ -176,12 +209,8 @@ def check_tau(tau: float | Tensor) -> None:
         if torch.compiler.is_compiling() or not readable(tau):
             return
         tau = float(tau.detach())
-    try:
-        fits = 0.0 < tau < math.inf
-    except TypeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"tau: expected a positive number, got {tau!r}")
+    if not 0.0 < _number(tau) < math.inf:
+        raise ValueError(f"tau: expected a positive number, got {shown(tau)}")
 
 
 def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
@@ -215,11 +244,13 @@ def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | N
     """Refuses scale and offset that do not go with how the passages are stored."""
     if type(x) is not Tensor:
         check_tensor(name, x)
-    if scale is None and offset is None and x.is_floating_point():
+    if x.layout is not torch.strided:
+        _refuse_layout(name, x)
+    if scale is None and offset is None and x.dtype in _FLOATING:
         return
     factors = {"scale": scale, "offset": offset}
     if x.dtype != torch.int8:
-        if not x.is_floating_point():
+        if x.dtype not in _FLOATING:
             raise ValueError(f"{name}: expected a floating point dtype or int8, got {show(x)}")
         for factor, given in factors.items():
             if given is not None:

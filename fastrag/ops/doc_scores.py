@@ -74,9 +74,16 @@ def check_arguments(
         checks.check_shape("scale", scale, (width,), "[D]")
     if offset is not None:
         checks.check_shape("offset", offset, (width,), "[D]")
-    checks.check_device(
-        query_emb=query_emb, passage_emb=passage_emb, rows=rows, scale=scale, offset=offset
-    )
+    device = query_emb.device
+    if (
+        passage_emb.device != device
+        or (rows is not None and rows.device != device)
+        or (scale is not None and scale.device != device)
+        or (offset is not None and offset.device != device)
+    ):
+        checks.check_device(
+            query_emb=query_emb, passage_emb=passage_emb, rows=rows, scale=scale, offset=offset
+        )
 
 
 def doc_scores(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrag.messages import shown
 from fastrag.ops import backends, checks, cpp_arrays, workspace
 from fastrag.profiling import stage
 
@@ -50,8 +51,8 @@ def check_arguments(
             checks.check_shape(name, x, (query_emb.shape[1],), "[D]")
     if index_emb.shape[0] == 0:
         raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**31:
+        raise ValueError(f"k: expected a whole number of at least 1, below 2**31, got {shown(k)}")
     if exclude is not None:
         checks.check_tensor("exclude", exclude)
         if exclude.dtype == torch.bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastrag.messages import shown
 from fastrag.ops import checks
 from fastrag.ops.grads import needs_grad
 from fastrag.ops.marginal_nll import marginal_nll
@@ -63,8 +64,8 @@ def rag_nll(
         >>> rag_nll("token", hidden, weight, labels, scores).token_logp[0, 0]  # -log 5
         tensor([-1.6094, -1.6094,  0.0000])
     """
-    if marginal not in ("token", "sequence"):
-        raise ValueError(f"marginal: expected 'token' or 'sequence', got {marginal!r}")
+    if not isinstance(marginal, str) or marginal not in ("token", "sequence"):
+        raise ValueError(f"marginal: expected 'token' or 'sequence', got {shown(marginal)}")
     checks.check_floating("doc_scores", doc_scores)
     checks.check_ndim("doc_scores", doc_scores, "[B, K]")
     n_examples, n_passages = doc_scores.shape
@@ -84,8 +85,8 @@ def rag_nll(
     checks.check_labels(labels, n_examples, hidden.shape[2])
     checks.check_label_smoothing(label_smoothing)
     ignore_index = checks.whole("ignore_index", ignore_index)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {shown(reduction)}")
     if normalizer is not None:
         checks.check_normalizer(normalizer, reduction)
     if example_weight is not None:

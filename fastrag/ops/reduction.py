@@ -27,7 +27,8 @@ def reduce_examples(
 def divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """total / normalizer, and 0 with gradient 0 where the normalizer is 0."""
     if not isinstance(normalizer, Tensor):
-        return total / normalizer if normalizer > 0 else total * 0.0
+        # torch takes no integer of more than 64 bits
+        return total / float(normalizer) if normalizer > 0 else total * 0.0
     # To a GPU without waiting; back from one the host has to wait anyhow.
     normalizer = normalizer.to(total.device, total.dtype, non_blocking=total.is_cuda).reshape(())
     empty = normalizer == 0

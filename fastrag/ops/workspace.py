@@ -66,7 +66,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """Context in which autocast is off: the maths of an op has the dtype that the op chose."""
-    return torch.autocast(device.type, enabled=False)
+    # Of tensors without values only shapes are computed, and torch knows no autocast for them.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def take(numel: int) -> Tensor:
