@@ -36,11 +36,12 @@ def shown(value: object) -> str:
     return _cut(_pieces(value))
 
 
-def clipped(text: object) -> str:
-    """Return a text for a message without quotes: on one line, cut at `LIMIT` characters.
+def clipped(text: object, limit: int = LIMIT) -> str:
+    """Return a text for a message without quotes: on one line, printable, and cut.
 
     Args:
         text: a name, a path, or an error whose message another library wrote.
+        limit: characters at which it is cut.
 
     Returns:
         One line.
@@ -49,8 +50,8 @@ def clipped(text: object) -> str:
         >>> clipped("one\\n two")
         'one two'
     """
-    line = " ".join(str(text)[: 4 * LIMIT].split())
-    return _cut(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    line = " ".join(str(text)[: 4 * limit].split())
+    return _cut((each if each.isprintable() else repr(each)[1:-1] for each in line), limit)
 
 
 def reason(error: BaseException) -> str:
@@ -89,12 +90,12 @@ def refusal(error: Exception, path: object = None) -> str:
     return reason(error) if path is None else f"{clipped(path)}: {reason(error)}"
 
 
-def _cut(pieces: Iterator[str]) -> str:
+def _cut(pieces: Iterator[str], limit: int = LIMIT) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        if len(text) > LIMIT:
-            return text[: LIMIT - 3] + "..."
+        if len(text) > limit:
+            return text[: limit - 3] + "..."
     return text
 
 

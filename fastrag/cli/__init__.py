@@ -17,16 +17,19 @@ from typing import NoReturn
 from fastrag import __version__
 from fastrag.cli import ask, evaluate, index, info, train
 from fastrag.cli.output import one_line, show_warning
+from fastrag.messages import clipped
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_USAGE_ERROR = 600  # characters: argparse quotes arguments whole
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, whatever the arguments are."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        said = clipped(message, _USAGE_ERROR)
+        self.exit(USER_ERROR, f"{self.prog}: error: {said} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 after a user's mistake, 128 + n after signal n.
     """
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             return int(arguments.run(arguments) or 0)

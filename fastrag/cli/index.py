@@ -8,6 +8,7 @@ from typing import Any
 
 from fastrag.cli.options import add_device, device_of, positive
 from fastrag.cli.output import quiet
+from fastrag.messages import shown
 from fastrag.terminal import labelled
 
 _LABEL = 12  # columns of a name in `index info`
@@ -147,23 +148,22 @@ def _dtype(text: str) -> str:
     from fastrag.index.codec import DTYPES
 
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(DTYPES)}, got {shown(text)}")
     return text
 
 
 def _template(text: str) -> str | dict[str, Any]:
     """Read a template as a config's `template` may state it."""
-    import yaml
-
     from fastrag.train.config import TEMPLATES
+    from fastrag.train.yaml_values import parse_yaml
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         value = None
     if isinstance(value, dict) or value in TEMPLATES:
         return value
     raise argparse.ArgumentTypeError(
         f"expected one of {', '.join(TEMPLATES)}, or a YAML mapping of a template's fields, "
-        f"got {text!r}"
+        f"got {shown(text)}"
     )

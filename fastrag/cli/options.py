@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from fastrag.cli.output import one_line, quiet
+from fastrag.cli.output import quiet
+from fastrag.messages import clipped, reason, shown
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -22,8 +23,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    if not text.isdecimal() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {shown(text)}")
+    if len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer below 2**31, got {shown(text)}")
     return int(text)
 
 
@@ -33,9 +36,11 @@ def device_of(arguments: argparse.Namespace) -> str:
     if arguments.device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=arguments.device)
+        tried = torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {arguments.device}: {one_line(error)}") from error
+        raise ValueError(f"--device {clipped(arguments.device)}: {reason(error)}") from error
+    if tried.is_meta:
+        raise ValueError("--device: expected one that computes, got meta")
     return str(arguments.device)
 
 

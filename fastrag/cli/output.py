@@ -6,6 +6,9 @@ import sys
 from typing import Any, TextIO
 
 from fastrag import terminal
+from fastrag.messages import clipped, refusal
+
+_LONGEST = 2000  # characters of an error: its values are cut, but other libraries write books
 
 
 def print_metrics(result: Any) -> None:
@@ -30,8 +33,8 @@ def print_metrics(result: Any) -> None:
 
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return refusal(error)
+    return clipped(error, _LONGEST) or type(error).__name__
 
 
 def quiet() -> None:

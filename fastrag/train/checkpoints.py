@@ -20,7 +20,11 @@ import hashlib
 import os
 import re
 import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 - nothing is unpickled with it
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +35,7 @@ from torch import Tensor, nn
 from fastrag import folders, manifests
 from fastrag.index import FlatIndex
 from fastrag.manifests import integer, items, one_of, record, sha256, table, text
+from fastrag.messages import reason
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
@@ -47,6 +52,12 @@ _FROZEN_FIELDS = table(record({"shape": items(integer()), "sha256": sha256()}))
 _INDEX_FIELDS = record(
     {"version": integer(), "refreshed_at": integer(), "kept": one_of("whole", "reference")},
     {"n_passages": integer(), "checksum": text()},
+)
+# What torch.load, which here reads tensors and plain values alone, and transformers raise for bytes
+# that they did not write.
+_UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, UnpicklingError, struct.error),
+    *(ValueError, TypeError, AttributeError, LookupError, OverflowError),
 )
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _SAMPLE = 4096
@@ -119,6 +130,22 @@ def require_training_state(folder: Path, processes: int = 1) -> None:
             f"{folder}: expected the checkpoint of a run with as many processes, {processes}, got "
             f"one of {written}"
         )
+
+
+@contextmanager
+def reading(expected: str) -> Iterator[None]:
+    """Say of a damaged file what it should have been, whatever the block raises at its bytes.
+
+    Args:
+        expected: the beginning of the message, with the file's name.
+
+    Raises:
+        ValueError: the block could not make sense of a file.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(f"{expected}: {reason(error)}") from error
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import (
+    ExportableState,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
 
 from fastrag import folders
 from fastrag.eval import EvalResult
@@ -34,6 +39,7 @@ from fastrag.train.checkpoints import (
     checkpoints,
     read_index,
     read_weights,
+    reading,
     remove_leftovers,
     require_no_checkpoints,
     require_training_state,
@@ -196,6 +202,10 @@ class RagTrainer(Trainer):
         """
         run = Path(self.args.output_dir)
         checkpoint = self._resolve(resume_from_checkpoint)
+        if checkpoint is not None:
+            state = Path(checkpoint) / STATE
+            with reading(f"{state}: expected the state of a trainer"):
+                TrainerState.load_from_json(str(state))
         if checkpoint is None:
             require_no_checkpoints(run)
         elif not (self.args.save_only_model or self._sharded):
@@ -435,13 +445,12 @@ class RagTrainer(Trainer):
         self.refresher.refreshed_at = read_index(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
+        with reading(f"{checkpoint}: expected the optimiser state of this configuration"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (RuntimeError, EOFError) as error:
-            line = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{checkpoint}: expected the optimiser state of this configuration: {line}"
-            ) from error
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"{checkpoint}: expected the random state of a run on these devices"):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with the index it was evaluated with."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from fastrag.cli import main
+from fastrag.cli import index, main
 from tests.cli.commands import BUILD, SETTINGS, fastrag
 
 
@@ -21,6 +21,9 @@ def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
         "twice.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
         "blank.jsonl": '{"id": "a", "text": " "}\n',
         "empty.jsonl": "",
+        "twice.csv": "id,text,text\n1,a,b\n",
+        "torn.jsonl.gz": "no archive",
+        "bomb.yaml": "a: &a [" + "x, " * 200 + "]\nb: &b [" + "*a, " * 200 + "]\n",
     }
     paths = {}
     for name, text in texts.items():
@@ -52,7 +55,7 @@ def tear(path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "none.yaml"), "none.yaml: No such file or directory"),
+        (("train", "none.yaml"), "none.yaml: no such file or directory"),
         (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean n_docs?"),
         (("train", "train.yaml", "--set", "n_docs=0"), "n_docs: expected an integer >= 1, got 0"),
         (("train", "train.yaml"), "run holds checkpoints"),
@@ -121,6 +124,18 @@ def tear(path: Path) -> None:
         (("ask", "--model", "run", "  "), "question: expected a text, got an empty one"),
         (("ask", "--model", "run", "--index", "no", "x"), "no/index is missing"),
         (("ask", "--model", "run", "--device", "nonsense", "x"), "--device nonsense"),
+        (
+            ("ask", "--model", "run", "--device", "meta", "x"),
+            "--device: expected one that computes",
+        ),
+        (("train", "train.yaml", "--set", "lr=1"), "did you mean retriever_lr, generator_lr?"),
+        (("train", "bomb.yaml"), "expected at most 10000 values, got more"),
+        (
+            (*BUILD, "--corpus", "twice.csv"),
+            "twice.csv:1: expected distinct columns, got 'text' tw",
+        ),
+        ((*BUILD, "--corpus", "torn.jsonl.gz"), "torn.jsonl.gz:1: expected readable data"),
+        ((*BUILD, "--corpus", "none.jsonl"), "none.jsonl: no such file or directory"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -162,6 +177,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
             "--dtype: expected one of float32, float16, bfloat16, int8, got 'int4'",
         ),
         (
+            ("evaluate", "--model", "m", "--questions", "q", "--k", "1" * 400),
+            "below 2**31, got '1111",
+        ),
+        (
             (*BUILD, "--corpus", "corpus.jsonl", "--template", "{context: "),
             "a YAML mapping of a template's fields, got '{context: '",
         ),
@@ -175,6 +194,30 @@ def test_usage_errors_are_one_line(
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
+
+
+def test_a_long_argument_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ("x" * 10**5,),
+        ("info", "x" * 10**5),
+        ("ask", "--model", "m", "--k" * 10**5),
+    ):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(arguments)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and len(err) < 800
+
+
+def test_ctrl_c_while_arguments_are_parsed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # as the import of torch, which the type of --dtype waits for, would be
+    monkeypatch.setattr(index, "_dtype", interrupted)
+    assert main([*BUILD, "--corpus", "corpus.jsonl", "--dtype", "int8"]) == 130
+    assert capsys.readouterr().err == "fastrag: interrupted\n"
 
 
 def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
@@ -220,3 +263,33 @@ def test_debug_shows_the_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(project)
     with pytest.raises(FileNotFoundError):
         main(["train", "none.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("optimizer.pt", "expected the optimiser state of this configuration: "),
+        ("scheduler.pt", "expected the optimiser state of this configuration: "),
+        ("rng_state.pth", "expected the random state of a run on these devices: "),
+        ("trainer_state.json", "trainer_state.json: expected the state of a trainer: "),
+    ],
+)
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage \xff", b'{"a": 1}'], ids=["empty", "bytes", "{}"]
+)
+def test_resume_from_a_damaged_checkpoint(
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
+    content: bytes,
+) -> None:
+    monkeypatch.chdir(project)
+    shutil.copytree(project / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-3" / name).write_bytes(content)
+    resume = ("--resume", f"{tmp_path}/run/checkpoint-3", "--set", f"output_dir={tmp_path}/run")
+    assert main(["train", "train.yaml", *resume]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastrag: error: ") and "checkpoint-3" in line and message in line
