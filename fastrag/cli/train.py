@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from fastrag.cli.output import print_metrics, quiet
@@ -53,4 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _resume_command(arguments: argparse.Namespace) -> str:
     settings = "".join(f" --set {each}" for each in arguments.set)
-    return f"resume with: fastrag train {arguments.config}{settings} --resume"
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # as torchrun says
+    command = "fastrag train"
+    if processes != "1":
+        command = f"torchrun --standalone --nproc-per-node {processes} -m fastrag.cli train"
+    return f"resume with: {command} {arguments.config}{settings} --resume"

@@ -11,7 +11,7 @@ import torch
 
 from fastrag.cli import main
 from fastrag.index import FlatIndex
-from fastrag.train import RagConfig, RagTrainer, checkpoints, run
+from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoints, run
 from fastrag.train.load import load_run
 from tests import tiny
 
@@ -84,6 +84,24 @@ def test_one_process_prints_the_end(
     monkeypatch.setattr(run, "train_run", lambda config, resume: other)
     assert main(["train", str(tmp_path / "train.yaml")]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_several_processes_are_told_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RagConfig("encoder", "generator").save(tmp_path / "train.yaml")
+
+    def interrupted(config: RagConfig, resume: bool) -> None:
+        raise TrainingInterrupted(2, 8, "run/checkpoint-8")
+
+    monkeypatch.setattr(run, "train_run", interrupted)
+    for processes, command in (
+        ("1", "fastrag train"),
+        ("2", "torchrun --standalone --nproc-per-node 2 -m fastrag.cli train"),
+    ):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert main(["train", str(tmp_path / "train.yaml")]) == 130
+        assert f"resume with: {command} {tmp_path}/train.yaml --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
