@@ -69,7 +69,7 @@ lint: $(INSTALLED) ## ruff, mypy on fastrag and kernels, clang-format on all C++
 	$(if $(CXX_SOURCES),@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp benchmarks/*.cpp))
 
 .PHONY: demo
-demo: $(INSTALLED) ## train retriever and generator from scratch, 5 minutes on two cores (SEED=0 MARGINAL=sequence)
+demo: $(INSTALLED) ## train retriever and generator from scratch, a few minutes on two cores (SEED=0 MARGINAL=sequence)
 	@$(BIN)/python -m examples.demo.run --seed $(SEED) --marginal $(MARGINAL) --out runs/demo
 
 .PHONY: demo-ablation

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, WordLevelTrainer
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -34,6 +35,9 @@ from fastrag.nn import TextEncoder
 
 SEPARATOR = "<sep>"
 MASK = "<mask>"
+NEIGHBOUR_BIAS = 6.0  # e^6 to 1: a head that looks at one neighbour sees little else
+SHARPNESS = 0.6  # a like token scores about 0.6^2 * d_head = 12, an unlike one about 2
+QUIET = 0.3
 TEMPLATE = Template(context=f"{{passage}}{SEPARATOR}{{question}}", passage="{title}: {text}")
 
 
@@ -45,14 +49,15 @@ class Tokenizers(NamedTuple):
 
 
 def train_tokenizers(
-    passages: Sequence[Passage], questions: Iterable[Question], *, vocab_size: int = 4000
+    passages: Sequence[Passage], questions: Iterable[Question], *, vocab_size: int = 8000
 ) -> Tokenizers:
     """Train both tokenizers on the corpus and the training questions.
 
     Args:
         passages: the corpus.
         questions: training questions; their answers are not looked at.
-        vocab_size: size of the generator's vocabulary. The retriever knows every word.
+        vocab_size: limit on the generator's vocabulary; the default lets every word of the corpus
+            be one token. The retriever knows every word too.
 
     Returns:
         The retriever's tokenizer, of lower-case words without accents in which all numbers are one
@@ -180,29 +185,50 @@ def tiny_generator(
 
 
 @torch.no_grad()
-def copying_start(generator: T5ForConditionalGeneration, *, previous_bias: float = 6.0) -> None:
+def copying_start(generator: T5ForConditionalGeneration) -> None:
     """Bring a random T5 near copying, by its weights alone.
 
-    Cross-attention of the decoder: keys and queries are the same map, W_q = W_k, so that a token
-    looks at places that hold its like, and W_o = W_v^T, so that what is seen there is what is
-    said (the output head is tied to the embeddings). First self-attention of the encoder: W_o =
-    W_v^T, and head 0 looks at the previous token, so that a place also knows what stands before it.
+    * First self-attention of the encoder: head 0 looks at the previous token, head 1 at the next
+      one, and each writes what it sees into a subspace of its own. So a place knows what stands
+      before it and behind it.
+    * First cross-attention of the decoder: queries are made of the token said last as head 0 sees
+      tokens, keys are read from its subspace. So the decoder looks behind the place of what it
+      said last, and goes on copying there: an induction head (Olsson et al. 2022).
+    * Second cross-attention: keys and queries are the same map, so that the decoder looks at
+      places that hold the like of what it has in mind.
+    * Both: W_o = W_v^T, orthogonal, so that the token seen is the token said (the output head is
+      tied to the embeddings).
+    * Feed-forward layers begin quiet; until they have learnt something they blur what is copied.
 
     Args:
         generator: the model, changed in place.
-        previous_bias: bias of head 0 towards the previous token.
     """
-    for block in generator.decoder.block:
+    config = generator.config
+    width, d_head = config.d_model, config.d_kv
+    neighbours = generator.encoder.block[0].layer[0].SelfAttention
+    for head, offset in enumerate((-1, 1)):
+        rows = slice(head * d_head, (head + 1) * d_head)
+        neighbours.v.weight[rows] = nn.init.orthogonal_(torch.empty(d_head, width))
+        neighbours.o.weight[:, rows] = nn.init.orthogonal_(torch.empty(width, d_head))
+        bucket = neighbours._relative_position_bucket(
+            torch.tensor([offset]),
+            bidirectional=True,
+            num_buckets=neighbours.relative_attention_num_buckets,
+            max_distance=neighbours.relative_attention_max_distance,
+        )
+        neighbours.relative_attention_bias.weight[bucket, head] = NEIGHBOUR_BIAS
+    seen, written = neighbours.v.weight[:d_head], neighbours.o.weight[:, :d_head]
+
+    for number, block in enumerate(generator.decoder.block):
         attention = block.layer[1].EncDecAttention
-        attention.k.weight.copy_(attention.q.weight * generator.config.d_model**0.25)
-        attention.q.weight.copy_(attention.k.weight)
+        nn.init.orthogonal_(attention.v.weight)
         attention.o.weight.copy_(attention.v.weight.T)
-    attention = generator.encoder.block[0].layer[0].SelfAttention
-    attention.o.weight.copy_(attention.v.weight.T)
-    previous = attention._relative_position_bucket(
-        torch.tensor([-1]),
-        bidirectional=True,
-        num_buckets=attention.relative_attention_num_buckets,
-        max_distance=attention.relative_attention_max_distance,
-    )
-    attention.relative_attention_bias.weight[previous, 0] = previous_bias
+        if number == 0:
+            attention.q.weight.copy_(SHARPNESS * seen.repeat(config.num_heads, 1))
+            attention.k.weight.copy_(SHARPNESS * written.T.repeat(config.num_heads, 1))
+        else:
+            nn.init.orthogonal_(attention.q.weight).mul_(SHARPNESS)
+            attention.k.weight.copy_(attention.q.weight)
+    for stack in (generator.encoder, generator.decoder):
+        for block in stack.block:
+            block.layer[-1].DenseReluDense.wo.weight.mul_(QUIET)

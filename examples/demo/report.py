@@ -1,18 +1,17 @@
-"""What the demo shows in the terminal: the curve, the table, answers with their passages."""
+"""What the demo shows in the terminal: the curve, six answers with their passages, the scores."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastrag.data import Question, RagCollator
-from fastrag.nn import RagModel
-
+WIDTH = 80
 BAR = 24
 ROWS = (
-    ("recall@1", "recall@1_before", "recall@1_after"),
-    ("recall@5", "recall@5_before", "recall@5_after"),
-    ("exact match", "em_before", "em_after"),
+    ("recall@1: the right passage first", "recall@1_before", "recall@1_after"),
+    ("recall@5: among the first five", "recall@5_before", "recall@5_after"),
+    ("exact match: the right answer", "em_before", "em_after"),
     ("exact match, unseen wording", None, "em_unseen_wording"),
     ("exact match, gold passage deleted", None, "em_gold_removed"),
 )
@@ -64,27 +63,43 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def answers(model: RagModel, collator: RagCollator, questions: Sequence[Question]) -> str:
-    """Answer questions, each with the passage that the answer came from.
+def answers(entries: Sequence[Mapping[str, Any]], without_passage: Mapping[str, Any] | None) -> str:
+    """Show the six questions with their passages and answers.
 
     Args:
-        model: the trained model.
-        collator: makes its batches.
-        questions: what to ask.
+        entries: one per question: `question`, `expected`, `answer`, `correct`, and the best
+            passage before and after joint training as `before` and `after`.
+        without_passage: the same, without `before`, for the question that was asked once more
+            after its passage had been removed from the index.
 
     Returns:
-        Four lines per question.
+        Text of at most `WIDTH` columns.
     """
-    batch = collator(questions)
-    batch.pop("labels", None)
-    batch.pop("valid_rows", None)
-    found = model.generate(**batch, max_new_tokens=16)
-    texts = model.generator_tokenizer.batch_decode(found.sequences, skip_special_tokens=True)
-    blocks = []
-    for question, text, row in zip(questions, texts, found.supporting_rows.tolist(), strict=True):
-        expected = " or ".join(question.answers)
-        blocks.append(
-            f"Q  {question.question}\nA  {text.strip()}   (expected: {expected})\n"
-            f"   from {model.passages.ids[row]!r}: {model.passages.text(row)}"
-        )
-    return "\n\n".join(blocks)
+    lines = [
+        f"{len(entries)} test questions, drawn by a rule before any setting was tuned;",
+        "before and after: the passage ranked first before and after joint training",
+    ]
+    for number, entry in enumerate(entries, 1):
+        lines += ["", f"{number}  {entry['question']}", *_passage("before", entry["before"])]
+        lines += [*_passage("after", entry["after"]), *_verdict(entry)]
+    if without_passage is not None:
+        lines += [
+            "",
+            "The same model, the passage of this question removed from the index: an answer",
+        ]
+        lines += ["is read there or not at all, so this one must be wrong", ""]
+        lines += [f"   {without_passage['question']}"]
+        lines += [*_passage("now", without_passage["after"]), *_verdict(without_passage)]
+    return "\n".join(lines)
+
+
+def _passage(label: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=f"   {label:<8}", subsequent_indent=" " * (3 + 8)
+    )
+
+
+def _verdict(entry: Mapping[str, Any]) -> list[str]:
+    mark = "✓" if entry["correct"] else "✗"
+    text = f"{mark} {entry['answer']}   (expected: {entry['expected']})"
+    return _passage("answer", text)

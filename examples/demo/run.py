@@ -22,13 +22,15 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from examples.demo import report
+from examples.demo.models import TEMPLATE
+from examples.demo.questions import six_questions
 from examples.demo.system import (
     START,
     Settings,
@@ -40,8 +42,8 @@ from examples.demo.system import (
     warm_up_generator,
 )
 from fastrag import RagModel
-from fastrag.data import DefaultDataset, default_dataset
-from fastrag.eval.evaluate import choose_fixed
+from fastrag.data import DefaultDataset, Question, default_dataset
+from fastrag.eval import EvalResult, Prediction
 from fastrag.train import RagTrainer, TrainingInterrupted
 from fastrag.train.callbacks import CURVE_FILE, METRICS_FILE, read_metrics
 from fastrag.train.run_folder import git_state
@@ -68,7 +70,8 @@ def prepare(
     begin = time.perf_counter()
     warm_up_generator(model, data, settings, progress=progress)
     seconds = time.perf_counter() - begin
-    before = measure(model, data.questions["test"], name="before", progress=progress).metrics
+    found = measure(model, data.questions["test"], name="before", progress=progress)
+    before = found.metrics
     model.save_pretrained(out / START, include_index=True)
     state = {
         "settings": dataclasses.asdict(settings),
@@ -76,6 +79,7 @@ def prepare(
         "recall@1_before": before["recall@1"],
         "recall@5_before": before["recall@5"],
         "em_before": before["em"],
+        "ranked_first": ranked_first(found),
     }
     write_json(out / PROGRESS, state)
     return model, state
@@ -96,7 +100,7 @@ def run(
         out: the run folder. What an older run left there is removed, unless it is resumed.
         data: corpus and questions; None takes the facts that ship with fastrag.
         resume: go on from the last checkpoint, with the settings of then.
-        progress: show progress bars, the curve, the table and three answers.
+        progress: show progress bars, the curve, the six answers and the scores.
 
     Returns:
         What `summary.json` holds.
@@ -136,7 +140,9 @@ def run(
     trainer.save_model()
 
     test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
-    after = measure(model, test, name="after", progress=progress).metrics
+    found = measure(model, test, name="after", progress=progress)
+    after = found.metrics
+    six, without_passage = ask_six(model, test, found, state["ranked_first"])
     summary = {
         **{name: value for name, value in state.items() if name.endswith("_before")},
         "recall@1_after": after["recall@1"],
@@ -151,13 +157,61 @@ def run(
         "marginal": settings.marginal,
         "steps": settings.steps,
         "commit": (git_state() or {}).get("commit"),
+        "six_questions": six,
+        "without_passage": without_passage,
     }
     write_json(out / SUMMARY, summary)
     if progress:
-        print(f"\n{report.curve(read_metrics(out / METRICS_FILE))}\n\n{report.table(summary)}\n")
-        print(report.answers(model, make_collator(model), choose_fixed(test, 3)))
-        print(f"\nfigures: {out / SUMMARY}   curve: {out / CURVE_FILE}   model: {out / 'model'}")
+        print(f"\n{report.curve(read_metrics(out / METRICS_FILE))}\n")
+        print(f"{report.answers(six, without_passage)}\n\n{report.table(summary)}\n")
+        print(f"figures: {out / SUMMARY}\ncurve:   {out / CURVE_FILE}\nmodel:   {out / 'model'}")
     return summary
+
+
+def ranked_first(result: EvalResult) -> dict[str, str]:
+    """Question id to the id of the passage ranked first."""
+    return {each.id: each.retrieved[0] for each in result.predictions}
+
+
+def ask_six(
+    model: RagModel,
+    test: Sequence[Question],
+    found: EvalResult,
+    first_before: Mapping[str, str],
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Collect the answers to the six questions, and ask one again without its passage.
+
+    Args:
+        model: the trained model.
+        test: the test questions.
+        found: the answers to them.
+        first_before: question id to the passage ranked first before joint training.
+
+    Returns:
+        entries, without_passage: as `report.answers` shows them.
+    """
+    six = six_questions(test)
+    by_id = {each.id: each for each in found.predictions}
+
+    def passage(name: str) -> str:
+        return TEMPLATE.render_passage(model.passages.passage(model.passages.row_of(name)))
+
+    def entry(prediction: Prediction) -> dict[str, Any]:
+        return {
+            "question": prediction.question,
+            "expected": " or ".join(prediction.answers),
+            "answer": prediction.prediction,
+            "correct": bool(prediction.exact_match),
+            "after": passage(prediction.retrieved[0]),
+        }
+
+    entries = [
+        {**entry(by_id[each.id]), "before": passage(first_before[each.id])} for each in six.asked
+    ]
+    if six.without_passage is None:
+        return entries, None
+    (bare,) = measure_without_gold(model, [six.without_passage], progress=False).predictions
+    return entries, entry(bare)
 
 
 def clear(out: Path) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastrag import manifests
 from fastrag.data.readers import Passage
 from fastrag.data.tokenization import encode_markup, encode_texts, special_frame
-from fastrag.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +84,7 @@ class Template:
                 count = text.count("{" + slot + "}") if isinstance(text, str) else 0
                 if count != 1:
                     raise ValueError(
-                        f"{name}: expected {{{slot}}} exactly once, got {count} in {shown(text)}"
+                        f"{name}: expected {{{slot}}} exactly once, got {count} in {text!r}"
                     )
 
     @classmethod
@@ -382,7 +381,7 @@ class BoundTemplate:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {list(KINDS)}, got {shown(kind)}")
+        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
 
 
 def _split(context: str) -> tuple[list[str], tuple[str, str]]:
@@ -418,7 +417,7 @@ def _end_id(template: Template, tokenizer: PreTrainedTokenizerBase) -> int:
             return ids[0]
         raise ValueError(
             f"answer_end: expected one token of {type(tokenizer).__name__}, "
-            f"got {shown(template.answer_end)} = {ids}"
+            f"got {template.answer_end!r} = {ids}"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(

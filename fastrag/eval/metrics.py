@@ -18,8 +18,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastrag.messages import shown
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -49,13 +47,13 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers; a text is one.
+        answers: one or more accepted answers.
 
     Returns:
         1.0 or 0.0.
 
     Raises:
-        ValueError: answers is empty.
+        ValueError: answers is empty or is one string instead of a sequence of strings.
 
     Example:
         >>> exact_match("the Nile", ["Nile", "Nile River"])
@@ -72,13 +70,13 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers; a text is one.
+        answers: one or more accepted answers.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: answers is empty.
+        ValueError: answers is empty or is one string instead of a sequence of strings.
 
     Example:
         >>> round(f1("Nile River Delta", ["River Nile"]), 3)
@@ -109,7 +107,7 @@ def recall_at(
         0.5
     """
     if k < 1:
-        raise ValueError(f"k: expected an integer >= 1, got {shown(k)}")
+        raise ValueError(f"k: expected an integer >= 1, got {k!r}")
     if len(retrieved) != len(positives):
         raise ValueError(
             "retrieved and positives: expected one entry per question in both, got "
@@ -132,7 +130,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
     Args:
         text: title and text of the passage.
-        answers: accepted answers, or one; an answer without any word never matches.
+        answers: accepted answers; an answer without any word never matches.
 
     Returns:
         True when one of the answers occurs.
@@ -144,7 +142,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
         False
     """
     haystack = _words(text)
-    for answer in _listed(answers):
+    for answer in answers:
         needle = _words(answer)
         if needle and f"\0{needle}\0" in f"\0{haystack}\0":
             return True
@@ -176,9 +174,9 @@ def bootstrap_interval(
     if data.ndim != 1 or data.size == 0:
         raise ValueError(f"values: expected a non-empty list of numbers, got shape {data.shape}")
     if n < 1:
-        raise ValueError(f"n: expected an integer >= 1, got {shown(n)}")
+        raise ValueError(f"n: expected an integer >= 1, got {n!r}")
     if not 0.0 < level < 1.0:
-        raise ValueError(f"level: expected a number in (0, 1), got {shown(level)}")
+        raise ValueError(f"level: expected a number in (0, 1), got {level!r}")
     rng = np.random.default_rng(seed)
     means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(n)])
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
@@ -199,11 +197,9 @@ def _words(text: str) -> str:
     return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
 
 
-def _listed(answers: Sequence[str]) -> Sequence[str]:
-    return [answers] if isinstance(answers, str) else answers
-
-
 def _checked(answers: Sequence[str]) -> Sequence[str]:
+    if isinstance(answers, str):
+        raise ValueError(f"answers: expected a sequence of strings, got one string {answers!r}")
     if not answers:
         raise ValueError("answers: expected at least one accepted answer, got none")
-    return _listed(answers)
+    return answers

@@ -27,7 +27,6 @@ from fastrag.index.storage import (
     write_folder,
 )
 from fastrag.manifests import integer, optional, record, table, text
-from fastrag.messages import shown
 from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
@@ -246,7 +245,7 @@ class PassageStore:
                 break
             if self.ids[int(rows[at])] == id:
                 return int(rows[at])
-        raise ValueError(f"id: expected the id of one of {len(self)} passages, got {shown(id)}")
+        raise ValueError(f"id: expected the id of one of {len(self)} passages, got {id!r}")
 
     def checksum(self) -> str:
         """Name the content: ids, texts, tokens, and how they were tokenised.
@@ -512,8 +511,7 @@ def _write(
                         )
                 if not passage.text.strip():
                     raise ValueError(
-                        f"passages: row {row} (id {shown(passage.id)}): expected text, got an "
-                        f"empty one"
+                        f"passages: row {row} (id {passage.id!r}): expected text, got an empty one"
                     )
             for name, ids in encode(batch).items():
                 tokens[name].extend(ids)
@@ -556,7 +554,7 @@ def _id_hash(id: str) -> tuple[int, int]:
 
 def _check_stream(stream: str) -> None:
     if stream not in STREAMS:
-        raise ValueError(f"stream: expected one of {list(STREAMS)}, got {shown(stream)}")
+        raise ValueError(f"stream: expected one of {list(STREAMS)}, got {stream!r}")
 
 
 def _check_arrays(

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastrag.messages import shown
 from fastrag.nn.heads import LMHead
 from fastrag.nn.objectives import MARGINAL, RetrieverTerm
 from fastrag.ops.positions import IGNORE_INDEX
@@ -183,4 +182,4 @@ class RagLoss(nn.Module):
 
 def _require_word(argument: str, got: str, words: tuple[str, ...]) -> None:
     if got not in words:
-        raise ValueError(f"{argument}: expected one of {words}, got {shown(got)}")
+        raise ValueError(f"{argument}: expected one of {words}, got {got!r}")

@@ -20,8 +20,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastrag.messages import shown
-
 MARGINAL = "marginal"  # the objective without a retriever term of its own
 
 
@@ -66,7 +64,7 @@ class RetrieverTerm(nn.Module):
         """
         _checked_tau(tau_lm)
         if word not in objective_words():
-            raise ValueError(f"objective: expected one of {objective_words()}, got {shown(word)}")
+            raise ValueError(f"objective: expected one of {objective_words()}, got {word!r}")
         kind = RetrieverTerm._known.get(word)
         return None if kind is None else kind(tau_lm)
 

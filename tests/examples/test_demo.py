@@ -16,10 +16,11 @@ import torch
 
 from examples.demo import ablation, report
 from examples.demo.models import MASK, SEPARATOR, tiny_encoders, tiny_generator, train_tokenizers
+from examples.demo.questions import draw_six, read_six, six_questions
 from examples.demo.run import main, run
 from examples.demo.system import Settings, build_model, make_collator, measure_without_gold
-from examples.demo.warmup import make_cloze, warm_up
-from fastrag.data import DefaultDataset, default_dataset
+from examples.demo.warmup import make_cloze, salient_spans, warm_up
+from fastrag.data import DefaultDataset, Passage, default_dataset
 from fastrag.train.callbacks import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,15 +41,17 @@ SUMMARY_KEYS = {
 
 
 def subset(n_passages: int = 80, n_questions: int = 24) -> DefaultDataset:
-    """A corner of the embedded set: its first passages and some questions about them."""
+    """A corner of the embedded set: its first passages, and questions with the demo's six."""
     data = default_dataset()
-    passages = data.passages[:n_passages]
-    ids = {passage.id for passage in passages}
+    six = six_questions(data.questions["test"]).asked
+    ids = {passage.id for passage in data.passages[:n_passages]}
+    ids |= {question.positive for question in six if question.positive}
     questions = {
         split: [question for question in members if question.positive in ids][:n_questions]
         for split, members in data.questions.items()
     }
-    return DefaultDataset(passages, questions)
+    questions["test"] = six + [each for each in questions["test"] if each not in six]
+    return DefaultDataset([each for each in data.passages if each.id in ids], questions)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,40 @@ def test_runs_end_to_end(data: DefaultDataset, small: Settings, tmp_path: Path) 
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert "gold passage deleted" in report.table(summary)
     assert len(report.curve(entries).splitlines()) == 4  # header, at the start, two evaluations
+    asked = [question.question for question in six_questions(data.questions["test"]).asked]
+    assert [entry["question"] for entry in summary["six_questions"]] == asked
+    removed = data.questions["test"][3]
+    assert summary["without_passage"]["question"] == removed.question
+    gold = next(each.text for each in data.passages if each.id == removed.positive)
+    assert gold not in summary["without_passage"]["after"]
+
+
+def test_six_questions_are_those_that_the_rule_draws() -> None:
+    test = default_dataset().questions["test"]
+    chosen = read_six()
+    assert draw_six(test) == {name: chosen[name] for name in ("questions", "passage_removed")}
+    six = six_questions(test)
+    assert [question.id for question in six.asked] == chosen["questions"]
+    assert six.without_passage in six.asked
+    assert six_questions(test[:0]) == ([], None)
+
+
+def test_answers_fit_a_terminal() -> None:
+    entry = {
+        "question": "Which city is the capital of Peru?",
+        "expected": "Lima",
+        "answer": "Lima",
+        "correct": True,
+        "before": "Peru: Peru covers 1,285,220 square kilometres" + " and more" * 9,
+        "after": "Peru: Peru is governed from Lima.",
+    }
+    wrong = entry | {"answer": "Quito", "correct": False}
+    text = report.answers([entry, wrong], wrong)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "   answer  ✓ Lima   (expected: Lima)" in text
+    assert text.count("✗ Quito   (expected: Lima)") == 2
+    assert text.count("   before  Peru") == 2 and text.count("   now     Peru") == 1
+    assert "removed from the index" in text and "removed" not in report.answers([entry], None)
 
 
 def test_retriever_learns_without_labels(data: DefaultDataset, small: Settings) -> None:
@@ -102,9 +139,18 @@ def test_copying_start(data: DefaultDataset) -> None:
     tokenizers = train_tokenizers(data.passages, data.questions["train"], vocab_size=800)
     torch.manual_seed(0)
     generator = tiny_generator(tokenizers.generator)
-    attention = generator.decoder.block[1].layer[1].EncDecAttention
-    torch.testing.assert_close(attention.q.weight, attention.k.weight)
-    torch.testing.assert_close(attention.o.weight, attention.v.weight.T)
+    first, second = (block.layer[1].EncDecAttention for block in generator.decoder.block)
+    torch.testing.assert_close(second.q.weight, second.k.weight)
+    for attention in (first, second):
+        copied = attention.o.weight @ attention.v.weight
+        torch.testing.assert_close(copied, torch.eye(len(copied)), atol=1e-5, rtol=0)
+    # The first layer's query of a token meets the key of the place behind it.
+    neighbours = generator.encoder.block[0].layer[0].SelfAttention
+    token, others = torch.randn(128), torch.randn(128, 100)
+    d_head = generator.config.d_kv
+    written = neighbours.o.weight[:, :d_head] @ neighbours.v.weight[:d_head]
+    match = first.q.weight[:d_head].T @ first.k.weight[:d_head] @ written
+    assert token @ match @ token > (token @ match @ others).max() > 0
     plain = tiny_generator(tokenizers.generator, copying=False)
     attention = plain.decoder.block[1].layer[1].EncDecAttention
     assert not torch.allclose(attention.o.weight, attention.v.weight.T)
@@ -127,15 +173,29 @@ def test_tokenizers_keep_answers_whole(data: DefaultDataset) -> None:
     assert words.tokenize("ÁNDORRA, of 1,001.5") == ["andorra", ",", "of", "0"]
 
 
+def test_salient_spans() -> None:
+    passages = default_dataset().passages
+    spans = dict(zip([each.id for each in passages], salient_spans(passages), strict=True))
+    assert spans["country/PE/capital"] == ["Lima"]
+    assert spans["country/AE/capital"] == ["Abu Dhabi"]
+    assert spans["country/PE/area"] == ["1,285,220"]
+
+
 def test_cloze() -> None:
     draw = random.Random(0)
-    text = "The capital of Peru is Lima."
-    for _ in range(20):
-        source, target = make_cloze(text, draw)
-        passage, _, gap = source.partition(SEPARATOR)
-        assert passage == text and gap.count(MASK) == 1
-        assert " ".join(gap.replace(MASK, f" {target} ").split()) in text
-        assert 1 <= len(target.split()) <= 4
+    passage = Passage("AE", "United Arab Emirates", "The UAE is governed from Abu Dhabi.")
+    n_salient = 0
+    for _ in range(60):
+        source, target = make_cloze(passage, ["Abu Dhabi"], draw)
+        text, _, gap = source.partition(SEPARATOR)
+        assert text == "United Arab Emirates: The UAE is governed from Abu Dhabi."
+        if gap == f"United Arab Emirates{MASK}":
+            assert target == "Abu Dhabi"
+            n_salient += 1
+        else:
+            assert " ".join(gap.replace(MASK, f" {target} ").split()) in passage.text
+            assert 1 <= len(target.split()) <= 4
+    assert 20 < n_salient < 50
 
 
 def test_warm_up_lowers_the_loss(data: DefaultDataset) -> None:
