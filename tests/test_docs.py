@@ -26,6 +26,7 @@ from transformers import (
 from transformers import RagConfig as HuggingFaceConfig
 
 from fastrag import cli
+from fastrag.terminal import columns
 from fastrag.train import RagConfig
 from tests import tiny
 
@@ -140,6 +141,17 @@ def test_index_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert cli.main(shlex.split(line, comments=True)[1:]) == 0
     shown = capsys.readouterr().out
     assert "recall@10" in shown and "1000 vectors, all checksums hold" in shown
+
+
+def test_the_transcript_is_of_the_readme() -> None:
+    """Every command of the README is in it, and no line of output is wider than its terminal."""
+    shown = blocks(ROOT / "docs" / "transcript.md", "text")
+    commands = [block.partition("\n")[0].removeprefix("$ ") for block in shown]
+    for line in next(each for each in blocks(README, "sh") if "fastrag train" in each).splitlines():
+        if words := shlex.split(line, comments=True):
+            assert any(shlex.split(each)[: len(words)] == words for each in commands), line
+    output = [line for block in shown for line in block.splitlines()[1:]]
+    assert max(map(columns, output)) <= 80 and "".join(output).count("cut") > 3
 
 
 def test_no_other_page_has_code() -> None:

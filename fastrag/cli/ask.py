@@ -125,8 +125,14 @@ def _text(model: RagModel, prediction: Prediction) -> str:
     lines = [
         labelled("answer", found["answer"] or "(empty: the generator ended it without a word)"),
         labelled("probability", f"{found['probability_per_token']:.3g} a token ({whole})"),
-        labelled("passage", f"{passage['id']}  {passage['title']}" if passage["id"] else "(none)"),
+        labelled("passage", _named(passage)),
     ]
     if passage["text"]:
         lines.append(labelled("", passage["text"]))
     return "\n".join(lines)
+
+
+def _named(passage: dict[str, str]) -> str:
+    if not passage["id"]:
+        return "(none was found)"
+    return f"{passage['title']} ({passage['id']})" if passage["title"] else passage["id"]

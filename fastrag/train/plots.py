@@ -91,8 +91,8 @@ def _draw_retriever(axes: Any, entries: Entries) -> list[Any]:
     ]
     axes.set(ylabel="entropy, nats")
     right.set(ylabel="KL(posterior ‖ prior), nats")
-    for each in (axes, right):
-        each.set_ylim(bottom=0.0)
+    for each in filter(lambda each: each.lines, (axes, right)):
+        each.set_ylim(0.0, 1.05 * each.dataLim.ymax or 1.0)
     return lines
 
 
