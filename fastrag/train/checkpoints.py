@@ -6,6 +6,7 @@
       index.json            version and checksum of the index, and how it is kept
       index/                the index itself, when training changes it
       optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
+      manifest.json         size and SHA-256 of every file; written last, checked before a resume
 
 A checkpoint is written into a hidden sibling folder and renamed at the end (`fastrag/folders.py`),
 so that a process killed while it saves leaves the checkpoint before. Parameters that do not train
@@ -21,8 +22,10 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - nothing is unpickled with it
 from typing import TYPE_CHECKING, Any
@@ -31,10 +34,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from fastrag import folders, manifests
 from fastrag.index import FlatIndex
-from fastrag.manifests import integer, items, one_of, record, sha256, table, text
+from fastrag.index.storage import MANIFEST
+from fastrag.manifests import (
+    integer,
+    items,
+    number,
+    one_of,
+    optional,
+    record,
+    relative_path,
+    sha256,
+    table,
+    text,
+)
 from fastrag.messages import reason
 
 if TYPE_CHECKING:
@@ -47,7 +63,33 @@ INDEX_FOLDER = "index"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
+SCALER = "scaler.pt"
 RANDOM_STATE = "rng_state*.pth"
+FORMAT = "fastrag.Checkpoint"
+VERSION = 1
+# What evaluating a checkpoint reads; resuming reads all.
+MODEL_FILES = (WEIGHTS, FROZEN, INDEX, f"{INDEX_FOLDER}/*")
+_MANIFEST_FIELDS = record(
+    {
+        "format": one_of(FORMAT),
+        "version": integer(VERSION, VERSION),
+        "files": table(record({"bytes": integer(), "sha256": sha256()}), relative_path()),
+    }
+)
+_STATE_FIELDS = record(
+    {
+        "global_step": integer(),
+        "epoch": optional(number(0)),
+        "max_steps": integer(),
+        "num_train_epochs": integer(),
+        "best_global_step": optional(integer()),
+        "best_model_checkpoint": optional(text()),
+        "log_history": items(record({})),
+        "stateful_callbacks": record({}),
+    }
+)
+# Files of these kinds would be loaded if the manifest did not list them.
+_TENSORS = (".pt", ".pth", ".bin", ".safetensors")
 _FROZEN_FIELDS = table(record({"shape": items(integer()), "sha256": sha256()}))
 _INDEX_FIELDS = record(
     {"version": integer(), "refreshed_at": integer(), "kept": one_of("whole", "reference")},
@@ -132,20 +174,129 @@ def require_training_state(folder: Path, processes: int = 1) -> None:
         )
 
 
-@contextmanager
-def reading(expected: str) -> Iterator[None]:
-    """Say of a damaged file what it should have been, whatever the block raises at its bytes.
+def write_manifest(folder: Path) -> None:
+    """Write the size and checksum of every file, when all of them are there.
+
+    The index is listed by its own manifest, which has the checksums of its files.
 
     Args:
-        expected: the beginning of the message, with the file's name.
+        folder: the checkpoint, in which nothing is written after this.
+    """
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in _files(folder).items()
+    }
+    body = {"format": FORMAT, "version": VERSION, "files": files}
+    manifests.write(folder / MANIFEST, manifests.sealed(body))
+    folders.step("manifest", folder)
+
+
+def check_files(folder: Path, only: Sequence[str] = ("*",)) -> None:
+    """Refuse a checkpoint with a file that is not as it was written.
+
+    Every byte is read. A checkpoint without a manifest is accepted with a warning.
+
+    Args:
+        folder: the checkpoint.
+        only: patterns of the files that matter.
 
     Raises:
-        ValueError: the block could not make sense of a file.
+        ValueError: a file is missing, truncated or altered, or a file of tensors is not one that
+            the run wrote; it is named.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        warnings.warn(
+            f"{folder}: this checkpoint has no {MANIFEST}, so altered files cannot be told; "
+            "checkpoints that are saved now have one",
+            stacklevel=2,
+        )
+        return
+    manifest = manifests.read(path, _MANIFEST_FIELDS)
+    listed = manifests.unsealed(path, manifest)["files"]
+    found = _files(folder)
+    matters = [name for name in sorted(listed | found) if any(fnmatch(name, each) for each in only)]
+    for name in matters:
+        entry, file = listed.get(name), folder / name
+        if entry is None:
+            if file.suffix in _TENSORS:
+                raise ValueError(f"{file}: expected only files that {MANIFEST} lists")
+            continue
+        if name not in found:
+            raise ValueError(f"{file}: expected {entry['bytes']} bytes, got no such file")
+        n_bytes = file.stat().st_size
+        if n_bytes != entry["bytes"]:
+            raise ValueError(f"{file}: expected {entry['bytes']} bytes, got {n_bytes}")
+        if (altered := _sha256(file)) != entry["sha256"]:
+            raise ValueError(f"{file}: expected SHA-256 {entry['sha256']}, got {altered}")
+
+
+def check_state(folder: Path) -> None:
+    """Refuse a checkpoint whose trainer state transformers could not go on from.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: the state cannot be read, or a value is of another type.
+    """
+    path = folder / STATE
+    with reading(
+        folder, "the state of a trainer", STATE
+    ):  # not as a manifest: the losses that it logs may be NaN
+        state = TrainerState.load_from_json(str(path))
+    manifests.verify(path, vars(state), _STATE_FIELDS)
+
+
+@contextmanager
+def reading(folder: str | os.PathLike[str], expected: str, *names: str) -> Iterator[None]:
+    """Name the file of a checkpoint whose bytes a block could not make sense of.
+
+    Args:
+        folder: the checkpoint.
+        expected: what the file should have been.
+        names: the files that the block loads, as transformers does: tensors and plain values.
+
+    Raises:
+        ValueError: whatever the block raises for a damaged or foreign file.
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except _UNREADABLE as error:
-        raise ValueError(f"{expected}: {reason(error)}") from error
+        path = _unreadable(Path(folder), names)
+        raise ValueError(f"{path}: expected {expected}: {reason(error)}") from error
+
+
+def _unreadable(folder: Path, names: Sequence[str]) -> Path:
+    """Return the first file that holds no state at all, or else the first that is there."""
+    there = [folder / name for name in names if (folder / name).is_file()]
+    for path in there if len(there) > 1 else ():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except _UNREADABLE:
+            return path
+        if not isinstance(state, dict):
+            return path
+    return there[0] if there else folder
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the files of a checkpoint by name, without its manifest and those of the index."""
+    own = folder / INDEX_FOLDER
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path != folder / MANIFEST
+        and (own not in path.parents or path == own / MANIFEST)
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:

@@ -13,7 +13,13 @@ from fastrag.eval import EvalResult, Prediction
 from fastrag.nn import RagModel
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.train.build import INDEX_FOLDER, build_model, load_index
-from fastrag.train.checkpoints import STATE, read_index, read_weights
+from fastrag.train.checkpoints import (
+    MODEL_FILES,
+    STATE,
+    check_files,
+    read_index,
+    read_weights,
+)
 from fastrag.train.config import RagConfig
 from fastrag.train.files import replacing
 
@@ -73,6 +79,7 @@ def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagMod
     saved = path.parent / CONFIG_FILE
     if not saved.is_file():
         raise ValueError(f"model: expected the run's settings beside the checkpoint in {saved}")
+    check_files(path, MODEL_FILES)
     config = RagConfig.load(saved)
     if index is not None:
         config.index = os.fspath(index)

@@ -16,7 +16,6 @@ from transformers.trainer_callback import (
     ExportableState,
     PrinterCallback,
     ProgressCallback,
-    TrainerState,
 )
 
 from fastrag import folders
@@ -35,7 +34,13 @@ from fastrag.train.callbacks import (
     TerminalCallback,
 )
 from fastrag.train.checkpoints import (
+    MODEL_FILES,
+    OPTIMIZER,
+    SCALER,
+    SCHEDULER,
     STATE,
+    check_files,
+    check_state,
     checkpoints,
     read_index,
     read_weights,
@@ -45,6 +50,7 @@ from fastrag.train.checkpoints import (
     require_training_state,
     rotate,
     write_index,
+    write_manifest,
     write_weights,
 )
 from fastrag.train.collation import ResumableCollator
@@ -197,19 +203,18 @@ class RagTrainer(Trainer):
 
         Raises:
             TrainingInterrupted: a signal came; its checkpoint is on disk.
-            ValueError: there is no such checkpoint, or it belongs to another configuration; or a
-                run starts where another one left checkpoints.
+            ValueError: there is no such checkpoint, it belongs to another configuration, or a file
+                of it was altered; or a run starts where another one left checkpoints.
         """
         run = Path(self.args.output_dir)
         checkpoint = self._resolve(resume_from_checkpoint)
-        if checkpoint is not None:
-            state = Path(checkpoint) / STATE
-            with reading(f"{state}: expected the state of a trainer"):
-                TrainerState.load_from_json(str(state))
         if checkpoint is None:
             require_no_checkpoints(run)
-        elif not (self.args.save_only_model or self._sharded):
-            require_training_state(Path(checkpoint), self.args.world_size)
+        else:
+            if not (self.args.save_only_model or self._sharded):
+                require_training_state(Path(checkpoint), self.args.world_size)
+            check_files(Path(checkpoint))
+            check_state(Path(checkpoint))
         if self.is_world_process_zero():
             run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run)
@@ -401,6 +406,7 @@ class RagTrainer(Trainer):
         self._write_checkpoint(staging)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_manifest(staging)
             folders.commit(staging, target)
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -445,15 +451,23 @@ class RagTrainer(Trainer):
         self.refresher.refreshed_at = read_index(self.model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(f"{checkpoint}: expected the optimiser state of this configuration"):
+        expected = "the optimiser state of this configuration"
+        with reading(checkpoint or "", expected, OPTIMIZER, SCHEDULER):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or "", "the loss scaler of this configuration", SCALER):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(f"{checkpoint}: expected the random state of a run on these devices"):
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        expected = "the random state of a run on these devices"
+        with reading(checkpoint or "", expected, f"rng_state{rank}.pth"):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with the index it was evaluated with."""
+        check_files(Path(self.state.best_model_checkpoint), MODEL_FILES)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
         self.refresher.refreshed_at = self.state.global_step
 

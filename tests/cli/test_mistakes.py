@@ -268,15 +268,16 @@ def test_debug_shows_the_traceback(project: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("optimizer.pt", "expected the optimiser state of this configuration: "),
-        ("scheduler.pt", "expected the optimiser state of this configuration: "),
-        ("rng_state.pth", "expected the random state of a run on these devices: "),
+        ("optimizer.pt", "optimizer.pt: expected the optimiser state of this configuration: "),
+        ("scheduler.pt", "scheduler.pt: expected the optimiser state of this configuration: "),
+        ("rng_state.pth", "rng_state.pth: expected the random state of a run on these devices: "),
         ("trainer_state.json", "trainer_state.json: expected the state of a trainer: "),
     ],
 )
 @pytest.mark.parametrize(
     "content", [b"", b"garbage \xff", b'{"a": 1}'], ids=["empty", "bytes", "{}"]
 )
+@pytest.mark.filterwarnings("ignore:.*this checkpoint has no manifest.json")
 def test_resume_from_a_damaged_checkpoint(
     project: Path,
     tmp_path: Path,
@@ -289,6 +290,7 @@ def test_resume_from_a_damaged_checkpoint(
     monkeypatch.chdir(project)
     shutil.copytree(project / "run", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-3" / name).write_bytes(content)
+    (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()  # which tells before it is read
     resume = ("--resume", f"{tmp_path}/run/checkpoint-3", "--set", f"output_dir={tmp_path}/run")
     assert main(["train", "train.yaml", *resume]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

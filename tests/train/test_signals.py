@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fastrag.train.callbacks import read_metrics
-from fastrag.train.checkpoints import checkpoints
+from fastrag.train.checkpoints import MANIFEST, check_files, checkpoints
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from tests.train import interruptible_run
 
@@ -129,6 +130,9 @@ def test_two_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     last = checkpoints(tmp_path)[-1]
     assert last.name == "checkpoint-8"
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in last.iterdir()}
+    manifest = json.loads((last / MANIFEST).read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= manifest["files"].keys()
+    check_files(last)
     assert len(losses(tmp_path)) == 8
 
 

@@ -204,7 +204,7 @@ def test_resume_refuses_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
     resumable(tmp_path, joint=False).train()
     path = tmp_path / "checkpoint-10" / name
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"checkpoint-10.*: expected (a whole|the optimiser)"):
+    with pytest.raises(ValueError, match=rf"checkpoint-10/{name}: expected \d+ bytes, got \d+$"):
         resumable(tmp_path, joint=False).train(resume_from_checkpoint=True)
 
 

@@ -1,0 +1,181 @@
+"""What a run goes on from is what it wrote: altered, truncated and foreign files are named."""
+
+from __future__ import annotations
+
+import json
+import pickle  # noqa: TID251  (written, never read)
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from fastrag import manifests
+from fastrag.train import RagTrainer
+from fastrag.train import checkpoints as module
+from tests import tiny
+
+WRITTEN = (
+    *("model.safetensors", "frozen.json", "index.json", "index/manifest.json"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+)
+PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def make_trainer(run: Path) -> RagTrainer:
+    arguments = TrainingArguments(
+        str(run), max_steps=3, save_steps=2, use_cpu=True, disable_tqdm=True, report_to=[]
+    )
+    model = tiny.rag_model(train_passage_encoder=True)
+    return RagTrainer(model, arguments, tiny.collator(), tiny.questions(), refresh="every:2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RagTrainer, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(folder).train()
+    return make_trainer(folder), folder / "checkpoint-2"
+
+
+@pytest.fixture
+def checkpoint(run: tuple[RagTrainer, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run[1], tmp_path / "checkpoint-2"))
+
+
+@pytest.fixture
+def resume(run: tuple[RagTrainer, Path], checkpoint: Path) -> Callable[[], Any]:
+    return lambda: run[0].train(resume_from_checkpoint=str(checkpoint))
+
+
+class Hostile:
+    """A pickle that would run a function when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('the pickle was run')",))
+
+
+def test_the_manifest_lists_every_file(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / module.MANIFEST).read_text())
+    assert sorted(manifest["files"]) == sorted(WRITTEN)
+    module.check_files(checkpoint)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_one_bit_anywhere_is_found(checkpoint: Path, resume: Callable[[], Any], name: str) -> None:
+    whole = (checkpoint / name).read_bytes()
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        altered = bytearray(whole)
+        altered[at] ^= 0x10
+        (checkpoint / name).write_bytes(altered)
+        with pytest.raises(ValueError, match="expected SHA-256 [0-9a-f]{64}, got") as caught:
+            resume()
+        assert str(caught.value).startswith(f"{checkpoint / name}: ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, module.MANIFEST])
+@pytest.mark.parametrize("left", [0, 100, -1], ids=["empty", "cut", "one-byte-less"])
+def test_a_truncated_file_is_named(
+    checkpoint: Path, resume: Callable[[], Any], name: str, left: int
+) -> None:
+    whole = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(whole[:left])
+    if (checkpoint / name).read_bytes() == whole:
+        pytest.skip("the file is shorter than that")
+    with pytest.raises(ValueError, match=r"expected \d+ bytes, got|expected JSON, got") as caught:
+        resume()
+    assert str(caught.value).startswith(str(checkpoint / name))
+
+
+def test_an_altered_manifest_is_named(checkpoint: Path, resume: Callable[[], Any]) -> None:
+    path = checkpoint / module.MANIFEST
+    manifest = json.loads(path.read_text())
+    other = manifest | {"files": {**manifest["files"], "optimizer.pt": {"bytes": -1}}}
+    for altered in (other, {**manifest, "version": 2}, {"files": {}}, [1]):
+        path.write_text(json.dumps(altered))
+        with pytest.raises(ValueError, match=r"manifest\.json: "):
+            resume()
+    del manifest["files"]["optimizer.pt"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*the manifest was altered"):
+        resume()
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "more.safetensors"])
+def test_a_file_that_the_run_did_not_write_is_named(
+    checkpoint: Path, resume: Callable[[], Any], name: str
+) -> None:
+    (checkpoint / name).write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=f"{name}: expected only files that manifest.json lists"):
+        resume()
+
+
+def test_the_files_of_every_rank_are_listed(checkpoint: Path) -> None:
+    for rank in (0, 1):
+        (checkpoint / f"rng_state_{rank}.pth").write_bytes(bytes(range(100)))
+    module.write_manifest(checkpoint)
+    module.check_files(checkpoint)
+    (checkpoint / "rng_state_1.pth").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"rng_state_1\.pth: expected SHA-256"):
+        module.check_files(checkpoint)
+    module.check_files(checkpoint, module.MODEL_FILES)  # which an evaluation does not read
+
+
+@pytest.mark.filterwarnings("ignore:.*this checkpoint has no manifest.json")
+@pytest.mark.parametrize("name", [*PICKLES, "model.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("kind", ["hostile", "tensors", "cut", "text"])
+def test_without_a_manifest_a_file_that_cannot_be_read_is_named(
+    checkpoint: Path, resume: Callable[[], Any], name: str, kind: str
+) -> None:
+    (checkpoint / module.MANIFEST).unlink()
+    path = checkpoint / name
+    if kind == "hostile":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif kind == "tensors":
+        torch.save([torch.zeros(3)], path)
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        path.write_text('{"global_step": "2"}')
+    with pytest.raises(ValueError, match="expected") as caught:
+        resume()
+    assert str(caught.value).startswith(f"{path}") and "\n" not in str(caught.value)
+
+
+def test_a_whole_checkpoint_goes_on(
+    run: tuple[RagTrainer, Path], checkpoint: Path, tmp_path: Path
+) -> None:
+    """With a note of the user's in it; and, from before there were manifests, with a warning."""
+    (checkpoint / "notes.txt").write_text("the best so far")
+    first = make_trainer(tmp_path / "first")
+    first.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / module.MANIFEST).unlink()
+    second = make_trainer(tmp_path / "second")
+    with pytest.warns(UserWarning, match=r"checkpoint-2: this checkpoint has no manifest\.json"):
+        second.train(resume_from_checkpoint=str(checkpoint))
+    assert first.state.global_step == second.state.global_step == 3
+    tiny.same_weights(first.model, second.model)
+
+
+def test_an_evaluated_checkpoint_is_checked(checkpoint: Path) -> None:
+    whole = (checkpoint / module.WEIGHTS).read_bytes()
+    (checkpoint / module.WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected SHA-256"):
+        module.check_files(checkpoint, module.MODEL_FILES)
+
+
+def test_the_manifest_is_the_last_file_to_be_written(
+    run: tuple[RagTrainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = run
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    trainer._write_checkpoint(folder)
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    module.write_manifest(folder)
+    written = {path for path in folder.rglob("*") if path.is_file()} - before
+    assert written == {folder / module.MANIFEST}
+    manifests.unsealed(folder, json.loads((folder / module.MANIFEST).read_text()))
