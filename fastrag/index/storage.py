@@ -466,8 +466,7 @@ def check_replaceable(path: Path, *formats: str, holds: Sequence[str] = ()) -> N
         return
     if not path.is_dir():
         raise ValueError(f"{path}: expected a folder to write to, got a file")
-    files = [each for each in path.rglob("*") if each.is_symlink() or not each.is_dir()]
-    if not files:
+    if not any(path.iterdir()):
         return
     found = _manifest_of(path).get("format")
     if found not in formats:
@@ -476,7 +475,8 @@ def check_replaceable(path: Path, *formats: str, holds: Sequence[str] = ()) -> N
             f"folder of format {shown(found)}"
         )
     listed = {file for name in ("", *holds) for file in _listed(path / name)}
-    foreign = sorted(set(files) - listed)
+    files = {each for each in path.rglob("*") if each.is_symlink() or not each.is_dir()}
+    foreign = sorted(files - listed)
     if foreign:
         more = f" and {len(foreign) - 1} more" if foreign[1:] else ""
         raise ValueError(
