@@ -241,9 +241,8 @@ def check_state(folder: Path) -> None:
         ValueError: the state cannot be read, or a value is of another type.
     """
     path = folder / STATE
-    with reading(
-        folder, "the state of a trainer", STATE
-    ):  # not as a manifest: the losses that it logs may be NaN
+    # not read as a manifest: the losses that it logs may be NaN
+    with reading(folder, "the state of a trainer", STATE):
         state = TrainerState.load_from_json(str(path))
     manifests.verify(path, vars(state), _STATE_FIELDS)
 
