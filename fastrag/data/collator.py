@@ -10,6 +10,7 @@ import torch
 from fastrag.data.readers import Question, to_question
 from fastrag.data.templates import BoundTemplate, Kind, Template
 from fastrag.data.tokenization import encode_texts, special_frame
+from fastrag.messages import shown
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class RagCollator:
         require_answers: bool = False,
     ) -> None:
         if answer_choice not in ("first", "random"):
-            raise ValueError(f"answer_choice: expected 'first' or 'random', got {answer_choice!r}")
+            raise ValueError(
+                f"answer_choice: expected 'first' or 'random', got {shown(answer_choice)}"
+            )
         limits = {
             "max_question": max_question,
             "max_prompt": max_prompt,
@@ -158,7 +161,9 @@ class RagCollator:
             if not all(answered):
                 missing = questions[answered.index(False)]
                 why = "training needs them" if self.require_answers else "others of the batch have"
-                raise ValueError(f"question {missing.id!r}: expected answers ({why}), got none")
+                raise ValueError(
+                    f"question {shown(missing.id)}: expected answers ({why}), got none"
+                )
             answers = [self._answer_ids(question) for question in questions]
             batch["labels"], _ = pad_ids(answers, IGNORE_INDEX)
             batch["valid_rows"] = valid_rows(
@@ -180,13 +185,14 @@ class RagCollator:
         n, n_template = len(ids), self.bound.n_literal_tokens
         if self.max_prompt is not None and n > self.max_prompt:
             raise ValueError(
-                f"question {question.id!r}: expected at most max_prompt = {self.max_prompt} "
+                f"question {shown(question.id)}: expected at most max_prompt = {self.max_prompt} "
                 f"tokens in the generator's vocabulary, got {n}"
             )
         if self.max_context is not None and n + n_template >= self.max_context:
             raise ValueError(
-                f"question {question.id!r}: expected question and template to leave room for a "
-                f"passage in max_context = {self.max_context} tokens, got {n} + {n_template} tokens"
+                f"question {shown(question.id)}: expected question and template to leave room for "
+                f"a passage in max_context = {self.max_context} tokens, "
+                f"got {n} + {n_template} tokens"
             )
         return ids
 
@@ -196,7 +202,9 @@ class RagCollator:
             choice = int(torch.randint(len(question.answers), ()))
         answer = question.answers[choice]
         if not answer.strip():
-            raise ValueError(f"question {question.id!r}: expected an answer, got an empty text")
+            raise ValueError(
+                f"question {shown(question.id)}: expected an answer, got an empty text"
+            )
         return self.bound.answer_ids(answer)[: self.max_answer]
 
 

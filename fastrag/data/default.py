@@ -7,6 +7,7 @@ import dataclasses
 from importlib import resources
 
 from fastrag.data.readers import Passage, Question, read_passages, read_questions
+from fastrag.messages import shown
 
 SPLITS = ("train", "dev", "test", "dev_unseen_wording", "test_unseen_wording")
 
@@ -51,8 +52,8 @@ def default_dataset() -> DefaultDataset:
             split = question.meta.get("split")
             if split not in questions:
                 raise ValueError(
-                    f"{questions_path.name}: question {question.id!r}: expected a split of "
-                    f"{list(SPLITS)}, got {split!r}"
+                    f"{questions_path.name}: question {shown(question.id)}: expected a split of "
+                    f"{list(SPLITS)}, got {shown(split)}"
                 )
             questions[split].append(question)
     return DefaultDataset(passages, questions)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastrag import manifests
 from fastrag.data.readers import Passage
 from fastrag.data.tokenization import encode_markup, encode_texts, special_frame
+from fastrag.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +85,7 @@ class Template:
                 count = text.count("{" + slot + "}") if isinstance(text, str) else 0
                 if count != 1:
                     raise ValueError(
-                        f"{name}: expected {{{slot}}} exactly once, got {count} in {text!r}"
+                        f"{name}: expected {{{slot}}} exactly once, got {count} in {shown(text)}"
                     )
 
     @classmethod
@@ -381,7 +382,7 @@ class BoundTemplate:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {list(KINDS)}, got {kind!r}")
+        raise ValueError(f"kind: expected one of {list(KINDS)}, got {shown(kind)}")
 
 
 def _split(context: str) -> tuple[list[str], tuple[str, str]]:
@@ -417,7 +418,7 @@ def _end_id(template: Template, tokenizer: PreTrainedTokenizerBase) -> int:
             return ids[0]
         raise ValueError(
             f"answer_end: expected one token of {type(tokenizer).__name__}, "
-            f"got {template.answer_end!r} = {ids}"
+            f"got {shown(template.answer_end)} = {ids}"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastrag.data.readers import to_question
 from fastrag.eval.metrics import contains_answer, exact_match, f1
+from fastrag.messages import shown
+from fastrag.ops.checks import whole
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def evaluate(
     collator: RagCollator,
     *,
     batch_size: int = 16,
-    ks: Sequence[int] = (1, 5),
+    ks: int | Sequence[int] = (1, 5),
     limit: int | None = None,
     max_new_tokens: int = 32,
     n_docs: int | None = None,
@@ -99,7 +101,7 @@ def evaluate(
         questions: the questions.
         collator: makes batches from questions, as in training.
         batch_size: questions per batch.
-        ks: the k of recall@k.
+        ks: the k of recall@k, or one.
         limit: look at `choose_fixed(questions, limit)` only.
         max_new_tokens: longest answer.
         n_docs: passages per question for the answer; None takes the model's.
@@ -122,8 +124,9 @@ def evaluate(
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
     if n_docs is not None and n_docs < 1:
         raise ValueError(f"n_docs: expected an integer >= 1 or None, got {n_docs}")
+    ks = tuple(whole("ks", k) for k in ([ks] if isinstance(ks, int) else ks))
     if not ks or min(ks) < 1:
-        raise ValueError(f"ks: expected one or more integers >= 1, got {tuple(ks)}")
+        raise ValueError(f"ks: expected one or more integers >= 1, got {shown(ks)}")
     from fastrag.nn.generators import evaluating
 
     # one reading of a record for the batch and for the metrics

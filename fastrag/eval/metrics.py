@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastrag.messages import shown
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -47,13 +49,13 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers.
+        answers: one or more accepted answers; a text is one.
 
     Returns:
         1.0 or 0.0.
 
     Raises:
-        ValueError: answers is empty or is one string instead of a sequence of strings.
+        ValueError: answers is empty.
 
     Example:
         >>> exact_match("the Nile", ["Nile", "Nile River"])
@@ -70,13 +72,13 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers.
+        answers: one or more accepted answers; a text is one.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: answers is empty or is one string instead of a sequence of strings.
+        ValueError: answers is empty.
 
     Example:
         >>> round(f1("Nile River Delta", ["River Nile"]), 3)
@@ -107,7 +109,7 @@ def recall_at(
         0.5
     """
     if k < 1:
-        raise ValueError(f"k: expected an integer >= 1, got {k!r}")
+        raise ValueError(f"k: expected an integer >= 1, got {shown(k)}")
     if len(retrieved) != len(positives):
         raise ValueError(
             "retrieved and positives: expected one entry per question in both, got "
@@ -130,7 +132,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
     Args:
         text: title and text of the passage.
-        answers: accepted answers; an answer without any word never matches.
+        answers: accepted answers, or one; an answer without any word never matches.
 
     Returns:
         True when one of the answers occurs.
@@ -142,7 +144,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
         False
     """
     haystack = _words(text)
-    for answer in answers:
+    for answer in _listed(answers):
         needle = _words(answer)
         if needle and f"\0{needle}\0" in f"\0{haystack}\0":
             return True
@@ -174,9 +176,9 @@ def bootstrap_interval(
     if data.ndim != 1 or data.size == 0:
         raise ValueError(f"values: expected a non-empty list of numbers, got shape {data.shape}")
     if n < 1:
-        raise ValueError(f"n: expected an integer >= 1, got {n!r}")
+        raise ValueError(f"n: expected an integer >= 1, got {shown(n)}")
     if not 0.0 < level < 1.0:
-        raise ValueError(f"level: expected a number in (0, 1), got {level!r}")
+        raise ValueError(f"level: expected a number in (0, 1), got {shown(level)}")
     rng = np.random.default_rng(seed)
     means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(n)])
     low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
@@ -197,9 +199,11 @@ def _words(text: str) -> str:
     return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
 
 
+def _listed(answers: Sequence[str]) -> Sequence[str]:
+    return [answers] if isinstance(answers, str) else answers
+
+
 def _checked(answers: Sequence[str]) -> Sequence[str]:
-    if isinstance(answers, str):
-        raise ValueError(f"answers: expected a sequence of strings, got one string {answers!r}")
     if not answers:
         raise ValueError("answers: expected at least one accepted answer, got none")
-    return answers
+    return _listed(answers)

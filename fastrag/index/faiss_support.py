@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastrag.messages import shown
+
 # What faiss itself asks for is 39 vectors for each list; fewer make it warn.
 _ROWS_PER_LIST = 40
 _TRAINING_ROWS = 32768
@@ -56,16 +58,16 @@ def make(dim: int, factory: str, parameters: str | None) -> Any:
     """
     faiss = load()
     if not isinstance(factory, str):
-        raise ValueError(f"factory: expected a string such as 'IVF4096,PQ64', got {factory!r}")
-    with refusals(f"factory: expected one that faiss can build for width {dim}: {factory!r}"):
+        raise ValueError(f"factory: expected a string such as 'IVF4096,PQ64', got {shown(factory)}")
+    with refusals(f"factory: expected one that faiss can build for width {dim}: {shown(factory)}"):
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if isinstance(index, faiss.IndexIDMap):
-        raise ValueError(f"factory: expected rows numbered as they are added, got {factory!r}")
+        raise ValueError(f"factory: expected rows numbered as they are added, got {shown(factory)}")
     check_kept(index, factory)
-    with refusals(f"factory: expected one that faiss can copy: {factory!r}"):
+    with refusals(f"factory: expected one that faiss can copy: {shown(factory)}"):
         clone(index)
     if parameters:
-        with refusals(f"parameters: expected those of {factory!r}: {parameters!r}"):
+        with refusals(f"parameters: expected those of {shown(factory)}: {shown(parameters)}"):
             faiss.ParameterSpace().set_index_parameters(index, parameters)
     return index
 

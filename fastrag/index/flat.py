@@ -24,6 +24,7 @@ from fastrag.index.lock import ReadWriteLock
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
 from fastrag.manifests import integer, one_of, optional, record, sha256, text
+from fastrag.messages import shown
 
 FORMAT = "fastrag.FlatIndex"
 # 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
@@ -100,11 +101,14 @@ class FlatIndex(RowIndex, format=FORMAT):
     ) -> None:
         super().__init__(dim, device)
         if dtype not in codec.DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(codec.DTYPES)}, got {dtype!r}")
+            raise ValueError(
+                f"dtype: expected one of {', '.join(codec.DTYPES)}, got {shown(dtype)}"
+            )
         if exact != "stored" and (exact, dtype) != ("float32", "int8"):
             raise ValueError(
-                f"exact: expected 'stored', or 'float32' with dtype 'int8', got {exact!r} with "
-                f"{dtype!r}; of what can stand beside float32 rows, int8 is smallest and fastest"
+                f"exact: expected 'stored', or 'float32' with dtype 'int8', got {shown(exact)} "
+                f"with {dtype!r}; of what can stand beside float32 rows, int8 is smallest and "
+                f"fastest"
             )
         self.dtype = dtype
         self.exact = exact

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrag.messages import shown
 from fastrag.ops import checks
 
 Vectors = Tensor | np.ndarray[Any, Any]
@@ -35,7 +36,7 @@ def named_device(device: torch.device | str, name: str = "device") -> torch.devi
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name}: expected one of torch, got {device!r}") from error
+        raise ValueError(f"{name}: expected one of torch, got {shown(device)}") from error
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -128,7 +129,7 @@ def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
     try:
         rows = torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"rows: expected [n] int64, got {rows!r}") from error
+        raise ValueError(f"rows: expected [n] int64, got {shown(rows)}") from error
     if rows.numel() == 0:
         return torch.zeros(0, dtype=torch.int64, device=device)
     if rows.ndim != 1 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
@@ -234,7 +235,7 @@ def _count(name: str, value: Any) -> int:
     except TypeError:
         count = 0
     if count < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {shown(value)}")
     return count
 
 

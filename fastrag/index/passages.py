@@ -27,6 +27,7 @@ from fastrag.index.storage import (
     write_folder,
 )
 from fastrag.manifests import integer, optional, record, table, text
+from fastrag.messages import shown
 from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ class PassageStore:
                 break
             if self.ids[int(rows[at])] == id:
                 return int(rows[at])
-        raise ValueError(f"id: expected the id of one of {len(self)} passages, got {id!r}")
+        raise ValueError(f"id: expected the id of one of {len(self)} passages, got {shown(id)}")
 
     def checksum(self) -> str:
         """Name the content: ids, texts, tokens, and how they were tokenised.
@@ -511,7 +512,8 @@ def _write(
                         )
                 if not passage.text.strip():
                     raise ValueError(
-                        f"passages: row {row} (id {passage.id!r}): expected text, got an empty one"
+                        f"passages: row {row} (id {shown(passage.id)}): expected text, got an "
+                        f"empty one"
                     )
             for name, ids in encode(batch).items():
                 tokens[name].extend(ids)
@@ -554,7 +556,7 @@ def _id_hash(id: str) -> tuple[int, int]:
 
 def _check_stream(stream: str) -> None:
     if stream not in STREAMS:
-        raise ValueError(f"stream: expected one of {list(STREAMS)}, got {stream!r}")
+        raise ValueError(f"stream: expected one of {list(STREAMS)}, got {shown(stream)}")
 
 
 def _check_arrays(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
+from fastrag.messages import shown
 from fastrag.profiling import stage
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class RefreshPolicy:
         made = policy.from_argument(argument if colon else None) if policy else None
         if made is None:
             words = ", ".join(repr(known.usage) for known in RefreshPolicy._policies.values())
-            raise ValueError(f"refresh: expected one of {words}, got {text!r}")
+            raise ValueError(f"refresh: expected one of {words}, got {shown(text)}")
         return made
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fastrag.messages import shown
 from fastrag.nn.heads import base_model
 from fastrag.ops import checks
 
@@ -26,21 +27,24 @@ def check_numbers(
     """Raise ValueError for a number out of range."""
     check_count("n_docs", n_docs)
     if not (_is_number(tau) and tau > 0 and math.isfinite(tau)):
-        raise ValueError(f"tau: expected a finite number > 0, got {tau!r}")
+        raise ValueError(f"tau: expected a finite number > 0, got {shown(tau)}")
     if not (_is_whole(explore) and 0 <= explore <= n_docs):
-        raise ValueError(f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {explore!r}")
+        raise ValueError(
+            f"explore: expected 0 <= integer <= n_docs = {n_docs}, got {shown(explore)}"
+        )
     if explore_pool is not None and not (_is_whole(explore_pool) and explore_pool >= n_docs):
         raise ValueError(
-            f"explore_pool: expected an integer >= n_docs = {n_docs} or None, got {explore_pool!r}"
+            f"explore_pool: expected an integer >= n_docs = {n_docs} or None, "
+            f"got {shown(explore_pool)}"
         )
     if not (_is_number(explore_tau) and explore_tau > 0 and math.isfinite(explore_tau)):
-        raise ValueError(f"explore_tau: expected a finite number > 0, got {explore_tau!r}")
+        raise ValueError(f"explore_tau: expected a finite number > 0, got {shown(explore_tau)}")
 
 
 def check_count(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number of at least 1."""
     if not (_is_whole(value) and value >= 1):
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        raise ValueError(f"{name}: expected an integer >= 1, got {shown(value)}")
 
 
 def check_encoder(name: str, encoder: object) -> None:
@@ -55,8 +59,8 @@ def check_encoder(name: str, encoder: object) -> None:
 def no_model_folder(name: str, path: str | os.PathLike[str], holding: str = "") -> str:
     """Return the message of an argument that should name a model folder and does not."""
     return (
-        f"{name}: expected a local model folder{holding}, got {os.fspath(path)!r} (hub models have "
-        "to be downloaded first: hf download NAME --local-dir FOLDER)"
+        f"{name}: expected a local model folder{holding}, got {shown(os.fspath(path))} (hub "
+        "models have to be downloaded first: hf download NAME --local-dir FOLDER)"
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastrag import manifests
 from fastrag.manifests import flag, integer, items, one_of, optional, record, table, text
+from fastrag.messages import shown
 from fastrag.nn.arguments import check_ids, no_model_folder
 from fastrag.nn.quiet import without_bars
 
@@ -100,7 +101,7 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling: expected one of {POOLINGS}, got {pooling!r}")
+            raise ValueError(f"pooling: expected one of {POOLINGS}, got {shown(pooling)}")
         self.model = model
         self.pooling = pooling
         self.normalize = normalize
@@ -277,7 +278,7 @@ class TextEncoder(nn.Module):
 def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
     """Return what a folder says about pooling, normalisation, prefix and length."""
     if role not in (None, "query", "passage"):
-        raise ValueError(f"role: expected 'query', 'passage' or None, got {role!r}")
+        raise ValueError(f"role: expected 'query', 'passage' or None, got {shown(role)}")
     if (folder / CONFIG_NAME).is_file():
         settings = manifests.read(folder / CONFIG_NAME, _SETTINGS)
         return {key: settings[key] for key in ("pooling", "normalize", "prefix", "max_length")}
@@ -302,7 +303,7 @@ def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, An
         else:
             raise ValueError(
                 f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and "
-                f"Normalize, got {module.get('type')!r}"
+                f"Normalize, got {shown(module.get('type'))}"
             )
     config = folder / "config_sentence_transformers.json"
     if config.is_file():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastrag.messages import shown
 from fastrag.nn.heads import LMHead
 from fastrag.nn.objectives import MARGINAL, RetrieverTerm
 from fastrag.ops.positions import IGNORE_INDEX
@@ -182,4 +183,4 @@ class RagLoss(nn.Module):
 
 def _require_word(argument: str, got: str, words: tuple[str, ...]) -> None:
     if got not in words:
-        raise ValueError(f"{argument}: expected one of {words}, got {got!r}")
+        raise ValueError(f"{argument}: expected one of {words}, got {shown(got)}")

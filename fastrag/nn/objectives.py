@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastrag.messages import shown
+
 MARGINAL = "marginal"  # the objective without a retriever term of its own
 
 
@@ -64,7 +66,7 @@ class RetrieverTerm(nn.Module):
         """
         _checked_tau(tau_lm)
         if word not in objective_words():
-            raise ValueError(f"objective: expected one of {objective_words()}, got {word!r}")
+            raise ValueError(f"objective: expected one of {objective_words()}, got {shown(word)}")
         kind = RetrieverTerm._known.get(word)
         return None if kind is None else kind(tau_lm)
 

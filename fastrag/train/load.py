@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrag.eval import EvalResult, Prediction
+from fastrag.messages import shown
 from fastrag.nn import RagModel
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.train.build import INDEX_FOLDER, build_model, load_index
@@ -49,7 +50,8 @@ def load_run(
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(
-            f"model: expected a model, a run or a checkpoint, there is no folder {str(folder)!r}"
+            "model: expected a model, a run or a checkpoint, there is no folder "
+            f"{shown(str(folder))}"
         )
     if (path / STATE).is_file():
         return _load_checkpoint(path, index)

@@ -15,6 +15,7 @@ from fastrag.data import (
     read_passages,
     read_questions,
 )
+from fastrag.messages import shown
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def load_questions(source: str) -> list[Question]:
         if split not in splits:
             raise ValueError(
                 f"questions: expected default:<split> with one of {', '.join(splits)}, "
-                f"got {source!r}"
+                f"got {shown(source)}"
             )
         return list(splits[split])
     questions = list(read_questions(source))

@@ -10,6 +10,7 @@ from fastrag.data import Question
 from fastrag.eval.evaluate import choose_fixed
 from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
+from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
 from fastrag.train.build import build_collator, build_model
 from fastrag.train.checkpoints import require_no_checkpoints
@@ -72,7 +73,7 @@ def _check_measured(config: RagConfig, questions: list[Question]) -> None:
     needed = "answers or positive passages" if recall else "answers"
     raise ValueError(
         f"best_metric: expected questions with {needed} in {config.eval_questions} to measure "
-        f"{metric!r} on, got none"
+        f"{shown(metric)} on, got none"
     )
 
 

@@ -46,7 +46,7 @@ def test_recall_by_passage_id(perfect: RagModel) -> None:
     assert [each.hit_rank for each in result.predictions] == [0] * 12
     assert [each.retrieved[0] for each in result.predictions] == [f"p{i}" for i in range(12)]
     wrong = [Question(q.id, q.question, q.answers, positive_ids=("p0",)) for q in tiny.questions(4)]
-    result = evaluate(perfect, wrong, tiny.collator(), ks=(1,), max_new_tokens=2)
+    result = evaluate(perfect, wrong, tiny.collator(), ks=1, max_new_tokens=2)
     assert result.metrics["recall@1"] == 0.25
 
 
@@ -205,6 +205,10 @@ def test_rejects_bad_input(perfect: RagModel) -> None:
         evaluate(perfect, tiny.questions(), collator, n_docs=0)
     with pytest.raises(ValueError, match="ks: expected one or more integers >= 1"):
         evaluate(perfect, tiny.questions(), collator, ks=())
+    with pytest.raises(ValueError, match="ks: expected a whole number, got '5'"):
+        evaluate(perfect, tiny.questions(), collator, ks="5")
+    with pytest.raises(ValueError, match="ks: expected one or more integers >= 1, got .*0"):
+        evaluate(perfect, tiny.questions(), collator, ks=0)
     perfect.generator_tokenizer = None
     with pytest.raises(ValueError, match="generator_tokenizer"):
         evaluate(perfect, tiny.questions(), collator)

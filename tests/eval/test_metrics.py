@@ -52,8 +52,14 @@ def test_f1_by_hand() -> None:
 def test_answers_are_checked(metric: object) -> None:
     with pytest.raises(ValueError, match="answers: expected at least one"):
         metric("x", [])
-    with pytest.raises(ValueError, match="answers: expected a sequence of strings, got one string"):
-        metric("x", "Nile")
+    with pytest.raises(ValueError, match="answers: expected at least one"):
+        metric("x", "")
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, contains_answer])
+def test_one_answer_is_a_list_of_one(metric: object) -> None:
+    for text in ("Nile", "N"):
+        assert metric("Nile", text) == metric("Nile", [text]) == (text == "Nile")
 
 
 def test_recall_at() -> None:
