@@ -136,7 +136,10 @@ def _repr(value: object) -> str:
 
 def _is_array(value: Any) -> bool:
     """Whether a value is an array or a tensor; printing one may wait for a GPU."""
-    shape = getattr(value, "shape", None)
+    try:
+        shape = getattr(value, "shape", None)
+    except RuntimeError:  # a nested tensor has no shape
+        return False
     if not isinstance(shape, tuple) or not hasattr(value, "dtype"):
         return False
     return bool(shape) or hasattr(value, "requires_grad")  # numpy's scalars print as numbers

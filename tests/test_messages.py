@@ -76,6 +76,8 @@ def test_an_object_that_cannot_print_itself() -> None:
             raise RuntimeError("no")
 
     assert shown([Broken(), 1]) == "[<Broken>, 1]"
+    nested = torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])
+    assert shown(nested).startswith("nested_tensor([ tensor([0.])")
 
 
 def test_names_are_cut_and_on_one_line() -> None:
