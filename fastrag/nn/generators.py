@@ -2,6 +2,9 @@
 
     hidden = adapter.hidden(context_ids, context_mask, labels)     # [B, K, T, H], before the head
     head = adapter.head()                                          # LMHead, with gradients
+    state = adapter.read(context_ids, context_mask)                # contexts that are read once:
+    hidden = adapter.hidden(context_ids, context_mask, labels, state=state)     # for labels,
+    model.generate(context_ids, attention_mask=context_mask, **state)           # then for answers
 
 Seq2seq: the encoder reads the context `[B*K, L]` once, the decoder reads the labels shifted right.
 Causal: context (left-padded) and answer (right-padded) are one sequence with explicit positions;
@@ -13,19 +16,23 @@ logits on two tokens, plain and with the head's input scaled up until a softcap 
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fastrag.nn.arguments import check_answers
 from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
 from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers' name from 5.24 on, and before
 
 
 @contextmanager
@@ -83,6 +90,8 @@ class GeneratorAdapter:
         context_mask: Tensor,
         labels: Tensor,
         ignore_index: int = IGNORE_INDEX,
+        *,
+        state: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return the hidden states that predict each label, before the head.
 
@@ -92,6 +101,8 @@ class GeneratorAdapter:
             context_mask: `[B*K, L]`, 1 at tokens.
             labels: `[B, T]` int64, padded on the right with `ignore_index`.
             ignore_index: label that does not count.
+            state: what `read` returned for these contexts, which are then not read again; it is
+                left as it is.
 
         Returns:
             hidden `[B, K, T, H]`, differentiable; may be a view.
@@ -111,8 +122,36 @@ class GeneratorAdapter:
         outside = check_label_values(labels, labels != ignore_index, self.n_vocab)
         labels = labels.masked_fill(outside, 0)  # an embedding may not be asked for them
         inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
+        if state:
+            inputs = self._continued(inputs, context_ids.shape[1], state)
         states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]
         return states.unflatten(0, (n_questions, -1))
+
+    def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        """Read contexts once, for `hidden` and for the model's `generate` to go on from.
+
+        Args:
+            context_ids: `[B*K, L]` int64, padded as for `hidden`.
+            context_mask: `[B*K, L]`, 1 at tokens.
+
+        Returns:
+            Keyword arguments of the model's `generate`, which uses them up; nothing where the
+            model cannot go on from what it has read.
+        """
+        raise NotImplementedError
+
+    def predicting(self) -> AbstractContextManager[list[Tensor]]:
+        """Record the states `[rows, 1, H]` that predict the next token at each call of the model.
+
+        While the ``with`` block runs, the model makes logits of each row's last token only.
+        """
+        return self._live_head.capture_last()
+
+    def _continued(
+        self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return `inputs` without what the model has read already, given the state after it."""
+        raise NotImplementedError
 
     def _inputs(
         self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
@@ -170,6 +209,16 @@ class Seq2SeqAdapter(GeneratorAdapter):
 
     kind = "seq2seq"
 
+    def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        encoder = base_model(self.model).get_encoder()
+        outputs = encoder(input_ids=context_ids, attention_mask=context_mask, return_dict=True)
+        return {"encoder_outputs": outputs}
+
+    def _continued(
+        self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name != "input_ids"} | {**state}
+
     def _inputs(
         self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
     ) -> dict[str, Any]:
@@ -209,6 +258,59 @@ class CausalAdapter(GeneratorAdapter):
         self._takes_positions = "position_ids" in parameters
         super().__init__(model)
 
+    def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        return self._read(context_ids, context_mask) if self._continues else {}
+
+    def _read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        """Read all but the last column, which holds the token that predicts the first label."""
+        before = context_mask[:, :-1]
+        if before.shape[1] == 0:
+            return {}
+        inputs = {
+            "input_ids": context_ids[:, :-1],
+            "attention_mask": before,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = _positions(before)
+        with self._live_head.capture():
+            outputs = self.model(**inputs)
+        # the first alone: an output that has the new name answers to the old one too
+        found = [name for name in _CACHE_NAMES if name in outputs.keys()][:1]  # noqa: SIM118
+        return {name: outputs[name] for name in found}
+
+    def _continued(
+        self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        news: dict[str, Any] = {
+            name: inputs[name][:, context_width - 1 :]
+            for name in ("input_ids", "position_ids")
+            if name in inputs
+        }
+        caches = {name: _branch(cache) for name, cache in state.items()}
+        return {**inputs, **news, **caches, "use_cache": True}
+
+    @functools.cached_property
+    def _continues(self) -> bool:
+        """Whether the model gives the same states when it goes on from its cache.
+
+        Models without a cache do not, nor do recurrent ones that take one token at a time then.
+        """
+        embedding = base_model(self.model).get_input_embeddings()
+        vocab = min(embedding.weight.shape[0], self.n_vocab)
+        ids = torch.arange(8, device=embedding.weight.device).view(2, 4) % vocab
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        labels = ids[:, :3].flip(0)
+        with evaluating(self.model):
+            whole = self.hidden(ids, mask, labels)
+            try:
+                state = self._read(ids, mask)
+                return bool(state) and _close(self.hidden(ids, mask, labels, state=state), whole)
+            except Exception:  # whatever a model raises here, it can still be run in one piece
+                return False
+
     def room(self, context_width: int) -> int | None:
         positions = getattr(base_model(self.model).config, "max_position_embeddings", None)
         # The last answer token is predicted but never read: it needs no position.
@@ -237,7 +339,7 @@ class CausalAdapter(GeneratorAdapter):
             "return_dict": True,
         }
         if self._takes_positions:
-            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = _positions(mask)
         return inputs
 
 
@@ -303,6 +405,26 @@ def _refuse_wrapped(model: Any) -> None:
         f"generator: expected a plain transformers model, got {got}; adapt before "
         f"accelerator.prepare or torch.compile"
     )
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Return the position of each token of left-padded rows, 0 at padding."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _branch(cache: Any) -> Any:
+    """Return a cache that grows by itself, and shares the tensors that are in it by now if it can.
+
+    The layers named here replace their tensors when they grow; others may write into them.
+    """
+    branch = copy.copy(cache)
+    branch.layers = [
+        copy.copy(layer)
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
+    return branch
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:

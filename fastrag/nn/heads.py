@@ -154,6 +154,24 @@ class LiveHead:
         finally:
             handle.remove()
 
+    @contextmanager
+    def capture_last(self) -> Iterator[list[Tensor]]:
+        """Record the last state of each row, `[rows, 1, H]`, at each call inside the block.
+
+        The projection sees that state only: the logits of a whole context are never made.
+        """
+        seen: list[Tensor] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            seen.append(args[0][:, -1:])
+            return (seen[-1], *args[1:])
+
+        handle = self.module.register_forward_pre_hook(hook)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
 
 def declared_heads(model: Any) -> list[LiveHead]:
     """Return the heads that the configuration of `model` allows, the likeliest first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,6 +263,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
         max_new_tokens: int = 32,
         n_docs: int | None = None,
         rows: Tensor | None = None,
+        labels: Tensor | None = None,
+        valid_rows: Tensor | None = None,
+        on_progress: Callable[[float], None] | None = None,
         **generate_kwargs: Any,
     ) -> RagGeneration:
         """Answer questions by RAG-Sequence decoding (`fastrag.generation.sequence`), in eval mode.
@@ -275,7 +278,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
             max_new_tokens: longest answer.
             n_docs: passages per question; None: the model's.
             rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
-            generate_kwargs: passed on to the generator's `generate`.
+            labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
+                from the same reading of the contexts.
+            valid_rows: positions of counted labels, `[R]` int32, from the collator.
+            on_progress: called with the share of the work that was done since the last call.
+            generate_kwargs: fields of the generator's `GenerationConfig`.
 
         Returns:
             `RagGeneration`.
@@ -288,6 +295,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
         n_docs = self.n_docs if n_docs is None else n_docs
         check_count("n_docs", n_docs)
+        if labels is not None:
+            check_answers(labels, len(input_ids))
         # Training taught the template's end, which a chat template may set apart from the model's.
         end_ids = sorted({*own_end_ids(self.adapter), self.builder.template.eos_id})
         with evaluating(self):
@@ -302,6 +311,10 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 rows,
                 max_new_tokens=max_new_tokens,
                 pad_id=self.builder.template.pad_id,
+                labels=labels,
+                valid_rows=valid_rows,
+                loss_fn=self.loss_fn,
+                on_progress=on_progress,
                 **{"eos_token_id": end_ids, **generate_kwargs},
             )
 

@@ -42,6 +42,7 @@ class RagGeneration(ModelOutput):
         candidates: greedy answer under each passage, `[B, K, T]`.
         candidate_scores: log p(y|x) of each candidate, `[B, K]`, -inf at missing passages.
         lengths: tokens of each best answer, its EOS included, `[B]` int64.
+        loss: scalar; None without labels.
     """
 
     sequences: Tensor | None = None
@@ -52,3 +53,4 @@ class RagGeneration(ModelOutput):
     candidates: Tensor | None = None
     candidate_scores: Tensor | None = None
     lengths: Tensor | None = None
+    loss: Tensor | None = None

@@ -87,14 +87,14 @@ def test_equal_answers_add_up(monkeypatch):
     from fastrag.generation import sequence
 
     tokens = torch.tensor([[7, EOS, 9], [8, EOS, 5], [8, EOS, 6], [4, EOS, 4]])
-    monkeypatch.setattr(sequence, "_greedy", lambda *_: tokens)
+    monkeypatch.setattr(sequence, "_greedy", lambda *_: (tokens, torch.zeros(4, 1, 3, 16)))
     monkeypatch.setattr(sequence, "_seq_logp", lambda *_: torch.zeros(4))
     model = rag_model()
     prior = torch.tensor([[0.4, 0.3, 0.3, 0.0]])
     rows = torch.tensor([[10, 11, 3, -1]])
     ids = torch.ones(4, 2, dtype=torch.int64)
     out = rag_sequence_generate(model.adapter, ids, ids, prior.log(), rows, pad_id=PAD)
-    assert out.sequences.tolist() == [[8, EOS, PAD]]
+    assert out.sequences.tolist() == [[8, EOS]]
     assert out.scores.item() == pytest.approx(torch.tensor(0.6).log().item())
     assert out.supporting_rows.tolist() == [11]
     torch.testing.assert_close(out.candidate_scores.exp(), torch.tensor([[0.4, 0.6, 0.6, 0.0]]))
