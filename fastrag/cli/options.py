@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fastrag.nn import RagModel
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="model folder, run folder or checkpoint")
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, help="model folder, run folder or checkpoint")
     parser.add_argument("--index", help="folder from `fastrag index build`")
     add_device(parser)
 

@@ -31,6 +31,32 @@ def print_metrics(result: Any) -> None:
             print(f"{name:<12}{value:>#8.5g}")
 
 
+def print_retrieval(results: dict[str, Any], n_passages: int) -> None:
+    """Print measures of retrieval with 95 % bootstrap intervals, one retriever a column.
+
+    Args:
+        results: a RetrievalResult for each name of a retriever.
+        n_passages: how many passages there are.
+    """
+    from fastrag.eval import bootstrap_interval
+    from fastrag.eval.retrieval import BM25_B, BM25_K1
+
+    first = next(iter(results.values()))
+    columns = "".join(f"{name:>10}   95 % interval" for name in results)
+    print(f"{'metric':<16}{columns}")
+    for name in first.values:
+        cells = []
+        for result in results.values():
+            values = result.values[name]
+            low, high = bootstrap_interval(values)
+            cells.append(f"{sum(values) / len(values):>10.3f}   {low:.3f} – {high:.3f}")
+        print(f"{name:<16}{''.join(cells)}")
+    print(f"{len(first.rankings)} questions, {n_passages} passages. A passage is right by")
+    print("gold: the question names its id; answer: it contains an accepted answer.")
+    if "BM25" in results:
+        print(f"BM25: k1 {BM25_K1}, b {BM25_B}, over title and text.")
+
+
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return refusal(error)

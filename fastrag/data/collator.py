@@ -22,6 +22,53 @@ VALID_ROWS_MULTIPLE = 256
 _NO_MAX_LENGTH = 10**9
 
 
+class QuestionBatch:
+    """Tokenises questions for the question encoder and pads them.
+
+    Args:
+        tokenizer: the question encoder's tokenizer.
+        prefix: put before each question (`"query: "`).
+        max_question: most tokens of a question, special tokens included; a longer one is cut there,
+            the special tokens stay. `None`: the tokenizer's `model_max_length` where it states one.
+
+    Raises:
+        ValueError: the special tokens alone fill `max_question`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: str = "",
+        max_question: int | None = None,
+    ) -> None:
+        if max_question is None and tokenizer.model_max_length < _NO_MAX_LENGTH:
+            max_question = tokenizer.model_max_length
+        self.tokenizer = tokenizer
+        self.prefix = prefix
+        self.max_question = max_question
+        pad = tokenizer.pad_token_id
+        self._pad = 0 if pad is None else pad
+        self._frame = special_frame(tokenizer)
+        n_frame = len(self._frame[0]) + len(self._frame[1])
+        if max_question is not None and max_question <= n_frame:
+            raise ValueError(
+                f"max_question: expected more than the tokenizer's {n_frame} special "
+                f"tokens, got {max_question}"
+            )
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
+        """Builds `input_ids` and `attention_mask`, both `[B, S]` int64."""
+        before, behind = self._frame
+        room = self.max_question
+        if room is not None:
+            room -= len(before) + len(behind)
+        texts = [self.prefix + question.question.strip() for question in questions]
+        ids = encode_texts(self.tokenizer, texts)
+        framed = [[*before, *text_ids[:room], *behind] for text_ids in ids]
+        input_ids, mask = pad_ids(framed, self._pad)
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
 class RagCollator:
     """Tokenises questions once per vocabulary and pads them; a `collate_fn` for any DataLoader.
 
@@ -106,10 +153,7 @@ class RagCollator:
         self.max_prompt = max_prompt
         self.max_answer = max_answer
         self.max_context = max_context
-        self.question_prefix = question_prefix
-        if max_question is None and question_tokenizer.model_max_length < _NO_MAX_LENGTH:
-            max_question = question_tokenizer.model_max_length
-        self.max_question = max_question
+        self.question_batch = QuestionBatch(question_tokenizer, question_prefix, max_question)
         self.answer_choice = answer_choice
         self.require_answers = require_answers
         self.bound: BoundTemplate = self.template.bind(generator_tokenizer, kind)
@@ -117,15 +161,16 @@ class RagCollator:
             self.bound.window(max_context)
         self.question_tokenizer = question_tokenizer
         self.generator_tokenizer = generator_tokenizer
-        pad = question_tokenizer.pad_token_id
-        self._question_pad = 0 if pad is None else pad
-        self._frame = special_frame(question_tokenizer)
-        n_frame = len(self._frame[0]) + len(self._frame[1])
-        if max_question is not None and max_question <= n_frame:
-            raise ValueError(
-                f"max_question: expected more than the tokenizer's {n_frame} special "
-                f"tokens, got {max_question}"
-            )
+
+    @property
+    def question_prefix(self) -> str:
+        """The text before the question for the encoder."""
+        return self.question_batch.prefix
+
+    @property
+    def max_question(self) -> int | None:
+        """Most tokens of the encoder's question; None: no limit."""
+        return self.question_batch.max_question
 
     def __call__(self, examples: Sequence[Question | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Builds one batch.
@@ -151,10 +196,8 @@ class RagCollator:
         ]
         if not questions:
             raise ValueError("examples: expected at least one question, got none")
-        encoder = self._encoder_ids(questions)
         prompts = [self._prompt_ids(question) for question in questions]
-        batch = {}
-        batch["input_ids"], batch["attention_mask"] = pad_ids(encoder, self._question_pad)
+        batch = self.question_batch(questions)
         batch["prompt_ids"], batch["prompt_mask"] = pad_ids(prompts, self.bound.pad_id)
         answered = [bool(question.answers) for question in questions]
         if self.require_answers or any(answered):
@@ -170,15 +213,6 @@ class RagCollator:
                 [len(ids) for ids in answers], batch["labels"].shape[1]
             )
         return batch
-
-    def _encoder_ids(self, questions: Sequence[Question]) -> list[list[int]]:
-        prefix, suffix = self._frame
-        room = self.max_question
-        if room is not None:
-            room -= len(prefix) + len(suffix)
-        texts = [self.question_prefix + question.question.strip() for question in questions]
-        ids = encode_texts(self.question_tokenizer, texts)
-        return [[*prefix, *text_ids[:room], *suffix] for text_ids in ids]
 
     def _prompt_ids(self, question: Question) -> list[int]:
         ids = self.bound.question_ids(question.question)

@@ -1,4 +1,4 @@
-"""Evaluation: exact match, F1, recall@k, and the loop that computes them for a model."""
+"""Evaluation: exact match, F1, recall@k, MRR, nDCG, and the loops that compute them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,34 @@ from fastrag.eval.metrics import (
     contains_answer,
     exact_match,
     f1,
+    ndcg_at,
     normalize_answer,
     recall_at,
+    reciprocal_rank,
+)
+from fastrag.eval.retrieval import (
+    BM25Retriever,
+    DenseRetriever,
+    Ranking,
+    RetrievalResult,
+    evaluate_retrieval,
 )
 
 __all__ = [
+    "BM25Retriever",
+    "DenseRetriever",
     "EvalResult",
     "Prediction",
+    "Ranking",
+    "RetrievalResult",
     "bootstrap_interval",
     "contains_answer",
     "evaluate",
+    "evaluate_retrieval",
     "exact_match",
     "f1",
+    "ndcg_at",
     "normalize_answer",
     "recall_at",
+    "reciprocal_rank",
 ]

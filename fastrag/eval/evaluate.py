@@ -7,17 +7,16 @@ answer of highest probability under RAG-Sequence's fast decoding (Lewis et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastrag.data.readers import to_question
-from fastrag.eval.metrics import contains_answer, exact_match, f1
-from fastrag.messages import shown
-from fastrag.ops.checks import whole
+from fastrag.eval.batches import check_evaluated, in_batches
+from fastrag.eval.metrics import exact_match, f1
+from fastrag.eval.retrieval import Judge
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def evaluate(
         collator: makes batches from questions, as in training.
         batch_size: questions per batch.
         ks: the k of recall@k, or one.
-        limit: look at `choose_fixed(questions, limit)` only.
+        limit: look at `choose_fixed(questions, limit)` of `fastrag.eval.batches` only.
         max_new_tokens: longest answer.
         n_docs: passages per question for the answer; None takes the model's.
         loss: compute the marginal NLL per label token as well.
@@ -120,43 +119,39 @@ def evaluate(
         >>> result = evaluate(model, questions, collator, ks=(1, 5))    # doctest: +SKIP
         >>> result.metrics["recall@5"], result.metrics["em"]             # doctest: +SKIP
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
+    chosen, ks = check_evaluated(questions, batch_size, ks, limit)
     if n_docs is not None and n_docs < 1:
         raise ValueError(f"n_docs: expected an integer >= 1 or None, got {n_docs}")
-    ks = tuple(whole("ks", k) for k in ([ks] if isinstance(ks, int) else ks))
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks: expected one or more integers >= 1, got {shown(ks)}")
     from fastrag.nn.generators import evaluating
 
-    # one reading of a record for the batch and for the metrics
-    chosen = [
-        to_question(question, f"questions[{i}]", default_id=str(i))
-        for i, question in enumerate(choose_fixed(questions, limit))
-    ]
-    if not chosen:
-        raise ValueError("questions: expected at least one question, got none")
     if model.generator_tokenizer is None:
         raise ValueError("model: expected one with a generator_tokenizer to read answers, got None")
     n_docs = model.n_docs if n_docs is None else n_docs
+    judge = Judge(model.passages)
     predictions: list[Prediction] = []
     nll, n_tokens = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for rows in _batches(chosen, batch_size, progress, description):
-            # a batch has labels of all its questions or of none
-            answered = [i for i, question in enumerate(rows) if question.answers]
-            mixed = 0 < len(answered) < len(rows)
-            asked = [replace(question, answers=()) for question in rows] if mixed else rows
-            batch = _to_device(collator(asked), model)
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        in_batches(chosen, batch_size, progress, description) as batches,
+    ):
+        for rows in batches:
+            batch = _to_device(_collated(rows, collator, loss), model)
             # one search serves recall, answer and loss: the best k are the first of the best k + 1
             found = _search(model, batch, max(*ks, n_docs, model.n_docs))
-            predictions += _answer(model, rows, batch, found, max(ks), n_docs, max_new_tokens)
-            if loss and mixed:
-                batch = _to_device(collator([rows[i] for i in answered]), model)
-                found = found[answered]
-            if loss and "labels" in batch:
+            generation: Any = model.generate(
+                **batch if n_docs == model.n_docs else _without_labels(batch),
+                max_new_tokens=max_new_tokens,
+                rows=found[:, :n_docs],
+                on_progress=batches.advance,
+            )
+            predictions += _predictions(model, rows, generation, found[:, : max(ks)], judge)
+            if "labels" in batch:
                 counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
-                nll += float(model(**batch, rows=found[:, : model.n_docs]).loss) * counted
+                batch_loss = generation.loss
+                if batch_loss is None:  # other passages than those of the answer
+                    batch_loss = model(**batch, rows=found[:, : model.n_docs]).loss
+                nll += float(batch_loss) * counted
                 n_tokens += counted
     metrics = _summary(predictions, ks)
     if loss and n_tokens:
@@ -164,44 +159,22 @@ def evaluate(
     return EvalResult(metrics=metrics, predictions=predictions)
 
 
-def choose_fixed(questions: Sequence[Any], limit: int | None) -> list[Any]:
-    """Choose the same questions at every call: all of them, or a spread sample in file order.
-
-    Args:
-        questions: the questions.
-        limit: how many to take; None takes all.
-
-    Returns:
-        A list of at most `limit` questions, evenly spread, so that a file sorted by topic gives
-        every topic its share.
-
-    Raises:
-        ValueError: limit < 1.
-
-    Example:
-        >>> choose_fixed("abcdef", 3)
-        ['a', 'c', 'e']
-    """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected an integer >= 1 or None, got {limit}")
-    n = len(questions)
-    if limit is None or limit >= n:
-        return list(questions)
-    return [questions[i * n // limit] for i in range(limit)]
+def _collated(questions: list[Question], collator: RagCollator, loss: bool) -> dict[str, Any]:
+    """Collate a batch in which some questions may have no answers: their labels do not count."""
+    answered = [i for i, question in enumerate(questions) if question.answers]
+    if loss and len(answered) == len(questions):
+        return collator(questions)
+    batch = collator([replace(question, answers=()) for question in questions])
+    if loss and answered:
+        known = collator([questions[i] for i in answered])["labels"]
+        labels = known.new_full((len(questions), known.shape[1]), IGNORE_INDEX)
+        labels[answered] = known
+        batch["labels"] = labels
+    return batch
 
 
-def _batches(
-    questions: list[Question], batch_size: int, progress: bool, description: str
-) -> Iterator[list[Question]]:
-    from tqdm.auto import tqdm
-
-    with tqdm(
-        total=len(questions), desc=description, unit="q", disable=not progress, leave=False
-    ) as bar:
-        for start in range(0, len(questions), batch_size):
-            rows = questions[start : start + batch_size]
-            yield rows
-            bar.update(len(rows))
+def _without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("labels", "valid_rows")}
 
 
 def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
@@ -217,33 +190,18 @@ def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
     return model.retrieve(batch["input_ids"], batch["attention_mask"], k).rows
 
 
-def _answer(
-    model: RagModel,
-    questions: list[Question],
-    batch: dict[str, Any],
-    rows: Tensor,
-    n_judged: int,
-    n_docs: int,
-    max_new_tokens: int,
+def _predictions(
+    model: RagModel, questions: list[Question], generation: Any, rows: Tensor, judge: Judge
 ) -> list[Prediction]:
     tokenizer: Any = model.generator_tokenizer
-    generation: Any = model.generate(
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch["prompt_ids"],
-        batch["prompt_mask"],
-        max_new_tokens=max_new_tokens,
-        rows=rows[:, :n_docs],
-    )
     texts = tokenizer.batch_decode(generation.sequences, skip_special_tokens=True)
-    passages = model.passages
     predictions = []
-    judged = rows[:, :n_judged].tolist()
-    for i, (question, found) in enumerate(zip(questions, judged, strict=True)):
+    for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
         answers = question.answers
         text = texts[i].strip()
         support = int(generation.supporting_rows[i])
-        found = [row for row in found if row >= 0]
+        ranking = judge.ranking(question, found)
+        hits = ranking.hits
         predictions.append(
             Prediction(
                 id=question.id,
@@ -252,31 +210,14 @@ def _answer(
                 prediction=text,
                 log_prob=float(generation.scores[i]),
                 n_tokens=int(generation.lengths[i]),
-                passage_id=passages.ids[support] if support >= 0 else "",
-                retrieved=tuple(passages.ids[row] for row in found),
+                passage_id=model.passages.ids[support] if support >= 0 else "",
+                retrieved=ranking.retrieved,
                 exact_match=exact_match(text, answers) if answers else math.nan,
                 f1=f1(text, answers) if answers else math.nan,
-                hit_rank=_hit_rank(passages, found, question.positive_ids, answers),
+                hit_rank=None if hits is None else (hits[0] if hits else -1),
             )
         )
     return predictions
-
-
-def _hit_rank(
-    passages: Any, rows: list[int], positives: tuple[str, ...], answers: tuple[str, ...]
-) -> int | None:
-    """Position of the first right passage; -1 for none, None when nothing says what is right."""
-    is_right: Callable[[int], bool]
-    if positives:
-        wanted = set(positives)
-        is_right = lambda row: passages.ids[row] in wanted  # noqa: E731
-    elif answers:
-        is_right = lambda row: contains_answer(  # noqa: E731
-            f"{passages.title(row)} {passages.text(row)}", answers
-        )
-    else:
-        return None
-    return next((rank for rank, row in enumerate(rows) if is_right(row)), -1)
 
 
 def _summary(predictions: list[Prediction], ks: Sequence[int]) -> dict[str, float]:

@@ -4,12 +4,17 @@
     F1 = max_a 2 P R / (P + R) over bags of normalised words              (ibid.)
     recall@k = share of questions with a right passage in the k best
                                                               (Karpukhin et al. 2020, sec. 5.1)
+    RR = 1 / place of the first right passage, 0 without one; its mean is MRR
+    nDCG@k = DCG / the DCG of all right passages in the first places,
+        DCG = sum over right passages in the k best of 1 / log2(place + 1)
+                                                         (Järvelin & Kekäläinen 2002, binary)
 
 Nothing here needs a model or a tensor: every function takes plain strings and sequences.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -143,12 +148,54 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
         >>> contains_answer("Parisian cafes", ["Paris"])
         False
     """
-    haystack = _words(text)
-    for answer in _listed(answers):
-        needle = _words(answer)
-        if needle and f"\0{needle}\0" in f"\0{haystack}\0":
-            return True
-    return False
+    return has_words(words_of(text), [words_of(answer) for answer in _listed(answers)])
+
+
+def words_of(text: str) -> str:
+    """Give the words of a text as `has_words` compares them, lower case and decomposed."""
+    return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
+
+
+def has_words(words: str, wanted: Sequence[str]) -> bool:
+    """Say whether `words` contains one of `wanted` as a run; all of them from `words_of`."""
+    return any(each and f"\0{each}\0" in f"\0{words}\0" for each in wanted)
+
+
+def reciprocal_rank(hits: Sequence[int]) -> float:
+    """Give 1 / place of the first right passage, or 0.0 without one.
+
+    Args:
+        hits: places of the right passages in the ranking, counted from 0, ascending.
+
+    Example:
+        >>> reciprocal_rank([1, 4]), reciprocal_rank([])
+        (0.5, 0.0)
+    """
+    return 1.0 / (hits[0] + 1) if hits else 0.0
+
+
+def ndcg_at(hits: Sequence[int], n_right: int, k: int) -> float:
+    """Give the normalised discounted cumulative gain of a ranking with binary relevance.
+
+    Args:
+        hits: places of the right passages in the ranking, counted from 0.
+        n_right: how many right passages there are.
+        k: how many of the ranked passages to look at, at least 1.
+
+    Returns:
+        A number in [0, 1]; 0.0 when nothing is right.
+
+    Raises:
+        ValueError: k < 1.
+
+    Example:
+        >>> ndcg_at([0], 1, k=10), round(ndcg_at([2], 1, k=10), 3)
+        (1.0, 0.5)
+    """
+    if k < 1:
+        raise ValueError(f"k: expected an integer >= 1, got {shown(k)}")
+    ideal = sum(_gain(place) for place in range(min(n_right, k)))
+    return sum(_gain(place) for place in hits if place < k) / ideal if ideal else 0.0
 
 
 def bootstrap_interval(
@@ -195,8 +242,8 @@ def _bag_f1(predicted: list[str], gold: list[str]) -> float:
     return 2.0 * precision * recall / (precision + recall)
 
 
-def _words(text: str) -> str:
-    return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
+def _gain(place: int) -> float:
+    return 1.0 / math.log2(place + 2)
 
 
 def _listed(answers: Sequence[str]) -> Sequence[str]:

@@ -27,7 +27,10 @@ from fastrag.nn.loss import MARGINALS
 from fastrag.nn.quiet import without_bars
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fastrag.nn.model import RagModel
+    from fastrag.nn.retriever import Retriever
 
 FORMAT = "fastrag-model"
 VERSION = 2
@@ -183,6 +186,30 @@ def _load_model(
             raise
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     return model.eval()
+
+
+def load_retriever(
+    path: str | os.PathLike[str], index: Any, passages: Any
+) -> tuple[Retriever, PreTrainedTokenizerBase]:
+    """Read question encoder, tokenizer and index of the folder `path`, and nothing else.
+
+    Raises:
+        ValueError: as `load_model`, or the folder holds no tokenizer of the question encoder.
+    """
+    from fastrag.nn.retriever import Retriever
+
+    folder = Path(path)
+    settings = _read_settings(folder, given_base=True)
+    tokenizer = _load_tokenizer(folder / "question_encoder")
+    if tokenizer is None:
+        raise ValueError(f"{folder / 'question_encoder'}: expected a tokenizer, found none")
+    retriever = Retriever(
+        _load_encoder(folder / "question_encoder"),
+        None,
+        _load_index(folder, settings, index),
+        _load_passages(folder, passages),
+    )
+    return retriever.eval(), tokenizer
 
 
 def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:

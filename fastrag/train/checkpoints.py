@@ -31,7 +31,7 @@ from pickle import UnpicklingError  # noqa: TID251 - nothing is unpickled with i
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -55,8 +55,10 @@ from fastrag.messages import reason
 
 if TYPE_CHECKING:
     from fastrag.nn import RagModel
+    from fastrag.nn.retriever import Retriever
 
 WEIGHTS = "model.safetensors"
+QUESTION_ENCODER = "retriever.question_encoder."  # what its parameters' names begin with
 FROZEN = "frozen.json"
 INDEX = "index.json"
 INDEX_FOLDER = "index"
@@ -384,6 +386,44 @@ def read_weights(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(stored, strict=False)
 
 
+def read_encoder(encoder: nn.Module, folder: Path) -> None:
+    """Load the question encoder of a checkpoint alone.
+
+    Args:
+        encoder: the encoder that the run started from; what did not train stays as it is.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: the file is damaged, or holds other parameters than the encoder has.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            stored = {
+                name.removeprefix(QUESTION_ENCODER): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118, it is no mapping
+                if name.startswith(QUESTION_ENCODER)
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
+    ours = encoder.state_dict()
+    for name, tensor in stored.items():
+        if name not in ours or ours[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: checkpoint of another configuration: {QUESTION_ENCODER}{name} expected "
+                f"{_shape(ours.get(name))}, got {_shape(tensor)}"
+            )
+    kept = {*manifests.read(folder / FROZEN, _FROZEN_FIELDS)}
+    loaded = {ours[name].data_ptr() for name in stored}  # a tied tensor is stored under one name
+    for name, tensor in ours.items():
+        if QUESTION_ENCODER + name not in kept and tensor.data_ptr() not in loaded:
+            raise ValueError(
+                f"{path}: checkpoint of another configuration: {QUESTION_ENCODER}{name} expected "
+                f"{_shape(tensor)}, got none"
+            )
+    encoder.load_state_dict(stored, strict=False)
+
+
 def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: int) -> None:
     """Write the index (when training changes it) or its checksum.
 
@@ -409,7 +449,7 @@ def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: 
     manifests.write(folder / INDEX, entry)
 
 
-def read_index(model: RagModel, folder: Path) -> int:
+def read_index(model: RagModel | Retriever, folder: Path) -> int:
     """Bring the model's index to the state in which the checkpoint was written.
 
     Args:

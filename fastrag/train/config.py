@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "steps",
     "epochs",
     "eval_questions",
+    "eval_at_start",
     "eval_steps",
     "eval_limit",
     "eval_ks",
@@ -55,6 +56,7 @@ FREE_ON_RESUME = (
 PRECISIONS = ("fp32", "bf16", "fp16")
 GENERATOR_DTYPES = ("auto", "float32", "bfloat16")
 ANSWER_CHOICES = ("first", "random")
+EVALS_AT_START = ("retrieval", "full", "none")
 TEMPLATES = ("plain", "chat")
 BEST_METRICS = ("em", "f1", "loss")
 GENERATOR_LR = 5e-5
@@ -136,6 +138,8 @@ class RagConfig:
         template: `plain`, `chat`, or a mapping of a `Template`'s fields.
         lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets` (names of
             layers, `all-linear`, or a regular expression for their paths).
+        eval_at_start: what to measure before training: `retrieval`, recall@k alone, which takes
+            seconds; `full`, answers and loss as well; or `none`.
         eval_steps: evaluate every so many steps; None only before and after training.
         eval_limit: evaluate on so many fixed questions; None on all.
         eval_ks: the k of recall@k.
@@ -208,6 +212,7 @@ class RagConfig:
     answer_choice: str = "first"
     template: str | dict[str, Any] = "plain"
     lora: dict[str, Any] | None = None
+    eval_at_start: str = "retrieval"
     eval_steps: int | None = None
     eval_limit: int | None = 200
     eval_ks: list[int] = field(default_factory=lambda: [1, 5])
@@ -245,6 +250,7 @@ class RagConfig:
         fits = (self.generator_dtype, self.precision) != ("bfloat16", "fp16")
         require("generator_dtype", fits, "auto or float32 with precision fp16", "bfloat16")
         require_word("answer_choice", self.answer_choice, ANSWER_CHOICES)
+        require_word("eval_at_start", self.eval_at_start, EVALS_AT_START)
         require_word("device", self.device, ("auto", "cpu"))
         require_word("index_dtype", self.index_dtype, DTYPES)
         require_word("index_device", self.index_device, ("auto", "cpu", "stream"))

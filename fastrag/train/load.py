@@ -5,29 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrag.eval import EvalResult, Prediction
+from fastrag.data.collator import QuestionBatch
+from fastrag.eval import DenseRetriever, EvalResult, RetrievalResult
 from fastrag.messages import shown
-from fastrag.nn import RagModel
+from fastrag.nn import RagModel, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
+from fastrag.nn.retriever import Retriever
 from fastrag.train.build import INDEX_FOLDER, build_model, load_index
 from fastrag.train.checkpoints import (
     MODEL_FILES,
     STATE,
     check_files,
+    read_encoder,
     read_index,
     read_weights,
 )
 from fastrag.train.config import RagConfig
 from fastrag.train.files import replacing
+from fastrag.train.parts import load_encoder, load_tokenizer
+from fastrag.train.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fastrag.index import Index, PassageStore
 
-CONFIG_FILE = "config.yaml"
 MODEL_FOLDER = "model"
 
 
@@ -47,37 +53,107 @@ def load_run(
     Raises:
         ValueError: the folder is none of these, or no index is to be found.
     """
+    path = _model_folder(folder)
+    if (path / STATE).is_file():
+        return _load_checkpoint(path, index)
+    vectors, passages = _index_of(path, index)
+    return RagModel.from_pretrained(path, vectors, passages)
+
+
+def load_retriever(
+    folder: str | os.PathLike[str], index: str | os.PathLike[str] | None = None
+) -> DenseRetriever:
+    """Load the retriever of what `load_run` loads, without its generator.
+
+    Args:
+        folder: a model folder, a run folder, or a checkpoint of a run.
+        index: a folder from `fastrag index build`; None takes the one that belongs to the model.
+
+    Returns:
+        The retriever, in eval mode on the CPU.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    path = _model_folder(folder)
+    if (path / STATE).is_file():
+        config = _config_of(path, index)
+        retriever, tokenizer = _from_parts(config.question_encoder, str(config.index))
+        read_encoder(retriever.question_encoder, path)
+        if index is None:
+            read_index(retriever, path)
+    else:
+        vectors, passages = _index_of(path, index)
+        retriever, tokenizer = checkpoint.load_retriever(path, vectors, passages)
+    return _with_tokenizer(retriever, tokenizer)
+
+
+def open_retriever(
+    encoder: str | os.PathLike[str], index: str | os.PathLike[str]
+) -> DenseRetriever:
+    """Make a retriever of an encoder and an index.
+
+    Args:
+        encoder: the folder of the question encoder.
+        index: a folder from `fastrag index build`.
+
+    Returns:
+        The retriever, in eval mode on the CPU.
+
+    Raises:
+        ValueError: a folder cannot be read, or the index was built with another tokenizer or width.
+    """
+    return _with_tokenizer(*_from_parts(encoder, index))
+
+
+def _from_parts(
+    encoder: str | os.PathLike[str], index: str | os.PathLike[str]
+) -> tuple[Retriever, PreTrainedTokenizerBase]:
+    name = "question_encoder"
+    question_encoder = load_encoder(encoder, name, "query")
+    vectors, passages = load_index(index)
+    retriever = Retriever(question_encoder, None, vectors, passages)
+    return retriever.eval(), load_tokenizer(encoder, name)
+
+
+def _with_tokenizer(retriever: Retriever, tokenizer: PreTrainedTokenizerBase) -> DenseRetriever:
+    retriever.passages.check_tokenizer("encoder", tokenizer)
+    encoder: Any = retriever.question_encoder
+    return DenseRetriever(retriever, QuestionBatch(tokenizer, encoder.prefix, encoder.max_length))
+
+
+def _model_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint or the saved model that a folder stands for."""
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(
             "model: expected a model, a run or a checkpoint, there is no folder "
             f"{shown(str(folder))}"
         )
-    if (path / STATE).is_file():
-        return _load_checkpoint(path, index)
-    if not (path / MODEL_CONFIG).is_file():
-        if not (path / MODEL_FOLDER / MODEL_CONFIG).is_file():
-            raise ValueError(
-                f"model: expected a model, a run or a checkpoint, {path} has no {MODEL_CONFIG}"
-            )
-        path = path / MODEL_FOLDER
-    vectors, passages = _index_of(path, index)
-    return RagModel.from_pretrained(path, vectors, passages)
+    if (path / STATE).is_file() or (path / MODEL_CONFIG).is_file():
+        return path
+    if not (path / MODEL_FOLDER / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"model: expected a model, a run or a checkpoint, {path} has no {MODEL_CONFIG}"
+        )
+    return path / MODEL_FOLDER
 
 
-def write_predictions(path: str | os.PathLike[str], result: EvalResult) -> None:
+def write_predictions(path: str | os.PathLike[str], result: EvalResult | RetrievalResult) -> None:
     """Write one JSON object per question.
 
     Args:
         path: the file.
-        result: what `evaluate` returned.
+        result: what `evaluate` or `evaluate_retrieval` returned.
     """
-    lines: Iterable[str] = (json.dumps(_plain(each)) + "\n" for each in result.predictions)
+    rows: Sequence[Any] = result.predictions if isinstance(result, EvalResult) else result.rankings
+    lines: Iterable[str] = (json.dumps(_plain(each)) + "\n" for each in rows)
     with replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagModel:
+def _config_of(path: Path, index: str | os.PathLike[str] | None) -> RagConfig:
+    """Return the settings of a checkpoint's run, with the index to load."""
     saved = path.parent / CONFIG_FILE
     if not saved.is_file():
         raise ValueError(f"model: expected the run's settings beside the checkpoint in {saved}")
@@ -87,6 +163,11 @@ def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagMod
         config.index = os.fspath(index)
     elif config.index is None:
         config.index = str(path.parent / INDEX_FOLDER)
+    return config
+
+
+def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagModel:
+    config = _config_of(path, index)
     model = build_model(config, progress=False, resume=True)
     read_weights(model, path)
     if index is None:
@@ -107,7 +188,7 @@ def _index_of(
     raise ValueError(f"index: expected a folder from `fastrag index build`, {path} holds none")
 
 
-def _plain(prediction: Prediction) -> dict[str, Any]:
+def _plain(prediction: Any) -> dict[str, Any]:
     values = dataclasses.asdict(prediction)
     return {
         name: None if isinstance(value, float) and value != value else value

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastrag.data import Question
-from fastrag.eval.evaluate import choose_fixed
+from fastrag.eval.batches import choose_fixed
 from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
 from fastrag.messages import shown
@@ -15,13 +15,16 @@ from fastrag.nn import RagModel, checkpoint
 from fastrag.train.build import build_collator, build_model
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
-from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER, write_predictions
+from fastrag.train.load import MODEL_FOLDER, write_predictions
 from fastrag.train.parts import load_questions
+from fastrag.train.run_folder import CONFIG_FILE, write_record
 from fastrag.train.trainer import RagTrainer
 
 
 def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     """Train as a config says, evaluate before and after, and save the model.
+
+    Settings and versions are written into the run folder before anything that takes long.
 
     Args:
         config: the settings.
@@ -40,16 +43,21 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         _check_resumable(config, run)
     else:
         _check_new(run)
-    config.training_arguments()  # its mistakes come before what takes long
+    arguments = config.training_arguments()  # its mistakes come before what takes long
     questions = load_questions(config.train_questions)
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     if eval_questions is not None:
         _check_measured(config, eval_questions)
+    if not resume and arguments.process_index == 0:
+        write_record(run, config)
     model = build_model(config, resume=bool(resume))
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
     _place(model, config.index_device, trainer.args.device)
     if eval_questions is not None and not resume:
-        trainer.evaluate()
+        if config.eval_at_start == "full":
+            trainer.evaluate()
+        elif config.eval_at_start == "retrieval":
+            trainer.evaluate_retrieval()
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if eval_questions is not None:

@@ -8,12 +8,18 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastrag.train.files import replacing
 
+if TYPE_CHECKING:
+    from fastrag.train.config import RagConfig
+
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
 PACKAGES = (
     "torch",
     "transformers",
@@ -81,6 +87,20 @@ def write_versions(path: str | os.PathLike[str]) -> None:
     text = json.dumps(versions(), indent=1) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
+    """Write versions and settings into a run folder, which is made if it is not there.
+
+    Args:
+        run: the run folder.
+        config: the settings; None: versions alone.
+    """
+    folder = Path(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_versions(folder / VERSIONS_FILE)
+    if config is not None:
+        config.save(folder / CONFIG_FILE)
 
 
 def _git(folder: str | os.PathLike[str], *command: str) -> str | None:

@@ -19,8 +19,9 @@ from transformers.trainer_callback import (
 )
 
 from fastrag import folders
-from fastrag.eval import EvalResult
+from fastrag.eval import DenseRetriever, EvalResult, evaluate_retrieval
 from fastrag.eval import evaluate as evaluate_model
+from fastrag.eval.retrieval import recall
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.profiling import stage
 from fastrag.train.callbacks import (
@@ -56,9 +57,9 @@ from fastrag.train.checkpoints import (
 from fastrag.train.collation import ResumableCollator
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
-from fastrag.train.load import CONFIG_FILE, MODEL_FOLDER
+from fastrag.train.load import MODEL_FOLDER
 from fastrag.train.master_weights import MasterWeights, needs_masters
-from fastrag.train.run_folder import write_versions
+from fastrag.train.run_folder import write_record
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepStatistics
 
@@ -216,11 +217,8 @@ class RagTrainer(Trainer):
             check_files(Path(checkpoint))
             check_state(Path(checkpoint))
         if self.is_world_process_zero():
-            run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(run)
-            write_versions(run / "versions.json")
-            if self.config is not None:
-                self.config.save(run / CONFIG_FILE)
+            write_record(run, self.config)
         with SignalGuard() as guard:
             callback = SignalCallback(guard)
             self.add_callback(callback)
@@ -358,31 +356,73 @@ class RagTrainer(Trainer):
         Raises:
             ValueError: there are no questions.
         """
-        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: dict[str, float] = {}
+        for prefix, questions in self._evaluated(eval_dataset, metric_key_prefix):
+            start = time.perf_counter()
+            self.last_evaluation = evaluate_model(
+                self.model,
+                questions,
+                self.data_collator.collator,
+                batch_size=self.args.eval_batch_size,
+                ks=self.eval_ks,
+                limit=self.eval_limit,
+                max_new_tokens=self.eval_max_new_tokens,
+                loss=True,
+                progress=self._shows_progress,
+            )
+            metrics |= self._report(prefix, self.last_evaluation.metrics, start)
+        return metrics
+
+    def evaluate_retrieval(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Report recall@k of the evaluation questions, without generating answers.
+
+        Args:
+            eval_dataset: questions, or lists of them by name; None takes the trainer's.
+            metric_key_prefix: put before every metric's name.
+
+        Returns:
+            Metrics by name; `recall@k` is that of `evaluate`.
+
+        Raises:
+            ValueError: there are no questions.
+        """
+        collator = self.data_collator.collator
+        retriever = DenseRetriever(self.model.retriever, collator.question_batch)
+        metrics: dict[str, float] = {}
+        for prefix, questions in self._evaluated(eval_dataset, metric_key_prefix):
+            start = time.perf_counter()
+            result = evaluate_retrieval(
+                retriever,
+                questions,
+                ks=self.eval_ks,
+                limit=self.eval_limit,
+                progress=self._shows_progress,
+            )
+            found = recall(result.rankings, self.eval_ks)
+            metrics |= self._report(prefix, found, start)
+        return metrics
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    def _evaluated(self, questions: Any, prefix: str) -> list[tuple[str, Any]]:
+        """Return the prefix and the questions of each set."""
+        questions = self.eval_dataset if questions is None else questions
         if questions is None:
             raise ValueError("eval_dataset: expected questions, got none")
         if isinstance(questions, dict):
-            metrics: dict[str, float] = {}
-            for name, part in questions.items():
-                metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
-            return metrics
-        start = time.perf_counter()
-        result = evaluate_model(
-            self.model,
-            questions,
-            self.data_collator.collator,
-            batch_size=self.args.eval_batch_size,
-            ks=self.eval_ks,
-            limit=self.eval_limit,
-            max_new_tokens=self.eval_max_new_tokens,
-            loss=True,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
+            return [(f"{prefix}_{name}", part) for name, part in questions.items()]
+        return [(prefix, questions)]
+
+    def _report(self, prefix: str, values: Mapping[str, float], start: float) -> dict[str, float]:
+        """Log the measures of an evaluation that began at `start`, and tell the callbacks."""
         seconds = time.perf_counter() - start
         self.evaluation_seconds += seconds
-        self.last_evaluation = result
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 3)
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{prefix}_runtime"] = round(seconds, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -49,3 +49,61 @@ def test_checkpoint_of_a_run_answers(
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1]  # the last step's weights
     assert answers[0]["probability"] != answers[2]["probability"]
+
+
+@pytest.mark.parametrize("model", ["run", "run/model", "run/checkpoint-6"])
+def test_retrieval_alone_loads_no_generator(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+) -> None:
+    from fastrag.nn import checkpoint
+    from fastrag.train import build
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a generator was loaded")
+
+    monkeypatch.setattr(checkpoint, "_load_generator", refuse)
+    monkeypatch.setattr(build, "load_generator", refuse)
+    monkeypatch.chdir(project)
+    files = ("--questions", "questions.jsonl", "--out", "rankings.jsonl", "--device", "cpu")
+    command = ["evaluate", "--retrieval-only", "--model", model, *files, "--k", "1", "12"]
+    assert main([*command, "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["model"]["gold-recall@12"] == measured["BM25"]["gold-recall@12"] == 1.0
+    final = [e for e in read_metrics(Path("run/metrics.jsonl")) if "eval_em" in e][-1]
+    assert measured["model"]["gold-recall@1"] == pytest.approx(final["eval_recall@1"])
+    rankings = [json.loads(each) for each in Path("rankings.jsonl").read_text().splitlines()]
+    assert all(
+        each["retrieved"][each["gold_hits"][0]] == each["id"].replace("q", "p") for each in rankings
+    )
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "metric",
+        "model",
+        "95",
+        "%",
+        "interval",
+        "BM25",
+        "95",
+        "%",
+        "interval",
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_retrieval_of_an_encoder_and_an_index(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    command = ["evaluate", "--questions", "questions.jsonl", "--device", "cpu", "--json"]
+    parts = ["--encoder", "encoder", "--index", "idx"]
+    assert main([*command, *parts, "--retrieval-only"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["gold-recall@20"] == 1.0
+    for wrong in (parts, [*parts[:2], "--retrieval-only"]):
+        assert main([*command, *wrong]) == 2
+        assert "--encoder: expected --retrieval-only and --index" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "--model: expected a model folder" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from fastrag.data import Question
 from fastrag.eval import evaluate
-from fastrag.eval.evaluate import choose_fixed
+from fastrag.eval.batches import choose_fixed
 from fastrag.nn import RagModel
 from tests import tiny
 
@@ -185,6 +186,29 @@ def test_random_state_and_training_mode_stay(perfect: RagModel) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in perfect.modules())
     assert all(parameter.grad is None for parameter in perfect.parameters())
+
+
+def test_the_bar_says_seconds_a_question_and_moves_within_a_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tqdm import auto
+
+    places: list[float] = []
+
+    class Bar(auto.tqdm):
+        def update(self, n: float = 1) -> bool | None:
+            places.append(self.n + n)
+            return super().update(n)
+
+    model = tiny.rag_model("causal")  # shows bars of its own
+    capsys.readouterr()
+    monkeypatch.setattr(auto, "tqdm", lambda **settings: Bar(**settings, mininterval=0.0))
+    evaluate(model, tiny.questions(4), tiny.collator("causal"), loss=True)
+    assert places[-1] == pytest.approx(4.0)
+    assert len([place for place in places if 0.0 < place < 4.0]) >= 3
+    assert places == sorted(places)
+    first = capsys.readouterr().err.split("\r")[2]  # the first is empty, the second at 0
+    assert re.search(r"\d\.\d/4 questions \[.*s/q\]", first), first
 
 
 def test_choose_fixed() -> None:

@@ -12,6 +12,7 @@ import torch
 from fastrag.cli import main
 from fastrag.index import FlatIndex
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoints, run
+from fastrag.train.callbacks import read_metrics
 from fastrag.train.load import load_run
 from tests import tiny
 
@@ -126,3 +127,28 @@ def test_the_best_metric_can_be_measured(
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^model: expected .*, there is no folder '.*/missing'$"):
         load_run(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("word", "measured"), [("retrieval", {"recall"}), ("full", {"recall", "em"}), ("none", set())]
+)
+def test_settings_and_versions_come_before_what_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, measured: set[str]
+) -> None:
+    monkeypatch.setattr(run, "load_questions", lambda source: tiny.questions(4))
+    settings: Any = {"eval_questions": "some", "eval_max_new_tokens": 1, "eval_at_start": word}
+    settings |= {"device": "cpu", "steps": 1, "report_to": []}
+    config = RagConfig("encoder", "generator", output_dir=str(tmp_path / "run"), **settings)
+    seen: list[set[str]] = []
+
+    def build(config: RagConfig, *, resume: bool) -> Any:
+        seen.append({each.name for each in (tmp_path / "run").iterdir()})
+        return tiny.rag_model()
+
+    monkeypatch.setattr(run, "build_model", build)
+    monkeypatch.setattr(run, "build_collator", lambda model, config: tiny.collator())
+    run.train_run(config)
+    assert seen == [{"config.yaml", "versions.json"}]
+    entries = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if e["step"] == 0]
+    names = {name.removeprefix("eval_").partition("@")[0] for entry in entries for name in entry}
+    assert names & {"recall", "em"} == measured
