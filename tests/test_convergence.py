@@ -42,8 +42,11 @@ def oracle_nll(
     return RagNLL(loss, log_posterior.detach(), logp.detach())
 
 
-def oracle_scores(query_emb: Tensor, passage_emb: Tensor, **options: Any) -> Tensor:
-    return reference.doc_scores(query_emb, passage_emb, **options)
+def oracle_scores(
+    query_emb: Tensor, passage_emb: Tensor, *, return_log_prior: bool = False, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    scores = reference.doc_scores(query_emb, passage_emb, **options)
+    return (scores, scores.log_softmax(1)) if return_log_prior else scores
 
 
 def train(

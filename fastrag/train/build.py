@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +158,13 @@ def _read_index(root: Path, verify: bool) -> tuple[Index, PassageStore]:
     return index, store
 
 
-def build_model(config: RagConfig, progress: bool = True, *, resume: bool = False) -> RagModel:
+def build_model(
+    config: RagConfig,
+    progress: bool = True,
+    *,
+    resume: bool = False,
+    on_loaded: Callable[[], None] | None = None,
+) -> RagModel:
     """Load or build everything that a config names and join it into a RagModel.
 
     Without `index`, the corpus is encoded into the run folder. Sets the random seed, which what
@@ -168,6 +174,8 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
         config: the settings.
         progress: show progress bars.
         resume: the model is for a run that goes on: an index in the run folder is taken as it is.
+        on_loaded: called once encoders, generator and a given index have been read, before a corpus
+            is encoded.
 
     Returns:
         The model, on the CPU.
@@ -200,10 +208,12 @@ def build_model(config: RagConfig, progress: bool = True, *, resume: bool = Fals
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
     template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))
-    if config.index is not None:
-        index, passages = load_index(config.index)
-    elif resume and built.is_dir():
-        index, passages = load_index(built)
+    ready = config.index or (built if resume and built.is_dir() else None)
+    found = None if ready is None else load_index(ready)
+    if on_loaded is not None:
+        on_loaded()
+    if found is not None:
+        index, passages = found
     else:
         index, passages = build_index(
             built,

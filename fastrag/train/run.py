@@ -24,7 +24,8 @@ from fastrag.train.trainer import RagTrainer
 def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     """Train as a config says, evaluate before and after, and save the model.
 
-    Settings and versions are written into the run folder before anything that takes long.
+    Settings and versions are written into the run folder once all parts have been read, before
+    anything that takes long.
 
     Args:
         config: the settings.
@@ -48,9 +49,13 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
     if eval_questions is not None:
         _check_measured(config, eval_questions)
-    if not resume and arguments.process_index == 0:
-        write_record(run, config)
-    model = build_model(config, resume=bool(resume))
+    writes = not resume and arguments.process_index == 0
+    model = build_model(
+        config,
+        resume=bool(resume),
+        on_loaded=(lambda: write_record(run, config)) if writes else None,
+    )
+    model.retriever.move_index = config.index_device == "auto"
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
     _place(model, config.index_device, trainer.args.device)
     if eval_questions is not None and not resume:

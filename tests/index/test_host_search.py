@@ -122,8 +122,8 @@ def assert_same(index: FlatIndex, expected: FlatIndex, k: int = K, **options: Te
     query = torch.randn(B, D)
     found = index.search(query, k, **options)
     best = expected.search(query, k, **options)
-    torch.testing.assert_close(found[0], best[0])
-    assert torch.equal(found[1], best[1])
+    torch.testing.assert_close(found.scores, best.scores)
+    assert torch.equal(found.rows, best.rows)
 
 
 @pytest.mark.parametrize("dtype", list(codec.DTYPES))

@@ -254,7 +254,7 @@ def same_on_the_cpu(index: FlatIndex, query: Tensor, k: int, **options: Tensor) 
     chosen = index.search_device
     expected = index.to("cpu").search(query.cpu(), k, **{n: x.cpu() for n, x in options.items()})
     index.to("cpu", search_device=chosen)
-    return found[0].device == query.device and same(found, expected)
+    return found.scores.device == query.device and same(found, expected)
 
 
 @pytest.mark.skipif(bool(backends.why_not("cpp")), reason="the extension is not built")

@@ -336,7 +336,7 @@ def test_rejects_bad_settings():
     _rejects("tau: expected a finite number > 0, got 'x'", tau="x")
     _rejects("explore: expected 0 <= integer <= n_docs = 3, got 1.5", explore=1.5)
     _rejects("explore_pool: expected an integer >= n_docs = 3 or None, got 2", explore_pool=2)
-    _rejects("explore_tau: expected a number > 0", explore_tau=0.0)
+    _rejects("explore_tau: expected a finite number > 0", explore_tau=0.0)
     _rejects("marginal: expected one of .* got 'both'", marginal="both")
     _rejects("label_smoothing: expected 0 <= number < 1, got 1", label_smoothing=1.0)
     _rejects("objective: expected one of .* got 'em'", objective="em")
