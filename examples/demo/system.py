@@ -27,10 +27,10 @@ class Settings:
 
     seed: int = 0
     marginal: str = "sequence"
-    steps: int = 250
+    steps: int = 500
     warmup_steps: int = 150
     batch_size: int = 32
-    n_docs: int = 4
+    n_docs: int = 5
     explore: int = 1
     explore_pool: int = 24
     explore_tau: float = 1.0
