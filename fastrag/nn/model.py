@@ -18,7 +18,7 @@ from fastrag.nn.arguments import (
     context_limit,
 )
 from fastrag.nn.builder import BuiltContext, ContextBuilder
-from fastrag.nn.generators import evaluating
+from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.objectives import RetrieverTerm
 from fastrag.nn.outputs import RagGeneration, RagOutput
@@ -297,6 +297,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
         check_count("n_docs", n_docs)
         if labels is not None:
             check_answers(labels, len(input_ids))
+        if not isinstance(self.adapter, GeneratorAdapter):
+            raise ValueError(
+                f"adapter: expected one of adapt_generator to generate with, got "
+                f"{type(self.adapter).__name__}, which can only train"
+            )
         # Training taught the template's end, which a chat template may set apart from the model's.
         end_ids = sorted({*own_end_ids(self.adapter), self.builder.template.eos_id})
         with evaluating(self):

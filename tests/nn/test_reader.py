@@ -63,6 +63,11 @@ def test_a_generator_from_outside_trains_through_its_adapter():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+    asked = {name: x for name, x in batch().items() if name not in ("labels", "valid_rows")}
+    with pytest.raises(
+        ValueError, match="to generate with, got BigramAdapter, which can only train"
+    ):
+        model.generate(**asked)
     with pytest.raises(ValueError, match="adapter: expected an object with kind, .* got dict"):
         Reader(bigram, adapter={})
 
