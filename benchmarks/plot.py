@@ -505,7 +505,7 @@ def stale(folder: Path) -> list[str]:
 
 
 def _drawing(file: Path) -> bytes | str | None:
-    """What a figure shows: the same on every processor.
+    """Return the content of a figure, equal on every processor.
 
     An SVG names its clip paths by a hash of their corners, whose last bit depends on the vector
     instructions that numpy's logarithm uses.

@@ -31,8 +31,8 @@ from typing import BinaryIO, TypeVar
 _ASIDE = ".old"
 _STAGING = ".tmp"
 _T = TypeVar("_T")
-# Of a save: readers that take the old folder back between the two renames cost it an attempt each.
-# Of a reader: so does each save that comes while it reads.
+# A save needs another attempt for each reader that takes the old folder back between its renames,
+# and a reader for each save that replaces the folder while it reads.
 _ATTEMPTS = 9
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 

@@ -17,7 +17,7 @@ SIX_QUESTIONS = Path(__file__).with_name("six_questions.json")
 
 
 class SixQuestions(NamedTuple):
-    """What the demo asks at its end.
+    """The questions that end the demo.
 
     Attributes:
         asked: the questions, in the order in which they are asked.

@@ -1,4 +1,4 @@
-"""What the demo shows in the terminal: the curve, six answers with their passages, the scores."""
+"""Report of the demo in the terminal: the curve, six answers with their passages, the scores."""
 
 from __future__ import annotations
 

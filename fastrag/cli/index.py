@@ -134,7 +134,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _folder(folder: str) -> Path:
-    """The index itself, which lies beside the passages, in a run both in a folder of their own."""
+    """Return the folder of the index: next to its passages, and for a run in a subfolder."""
     from fastrag import folders
 
     root = Path(folder)

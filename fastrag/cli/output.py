@@ -1,4 +1,4 @@
-"""What commands print: metrics, errors in one line, warnings, and nothing of transformers."""
+"""Output of the commands: metrics, errors in one line, warnings; transformers is kept quiet."""
 
 from __future__ import annotations
 

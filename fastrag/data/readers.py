@@ -203,7 +203,9 @@ def _answers_of(record: Mapping[str, Any], where: str) -> Any:
 
 def _required(record: Mapping[str, Any], key: str, where: str) -> str:
     if key not in record:
-        raise ValueError(f"{where}: {key}: expected text, got nothing beside {shown(list(record))}")
+        raise ValueError(
+            f"{where}: {key}: expected text, got nothing next to {shown(list(record))}"
+        )
     return _text(record[key], key, where)
 
 

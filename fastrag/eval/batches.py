@@ -1,4 +1,4 @@
-"""What evaluations have in common: the chosen questions, their batches, and a progress bar."""
+"""Parts that all evaluations share: the chosen questions, their batches, and a progress bar."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ BM25_K1, BM25_B = 0.9, 0.4
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """What was retrieved for one question, and which of it is right.
+    """The passages that were retrieved for one question, and which of them are right.
 
     Attributes:
         id: the question's id.

@@ -94,7 +94,7 @@ class Index(abc.ABC):
 
     @property
     def removed(self) -> Tensor:
-        """Which rows are tombstones, `[N]` bool: read it, do not write to it."""
+        """Mask of the removed rows, `[N]` bool; read-only."""
         return torch.zeros(len(self), dtype=torch.bool, device=self.device)
 
     @property

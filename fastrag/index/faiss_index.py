@@ -113,7 +113,7 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What faiss was asked to build and how it searches."""
+        """Factory and search parameters of faiss."""
         return {"factory": self.factory, "parameters": self.parameters or "none"}
 
     @property

@@ -64,7 +64,7 @@ class RowIndex(Index):
 
     @property
     def removed(self) -> Tensor:
-        """Which rows are tombstones `[N]` bool: read it, do not write to it."""
+        """Mask of the removed rows, `[N]` bool; read-only."""
         return self._removed
 
     @property

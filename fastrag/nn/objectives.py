@@ -144,7 +144,7 @@ def _divergence(doc_scores: Tensor, target_scores: Tensor, label_mask: Tensor) -
 
 
 def _log_prior(doc_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Which passages are present, and a [B, K]: -inf where they are not, 0 if none is."""
+    """Return a mask of the present passages and a [B, K]: -inf elsewhere, 0 if none is present."""
     present = doc_scores != -torch.inf
     dtype = torch.float64 if doc_scores.dtype == torch.float64 else torch.float32
     # A row without any passage must not reach log_softmax: its gradient there is NaN, not 0.

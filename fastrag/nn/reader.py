@@ -20,7 +20,7 @@ from fastrag.nn.heads import LMHead
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What a reader needs to know about a generator.
+    """The knowledge of a generator that a reader needs.
 
     Attributes:
         kind: "causal" (contexts are padded on the left) or "seq2seq" (on the right).

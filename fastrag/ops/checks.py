@@ -14,9 +14,9 @@ from torch.autograd import forward_ad
 
 from fastrag.messages import shown
 
-# Of the floating point dtypes those that torch computes in.
+# The floating point dtypes that torch computes in.
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# True is no 1, text is not read, nor is a tensor, since a GPU would be waited for.
+# Flags and text are no numbers; a tensor is refused because reading it would wait for the GPU.
 _NO_NUMBERS = (bool, str, bytes, Tensor)
 
 

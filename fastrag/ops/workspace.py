@@ -66,7 +66,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """Context in which autocast is off: the maths of an op has the dtype that the op chose."""
-    # Of tensors without values only shapes are computed, and torch knows no autocast for them.
+    # Meta tensors have no autocast; only their shapes are computed.
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 

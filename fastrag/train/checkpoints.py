@@ -69,7 +69,7 @@ SCALER = "scaler.pt"
 RANDOM_STATE = "rng_state*.pth"
 FORMAT = "fastrag.Checkpoint"
 VERSION = 1
-# What evaluating a checkpoint reads; resuming reads all.
+# Evaluating a checkpoint reads these files; resuming reads all.
 MODEL_FILES = (WEIGHTS, FROZEN, INDEX, f"{INDEX_FOLDER}/*")
 _MANIFEST_FIELDS = record(
     {
@@ -97,8 +97,8 @@ _INDEX_FIELDS = record(
     {"version": integer(), "refreshed_at": integer(), "kept": one_of("whole", "reference")},
     {"n_passages": integer(), "checksum": text()},
 )
-# What torch.load, which here reads tensors and plain values alone, and transformers raise for bytes
-# that they did not write.
+# torch.load (restricted to tensors and plain values) and transformers raise these for bytes that
+# they did not write.
 _UNREADABLE = (
     *(OSError, RuntimeError, EOFError, UnpicklingError, struct.error),
     *(ValueError, TypeError, AttributeError, LookupError, OverflowError),

@@ -12,7 +12,7 @@ from typing import Any
 from fastrag.messages import clipped, shown
 from fastrag.train.yaml_values import MAX_BYTES, parse_yaml
 
-# What other libraries call a setting, and the end of its name here.
+# Names that other libraries use, and how the name of that setting ends here.
 _ALSO_CALLED = {"learning_rate": "lr", "top_k": "docs", "k": "docs"}
 # Dots in the key of an override; settings nest less deeply, and each dot makes a mapping.
 _MAX_DOTS = 8

@@ -23,7 +23,7 @@ _CURSOR = re.compile(r"\x1b\[[0-9;?]*[A-Z]")  # moves, which take no column
 
 
 def shown(*arguments: str) -> str:
-    """What a command that ends well prints on a terminal of 80 columns."""
+    """Return the output of a successful command on a terminal of 80 columns."""
     master, slave = pty.openpty()
     _resize(slave)
     printed: list[str] = []
@@ -82,7 +82,7 @@ class Terminal:
         return shown + found
 
     def read_all(self) -> str:
-        """What is printed until the process ends, which has to be well."""
+        """Return everything printed until the process ends; it must succeed."""
         while self._read():
             pass
         assert os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]) == 0, self.printed

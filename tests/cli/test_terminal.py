@@ -1,4 +1,4 @@
-"""What commands show on a terminal of 80 columns, and a conversation at a prompt."""
+"""Commands on a terminal of 80 columns, and a conversation at a prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG = "likes red 東京都は日本の首都である and " + 30 * "so " + "\x1
 
 
 def test_no_line_is_wider_than_the_terminal(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of training with its evaluations, and of all that describes what it leaves behind."""
+    """Train with evaluations, then run every command that describes the result."""
     monkeypatch.chdir(project)
     rows = [{"id": p.id, "title": p.title, "text": LONG} for p in tiny.passages()]
     Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -163,7 +163,7 @@ def test_reading_is_lazy(tmp_path):
         ("p.jsonl", b'{"id": "1"}\n', r"p\.jsonl:1: text: expected text, got nothing"),
         ("p.jsonl", b'{"id": "1", "text": 5}\n', r"p\.jsonl:1: text: expected text, got int"),
         ("p.jsonl", b'{"id": "1", "text": " "}\n', r"p\.jsonl:1: text: .*got an empty one"),
-        ("p.jsonl", b'{"_id": 1, "text": "a"}\n', r":1: id: .* nothing beside \['_id', 'text'\]"),
+        ("p.jsonl", b'{"_id": 1, "text": "a"}\n', r":1: id: .* nothing next to \['_id', 'text'\]"),
         ("p.jsonl", b'{"id": "1", "text": "a", "title": 1}\n', r":1: title: expected text"),
         ("p.jsonl", b'{"id": "1", "text": "\\ud800"}\n', r":1: text: .*half of a surrogate pair"),
         (

@@ -306,7 +306,7 @@ def test_versions_and_formats(folder, tmp_path):
     ],
 )
 def test_entries_of_another_make_are_refused(folder, changes, message):
-    """Whoever wrote them, with the manifest's own checksum right; verifying comes to an end."""
+    """Entries are checked even if the manifest's own checksum is right, and verifying ends."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["manifest_sha256"]
     manifest["files"]["a.npy"] |= changes

@@ -147,7 +147,7 @@ def test_a_folder_that_is_always_replaced_is_an_error(
 
 
 def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
-    """Of one length and one corpus order: nothing but the checksum tells."""
+    """Both have the same length and order, so only the checksum tells them apart."""
     one, other = tmp_path / "one", tmp_path / "other"
     index, _ = build_index(one, 4)
     build.build_index(

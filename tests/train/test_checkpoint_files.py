@@ -1,4 +1,4 @@
-"""What a run goes on from is what it wrote: altered, truncated and foreign files are named."""
+"""A run resumes from exactly what it wrote: altered, truncated and foreign files are named."""
 
 from __future__ import annotations
 
