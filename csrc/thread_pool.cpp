@@ -35,8 +35,8 @@ void look_for(const Condition& condition) {
   while (!condition() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
 }
 
-// How a thread computes with floating point: the rounding mode, whether denormals are flushed, which
-// exceptions trap. Each thread has its own, without the flags of what happened so far.
+// How a thread computes with floating point: the rounding mode, whether denormals are flushed,
+// which exceptions trap. Each thread has its own, without the flags of what happened so far.
 #if defined(__SSE2__)
 using FloatMode = uint32_t;
 constexpr FloatMode kHappened = 0x3f;
