@@ -38,7 +38,7 @@ a trained model answers is in [results.md](results.md).
 
 
 class Screen:
-    """What a terminal shows once everything is printed: bars that were wiped away are gone."""
+    """The final content of a terminal, without the bars that were wiped away."""
 
     def __init__(self) -> None:
         self._lines = [""]
