@@ -6,10 +6,12 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,10 +76,21 @@ class Terminal:
         """Press keys."""
         os.write(self._terminal, keys.encode())
 
+    def interrupt(self, then: str) -> str:
+        """Press Ctrl-C until a text is printed, and return everything printed up to it.
+
+        Python's `input` can miss a signal: one that arrives after readline has taken a key and
+        before it waits for the next one is only seen at the next key. One that arrives with a key
+        discards that key, for which readline then waits: read the echo of what was typed first.
+        """
+        while True:
+            self.type("\x03")
+            if self._comes(then, within=10):
+                return self.read_to(then)
+
     def read_to(self, text: str) -> str:
-        """Everything printed since the last call, up to and with a text."""
-        while text not in self.printed:
-            assert self._read(), f"{text!r} did not come, this did: {self.printed}"
+        """Return everything printed since the last call, up to and with a text."""
+        assert self._comes(text, within=300), f"{text!r} did not come, this did: {self.printed}"
         shown, found, self.printed = self.printed.partition(text)
         return shown + found
 
@@ -87,6 +100,15 @@ class Terminal:
             pass
         assert os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1]) == 0, self.printed
         return self.printed
+
+    def _comes(self, text: str, within: float) -> bool:
+        end = time.monotonic() + within
+        while text not in self.printed:
+            if not select.select([self._terminal], [], [], max(0, end - time.monotonic()))[0]:
+                return False
+            if not self._read():
+                return False
+        return True
 
     def _read(self) -> bool:
         data = _read(self._terminal)

@@ -157,9 +157,11 @@ def test_a_conversation_on_a_terminal(project: Path) -> None:
         terminal.read_to("question: ")
         terminal.type("ada\n")
         assert "answer" in terminal.read_to("question: ")
-        terminal.type("who\x03")  # Ctrl-C
-        terminal.read_to("question: ")
+        terminal.type("who")
+        terminal.read_to("who")
+        terminal.interrupt(then="question: ")
         terminal.type("bob\n")
+        terminal.read_to("answer")
         assert widest(terminal.read_to("question: ")) <= COLUMNS
         terminal.type("\x04")  # Ctrl-D
         terminal.read_all()
