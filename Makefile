@@ -23,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 UNPINNED_TRITON := $(VENV)/constraints-without-triton.txt
 # its tests skip themselves where it is not built, and here it has been
 EXPECT_EXTENSION := FASTRAG_EXPECT_EXT=1
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 .PHONY: help
 help: ## list the targets

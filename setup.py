@@ -87,9 +87,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "fastrag._C",
-            # relative, as setuptools wants them in an sdist
-            sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.cpp")),
-            depends=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.h")),
+            sources("*.cpp"),
+            depends=sources("*.h"),
             include_dirs=["csrc"],
             define_macros=[("FASTRAG_SOURCES", digest(ROOT / "csrc"))],
             language="c++",
@@ -100,6 +99,12 @@ def extensions() -> list[Extension]:
             optional=wanted != "1",
         )
     ]
+
+
+def sources(pattern: str) -> list[str]:
+    """Return the files of csrc/ that match, relative to this file as setuptools requires."""
+    found = (ROOT / "csrc").rglob(pattern)
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
 def version() -> str:

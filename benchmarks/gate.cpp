@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "mips.h"
-#include "row_pass.h"
+#include "loss/row_pass.h"
+#include "mips/mips.h"
 
 namespace {
 

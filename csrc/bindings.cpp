@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "buffers.h"
-#include "row_pass.h"
+#include "loss/row_pass.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "buffers.h"
-#include "doc_scores.h"
+#include "retrieval/doc_scores.h"
 #include "stored_matrix.h"
 
 namespace py = pybind11;

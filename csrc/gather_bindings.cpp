@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "buffers.h"
-#include "gather.h"
+#include "retrieval/gather.h"
 
 namespace py = pybind11;
 

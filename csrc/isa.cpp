@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <iterator>
 
-#include "mips_kernels.h"
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
+#include "mips/mips_kernels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "buffers.h"
-#include "mips.h"
+#include "mips/mips.h"
 #include "stored_matrix.h"
 
 namespace py = pybind11;

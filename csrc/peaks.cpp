@@ -10,7 +10,7 @@
 #include <string>
 
 #include "buffers.h"
-#include "thread_pool.h"
+#include "pool/thread_pool.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

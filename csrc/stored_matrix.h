@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "buffers.h"
-#include "mips.h"
+#include "mips/mips.h"
 
 namespace fastrag {
 

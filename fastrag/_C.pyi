@@ -8,7 +8,7 @@ _Array = Any
 SOURCES: str  # the hash of csrc/ that fastrag.ops.sources makes
 
 class RowPass:
-    """The passes over one buffer z0 [V, n] = W X^T; csrc/row_pass.h says what each one does."""
+    """The passes over one buffer z0 [V, n] = W X^T; csrc/loss/row_pass.h says what each one does."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ def mips_topk(
     threads: int = 1,
     isa: str = "",
 ) -> None:
-    """The k best rows of each query, k being the width of scores and rows; csrc/mips.h.
+    """The k best rows of each query, k being the width of scores and rows; csrc/mips/mips.h.
 
     index_emb: float32, float16, bfloat16 as uint16, or int8 with its scale and offset [D].
     """
@@ -118,7 +118,7 @@ def doc_scores(
     scores: _Array,
     log_prior: _Array,
 ) -> None:
-    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/doc_scores.h.
+    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/retrieval/doc_scores.h.
 
     Here an array may also be a capsule of DLPack.
     """
@@ -143,7 +143,7 @@ def doc_scores_backward(
 def passage_lengths(
     tokens: _Array, offsets: _Array, rows: _Array, lengths: _Array, max_length: int
 ) -> int:
-    """Tokens of passages, at most max_length, and the most of them; csrc/gather.h.
+    """Tokens of passages, at most max_length, and the most of them; csrc/retrieval/gather.h.
 
     tokens: int32, all passages one after another; offsets: [N + 1].
     """

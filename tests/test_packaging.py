@@ -339,7 +339,7 @@ def test_sdist_contents(built: dict[str, Path]) -> None:
     """All that the extension is built from."""
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
     assert sources <= names
     assert not any(name.endswith(".so") for name in names)
 

@@ -26,7 +26,7 @@ def compiler_version() -> str:
 
 def sources(bound: bool = False) -> list[Path]:
     """The sources of the extension that need no Python, or those that bind it to Python."""
-    found = sorted((ROOT / "csrc").glob("*.cpp"))
+    found = sorted((ROOT / "csrc").rglob("*.cpp"))
     return [path for path in found if ("pybind11" in path.read_text(encoding="utf-8")) == bound]
 
 

@@ -2,7 +2,7 @@
 
 The buffer is [V, n] = W X^T, the orientation in which the GEMM is fastest; the two GEMMs that
 follow take it as it is. It holds x W^T throughout: each pass makes bias, logit_scale and softcap
-anew from it, so that the gradient needs no second buffer. csrc/row_pass.h has the equations.
+anew from it, so that the gradient needs no second buffer. csrc/loss/row_pass.h has the equations.
 
     statistics   one read of the buffer          gradient   one read and write of it
     (a mixture: one read more for its statistics)

@@ -3,7 +3,7 @@
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
     int8 rows are codes c of vectors x = offset + scale c, scale and offset [D]
 
-cpp, for CPU tensors but float64, sums each product in the order of its elements (csrc/mips.h), so
+cpp, for CPU tensors but float64, sums each product in the order of its elements (csrc/mips/mips.h), so
 that a score has the same bits whatever it is searched with; no block of scores exists, and an index
 of half precision is read as it is.
 

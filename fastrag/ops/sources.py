@@ -1,4 +1,4 @@
-"""Which sources the extension module was built from. setup.py runs this file by itself."""
+"""Identify the sources that the extension module was built from. setup.py runs this file by itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def digest(folder: Path) -> str:
-    """A hash of the C++ files in the folder, by name and content; "" if there are none."""
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
+    """Return a hash of the C++ files under the folder, by path and content; "" if it has none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
     found = hashlib.sha256()
     for path in files:
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16] if files else ""

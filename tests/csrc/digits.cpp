@@ -7,7 +7,7 @@
 
 #include "checks.h"
 #include "expect.h"
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 namespace {
 

@@ -22,8 +22,8 @@
 
 #include "checks.h"
 #include "expect.h"
-#include "gather.h"
-#include "mips.h"
+#include "mips/mips.h"
+#include "retrieval/gather.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 
 #include "checks.h"
 #include "expect.h"
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
 
 namespace {
 

@@ -52,7 +52,7 @@ def on_each_isa(test: object) -> object:
 
 # -------------------------------------------------------------------------------------- functions
 
-# What the comments in csrc/row_pass.inc.h promise, in units in the last place.
+# What the comments in csrc/loss/row_pass.inc.h promise, in units in the last place.
 BOUNDS = {"exp": 1.5, "log": 1.5, "tanh": 3.0, "sech2": 6.0}
 RANGES = {"exp": (-87.3, 20.0), "log": (1.0, 300.0), "tanh": (-9.0, 9.0), "sech2": (-20.0, 20.0)}
 TRUE = {

@@ -1,4 +1,4 @@
-"""Where the helpers of the C++ kernels run and how they round; csrc/thread_pool.cpp."""
+"""Where the helpers of the C++ kernels run and how they round; csrc/pool/thread_pool.cpp."""
 
 from __future__ import annotations
 

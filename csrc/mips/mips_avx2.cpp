@@ -1,5 +1,5 @@
 // The kernels for AVX2 with FMA: 16 registers of 8 floats.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -69,7 +69,7 @@ struct Vec {
 
 constexpr int kTileRows = 12, kRowsOf1 = 12, kRowsOf2 = 6, kRowsOf3 = 4;
 
-#include "mips_kernels.inc.h"
+#include "mips/mips_kernels.inc.h"
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Whole numbers on a machine about which nothing is known.
 #include <cstring>
 
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 namespace fastrag {
 namespace {
@@ -91,7 +91,7 @@ struct Dot {
 
 constexpr int kDigitRows = 8, kRowsOf1 = 8, kRowsOf2 = 4;
 
-#include "mips_digits.inc.h"
+#include "mips/mips_digits.inc.h"
 
 }  // namespace
 

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "mips.h"
-#include "mips_kernels.h"
-#include "mips_parts.h"
-#include "thread_pool.h"
+#include "mips/mips.h"
+#include "mips/mips_kernels.h"
+#include "mips/mips_parts.h"
+#include "pool/thread_pool.h"
 
 namespace fastrag {
 namespace {

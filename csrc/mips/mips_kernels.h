@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "mips.h"  // Storage
+#include "mips/mips.h"  // Storage
 
 namespace fastrag {
 

@@ -1,5 +1,5 @@
 // The kernels for AVX-512 (F, DQ, BW, VL): 32 registers of 16 floats.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -71,7 +71,7 @@ struct Vec {
 
 constexpr int kTileRows = 14, kRowsOf1 = 14, kRowsOf2 = 14, kRowsOf3 = 7;
 
-#include "mips_kernels.inc.h"
+#include "mips/mips_kernels.inc.h"
 
 }  // namespace
 

@@ -4,7 +4,7 @@
 // linker shares between translation units must not be one that needs AVX-512.
 #pragma once
 
-#include "row_pass.h"
+#include "loss/row_pass.h"
 
 namespace fastrag {
 

@@ -1,5 +1,5 @@
 // The kernels for x86 with AVX2 and FMA: compiled with these two turned on, by setup.py.
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -50,7 +50,7 @@ struct Vec {
   }
 };
 
-#include "row_pass.inc.h"
+#include "loss/row_pass.inc.h"
 
 }  // namespace
 

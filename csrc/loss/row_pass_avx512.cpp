@@ -1,5 +1,5 @@
 // The kernels for x86 with AVX-512 F, DQ, BW and VL: compiled with these turned on, by setup.py.
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>
@@ -47,7 +47,7 @@ struct Vec {
   }
 };
 
-#include "row_pass.inc.h"
+#include "loss/row_pass.inc.h"
 
 }  // namespace
 

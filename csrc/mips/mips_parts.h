@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "mips.h"
-#include "mips_kernels.h"
+#include "mips/mips.h"
+#include "mips/mips_kernels.h"
 
 namespace fastrag {
 

@@ -1,11 +1,11 @@
-#include "doc_scores.h"
+#include "retrieval/doc_scores.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "mips_parts.h"
-#include "thread_pool.h"
+#include "mips/mips_parts.h"
+#include "pool/thread_pool.h"
 
 namespace fastrag {
 namespace {

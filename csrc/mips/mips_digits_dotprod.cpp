@@ -1,6 +1,6 @@
 // Whole numbers with ARMv8.2's products of bytes, four of a lane in one instruction: compiled with
 // these turned on, by setup.py.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __ARM_FEATURE_DOTPROD
 #include <arm_neon.h>
@@ -8,7 +8,7 @@
 namespace fastrag {
 namespace {
 
-#include "mips_digits_neon.inc.h"
+#include "mips/mips_digits_neon.inc.h"
 
 struct Dot : NeonDot {
   using NeonDot::add;
@@ -32,7 +32,7 @@ struct Dot : NeonDot {
 
 constexpr int kDigitRows = 8, kRowsOf1 = 8, kRowsOf2 = 8;
 
-#include "mips_digits.inc.h"
+#include "mips/mips_digits.inc.h"
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-#include "thread_pool.h"
+#include "pool/thread_pool.h"
 
 #include <unistd.h>
 #ifdef __SSE2__

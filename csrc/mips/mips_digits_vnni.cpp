@@ -1,5 +1,5 @@
 // Whole numbers with AVX-512 VNNI: four products a lane in one instruction.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
@@ -70,7 +70,7 @@ struct Dot {
 
 constexpr int kDigitRows = 14, kRowsOf1 = 14, kRowsOf2 = 14;
 
-#include "mips_digits.inc.h"
+#include "mips/mips_digits.inc.h"
 
 }  // namespace
 

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "mips.h"
+#include "mips/mips.h"
 
 namespace fastrag {
 

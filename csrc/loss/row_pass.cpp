@@ -1,13 +1,13 @@
 // Threads over blocks of words, and what joins the blocks.
-#include "row_pass.h"
+#include "loss/row_pass.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "row_pass_kernels.h"
-#include "thread_pool.h"
+#include "loss/row_pass_kernels.h"
+#include "pool/thread_pool.h"
 
 namespace fastrag {
 namespace {

@@ -1,5 +1,5 @@
 // The kernels for ARM in 64 bits, all of which have NEON.
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
 
 #ifdef __aarch64__
 #include <arm_neon.h>
@@ -48,7 +48,7 @@ struct Vec {
   }
 };
 
-#include "row_pass.inc.h"
+#include "loss/row_pass.inc.h"
 
 }  // namespace
 

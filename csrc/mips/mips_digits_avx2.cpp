@@ -1,5 +1,5 @@
 // Whole numbers with AVX2. The sum of two products must fit 16 bits: 2 * 128 * 127 does.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -72,7 +72,7 @@ struct Dot {
 
 constexpr int kDigitRows = 10, kRowsOf1 = 10, kRowsOf2 = 5;
 
-#include "mips_digits.inc.h"
+#include "mips/mips_digits.inc.h"
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-#include "gather.h"
+#include "retrieval/gather.h"
 
 #include <algorithm>
 #include <stdexcept>

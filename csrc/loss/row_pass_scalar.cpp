@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "row_pass_kernels.h"
+#include "loss/row_pass_kernels.h"
 
 namespace fastrag {
 namespace {
@@ -52,7 +52,7 @@ struct Vec {
   }
 };
 
-#include "row_pass.inc.h"
+#include "loss/row_pass.inc.h"
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 // Whole numbers with NEON as all processors have it. The sum of two products must fit 16 bits:
 // 2 * 127 * 128 does.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __aarch64__
 #include <arm_neon.h>
@@ -8,7 +8,7 @@
 namespace fastrag {
 namespace {
 
-#include "mips_digits_neon.inc.h"
+#include "mips/mips_digits_neon.inc.h"
 
 struct Dot : NeonDot {
   using NeonDot::add;
@@ -25,7 +25,7 @@ struct Dot : NeonDot {
 // More rows at a time leave the products no registers.
 constexpr int kDigitRows = 8, kRowsOf1 = 4, kRowsOf2 = 2;
 
-#include "mips_digits.inc.h"
+#include "mips/mips_digits.inc.h"
 
 }  // namespace
 

@@ -1,5 +1,5 @@
 // The kernels for NEON: 32 registers of 4 floats.
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 #ifdef __aarch64__
 #include <arm_neon.h>
@@ -75,7 +75,7 @@ struct Vec {
 // Beside 8 sums of 2 vectors each there is room for 4 elements of each row.
 constexpr int kTileRows = 8, kRowsOf1 = 8, kRowsOf2 = 8, kRowsOf3 = 4;
 
-#include "mips_kernels.inc.h"
+#include "mips/mips_kernels.inc.h"
 
 }  // namespace
 

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "mips_kernels.h"
+#include "mips/mips_kernels.h"
 
 namespace fastrag {
 namespace {
@@ -91,7 +91,7 @@ struct Vec {
 
 constexpr int kTileRows = 8, kRowsOf1 = 8, kRowsOf2 = 4, kRowsOf3 = 2;
 
-#include "mips_kernels.inc.h"
+#include "mips/mips_kernels.inc.h"
 
 }  // namespace
 

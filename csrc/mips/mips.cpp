@@ -1,5 +1,5 @@
 // Queries in panels, rows in blocks, candidates of each thread, and what joins them.
-#include "mips.h"
+#include "mips/mips.h"
 
 #include <algorithm>
 #include <atomic>
@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "mips_kernels.h"
-#include "mips_parts.h"
-#include "thread_pool.h"
+#include "mips/mips_kernels.h"
+#include "mips/mips_parts.h"
+#include "pool/thread_pool.h"
 
 namespace fastrag {
 namespace {
