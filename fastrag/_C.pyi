@@ -8,7 +8,7 @@ _Array = Any
 SOURCES: str  # the hash of csrc/ that fastrag.ops.sources makes
 
 class RowPass:
-    """The passes over one buffer z0 [V, n] = W X^T; csrc/loss/row_pass.h says what each one does."""
+    """The passes over one buffer z0 [V, n] = W X^T; csrc/loss/row_pass.h defines each one."""
 
     def __init__(
         self,
@@ -118,9 +118,9 @@ def doc_scores(
     scores: _Array,
     log_prior: _Array,
 ) -> None:
-    """Products of each query with rows [B, K] of a matrix as for mips_topk; csrc/retrieval/doc_scores.h.
+    """Products of each query with rows [B, K] of a matrix as for mips_topk.
 
-    Here an array may also be a capsule of DLPack.
+    csrc/retrieval/doc_scores.h. Here an array may also be a capsule of DLPack.
     """
 
 def doc_scores_backward(

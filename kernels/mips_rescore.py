@@ -2,8 +2,8 @@
 
     score[b, n] = fma(q_D-1, x_D-1, ... fma(q_1, x_1, fma(q_0, x_0, 0)))      float32
 
-in the order of the elements, one rounding for each: the order of csrc/mips/mips.h, so that a GPU and a
-CPU find the same bits. It is that of a product of float32 tiles which Triton computes without
+in the order of the elements, one rounding for each: the order of csrc/mips/mips.h, so that a GPU
+and a CPU find the same bits. It is that of a product of float32 tiles which Triton computes without
 tensor cores, one chain of fused multiply-adds for each number (input_precision "ieee").
 A number stored as a code is fma(scale, code, offset).
 

@@ -3,9 +3,9 @@
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
     int8 rows are codes c of vectors x = offset + scale c, scale and offset [D]
 
-cpp, for CPU tensors but float64, sums each product in the order of its elements (csrc/mips/mips.h), so
-that a score has the same bits whatever it is searched with; no block of scores exists, and an index
-of half precision is read as it is.
+cpp, for CPU tensors but float64, sums each product in the order of its elements
+(csrc/mips/mips.h), so that a score has the same bits whatever it is searched with; no block of
+scores exists, and an index of half precision is read as it is.
 
 triton, for CUDA tensors, reads the index once and keeps the best score of each group of rows
 (triton_mips); its answers have the bits of cpp. What is small, it leaves to torch.

@@ -1,4 +1,4 @@
-"""Identify the sources that the extension module was built from. setup.py runs this file by itself."""
+"""Identify the sources of the extension module. setup.py runs this file by itself."""
 
 from __future__ import annotations
 
@@ -11,5 +11,7 @@ def digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h"))
     found = hashlib.sha256()
     for path in files:
-        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        found.update(
+            path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return found.hexdigest()[:16] if files else ""
