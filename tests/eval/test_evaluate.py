@@ -51,6 +51,16 @@ def test_recall_by_passage_id(perfect: RagModel) -> None:
     assert result.metrics["recall@1"] == 0.25
 
 
+def test_recall_counts_the_first_k(perfect: RagModel) -> None:
+    found = evaluate(perfect, tiny.questions(), tiny.collator(), ks=3, max_new_tokens=2)
+    second = [
+        Question(q.id, q.question, q.answers, positive_ids=(p.retrieved[1],))
+        for q, p in zip(tiny.questions(), found.predictions, strict=True)
+    ]
+    result = evaluate(perfect, second, tiny.collator(), ks=(1, 2), max_new_tokens=2)
+    assert (result.metrics["recall@1"], result.metrics["recall@2"]) == (0.0, 1.0)
+
+
 def test_recall_by_answer_text_when_no_positive_is_named(perfect: RagModel) -> None:
     questions = [
         Question("a", "ada", answers=("RED",)),

@@ -1,0 +1,189 @@
+"""Mistakes that are planted one at a time, to see that the quick tests find each of them.
+
+A mistake replaces a piece of source by another one; the piece must occur once in its file. The
+tests named with it are those that should fail: the nearest ones of `make test`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One wrong line.
+
+    Attributes:
+        name: what goes wrong.
+        file: the source file, from the root of the checkout.
+        right: the piece that is replaced.
+        wrong: what stands there then.
+        tests: where it should be found; arguments of pytest.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+OPS = (
+    Mistake(
+        "the gradient of RAG-Token ignores the posterior",
+        "fastrag/ops/group_pass.py",
+        "hit = upstream.unsqueeze(1) * posterior",
+        "hit = upstream.unsqueeze(1) * call.log_prior[chunk.example].exp()",
+        "tests/ops/test_marginal_nll.py",
+    ),
+    Mistake(
+        "the posterior of RAG-Sequence leaves out the prior",
+        "fastrag/ops/group_pass.py",
+        "joint = torch.where(active, prior + seq_logp, 0.0)",
+        "joint = torch.where(active, seq_logp, 0.0)",
+        "tests/ops/test_marginal_nll.py",
+    ),
+    Mistake(
+        "examples are weighted in the loss and not in the gradient of the scores",
+        "fastrag/ops/marginal_nll.py",
+        "dscores = dscores * self.example_weight.unsqueeze(1)",
+        "dscores = dscores * 1.0",
+        "tests/ops/test_marginal_nll.py tests/ops/test_marginal_nll_autograd.py",
+    ),
+    Mistake(
+        "the gradient of the bias keeps the last chunk alone",
+        "fastrag/ops/linear_head.py",
+        "self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))",
+        "self.dbias.copy_(draw.sum(0, dtype=self.dbias.dtype))",
+        "tests/ops/test_marginal_nll.py tests/ops/test_marginal_nll_autograd.py",
+    ),
+    Mistake(
+        "the gradient of the scores forgets the temperature",
+        "fastrag/ops/doc_scores.py",
+        "ds = torch.where(present, ds, 0.0) / tau",
+        "ds = torch.where(present, ds, 0.0)",
+        "tests/ops/test_doc_scores.py",
+    ),
+    Mistake(
+        "a missing passage scores zero",
+        "fastrag/ops/doc_scores.py",
+        "scores = scores.masked_fill(missing, -torch.inf)",
+        "scores = scores.masked_fill(missing, 0.0)",
+        "tests/ops/test_doc_scores.py",
+    ),
+    Mistake(
+        "ties go to the highest row",
+        "fastrag/ops/mips_topk.py",
+        "keys = (bits.long() << 32) | (_ROW_MASK - rows)",
+        "keys = (bits.long() << 32) | rows",
+        "tests/ops/test_mips_topk.py",
+    ),
+    Mistake(
+        "the kernel of the statistics counts the padding of the vocabulary",
+        "kernels/row_pass.py",
+        'z = tl.where(mask_v, z, float("-inf"))',
+        "z = z",
+        "tests/kernels/test_row_pass.py",
+    ),
+)
+SEAMS = (
+    Mistake(
+        "an int8 index gives its codes for vectors",
+        "fastrag/index/flat.py",
+        "return self._codec.decode(self.index_emb[rows])",
+        "return self.index_emb[rows].float()",
+        "tests/index/test_flat_dtypes.py tests/nn/test_retriever.py",
+    ),
+    Mistake(
+        "vectors are read without the lock",
+        "fastrag/index/rows.py",
+        'with stage("index/vectors"), self._lock.read():',
+        'with stage("index/vectors"):',
+        "tests/index",
+    ),
+    Mistake(
+        "a removed row is found",
+        "fastrag/index/rows.py",
+        "mask = self._removed if self._n_removed else None",
+        "mask = None",
+        "tests/index/test_flat.py",
+    ),
+    Mistake(
+        "a change keeps the checksum of what was saved",
+        "fastrag/index/rows.py",
+        "self._source = self._checksum = None",
+        "self._source = None",
+        "tests/index/test_flat.py tests/index/test_storage.py",
+    ),
+    Mistake(
+        "a step scores the index as it is by then, not as it was searched",
+        "fastrag/nn/retriever.py",
+        "self.encode_rows(hits.rows) if fresh else cast(Tensor, hits.vectors)",
+        "self.encode_rows(hits.rows) if fresh else self.index.index_emb[hits.rows]",
+        "tests/nn/test_retriever.py",
+    ),
+    Mistake(
+        "passages are drawn in evaluation too",
+        "fastrag/nn/retriever.py",
+        "if self.training and self.explore:",
+        "if self.explore:",
+        "tests/nn",
+    ),
+    Mistake(
+        "a replaced generator is read through the adapter of the old one",
+        "fastrag/nn/reader.py",
+        "if adapted is not self.generator:",
+        "if adapted is None:",
+        "tests/nn/test_reader.py",
+    ),
+    Mistake(
+        "the loss is not divided by the tokens of the whole batch",
+        "fastrag/nn/model.py",
+        "normalizer=num_items_in_batch,",
+        "normalizer=None,",
+        "tests/nn tests/train/test_trainer.py",
+    ),
+    Mistake(
+        "a passage may push the end of the question out of the window",
+        "fastrag/nn/builder.py",
+        "(passage_ids.flatten(0, 1), torch.minimum(wanted, room))",
+        "(passage_ids.flatten(0, 1), torch.minimum(wanted, room + 1))",
+        "tests/nn/test_builder.py",
+    ),
+    Mistake(
+        "the end of an answer is no label",
+        "fastrag/data/collator.py",
+        "return self.bound.answer_ids(answer)[: self.max_answer]",
+        "return self.bound.answer_ids(answer)[:-1][: self.max_answer]",
+        "tests/data/test_collator.py",
+    ),
+    Mistake(
+        "an answer's score leaves out the passage's probability",
+        "fastrag/generation/sequence.py",
+        "joint = _log_prior(doc_scores) + seq_logp.view(n_questions, n_docs)",
+        "joint = seq_logp.view(n_questions, n_docs)",
+        "tests/generation",
+    ),
+    Mistake(
+        "recall@k looks at k + 1 passages",
+        "fastrag/eval/evaluate.py",
+        "sum(0 <= rank < k for rank in judged)",
+        "sum(0 <= rank <= k for rank in judged)",
+        "tests/eval/test_evaluate.py",
+    ),
+    Mistake(
+        "a checkpoint's manifest is not checked",
+        "fastrag/train/trainer.py",
+        "            check_files(Path(checkpoint))\n",
+        "",
+        "tests/train/test_checkpoint_files.py",
+    ),
+    Mistake(
+        "a refresh in the middle of a run changes nothing",
+        "fastrag/nn/retriever.py",
+        "            self.index.replace(vectors)\n",
+        "            pass\n",
+        "tests/nn tests/train/test_callbacks.py",
+    ),
+)
+MISTAKES = (*OPS, *SEAMS)
