@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastrag.train.batches import count_label_tokens
     from fastrag.train.build import build_collator, build_index, build_model
     from fastrag.train.callbacks import (
         CurveCallback,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     )
     from fastrag.train.config import RagConfig
     from fastrag.train.load import load_run
+    from fastrag.train.optimizer import parameter_groups
     from fastrag.train.plots import plot_curve
     from fastrag.train.run import train_run
     from fastrag.train.signals import TrainingInterrupted
@@ -36,7 +38,9 @@ _HOMES = {
     "build_collator": "build",
     "build_index": "build",
     "build_model": "build",
+    "count_label_tokens": "batches",
     "load_run": "load",
+    "parameter_groups": "optimizer",
     "plot_curve": "plots",
     "train_run": "run",
 }
@@ -53,7 +57,9 @@ __all__ = [
     "build_collator",
     "build_index",
     "build_model",
+    "count_label_tokens",
     "load_run",
+    "parameter_groups",
     "plot_curve",
     "train_run",
 ]

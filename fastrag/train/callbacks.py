@@ -24,7 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 from fastrag import terminal
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.profiling import stage
-from fastrag.train.collation import ResumableCollator
+from fastrag.train.batches import ResumableCollator
 from fastrag.train.files import replacing
 from fastrag.train.signals import SignalGuard
 from fastrag.train.statistics import StepStatistics

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.retrieval import recall
 from fastrag.index.refresh import RefreshPolicy
 from fastrag.profiling import stage
+from fastrag.train.batches import ResumableCollator, count_label_tokens
 from fastrag.train.callbacks import (
     CURVE_FILE,
     METRICS_FILE,
@@ -54,11 +56,10 @@ from fastrag.train.checkpoints import (
     write_manifest,
     write_weights,
 )
-from fastrag.train.collation import ResumableCollator
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.load import MODEL_FOLDER
-from fastrag.train.master_weights import MasterWeights, needs_masters
+from fastrag.train.optimizer import MasterWeights, needs_masters, parameter_groups
 from fastrag.train.run_folder import write_record
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepStatistics
@@ -259,6 +260,17 @@ class RagTrainer(Trainer):
         with stage("training_step"):
             return super().training_step(*args, **kwargs)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Take the micro-batches of a step, and count their label tokens on all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if any(batch.get("labels") is None for batch in batches):
+            raise ValueError("train_dataset: expected questions with answers, got none in a batch")
+        if not self.args.average_tokens_across_devices:  # each rank divides by its own tokens
+            return super().get_batch_samples(iter(batches), num_batches, device)
+        return batches, count_label_tokens(batches, device=device) if batches else None
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -271,14 +283,11 @@ class RagTrainer(Trainer):
         `num_items_in_batch`, the counted label tokens of the whole accumulated batch over all
         devices, becomes the loss's normalizer: one batch of 8 equals four of 2.
         """
-        labels = inputs.get("labels")
-        if labels is None:
-            raise ValueError("train_dataset: expected questions with answers, got none in a batch")
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if self.model.training:
-            self.statistics.add(outputs, labels, self.model.retriever.search_seconds)
+            self.statistics.add(outputs, inputs["labels"], self.model.retriever.search_seconds)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -290,44 +299,18 @@ class RagTrainer(Trainer):
             module = self.model if model is None else model
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, module)
             settings.pop("lr", None)
-            groups = self.parameter_groups(module)
+            groups = parameter_groups(
+                module,
+                retriever_lr=self.retriever_lr,
+                reader_lr=self.generator_lr,
+                weight_decay=self.args.weight_decay,
+            )
             # accelerate puts its shards into the groups, which the copies would not follow
             if needs_masters(groups) and not self._sharded:
                 self.optimizer = MasterWeights(kind, groups, **settings)
             else:
                 self.optimizer = kind(groups, **settings)
         return self.optimizer
-
-    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Split the trained parameters by part and by weight decay.
-
-        Weight decay falls on matrices other than norms and biases, never on the temperature.
-
-        Args:
-            module: the model.
-
-        Returns:
-            Groups for a torch optimiser, the generator's first; empty ones are left out.
-        """
-        decays = set(self.get_decay_parameter_names(module))
-        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                part = "generator" if "generator" in name.split(".")[:3] else "retriever"
-                key = (part, name in decays and parameter.dim() >= 2)
-                members.setdefault(key, []).append(parameter)
-        rates = {"generator": self.generator_lr, "retriever": self.retriever_lr}
-        return [
-            {
-                "params": members[part, decay],
-                "lr": rate,
-                "weight_decay": self.args.weight_decay if decay else 0.0,
-                "part": part,
-            }
-            for part, rate in rates.items()
-            for decay in (True, False)
-            if (part, decay) in members
-        ]
 
     # ---- logging and evaluation ----------------------------------------------------------------
 

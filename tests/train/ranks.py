@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 
-from fastrag.train import RagConfig, RagTrainer
+from fastrag.train import RagConfig, RagTrainer, count_label_tokens
 from fastrag.train.distributed import leave_processes
 from tests import tiny
 
@@ -56,6 +56,8 @@ def other_passages_are_refused(run: RagTrainer) -> None:
 if __name__ == "__main__":
     run = trainer(Path(sys.argv[1]) / "same")
     assert (run.args.world_size, run.args.device.type) == (2, "cpu")
+    labels = torch.ones(2, 3 + run.args.process_index)
+    assert count_label_tokens([{"labels": labels}]).item() == 2 * 3 + 2 * 4
     run.train()
     same_on_all_ranks(run)
     other = trainer(Path(sys.argv[1]) / "other")

@@ -16,8 +16,8 @@ from matplotlib.image import imread
 
 from fastrag.data import Question
 from fastrag.train import MetricsFileCallback, RefreshCallback, TerminalCallback, plot_curve
+from fastrag.train.batches import ResumableCollator
 from fastrag.train.callbacks import CurveCallback, read_metrics
-from fastrag.train.collation import ResumableCollator
 from tests import tiny
 
 

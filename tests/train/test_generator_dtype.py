@@ -15,7 +15,7 @@ from torch import nn
 from fastrag.nn.checkpoint import load_whole
 from fastrag.train import RagConfig, RagTrainer, build_model
 from fastrag.train.callbacks import read_metrics
-from fastrag.train.master_weights import MasterWeights
+from fastrag.train.optimizer import MasterWeights
 from tests import tiny
 
 BF16 = torch.bfloat16

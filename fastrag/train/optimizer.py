@@ -1,18 +1,73 @@
-"""float32 copies of weights that are kept in fewer bits, which an optimiser updates in their place.
+"""Parameter groups of retriever and reader, and float32 copies of weights in fewer bits.
 
     master <- step(master, gradient);  weight <- master, rounded
 
-bfloat16 has 8 significant bits: what is less than about 1/512 of a weight is lost when it is added
-to it, and most updates of a pretrained model are less. In the copy they add up.
+bfloat16 has 8 significant bits: adding less than about 1/512 of a weight to it changes nothing, and
+most updates of a pretrained model are smaller. In a float32 copy they add up.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Parameters of these names keep their size; so do those with fewer than two dimensions.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
+_PARTS = {"retriever": "retriever", "loss_fn": "retriever", "reader": "reader"}
+
+
+def parameter_groups(
+    model: nn.Module, *, retriever_lr: float, reader_lr: float, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Split the parameters that train into groups for a torch optimiser.
+
+    The reader has one learning rate, the retriever with its temperature and the parameters of the
+    objective another. Weight decay applies to matrices, except norms and biases.
+
+    Args:
+        model: a `RagModel`, also inside a wrapper such as DistributedDataParallel.
+        retriever_lr: learning rate of encoders, temperature and objective.
+        reader_lr: learning rate of the generator.
+        weight_decay: decay of the matrices.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `part` ("reader" or "retriever"), the
+        reader's first; empty groups are left out.
+
+    Raises:
+        ValueError: a parameter that trains belongs to neither part.
+
+    Example:
+        >>> groups = parameter_groups(model, retriever_lr=1e-5, reader_lr=5e-5)    # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(groups)                                  # doctest: +SKIP
+    """
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((_PARTS[each] for each in name.split(".") if each in _PARTS), None)
+            if part is None:
+                raise ValueError(
+                    "model: expected parameters of `retriever`, `reader` and `loss_fn`, as a "
+                    f"RagModel has them, got {name}"
+                )
+            decays = parameter.dim() >= 2 and not _NO_DECAY.search(name.lower())
+            members.setdefault((part, decays), []).append(parameter)
+    rates = {"reader": reader_lr, "retriever": retriever_lr}
+    return [
+        {
+            "params": members[part, decays],
+            "lr": rate,
+            "weight_decay": weight_decay if decays else 0.0,
+            "part": part,
+        }
+        for part, rate in rates.items()
+        for decays in (True, False)
+        if (part, decays) in members
+    ]
 
 
 def needs_masters(groups: list[dict[str, Any]]) -> bool:
