@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         RagOutput,
         Reader,
         Retriever,
+        SentenceEncoder,
         TextEncoder,
         adapt_generator,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "Reader",
     "RefreshPolicy",
     "Retriever",
+    "SentenceEncoder",
     "TextEncoder",
     "__version__",
     "adapt_generator",
@@ -106,6 +108,7 @@ _LAZY = {
     "RagOutput": "fastrag.nn",
     "Reader": "fastrag.nn",
     "Retriever": "fastrag.nn",
+    "SentenceEncoder": "fastrag.nn",
     "TextEncoder": "fastrag.nn",
     "adapt_generator": "fastrag.nn",
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastrag.nn.outputs import RagGeneration, RagOutput
     from fastrag.nn.reader import Adapter, Reader
     from fastrag.nn.retriever import Retrieved, Retriever
+    from fastrag.nn.sentence_encoder import SentenceEncoder
 
 _HOMES = {
     "BuiltContext": "builder",
@@ -36,6 +37,7 @@ _HOMES = {
     "Reader": "reader",
     "Retrieved": "retriever",
     "Retriever": "retriever",
+    "SentenceEncoder": "sentence_encoder",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Reader",
     "Retrieved",
     "Retriever",
+    "SentenceEncoder",
     "Seq2SeqAdapter",
     "TextEncoder",
     "adapt_generator",

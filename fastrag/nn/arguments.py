@@ -47,15 +47,6 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected an integer >= 1, got {shown(value)}")
 
 
-def check_encoder(name: str, encoder: object) -> None:
-    """Raise ValueError unless `encoder` is a module; a path to one is the likely mistake."""
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(
-            f"{name}: expected a module, such as TextEncoder.from_pretrained reads from a folder, "
-            f"got {type(encoder).__name__}"
-        )
-
-
 def no_model_folder(name: str, path: str | os.PathLike[str], holding: str = "") -> str:
     """Return the message of an argument that should name a model folder and does not."""
     return (

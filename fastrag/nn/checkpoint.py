@@ -23,8 +23,11 @@ from fastrag import folders, manifests
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.heads import base_model
+from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.loss import MARGINALS
 from fastrag.nn.quiet import without_bars
+from fastrag.nn.sentence_encoder import CONFIG_NAME as SENTENCE_CONFIG
+from fastrag.nn.sentence_encoder import SentenceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,12 +235,7 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "learn_tau": model.retriever.log_tau is not None,
         **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
         "template": model.builder.template.template.to_dict(),
-        "index": {
-            "dim": model.index.dim,
-            "n_passages": len(model.index),
-            "checksum": model.index.checksum() if len(model.index) else None,
-            "source": str(model.index.source) if model.index.source else None,
-        },
+        "index": IndexReference.of(model.index)._asdict(),
     }
 
 
@@ -305,8 +303,10 @@ def _refuse_tied_merge(generator: Any) -> None:
         )
 
 
-def _load_encoder(folder: Path) -> TextEncoder:
+def _load_encoder(folder: Path) -> TextEncoder | SentenceEncoder:
     try:
+        if (folder / SENTENCE_CONFIG).is_file():
+            return SentenceEncoder.from_pretrained(folder)
         return TextEncoder.from_pretrained(folder, dtype="auto")
     except ValueError as error:
         # from_pretrained calls the folder what its argument is called

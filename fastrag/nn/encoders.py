@@ -9,6 +9,7 @@ import copy
 import inspect
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,35 +133,12 @@ class TextEncoder(nn.Module):
                 the CPU) an id outside its vocabulary, or the model has no `pooler_output` for
                 pooling="pooler".
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        check_ids("input_ids", input_ids, self._n_vocab)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: expected the [B, S] shape of input_ids {list(input_ids.shape)}, "
-                f"got {list(attention_mask.shape)}"
-            )
-        config: Any = getattr(self.model, "config", None)
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and 0 < limit < input_ids.shape[1]:
-            raise ValueError(
-                f"input_ids: expected at most the encoder's {limit} positions, got "
-                f"{input_ids.shape[1]} tokens"
-            )
+        attention_mask = check_inputs(self.model, input_ids, attention_mask)
         outputs = self.model(**self._inputs(input_ids, attention_mask))
         vectors = self._pool(outputs, attention_mask)
         if vectors.dtype in (torch.float16, torch.bfloat16):
             vectors = vectors.float()
         return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
-
-    @property
-    def _n_vocab(self) -> int | None:
-        """Rows of the input embedding; None where the model has none to ask for."""
-        model: Any = self.model
-        try:
-            return int(model.get_input_embeddings().weight.shape[0])
-        except (AttributeError, NotImplementedError):  # a wrapper such as DPR's names none
-            return None
 
     def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         inputs: dict[str, Any] = {
@@ -275,6 +253,41 @@ class TextEncoder(nn.Module):
         )
 
 
+def check_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Check an encoder's input against its transformers model.
+
+    Returns:
+        The mask `[B, S]`, made if there is none.
+
+    Raises:
+        ValueError: as `TextEncoder.forward`.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    check_ids("input_ids", input_ids, _vocabulary_size(model))
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the [B, S] shape of input_ids {list(input_ids.shape)}, "
+            f"got {list(attention_mask.shape)}"
+        )
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and 0 < limit < input_ids.shape[1]:
+        raise ValueError(
+            f"input_ids: expected at most the encoder's {limit} positions, got "
+            f"{input_ids.shape[1]} tokens"
+        )
+    return attention_mask
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """Return the rows of the input embedding; None where the model has none to ask for."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # a wrapper such as DPR's names none
+        return None
+
+
 def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
     """Return what a folder says about pooling, normalisation, prefix and length."""
     if role not in (None, "query", "passage"):
@@ -303,11 +316,14 @@ def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, An
         else:
             raise ValueError(
                 f"{folder / 'modules.json'}: expected the modules Transformer, Pooling and "
-                f"Normalize, got {shown(module.get('type'))}"
+                f"Normalize, got {shown(module.get('type'))} (SentenceEncoder.from_pretrained "
+                "reads it with sentence-transformers)"
             )
     config = folder / "config_sentence_transformers.json"
     if config.is_file():
-        settings["prefix"] = _st_prompt(manifests.read(config, _ST_CONFIG), role)
+        said = manifests.read(config, _ST_CONFIG)
+        prompts, default = said.get("prompts"), said.get("default_prompt_name")
+        settings["prefix"] = prompt_of_role(prompts, default, role)
     return settings
 
 
@@ -344,13 +360,24 @@ def _st_pooling(path: Path) -> str:
     return str(known.pop())
 
 
-def _st_prompt(config: dict[str, Any], role: Role | None) -> str:
-    prompts = config.get("prompts") or {}
-    names = _ST_PROMPTS[role] if role else ()
-    for name in (*names, config.get("default_prompt_name")):
-        if name in prompts:
-            return prompts[name]
-    return ""
+def prompt_of_role(
+    prompts: Mapping[str, str | None] | None, default: str | None, role: Role | None
+) -> str:
+    """Return the prompt of a sentence-transformers model for questions or for passages.
+
+    Args:
+        prompts: its prompts by name.
+        default: the name of its default prompt.
+        role: "query" or "passage"; None: the default prompt.
+
+    Raises:
+        ValueError: an unknown role.
+    """
+    if role not in (None, "query", "passage"):
+        raise ValueError(f"role: expected 'query', 'passage' or None, got {shown(role)}")
+    names = [*(_ST_PROMPTS[role] if role else ()), *([default] if default else [])]
+    known = prompts or {}
+    return next((known[name] or "" for name in names if name in known), "")
 
 
 @without_bars()

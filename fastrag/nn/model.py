@@ -63,7 +63,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
     Args:
         question_encoder: module of `(input_ids [B, S], attention_mask) -> [B, D]`, for example a
-            `TextEncoder`.
+            `TextEncoder`; or a `SentenceTransformer`, which becomes a `SentenceEncoder`.
         passage_encoder: the same for passages; may be the very same module; None if the index
             never has to be made anew.
         generator: any seq2seq or causal language model of transformers, plain or with PEFT.

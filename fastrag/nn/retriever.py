@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from fastrag import functional
 from fastrag.index.base import Hits, Index
-from fastrag.nn.arguments import check_count, check_encoder, check_numbers, require_finite
+from fastrag.nn.arguments import check_count, check_numbers, require_finite
 from fastrag.nn.generators import evaluating
+from fastrag.nn.index_reference import IndexReference
+from fastrag.nn.sentence_encoder import SentenceEncoder, is_sentence_transformer
 from fastrag.ops import checks
 from fastrag.profiling import stage
 
@@ -57,7 +59,7 @@ class Retriever(nn.Module):
 
     Args:
         question_encoder: module of `(input_ids [B, S], attention_mask) -> [B, D]`, for example a
-            `TextEncoder`.
+            `TextEncoder`; or a `SentenceTransformer`, which becomes a `SentenceEncoder`.
         passage_encoder: the same for passages; may be the very same module; None if the index is
             never rebuilt.
         index: vectors of the passages, in the order of `passages`; may still be empty, see
@@ -103,25 +105,17 @@ class Retriever(nn.Module):
         move_index: bool = True,
     ) -> None:
         super().__init__()
-        check_encoder("question_encoder", question_encoder)
-        if passage_encoder is not None:
-            check_encoder("passage_encoder", passage_encoder)
-        if tau is None:
-            both = (question_encoder, passage_encoder or question_encoder)
-            normalized = all(getattr(encoder, "normalize", False) for encoder in both)
-            tau = NORMALIZED_TAU if normalized else 1.0
-        if not hasattr(index, "search") or not hasattr(passages, "gather"):
-            raise ValueError(
-                f"index, passages: expected a FlatIndex and a PassageStore, got "
-                f"{type(index).__name__} and {type(passages).__name__}"
-            )
-        check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
-        if train_passage_encoder and passage_encoder is None:
-            raise ValueError("passage_encoder: expected a module to train, got None")
         self.question_encoder = question_encoder
         self.passage_encoder = passage_encoder
         self.index = index
         self.passages = passages
+        if tau is None:
+            both = (self.question_encoder, self.passage_encoder or self.question_encoder)
+            normalized = all(getattr(encoder, "normalize", False) for encoder in both)
+            tau = NORMALIZED_TAU if normalized else 1.0
+        check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
+        if train_passage_encoder and passage_encoder is None:
+            raise ValueError("passage_encoder: expected a module to train, got None")
         self.n_docs = n_docs
         self._tau = float(tau)
         log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
@@ -133,12 +127,23 @@ class Retriever(nn.Module):
         self.move_index = move_index
         self.search_seconds = 0.0  # wall time of the last search on the host
         self._prior_seen = False
-        if passage_encoder is not None and not train_passage_encoder:
-            _freeze_unshared(passage_encoder, question_encoder)
+        if self.passage_encoder is not None and not train_passage_encoder:
+            _freeze_unshared(self.passage_encoder, self.question_encoder)
         if len(index):
             self._check_index()
         if len(passages) == 0:
             raise ValueError("passages: expected at least one passage, got an empty store")
+        self.register_load_state_dict_pre_hook(_allow_no_reference)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("question_encoder", "passage_encoder"):
+            value = self._as_encoder(name, value)
+        elif name == "index":
+            _require("index", value, "search", "an Index, such as FlatIndex or Index.load gives")
+            self._check_width(value)
+        elif name == "passages":
+            _require("passages", value, "gather", "a PassageStore")
+        super().__setattr__(name, value)
 
     @property
     def tau(self) -> float | Tensor:
@@ -258,6 +263,19 @@ class Retriever(nn.Module):
         else:
             self.index.add(vectors)
 
+    def get_extra_state(self) -> Tensor:
+        """Return the index's reference for `state_dict`; see `IndexReference`."""
+        return IndexReference.of(self.index).pack()
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Compare the reference in a state dict, if it has one, with the present index.
+
+        Raises:
+            ValueError: the present index has vectors of another width. Other content is a warning.
+        """
+        if state is not None:
+            IndexReference.unpack(state).check(self.index)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retriever:
         super()._apply(fn, recurse)
         if self.move_index:
@@ -293,6 +311,7 @@ class Retriever(nn.Module):
             raise ValueError(
                 f"rows: expected [B, K] with B = {query_emb.shape[0]}, got {list(rows.shape)}"
             )
+        self._check_index()
         self.search_seconds = 0.0
         version = self.index.version
         taken = self.index.vectors(rows).to(query_emb.device)
@@ -314,12 +333,31 @@ class Retriever(nn.Module):
                 f"index: expected one vector per passage, got {len(index)} vectors and "
                 f"{len(passages)} passages"
             )
+        self._check_width(index)
+
+    def _check_width(self, index: Index) -> None:
         dim = getattr(self.question_encoder, "dim", index.dim)
         if dim != index.dim:
             raise ValueError(
                 f"index: expected vectors of width {dim} as the question encoder gives, got "
                 f"{index.dim}"
             )
+
+    def _as_encoder(self, name: str, encoder: Any) -> Any:
+        """Return `encoder` as a module of token ids; a SentenceTransformer is wrapped."""
+        if is_sentence_transformer(encoder):
+            encoder = SentenceEncoder(encoder, "query" if name == "question_encoder" else "passage")
+            other = getattr(self, "question_encoder", None)
+            if isinstance(other, SentenceEncoder) and other.serves_as(encoder):
+                return other
+        if encoder is None and name == "passage_encoder":
+            return None
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(
+                f"{name}: expected a module, such as TextEncoder.from_pretrained reads from a "
+                f"folder, got {type(encoder).__name__}"
+            )
+        return encoder
 
     def _warn_if_flat(self, doc_scores: Tensor) -> None:
         """Warn once if the first training batch's prior is nearly uniform."""
@@ -386,3 +424,15 @@ def _freeze_unshared(module: nn.Module, other: nn.Module) -> None:
     for parameter in module.parameters():
         if id(parameter) not in shared:
             parameter.requires_grad_(False)
+
+
+def _require(name: str, value: object, method: str, expected: str) -> None:
+    if not hasattr(value, method):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _allow_no_reference(
+    _module: nn.Module, state_dict: dict[str, Any], prefix: str, *_report: Any
+) -> None:
+    """Let `strict=True` accept a state dict without the index's reference."""
+    state_dict.setdefault(prefix + "_extra_state", None)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 QUESTION_ENCODER = "retriever.question_encoder."  # what its parameters' names begin with
+INDEX_REFERENCE = "retriever._extra_state"  # INDEX holds the index's version and checksum
 FROZEN = "frozen.json"
 INDEX = "index.json"
 INDEX_FOLDER = "index"
@@ -343,7 +344,7 @@ def write_weights(
     trained = {
         name: tensor.detach().to("cpu").contiguous()
         for name, tensor in state.items()
-        if name not in frozen
+        if name not in frozen and name != INDEX_REFERENCE
     }
     save_file(trained, str(folder / WEIGHTS), metadata={"format": "pt"})
     manifests.write(folder / FROZEN, frozen)
@@ -368,7 +369,11 @@ def read_weights(model: nn.Module, folder: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
     frozen = _frozen(model)
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    wanted = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in frozen and name != INDEX_REFERENCE
+    }
     for name in sorted(wanted.keys() | stored.keys()):
         theirs, ours = stored.get(name), wanted.get(name)
         if theirs is None or ours is None or theirs.shape != ours.shape:

@@ -151,10 +151,32 @@ def test_the_index_moves_with_the_module(monkeypatch):
     assert moved == []
 
 
+class Narrow(nn.Module):
+    """An encoder of width 8."""
+
+    dim = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(64, self.dim)
+
+    def forward(self, input_ids, attention_mask):
+        return self.words(input_ids)
+
+
 def test_an_index_of_another_width_is_refused_where_it_meets():
-    model = rag_model()
-    model.index = FlatIndex(8)
-    model.index.add(torch.randn(N, 8))
-    data = batch()
+    model, data = rag_model(), batch()
+    index, loss = model.index, model(**data).loss
+    other = FlatIndex(8)
+    other.add(torch.randn(N, 8))
     with pytest.raises(ValueError, match="index: expected vectors of width 16 .* got 8"):
+        model.index = other
+    assert model.index is index and torch.equal(model(**data).loss, loss)
+    # An encoder may be replaced before its index is, so the step is where they meet.
+    model.question_encoder = Narrow()
+    with pytest.raises(ValueError, match="index: expected vectors of width 8 .* got 16"):
         model(**data)
+    with pytest.raises(ValueError, match="index: expected vectors of width 8 .* got 16"):
+        model(**data, rows=torch.zeros(4, 3, dtype=torch.int64))
+    model.index = other
+    assert model(**data).loss.isfinite()
