@@ -92,14 +92,14 @@ SEAMS = (
         "fastrag/index/flat.py",
         "return self._codec.decode(self.index_emb[rows])",
         "return self.index_emb[rows].float()",
-        "tests/index/test_flat_dtypes.py tests/nn/test_retriever.py",
+        "tests/nn/test_retriever.py tests/index/test_flat_dtypes.py",
     ),
     Mistake(
         "vectors are read without the lock",
         "fastrag/index/rows.py",
         'with stage("index/vectors"), self._lock.read():',
         'with stage("index/vectors"):',
-        "tests/index",
+        "tests/index/test_lock.py",
     ),
     Mistake(
         "a removed row is found",
@@ -127,7 +127,7 @@ SEAMS = (
         "fastrag/nn/retriever.py",
         "if self.training and self.explore:",
         "if self.explore:",
-        "tests/nn",
+        "tests/nn/test_model.py",
     ),
     Mistake(
         "a replaced generator is read through the adapter of the old one",
@@ -141,7 +141,7 @@ SEAMS = (
         "fastrag/nn/model.py",
         "normalizer=num_items_in_batch,",
         "normalizer=None,",
-        "tests/nn tests/train/test_trainer.py",
+        "tests/nn/test_model.py",
     ),
     Mistake(
         "a passage may push the end of the question out of the window",
@@ -183,7 +183,7 @@ SEAMS = (
         "fastrag/nn/retriever.py",
         "            self.index.replace(vectors)\n",
         "            pass\n",
-        "tests/nn tests/train/test_callbacks.py",
+        "tests/nn/test_model.py",
     ),
 )
 MISTAKES = (*OPS, *SEAMS)
