@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastrag import (
         data,
         eval,
+        freshness,
         functional,
         generation,
         index,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
         testing,
         train,
     )
-    from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore, RefreshPolicy
+    from fastrag.freshness import IndexRefresher, RefreshPolicy
+    from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore
     from fastrag.nn import (
         LMHead,
         RagGeneration,
@@ -49,6 +51,7 @@ __all__ = [
     "FlatIndex",
     "Hits",
     "Index",
+    "IndexRefresher",
     "LMHead",
     "PassageStore",
     "RagGeneration",
@@ -64,6 +67,7 @@ __all__ = [
     "adapt_generator",
     "data",
     "eval",
+    "freshness",
     "functional",
     "generation",
     "index",
@@ -80,6 +84,7 @@ _SUBMODULES = frozenset(
     {
         "data",
         "eval",
+        "freshness",
         "functional",
         "generation",
         "index",
@@ -100,7 +105,8 @@ _LAZY = {
     "Hits": "fastrag.index",
     "Index": "fastrag.index",
     "PassageStore": "fastrag.index",
-    "RefreshPolicy": "fastrag.index",
+    "IndexRefresher": "fastrag.freshness",
+    "RefreshPolicy": "fastrag.freshness",
     "LMHead": "fastrag.nn",
     "RagGeneration": "fastrag.nn",
     "RagLoss": "fastrag.nn",

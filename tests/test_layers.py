@@ -24,7 +24,18 @@ BELOW = {
     "testing": set(),
     "data": {"functional", "ops", "messages", "manifests"},
     "index": {"profiling", "data", "functional", "ops", "folders", "messages", "manifests"},
-    "nn": {"profiling", "index", "data", "functional", "ops", "folders", "messages", "manifests"},
+    "freshness": {"profiling", "index", "functional", "ops", "messages"},
+    "nn": {
+        "profiling",
+        "freshness",
+        "index",
+        "data",
+        "functional",
+        "ops",
+        "folders",
+        "messages",
+        "manifests",
+    },
     "generation": {"nn", "index", "data", "functional", "ops", "folders", "messages", "manifests"},
     "eval": {
         "generation",
@@ -39,6 +50,7 @@ BELOW = {
     },
     "train": {
         "profiling",
+        "freshness",
         "eval",
         "generation",
         "nn",

@@ -1,10 +1,10 @@
-"""The index: passage vectors, passage tokens, their files, and when they are refreshed."""
+"""The index: passage vectors, passage tokens and their files."""
 
 from fastrag.index.base import Hits, Index
+from fastrag.index.encoding import encode_passages
 from fastrag.index.faiss_index import FaissIndex
 from fastrag.index.flat import FlatIndex
 from fastrag.index.passages import PassageStore
-from fastrag.index.refresh import RefreshPolicy, encode_passages
 
 __all__ = [
     "FaissIndex",
@@ -12,6 +12,5 @@ __all__ = [
     "Hits",
     "Index",
     "PassageStore",
-    "RefreshPolicy",
     "encode_passages",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastrag import functional
 from fastrag.index.base import Hits, Index
+from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
 from fastrag.nn.arguments import check_count, check_numbers, require_finite
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
@@ -235,30 +236,44 @@ class Retriever(nn.Module):
         encoder = self._passage_encoder()
         unique, where = rows.clamp(min=0).unique(return_inverse=True)
         with stage("encode_passages"):
-            ids, lengths = self.passages.gather(unique, "encoder")
-            mask = torch.arange(ids.shape[-1], device=rows.device) < lengths[:, None]
-            vectors = encoder(ids, mask.long())
+            vectors = encoder(*encoder_inputs(self.passages, unique, rows.device))
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )
         return vectors[where]
 
-    def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
-        """Encode all passages with the passage encoder as it is now and swap the vectors in.
+    def refresh_index(
+        self,
+        batch_size: int = 256,
+        *,
+        rows: Tensor | None = None,
+        encoder: PassageEncoder | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Encode passages with the present passage encoder and swap the vectors in.
 
         Args:
             batch_size: passages per forward pass.
+            rows: rows to encode `[n]`, each once; None: all, also into an empty index.
+            encoder: encodes the passages; None: the passage encoder.
             progress: show a progress bar.
 
         Raises:
-            ValueError: there is no passage encoder, or it gives a vector that is not finite.
+            ValueError: there is no passage encoder, it gives vectors of another width than those of
+                the index or one that is not finite, or unknown or repeated rows. The index is then
+                unchanged.
         """
-        from fastrag.index.refresh import encode_passages
-
         vectors = encode_passages(
-            self._passage_encoder(), self.passages, batch_size, progress=progress
+            self._passage_encoder() if encoder is None else encoder,
+            self.passages,
+            batch_size,
+            progress=progress,
+            rows=rows,
+            dim=self.index.dim,
         )
-        if len(self.index):
+        if rows is not None:
+            self.index.update(rows, vectors)
+        elif len(self.index):
             self.index.replace(vectors)
         else:
             self.index.add(vectors)

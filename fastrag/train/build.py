@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from fastrag import folders
 from fastrag.data import Passage, RagCollator, Template
 from fastrag.index import FlatIndex, Index, PassageStore
+from fastrag.index.encoding import encode_passages
 from fastrag.index.passages import FORMAT as PASSAGES_FORMAT
-from fastrag.index.refresh import encode_passages
 from fastrag.index.storage import check_replaceable
 from fastrag.ops import backends
 from fastrag.train.config import RagConfig

@@ -22,15 +22,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from fastrag import terminal
-from fastrag.index.refresh import RefreshPolicy
-from fastrag.profiling import stage
+from fastrag.nn.retriever import Retrieved, Retriever
 from fastrag.train.batches import ResumableCollator
 from fastrag.train.files import replacing
 from fastrag.train.signals import SignalGuard
 from fastrag.train.statistics import StepStatistics
 
 if TYPE_CHECKING:
-    from fastrag.nn import RagModel
+    from fastrag.freshness import IndexRefresher
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
@@ -50,45 +49,34 @@ _NOT_IN_LINES = ("epoch", "total_flos", "_runtime", "_per_second", "_time", "_n_
 
 
 class RefreshCallback(TrainerCallback):
-    """Encodes all passages anew when the policy says so; the step waits for it.
+    """Call an `IndexRefresher` at the end of each step.
 
-    It runs at the end of a step, before evaluation and saving, so that both see the new index.
+    Evaluation and saving follow, so both see the refreshed index. The refresher is given what the
+    retriever returned in the step (under accumulation, in its last micro-batch).
 
     Args:
-        model: the model whose `refresh_index` is called.
-        policy: a RefreshPolicy, or its word: `frozen`, `every:20`.
-        batch_size: passages per encoder batch.
-
-    Raises:
-        ValueError: the word names no policy.
+        refresher: the refresher.
 
     Example:
-        >>> RefreshCallback(None, "every:20").policy.due(40)
-        True
+        >>> callback = RefreshCallback(IndexRefresher(model, "every:20"))   # doctest: +SKIP
+        >>> Trainer(model, args, callbacks=[callback], ...)                 # doctest: +SKIP
     """
 
-    def __init__(
-        self, model: RagModel, policy: RefreshPolicy | str = "frozen", batch_size: int = 256
+    def __init__(self, refresher: IndexRefresher) -> None:
+        self.refresher = refresher
+        self._retrieved: Retrieved | None = None
+        self._hook: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
-        self.model = model
-        self.policy = RefreshPolicy.parse(policy)
-        self.batch_size = batch_size
-        self.refreshed_at = 0
-
-    @property
-    def changing(self) -> bool:
-        """Whether the policy ever changes the index."""
-        return str(self.policy) != "frozen"
-
-    def refresh(self, step: int) -> None:
-        """Encode all passages now.
-
-        Args:
-            step: optimiser steps done, remembered in `refreshed_at`.
-        """
-        with stage("refresh"):
-            self.model.refresh_index(self.batch_size)
-        self.refreshed_at = step
+        """Begin to keep what the retriever returns."""
+        if self._hook is None and self.refresher.changing:
+            self._hook = self.refresher.retriever.register_forward_hook(self._keep)
 
     def on_step_end(
         self,
@@ -97,9 +85,31 @@ class RefreshCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Refresh when due."""
-        if self.policy.due(state.global_step):
-            self.refresh(state.global_step)
+        """Refresh what is due."""
+        self.refresher.step(state.global_step, self._retrieved)
+        self._retrieved = None
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Let go of the retriever."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _keep(self, retriever: Retriever, _inputs: Any, found: Retrieved) -> None:
+        if retriever.training:
+            # detached: otherwise the graph of the step would live until the next one
+            self._retrieved = Retrieved(
+                found.query_emb.detach(),
+                found.hits,
+                found.doc_scores.detach(),
+                found.log_prior.detach(),
+            )
 
 
 class SignalCallback(TrainerCallback):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fastrag.freshness import RefreshPolicy
 from fastrag.index.codec import DTYPES
-from fastrag.index.refresh import RefreshPolicy
 from fastrag.messages import clipped, shown
 from fastrag.nn.loss import MARGINALS
 from fastrag.nn.objectives import objective_words

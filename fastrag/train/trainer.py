@@ -23,7 +23,7 @@ from fastrag import folders
 from fastrag.eval import DenseRetriever, EvalResult, evaluate_retrieval
 from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.retrieval import recall
-from fastrag.index.refresh import RefreshPolicy
+from fastrag.freshness import IndexRefresher, RefreshPolicy
 from fastrag.profiling import stage
 from fastrag.train.batches import ResumableCollator, count_label_tokens
 from fastrag.train.callbacks import (
@@ -153,7 +153,7 @@ class RagTrainer(Trainer):
         self.evaluation_seconds = 0.0
         self.last_evaluation: EvalResult | None = None
         self.statistics = StepStatistics()
-        self.refresher = RefreshCallback(
+        self.refresher = IndexRefresher(
             model,
             setting(refresh, "refresh", "frozen"),
             int(setting(encode_batch_size, "encode_batch_size", 256)),
@@ -173,7 +173,7 @@ class RagTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=[
                 SamePassagesCallback(model),
-                self.refresher,
+                RefreshCallback(self.refresher),
                 MetricsFileCallback(run / METRICS_FILE),
                 CurveCallback(run / METRICS_FILE, run / CURVE_FILE),
                 *([EarlyStoppingCallback(patience)] if patience else []),

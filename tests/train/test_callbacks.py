@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fastrag.data import Question
+from fastrag.freshness import IndexRefresher
 from fastrag.train import MetricsFileCallback, RefreshCallback, TerminalCallback, plot_curve
 from fastrag.train.batches import ResumableCollator
 from fastrag.train.callbacks import CurveCallback, read_metrics
@@ -137,16 +138,25 @@ def test_the_line_of_an_evaluation_has_no_raw_keys(monkeypatch: pytest.MonkeyPat
     assert TerminalCallback.line({"mine": 0.123456, "epoch": 1.0}, 3) == "step 3  mine 0.1235"
 
 
-def test_refresh_is_called_when_due() -> None:
-    calls: list[int] = []
-    model: Any = SimpleNamespace(refresh_index=calls.append)
-    callback = RefreshCallback(model, "every:3", batch_size=7)
-    for step in range(1, 8):
+def test_the_refresher_gets_the_step_and_what_was_retrieved() -> None:
+    """Detached, of a training step only, and only while training."""
+    model, seen = tiny.rag_model(train_passage_encoder=True), []
+
+    class Refresher(IndexRefresher):
+        def step(self, step: int, retrieved: Any = None, encoder: Any = None) -> None:
+            seen.append((step, retrieved))
+
+    callback = RefreshCallback(Refresher(model, "every:3"))
+    callback.on_train_begin(None, at(0), None)
+    for step, training in enumerate((True, False), start=1):
+        model.train(training)(**tiny.batch())
         callback.on_step_end(None, at(step), None)
-    assert calls == [7, 7] and callback.refreshed_at == 6
-    assert callback.changing and not RefreshCallback(model).changing
-    with pytest.raises(ValueError, match="refresh: expected one of"):
-        RefreshCallback(model, "hourly")
+    callback.on_train_end(None, at(2), None)
+    model.train()(**tiny.batch())
+    callback.on_step_end(None, at(3), None)
+    [(first, retrieved), *others] = seen
+    assert first == 1 and others == [(2, None), (3, None)]
+    assert retrieved.hits.rows.shape == (4, 3) and not retrieved.doc_scores.requires_grad
 
 
 def test_random_answers_depend_on_seed_epoch_and_batch_alone() -> None:

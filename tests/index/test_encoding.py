@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrag.data import Passage, Template
-from fastrag.index import PassageStore, RefreshPolicy, encode_passages
+from fastrag.index import PassageStore, encode_passages
 
 
 class Encoder(torch.nn.Module):
@@ -91,29 +91,3 @@ def test_encode_rejects(store):
 
     with pytest.raises(ValueError, match=r"encoder: expected \[11, D\], got \[11\]"):
         encode_passages(Flat(), store)
-
-
-@pytest.mark.parametrize(
-    ("text", "due"), [("frozen", []), ("every:1", [1, 2, 3, 4, 5, 6]), ("every:3", [3, 6])]
-)
-def test_policies(text, due):
-    policy = RefreshPolicy.parse(text)
-    assert [step for step in range(7) if policy.due(step)] == due
-    assert str(policy) == text
-    assert RefreshPolicy.parse(str(policy)) == policy == RefreshPolicy.parse(policy)
-    assert hash(policy) == hash(RefreshPolicy.parse(text))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "never", "every", "every:", "every:0", "every:-1", "every:1.5", "every: 2",
-             "frozen:1", "frozen:", "rolling:5", "Every:2", 5, None]
-)  # fmt: skip
-def test_unknown_policies_list_the_words(text):
-    with pytest.raises(ValueError, match=r"refresh: expected one of 'frozen', 'every:n', got"):
-        RefreshPolicy.parse(text)
-
-
-def test_every_needs_a_step():
-    assert RefreshPolicy.parse("every:2") != RefreshPolicy.parse("frozen")
-    with pytest.raises(ValueError, match="n: expected at least 1 step, got 0"):
-        type(RefreshPolicy.parse("every:2"))(0)

@@ -1,0 +1,6 @@
+"""Freshness: when stored passage vectors are encoded again, while the passage encoder trains."""
+
+from fastrag.freshness.policies import RefreshPolicy
+from fastrag.freshness.refresher import IndexRefresher, Refresh
+
+__all__ = ["IndexRefresher", "Refresh", "RefreshPolicy"]

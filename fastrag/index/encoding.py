@@ -1,0 +1,125 @@
+"""Encode the passages of a store into the vectors of an index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastrag.profiling import stage
+
+if TYPE_CHECKING:
+    from fastrag.index.passages import PassageStore
+
+
+class PassageEncoder(Protocol):
+    """What `encode_passages` needs of an encoder; `fastrag.nn.TextEncoder` is one."""
+
+    training: bool
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+@torch.no_grad()
+def encode_passages(
+    encoder: PassageEncoder,
+    store: PassageStore,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    *,
+    rows: Tensor | None = None,
+    dim: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Encode passages of a store with the encoder in eval mode and without gradients.
+
+    Each batch holds passages of similar length, so little is spent on padding. The training mode of
+    the encoder and of each of its parts is restored, also after an exception.
+
+    Args:
+        encoder: maps `input_ids`, `attention_mask` `[B, L]` to `[B, D]`.
+        store: the passages; stream `"encoder"`.
+        batch_size: passages per forward pass.
+        device: where the encoder runs; `None`: where its parameters are, else the CPU.
+        progress: show a progress bar.
+        rows: encode these rows `[n]` only, in this order; `None`: all.
+        dim: width that the vectors must have; `None`: any.
+        on_batch: called with the number of passages after each batch.
+
+    Returns:
+        `[n, D]` fp32 on the CPU, in the order of the rows.
+
+    Raises:
+        ValueError: `batch_size` below 1, no rows, or an encoder that returns another shape.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    rows = torch.arange(len(store)) if rows is None else rows.to("cpu", torch.int64)
+    if rows.ndim != 1 or rows.numel() == 0:
+        raise ValueError(f"rows: expected [n] with n > 0, got {list(rows.shape)}")
+    device = _device_of(encoder) if device is None else torch.device(device)
+    order = store.lengths("encoder")[rows].argsort(descending=True, stable=True)
+    training = encoder.training
+    # A user may hold parts of a training encoder in eval mode.
+    parts = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
+    modes = {part: part.training for part in parts}
+    encoder.eval()
+    out: Tensor | None = None
+    bar = _progress_bar(len(rows), progress)
+    try:
+        for batch in order.split(batch_size):
+            with stage("refresh/gather"):
+                ids, mask = encoder_inputs(store, rows[batch].to(store.device), device)
+            with stage("refresh/encode"):
+                vectors = encoder(ids, mask).float().cpu()
+            if vectors.ndim != 2 or vectors.shape[0] != len(batch):
+                raise ValueError(f"encoder: expected [{len(batch)}, D], got {list(vectors.shape)}")
+            if out is None:
+                if dim not in (None, vectors.shape[1]):
+                    raise ValueError(
+                        f"encoder: expected vectors of width {dim} as the index holds, got "
+                        f"{vectors.shape[1]}"
+                    )
+                out = torch.empty(len(rows), vectors.shape[1], dtype=torch.float32)
+            out[batch] = vectors
+            bar.update(len(batch))
+            if on_batch is not None:
+                on_batch(len(batch))
+    finally:
+        bar.close()
+        encoder.train(training)
+        for part, mode in modes.items():
+            part.training = mode
+    if out is None:
+        raise ValueError("rows: expected at least one passage, got none")
+    return out
+
+
+def encoder_inputs(
+    store: PassageStore, rows: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return `input_ids` and `attention_mask` `[n, L]` int64 of passages, on a device."""
+    ids, lengths = store.gather(rows, "encoder")
+    ids, lengths = ids.to(device), lengths.to(device)
+    mask = torch.arange(ids.shape[-1], device=device) < lengths[:, None]
+    return ids, mask.long()
+
+
+def _device_of(encoder: PassageEncoder) -> torch.device:
+    if isinstance(encoder, torch.nn.Module):
+        for parameter in encoder.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _progress_bar(total: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="encode", unit=" passages", disable=not progress)
