@@ -121,6 +121,19 @@ def context_limit(generator: nn.Module, kind: str, max_context: int | None) -> i
     return max_context
 
 
+def require_same_device(name: str, module: nn.Module, inputs: Tensor) -> None:
+    """Raise ValueError if a module's parameters are not where its token ids are.
+
+    It is called when the module has failed, so that a step that works does not pay for it.
+    """
+    for parameter in module.parameters():
+        if parameter.device != inputs.device:
+            raise ValueError(
+                f"{name}: expected weights on '{inputs.device}', where its token ids are, got "
+                f"'{parameter.device}'"
+            )
+
+
 def require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) -> None:
     """Raise for NaN or inf, naming the row; on the CPU alone, where looking costs no wait."""
     if vectors.device.type != "cpu":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastrag import folders, manifests
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
+from fastrag.nn.generators import GeneratorAdapter
 from fastrag.nn.heads import base_model
 from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.loss import MARGINALS
@@ -92,8 +93,9 @@ def save_model(
     """Write `model` as the folder `path`; see `RagModel.save_pretrained`.
 
     Raises:
-        ValueError: an encoder that cannot write itself, several PEFT adapters, a merge that would
-            change a tied embedding, or a folder that cannot be replaced.
+        ValueError: an encoder that cannot write itself, a generator that is not of transformers,
+            several PEFT adapters, a merge that would change a tied embedding, or a folder that
+            cannot be replaced.
     """
     from fastrag.index.storage import FolderWriter
 
@@ -103,6 +105,12 @@ def save_model(
             raise ValueError(
                 f"{name}: expected a module with save_pretrained, got {type(encoder).__name__}"
             )
+    if not isinstance(model.adapter, GeneratorAdapter):
+        raise ValueError(
+            f"adapter: expected one of adapt_generator to save with, got "
+            f"{type(model.adapter).__name__}, whose {type(model.generator).__name__} no "
+            "from_pretrained can read; save model.state_dict() instead"
+        )
     if model.loss_fn.objective is None:
         raise ValueError(
             f"objective: expected a retriever term with a word to save, got "

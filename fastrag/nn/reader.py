@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from fastrag.nn.arguments import require_same_device
 from fastrag.nn.generators import adapt_generator
 from fastrag.nn.heads import LMHead
 
@@ -102,6 +103,10 @@ class Reader(nn.Module):
             hidden `[B, K, T, H]`, differentiable.
 
         Raises:
-            ValueError: as the adapter's `hidden`.
+            ValueError: as the adapter's `hidden`, or the generator is on another device.
         """
-        return self.adapter.hidden(context_ids, context_mask, labels)
+        try:
+            return self.adapter.hidden(context_ids, context_mask, labels)
+        except RuntimeError:
+            require_same_device("generator", self.generator, context_ids)
+            raise

@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from fastrag import functional
 from fastrag.index.base import Hits, Index
 from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
-from fastrag.nn.arguments import check_count, check_numbers, require_finite
+from fastrag.nn.arguments import (
+    check_count,
+    check_numbers,
+    require_finite,
+    require_same_device,
+)
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.sentence_encoder import SentenceEncoder, is_sentence_transformer
@@ -225,7 +230,11 @@ class Retriever(nn.Module):
                 f"input_ids: expected at least one question, got {checks.show(input_ids)}"
             )
         with stage("encode_questions"):
-            query_emb = self.question_encoder(input_ids, attention_mask)
+            try:
+                query_emb = self.question_encoder(input_ids, attention_mask)
+            except RuntimeError:
+                require_same_device("question_encoder", self.question_encoder, input_ids)
+                raise
         require_finite(
             query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
         )
@@ -236,7 +245,12 @@ class Retriever(nn.Module):
         encoder = self._passage_encoder()
         unique, where = rows.clamp(min=0).unique(return_inverse=True)
         with stage("encode_passages"):
-            vectors = encoder(*encoder_inputs(self.passages, unique, rows.device))
+            ids, mask = encoder_inputs(self.passages, unique, rows.device)
+            try:
+                vectors = encoder(ids, mask)
+            except RuntimeError:
+                require_same_device("passage_encoder", encoder, ids)
+                raise
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )

@@ -39,7 +39,7 @@ class BigramAdapter:
         return LMHead(self.model.out.weight, self.model.out.bias)
 
 
-def test_a_generator_from_outside_trains_through_its_adapter():
+def test_a_generator_from_outside_trains_through_its_adapter(tmp_path):
     torch.manual_seed(0)
     whole, bigram = rag_model(tau=1.0), Bigram()
     model = RagModel(
@@ -68,6 +68,9 @@ def test_a_generator_from_outside_trains_through_its_adapter():
         ValueError, match="to generate with, got BigramAdapter, which can only train"
     ):
         model.generate(**asked)
+    with pytest.raises(ValueError, match="to save with, got BigramAdapter, whose Bigram"):
+        model.save_pretrained(tmp_path / "model")
+    assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="adapter: expected an object with kind, .* got dict"):
         Reader(bigram, adapter={})
 
