@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastrag.messages import shown
 from fastrag.nn.activation_checkpointing import ActivationCheckpointing
 from fastrag.nn.arguments import (
     bind_template,
@@ -260,7 +261,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         prompt_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 32,
+        marginal: str | None = None,
+        max_new_tokens: int | None = None,
         n_docs: int | None = None,
         rows: Tensor | None = None,
         labels: Tensor | None = None,
@@ -268,31 +270,43 @@ class RagModel(ActivationCheckpointing, nn.Module):
         on_progress: Callable[[float], None] | None = None,
         **generate_kwargs: Any,
     ) -> RagGeneration:
-        """Answer questions by RAG-Sequence decoding (`fastrag.generation.sequence`), in eval mode.
+        """Answer questions by the decoding that fits the marginal, in eval mode.
+
+            token:     y_t = argmax of sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
+            sequence:  y = argmax over the K greedy answers of sum_k p(z_k|x) p(y|x,z_k)
+                                                (Lewis et al. 2020, sec. 2.5)
 
         Args:
             input_ids: `[B, S]` int64, question encoder's vocabulary.
             attention_mask: `[B, S]`.
             prompt_ids: `[B, S']` int64, generator's vocabulary.
             prompt_mask: `[B, S']`.
-            max_new_tokens: longest answer.
+            marginal: a name in `fastrag.generation.DECODERS`, for example "token" or "sequence".
+                None: the marginal that the model is trained with.
+            max_new_tokens: longest answer; None: that of `generation_config` if given, else 32.
             n_docs: passages per question; None: the model's.
             rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
             labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
                 from the same reading of the contexts.
             valid_rows: positions of counted labels, `[R]` int32, from the collator.
             on_progress: called with the share of the work that was done since the last call.
-            generate_kwargs: fields of the generator's `GenerationConfig`.
+            generate_kwargs: arguments of transformers' `generate` (`logits_processor`,
+                `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `generation_config`,
+                ...) and fields of its `GenerationConfig`. The decoder's docstring says which
+                distribution they see: `fastrag.generation.rag_token` or `rag_sequence`.
 
         Returns:
             `RagGeneration`.
 
         Raises:
-            ValueError: as `forward`; n_docs or max_new_tokens below 1; settings of a search that
-                is not greedy.
+            ValueError: as `forward`; n_docs or max_new_tokens below 1; no decoder of this name; a
+                setting of a search that is not greedy, or one that transformers does not know.
         """
-        from fastrag.generation.sequence import own_end_ids, rag_sequence_generate
+        from fastrag.generation import DECODERS, GreedySearch
 
+        decoder = DECODERS.get(self.marginal if marginal is None else marginal)
+        if decoder is None:
+            raise ValueError(f"marginal: expected one of {tuple(DECODERS)}, got {shown(marginal)}")
         n_docs = self.n_docs if n_docs is None else n_docs
         check_count("n_docs", n_docs)
         if labels is not None:
@@ -302,13 +316,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 f"adapter: expected one of adapt_generator to generate with, got "
                 f"{type(self.adapter).__name__}, which can only train"
             )
-        # Training taught the template's end, which a chat template may set apart from the model's.
-        end_ids = sorted({*own_end_ids(self.adapter), self.builder.template.eos_id})
         with evaluating(self):
             retrieved = self.retriever(input_ids, attention_mask, rows, n_docs)
             rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
             context = self.contexts(rows, prompt_ids, prompt_mask)
-            return rag_sequence_generate(
+            search = GreedySearch(
                 self.adapter,
                 context.ids,
                 context.mask,
@@ -316,12 +328,15 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 rows,
                 max_new_tokens=max_new_tokens,
                 pad_id=self.builder.template.pad_id,
+                # Training taught the template's end, which may differ from the generator's own.
+                eos_id=self.builder.template.eos_id,
                 labels=labels,
                 valid_rows=valid_rows,
                 loss_fn=self.loss_fn,
                 on_progress=on_progress,
-                **{"eos_token_id": end_ids, **generate_kwargs},
+                **{"tokenizer": self.generator_tokenizer, **generate_kwargs},
             )
+            return decoder(search)
 
     def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
         """Encode all passages again and swap the vectors in; see `Retriever.refresh_index`."""

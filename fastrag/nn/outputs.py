@@ -29,19 +29,21 @@ class RagOutput(ModelOutput):
 
 @dataclass
 class RagGeneration(ModelOutput):
-    """Answers of RAG-Sequence decoding.
+    """Answers of `RagModel.generate`.
 
     Attributes:
         sequences: best answer of each question in the generator's vocabulary, `[B, T]`, EOS
             included, padded with the pad id.
-        scores: log p(y|x) of the best answer over the retrieved passages, `[B]`.
-        supporting_rows: row of the passage with the largest share in the best answer, `[B]`; -1
-            where no passage was found.
+        scores: log p(y|x) of the answer over the retrieved passages, `[B]`.
+        supporting_rows: row of the passage with the largest share in the answer, `[B]`; -1 where no
+            passage was found.
         rows: retrieved rows, best first, `[B, K]`, -1 where missing.
         doc_scores: retrieval scores divided by tau, `[B, K]`.
-        candidates: greedy answer under each passage, `[B, K, T]`.
-        candidate_scores: log p(y|x) of each candidate, `[B, K]`, -inf at missing passages.
-        lengths: tokens of each best answer, its EOS included, `[B]` int64.
+        candidates: greedy answer under each passage, `[B, K, T]`; None with RAG-Token decoding,
+            which generates one answer from all passages.
+        candidate_scores: log p(y|x) of each candidate, `[B, K]`, -inf at missing passages; None
+            with RAG-Token decoding.
+        lengths: number of tokens of each answer, its EOS included, `[B]` int64.
         loss: scalar; None without labels.
     """
 

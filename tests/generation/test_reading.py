@@ -13,6 +13,7 @@ from tests import tiny
 from tests.architectures import GENERATORS, context, generator
 
 KINDS = ("seq2seq", "causal")
+MARGINALS = ("token", "sequence")
 
 
 def a_short_window() -> Gemma2ForCausalLM:
@@ -55,8 +56,9 @@ def test_states_after_a_reading_are_those_of_a_whole_run(name: str) -> None:
         assert model.generate(ids, **settings, **state).equal(expected)
 
 
+@pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_context_enters_the_generator_once(kind: str) -> None:
+def test_every_context_enters_the_generator_once(kind: str, marginal: str) -> None:
     model = tiny.rag_model(kind).eval()
     data = tiny.collator(kind)(asked())
     read: list[int] = []
@@ -68,14 +70,15 @@ def test_every_context_enters_the_generator_once(kind: str) -> None:
     assert probed
     read.clear()
     rows = torch.arange(24).view(8, 3) % 12
-    out = model.generate(**data, rows=rows, max_new_tokens=4)
+    out = model.generate(**data, rows=rows, max_new_tokens=4, marginal=marginal)
     lengths = model.contexts(rows, data["prompt_ids"], data["prompt_mask"]).mask.sum(1)
-    groups = lengths.sort(descending=True).values.split(16)
-    contexts = sum(len(group) * int(group[0]) for group in groups)  # padded
+    unit = 3 if marginal == "token" else 1  # contexts that stay together
+    groups = lengths.view(-1, unit).amax(1).sort(descending=True).values.split(16 // unit)
+    contexts = sum(len(group) * unit * int(group[0]) for group in groups)  # padded
     if kind == "seq2seq":
         assert sum(read) == contexts
     else:
-        assert out.candidates.shape[2] == 4  # each read the token before, as each label did
+        assert out.sequences.shape[1] == 4  # each read the token before, as each label did
         assert sum(read) == contexts - 24 + 24 * (data["labels"].shape[1] + 4)
 
 
@@ -86,7 +89,7 @@ def test_loss_and_scores_are_those_of_separate_runs(kind: str, continues: bool) 
     if not continues:  # a generator without a cache, such as Mamba
         model.adapter.read = lambda *_: {}  # type: ignore[method-assign]
     data = tiny.collator(kind)(asked())
-    out = model.generate(**data, max_new_tokens=4)
+    out = model.generate(**data, max_new_tokens=4, marginal="sequence")
     with torch.no_grad():
         expected = model(**data, rows=out.rows)
         assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -106,22 +109,29 @@ def test_loss_and_scores_are_those_of_separate_runs(kind: str, continues: bool) 
     assert model.generate(**{k: v for k, v in data.items() if k != "labels"}).loss is None
 
 
+@pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_equals_its_questions_one_by_one(kind: str) -> None:
+def test_a_batch_equals_its_questions_one_by_one(kind: str, marginal: str) -> None:
     """Groups of like length, early ends and padding leave no trace."""
     model = tiny.rag_model(kind, tau=0.1, seed=3).eval()
     collator = tiny.collator(kind)
-    whole = model.generate(**collator(asked()), max_new_tokens=4)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "marginal": marginal}
+    whole = model.generate(**collator(asked()), **settings)
     total, count = 0.0, 0
     for b, question in enumerate(asked()):
         data = collator([question])
-        alone = model.generate(**data, max_new_tokens=4)
-        n = alone.candidates.shape[2]
-        assert whole.candidates[b, :, :n].equal(alone.candidates[0])
-        assert (whole.candidates[b, :, n:] == tiny.PAD).all()
-        torch.testing.assert_close(
-            whole.candidate_scores[b], alone.candidate_scores[0], rtol=1e-5, atol=1e-5
-        )
+        alone = model.generate(**data, **settings)
+        n = alone.sequences.shape[1]
+        assert whole.sequences[b, :n].equal(alone.sequences[0])
+        assert (whole.sequences[b, n:] == tiny.PAD).all()
+        assert whole.supporting_rows[b] == alone.supporting_rows[0]
+        torch.testing.assert_close(whole.scores[b], alone.scores[0], rtol=1e-5, atol=1e-5)
+        if marginal == "sequence":
+            n = alone.candidates.shape[2]
+            assert whole.candidates[b, :, :n].equal(alone.candidates[0])
+            torch.testing.assert_close(
+                whole.candidate_scores[b], alone.candidate_scores[0], rtol=1e-5, atol=1e-5
+            )
         counted = int(data["labels"].ne(-100).sum())
         total, count = total + alone.loss.item() * counted, count + counted
     assert whole.loss.item() == pytest.approx(total / count, rel=1e-5)
@@ -132,7 +142,7 @@ def test_scores_hold_under_settings_of_the_callers(settings: dict[str, Any]) -> 
     """A generator without a cache, or one that runs twice a token, has the plain scores."""
     model = tiny.rag_model("causal", tau=0.1).eval()
     data = tiny.collator("causal")(asked(3))
-    out = model.generate(**data, max_new_tokens=3, **settings)
+    out = model.generate(**data, max_new_tokens=3, marginal="sequence", **settings)
     labels = out.candidates.flatten(0, 1)
     ended = (labels == tiny.EOS).long()
     labels = labels.masked_fill(ended.cumsum(1) - ended > 0, -100)
@@ -148,19 +158,10 @@ def test_scores_hold_under_settings_of_the_callers(settings: dict[str, Any]) -> 
     torch.testing.assert_close(out.candidate_scores[alone], least[alone], rtol=1e-5, atol=1e-5)
 
 
-def test_progress_adds_up_and_moves_within_a_batch() -> None:
-    model = tiny.rag_model("causal").eval()
+@pytest.mark.parametrize("marginal", MARGINALS)
+def test_progress_adds_up_and_moves_within_a_batch(marginal: str) -> None:
+    model = tiny.rag_model("causal", marginal=marginal).eval()
     shares: list[float] = []
     model.generate(**tiny.collator("causal")(asked()), max_new_tokens=4, on_progress=shares.append)
     assert sum(shares) == pytest.approx(1.0) and len(shares) >= 8
     assert max(shares) <= 0.34  # reading half of the contexts
-
-
-def test_what_is_no_setting_of_generate_is_named() -> None:
-    model = tiny.rag_model("causal").eval()
-    data = tiny.collator("causal")(asked(2))
-    with pytest.raises(ValueError, match=r"GenerationConfig, got \['max_new_token'\]"):
-        model.generate(**data, max_new_token=3)
-    for search in ("penalty_alpha", "prompt_lookup_num_tokens"):
-        with pytest.raises(ValueError, match=rf"expected none of \['{search}'\]"):
-            model.generate(**data, **{search: 1})

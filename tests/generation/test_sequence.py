@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrag.generation import rag_sequence_generate
+from fastrag.generation import GreedySearch, rag_sequence, sequence
 from tests.architectures import GENERATORS
 from tests.tiny import EOS, PAD, VOCAB, batch, rag_model
 
@@ -27,7 +27,8 @@ def trained(kind, steps=25, **settings):
 
 def answer(model, data, **settings):
     names = ("input_ids", "attention_mask", "prompt_ids", "prompt_mask")
-    return model.generate(*(data[name] for name in names), **{"max_new_tokens": 4, **settings})
+    settings = {"marginal": "sequence", "max_new_tokens": 4, **settings}
+    return model.generate(*(data[name] for name in names), **settings)
 
 
 def literal(model, data, rows, max_new_tokens=4):
@@ -84,17 +85,15 @@ def test_equals_one_by_one(kind):
 
 def test_equal_answers_add_up(monkeypatch):
     """Two passages of .3 that agree beat one of .4."""
-    from fastrag.generation import sequence
-
-    tokens = torch.tensor([[7, EOS, 9], [8, EOS, 5], [8, EOS, 6], [4, EOS, 4]])
-    monkeypatch.setattr(sequence, "_greedy", lambda *_: (tokens, torch.zeros(4, 1, 3, 16)))
+    tokens = torch.tensor([[7, EOS, -100], [8, EOS, -100], [8, EOS, -100], [4, EOS, -100]])
+    monkeypatch.setattr(GreedySearch, "generate", lambda *_: (tokens, torch.zeros(4, 1, 3, 16)))
     monkeypatch.setattr(sequence, "_seq_logp", lambda *_: torch.zeros(4))
     model = rag_model()
     prior = torch.tensor([[0.4, 0.3, 0.3, 0.0]])
     rows = torch.tensor([[10, 11, 3, -1]])
     ids = torch.ones(4, 2, dtype=torch.int64)
-    out = rag_sequence_generate(model.adapter, ids, ids, prior.log(), rows, pad_id=PAD)
-    assert out.sequences.tolist() == [[8, EOS]]
+    out = rag_sequence(GreedySearch(model.adapter, ids, ids, prior.log(), rows, pad_id=PAD))
+    assert out.sequences.tolist() == [[8, EOS, PAD]]
     assert out.scores.item() == pytest.approx(torch.tensor(0.6).log().item())
     assert out.supporting_rows.tolist() == [11]
     torch.testing.assert_close(out.candidate_scores.exp(), torch.tensor([[0.4, 0.6, 0.6, 0.0]]))
@@ -164,15 +163,3 @@ def test_an_answer_stops_where_the_positions_end():
     data["prompt_ids"] = data["prompt_mask"] = torch.ones(2, 57, dtype=torch.int64)
     out = answer(model, data, max_new_tokens=40, eos_token_id=VOCAB - 1)
     assert out.candidates.shape[2] <= 6 and out.scores.isfinite().all()  # 57 + 2 + 2 of 64
-
-
-def test_rejects():
-    model = rag_model()
-    ids = torch.ones(3, 2, dtype=torch.int64)
-    scores, rows = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"context_ids: expected \[B\*K, L\] with B\*K = 4"):
-        rag_sequence_generate(model.adapter, ids, ids, scores, rows)
-    with pytest.raises(ValueError, match="max_new_tokens: expected an integer >= 1, got 0"):
-        answer(model, batch(), max_new_tokens=0)
-    with pytest.raises(ValueError, match=r"expected none of \['num_beams'\]: the search is greedy"):
-        answer(model, batch(), num_beams=4)

@@ -1,0 +1,230 @@
+"""Arguments of `generate`: handed on to transformers, refused by name, never dropped."""
+
+from __future__ import annotations
+
+import functools
+from string import ascii_lowercase, digits
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from fastrag.nn import RagModel
+from tests import tiny
+from tests.architectures import generator
+from tests.generation.test_reading import MARGINALS, asked
+
+KINDS = ("seq2seq", "causal")
+B, K, T = 6, 3, 4
+
+
+def asked_of(model: RagModel, n: int = B, **settings: Any) -> Any:
+    data = tiny.collator(model.reader.kind)(asked(n))
+    data.pop("labels")
+    data.pop("valid_rows", None)
+    return model.generate(**data, **{"max_new_tokens": T, **settings})
+
+
+def rag(kind: Any = "causal", marginal: str = "token") -> RagModel:
+    """A model whose answers differ from token to token and from question to question."""
+    name = {"seq2seq": "t5_untied", "causal": "qwen3"}[kind]
+    make = functools.partial(generator, name, dtype=torch.float32)
+    return tiny.rag_model(kind, make_generator=make, tau=0.1, marginal=marginal).eval()
+
+
+@pytest.mark.parametrize("marginal", MARGINALS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_processor(kind: str, marginal: str) -> None:
+    model = rag(kind, marginal)
+    banned = asked_of(model).sequences[:, 0]
+    seen: list[Tensor] = []
+
+    def ban(input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert len(input_ids) == len(scores)
+        seen.append(scores)
+        own = banned if marginal == "token" else banned.repeat_interleave(K)
+        return scores.scatter(1, own[:, None], -torch.inf)
+
+    out = asked_of(model, logits_processor=[ban])
+    assert (out.sequences != banned[:, None]).all()
+    assert len(seen) == out.sequences.shape[1]
+    if marginal == "token":  # one row per question, with its marginal distribution
+        assert seen[0].shape == (B, tiny.VOCAB)
+        torch.testing.assert_close(seen[0].exp().sum(1), torch.ones(B))
+    else:
+        assert seen[0].shape == (B * K, tiny.VOCAB)
+
+
+@pytest.mark.parametrize("marginal", MARGINALS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_allowed_tokens_fn_is_asked_per_question(kind: str, marginal: str) -> None:
+    model = rag(kind, marginal)
+    out = asked_of(model, prefix_allowed_tokens_fn=lambda b, ids: [10 + b])
+    expected = torch.arange(10, 10 + B)[:, None].expand(B, T)
+    assert out.sequences.equal(expected)
+    if marginal == "sequence":
+        assert out.candidates.equal(expected[:, None].expand(B, K, T))
+
+
+class _After(StoppingCriteria):
+    """Stop a row after its n-th token."""
+
+    def __init__(self, n: Tensor) -> None:
+        self.n, self.calls = n, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return self.calls >= self.n
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_criteria_of_a_question(kind: str) -> None:
+    """RAG-Token: each question stops by itself, and its score ends there."""
+    model, lengths = rag(kind), torch.tensor([1, 4, 2, 3, 1, 2])
+    out = asked_of(model, stopping_criteria=[_After(lengths)])
+    assert out.lengths.equal(lengths)
+    for n in (1, 2, 3, 4):
+        cut = asked_of(model, max_new_tokens=n)
+        same = lengths == n
+        assert out.sequences[same, :n].equal(cut.sequences[same])
+        assert (out.sequences[same, n:] == tiny.PAD).all()
+        torch.testing.assert_close(out.scores[same], cut.scores[same])
+
+
+def test_stopping_criteria_of_a_candidate() -> None:
+    """RAG-Sequence: each candidate stops by itself, and its score ends there."""
+    model, lengths = rag(marginal="sequence"), torch.arange(B * K) % T + 1
+    out = asked_of(model, stopping_criteria=[_After(lengths)])
+    n_compared = 0
+    for n in (1, 2, 3, 4):
+        cut, same = asked_of(model, max_new_tokens=n), (lengths == n).view(B, K)
+        assert out.candidates[same][:, :n].equal(cut.candidates[same])
+        assert (out.candidates[same][:, n:] == tiny.PAD).all()
+        alone = same & _differs(out.candidates) & _differs(cut.candidates)
+        n_compared += int(alone.sum())
+        torch.testing.assert_close(out.candidate_scores[alone], cut.candidate_scores[alone])
+    assert n_compared
+
+
+def _differs(candidates: Tensor) -> Tensor:
+    """Whether a candidate `[B, K, T]` is unlike the others of its question."""
+    return (candidates[:, :, None] == candidates[:, None]).all(-1).sum(-1) == 1
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    """A tokenizer with one id for each letter or digit."""
+    made = Tokenizer(models.BPE({char: i for i, char in enumerate(ascii_lowercase + digits)}, []))
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("marginal", MARGINALS)
+def test_stop_strings(marginal: str) -> None:
+    model = rag(marginal=marginal)
+    free = asked_of(model)
+    tokenizer = _letters()
+    stop = tokenizer.decode(free.sequences[0, :2])
+    out = asked_of(model, stop_strings=[stop], tokenizer=tokenizer)
+    assert free.lengths[0] == T and out.lengths[0] == 2
+    assert out.sequences[0, :2].equal(free.sequences[0, :2])
+    with pytest.raises(ValueError, match="tokenizer: expected the generator's tokenizer"):
+        asked_of(model, stop_strings=[stop], tokenizer=None)
+
+
+class _Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamer(kind: str) -> None:
+    """It gets the first context of each question, then its tokens as they are chosen."""
+    model, streamer = rag(kind), _Recorder()
+    out = asked_of(model, streamer=streamer)
+    assert streamer.ended and len(streamer.values[0]) == B
+    assert torch.stack(streamer.values[1:], dim=1).equal(out.sequences)
+    with pytest.raises(
+        ValueError, match=r"streamer: expected None, because RAG-Sequence .* _Recorder"
+    ):
+        asked_of(model, streamer=streamer, marginal="sequence")
+
+
+def test_negative_prompt_is_that_of_a_question() -> None:
+    model = rag(marginal="sequence")
+    negative = torch.randint(5, tiny.VOCAB, (B, 3), generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"guidance_scale": 3.0}
+    out = asked_of(model, negative_prompt_ids=negative, **settings)
+    assert not out.sequences.equal(asked_of(model, **settings).sequences)
+    data = tiny.collator("causal")(asked(B))
+    for b in range(B):
+        alone = model.generate(
+            *(data[name][b : b + 1] for name in ("input_ids", "attention_mask")),
+            *(data[name][b : b + 1] for name in ("prompt_ids", "prompt_mask")),
+            negative_prompt_ids=negative[b : b + 1],
+            max_new_tokens=T,
+            **settings,
+        )
+        assert out.candidates[b].equal(alone.candidates[0])
+
+
+@pytest.mark.parametrize("marginal", MARGINALS)
+def test_generation_config(marginal: str) -> None:
+    model = rag(marginal=marginal)
+    plain = asked_of(model)
+    end = int(plain.sequences[0, 1])
+    own = GenerationConfig(max_new_tokens=3, eos_token_id=end, pad_token_id=7)
+    out = asked_of(model, generation_config=own, max_new_tokens=None)
+    assert out.sequences.shape[1] == 3 and out.lengths[0] == 2
+    assert out.sequences[0].tolist() == [*plain.sequences[0, :2].tolist(), 7]
+    assert asked_of(model, generation_config=own, max_new_tokens=2).sequences.shape[1] == 2
+    with pytest.raises(
+        ValueError, match="num_beams: expected 1, because the search is greedy, got 4"
+    ):
+        asked_of(model, generation_config=GenerationConfig(num_beams=4))
+    with pytest.raises(ValueError, match="generation_config: expected .*, got dict"):
+        asked_of(model, generation_config={})
+
+
+@pytest.mark.parametrize("marginal", MARGINALS)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "num_beams: expected 1, because the search is greedy, got 4"),
+        ({"do_sample": True}, "do_sample: expected False, because the search is greedy, got True"),
+        ({"penalty_alpha": 1}, "penalty_alpha: expected None, because the search is greedy, got 1"),
+        ({"assistant_model": 1}, "assistant_model: expected None, because the search is greedy"),
+        ({"custom_generate": "x"}, "custom_generate: expected None, because the search is greedy"),
+        ({"output_scores": True}, "output_scores: expected False, because generate returns a Rag"),
+        ({"max_length": 9}, "max_length: expected None, because max_new_tokens limits"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
+        ({"max_new_token": 3}, r"GenerationConfig, got \['max_new_token'\]; .* max_new_tokens\?"),
+        ({"logit_processor": []}, r"got \['logit_processor'\]; did you mean logits_processor\?"),
+        ({"on_progres": print}, r"got \['on_progres'\]; did you mean on_progress\?"),
+        ({"qqq": 1}, r"got \['qqq'\]$"),
+        ({"logits_processor": print}, "logits_processor: expected a list, got builtin"),
+        (
+            {"marginal": "tokens"},
+            r"marginal: expected one of \('token', 'sequence'\), got",
+        ),
+    ],
+)
+def test_refused_by_name(settings: dict[str, Any], message: str, marginal: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        asked_of(rag(marginal=marginal), 1, **settings)
+
+
+def test_what_repeats_a_greedy_search_is_accepted() -> None:
+    model = rag()
+    settings = {"num_beams": 1, "do_sample": False, "assistant_model": None, "output_scores": None}
+    assert asked_of(model, **settings).sequences.equal(asked_of(model).sequences)
