@@ -10,7 +10,8 @@
 | frozen BM25     | BM25 over the same words (package `bm25s`)   | RAG-Sequence |
 | permuted labels | trained, answers shuffled over the questions | RAG-Sequence |
 
-All rows of a seed start from the same models, after the same cloze warm-up. The BM25 row trains and
+All rows of a seed start from the same models, after the same cloze warm-up, and decode as they are
+trained. The BM25 row trains and
 answers with the K best passages by BM25; their BM25 scores are the `doc_scores`, and their
 temperature is learned, from 1. A frozen retriever does not explore: it has nothing to find out.
 Where answers do not depend on questions, no ranking that depends on them helps: *ranked first*, how

@@ -30,6 +30,11 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--k", type=positive, nargs="+", default=[1, 5, 20], metavar="K")
     evaluate.add_argument("--batch-size", type=positive, default=16, metavar="N")
     evaluate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
+    evaluate.add_argument(
+        "--marginal",
+        choices=("token", "sequence"),
+        help="how answers are decoded; default: as the model was trained",
+    )
     evaluate.add_argument("--out", help="write predictions to this JSONL file")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.add_argument(
@@ -57,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
     elif arguments.model is None:
         raise ValueError("--model: expected a model folder, a run folder or a checkpoint, got none")
+    if arguments.retrieval_only and arguments.marginal is not None:
+        raise ValueError("--marginal: expected no --retrieval-only, which generates no answers")
     return _retrieval(arguments) if arguments.retrieval_only else _answers(arguments)
 
 
@@ -75,6 +82,7 @@ def _answers(arguments: argparse.Namespace) -> int:
         ks=arguments.k,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
+        marginal=arguments.marginal,
         loss=True,
     )
     if arguments.out:

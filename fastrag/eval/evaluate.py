@@ -1,7 +1,8 @@
 """Evaluation of a RAG model on questions: recall@k, exact match, F1 and, if asked, the loss.
 
-Recall looks at the passages that the index returns for a question; exact match and F1 look at the
-answer of highest probability under RAG-Sequence's fast decoding (Lewis et al. 2020, sec. 2.5).
+Recall is measured on the passages that the index returns for a question. Exact match and F1 are
+measured on the answer of `RagModel.generate`, whose decoding is that of the model's marginal:
+RAG-Token or RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 32,
     n_docs: int | None = None,
+    marginal: str | None = None,
     loss: bool = False,
     progress: bool = True,
     description: str = "evaluate",
@@ -104,6 +106,7 @@ def evaluate(
         limit: look at `choose_fixed(questions, limit)` of `fastrag.eval.batches` only.
         max_new_tokens: longest answer.
         n_docs: passages per question for the answer; None takes the model's.
+        marginal: decoding of the answers, see `RagModel.generate`; None: that of the model.
         loss: compute the marginal NLL per label token as well.
         progress: show a progress bar.
         description: label of the progress bar.
@@ -113,7 +116,7 @@ def evaluate(
 
     Raises:
         ValueError: there is no question, one is malformed, batch_size, ks, limit or n_docs is not
-            positive, or the model has no generator_tokenizer.
+            positive, there is no decoding of this name, or the model has no generator_tokenizer.
 
     Example:
         >>> result = evaluate(model, questions, collator, ks=(1, 5))    # doctest: +SKIP
@@ -141,6 +144,7 @@ def evaluate(
             found = _search(model, batch, max(*ks, n_docs, model.n_docs))
             generation: Any = model.generate(
                 **batch if n_docs == model.n_docs else _without_labels(batch),
+                marginal=marginal,
                 max_new_tokens=max_new_tokens,
                 rows=found[:, :n_docs],
                 on_progress=batches.advance,

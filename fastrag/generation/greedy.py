@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # Settings that make transformers search greedily, whatever the model's own generation config says.
 # Those that greedy search does not read have their neutral value: transformers warns of any other.
-_GREEDY = {
+_GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -64,7 +64,7 @@ _GREEDY = {
     "assistant_tokenizer": None,
     "custom_generate": None,
 }
-_PLAIN_OUTPUT = {
+_PLAIN_OUTPUT: dict[str, Any] = {
     "return_dict_in_generate": False,
     "output_scores": False,
     "output_logits": False,
@@ -72,7 +72,7 @@ _PLAIN_OUTPUT = {
     "output_hidden_states": False,
 }
 # Settings that a caller may only repeat, with the reason.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "because the search is greedy": _GREEDY,
     "because generate returns a RagGeneration": _PLAIN_OUTPUT,
     "because max_new_tokens limits an answer": {"max_length": None},

@@ -89,6 +89,18 @@ def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
     assert result.metrics["f1"] == pytest.approx(sum(p.f1 for p in result.predictions) / 12)
 
 
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_decoding_follows_the_marginal(marginal: str) -> None:
+    model = tiny.rag_model(marginal=marginal, tau=0.1)
+    settings: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
+    found = evaluate(model, tiny.questions(4), tiny.collator(), **settings).predictions
+    for asked in ("token", "sequence"):
+        other = evaluate(model, tiny.questions(4), tiny.collator(), marginal=asked, **settings)
+        assert (other.predictions == found) == (asked == marginal)
+    expected = model.eval().generate(**tiny.batch(), max_new_tokens=3)
+    assert [each.log_prob for each in found] == pytest.approx(expected.scores.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
 def test_the_batch_does_not_matter(kind: str) -> None:
     model = tiny.rag_model(kind)
