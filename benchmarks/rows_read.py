@@ -77,7 +77,7 @@ NORMAL = tuple(("normal", partial(_normal, n, 768)) for n in (200_000, 1_000_000
 def count(vectors: Tensor, queries: Tensor, ks: Sequence[int]) -> dict[int, float]:
     """Rows read for a query, in the mean over searches of one query each."""
     from fastrag.index import codec
-    from fastrag.ops.cpp_mips import CodedIndex
+    from fastrag.ops.cpp import CodedIndex
 
     made = codec.fit_int8([vectors])
     index = CodedIndex(vectors, made.encode(vectors)[0], **made.arguments)

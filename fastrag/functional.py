@@ -17,19 +17,20 @@ not in `doc_scores`.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from fastrag.messages import shown
 from fastrag.ops import checks
 from fastrag.ops.doc_scores import check_arguments as _check_doc_scores
 from fastrag.ops.doc_scores import doc_scores as _doc_scores
-from fastrag.ops.grads import needs_grad
+from fastrag.ops.marginal_nll import divide
+from fastrag.ops.marginal_nll import marginal_nll as _marginal_nll
 from fastrag.ops.mips_topk import check_arguments as check_search
 from fastrag.ops.mips_topk import mips_topk as _mips_topk
 from fastrag.ops.positions import IGNORE_INDEX
-from fastrag.ops.rag_nll import rag_nll
 from fastrag.ops.token_logp import token_logp as _token_logp
 
 __all__ = [
@@ -206,9 +207,9 @@ def token_logp(
         tensor([[[-1.6094, -1.6094,  0.0000],
                  [-1.6094, -1.6094,  0.0000]]])
     """
-    checks.check_ndim("hidden", hidden, "[B, K, T, H]")
+    checks.check_floating("hidden", hidden, "[B, K, T, H]")
     softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
-    checks.check_labels(labels, hidden.shape[0], hidden.shape[2])
+    checks.check_int64("labels", labels, "[B, T]", (hidden.shape[0], hidden.shape[2]))
     ignore_index = checks.whole("ignore_index", ignore_index)
     if hidden.shape[1] == 0:
         raise ValueError(
@@ -216,9 +217,18 @@ def token_logp(
         )
     checks.check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
     checks.check_no_tangent("token_logp", hidden, weight, bias)
-    need = (needs_grad(x) for x in (hidden, weight, bias))
+    grads = torch.is_grad_enabled()
     logp, *_ = _token_logp(
-        hidden, weight, bias, labels, softcap, float(logit_scale), ignore_index, *need
+        hidden,
+        weight,
+        bias,
+        labels,
+        softcap,
+        float(logit_scale),
+        ignore_index,
+        grads and hidden.requires_grad,
+        grads and weight.requires_grad,
+        grads and bias is not None and bias.requires_grad,
     )
     return logp
 
@@ -475,3 +485,116 @@ def mips_topk(
         checks.check_rows(exclude, index_emb.shape[0], "exclude", "none")
         exclude = exclude.long()
     return _mips_topk(query_emb.detach(), index_emb.detach(), k, exclude, scale, offset)
+
+
+class RagNLL(NamedTuple):
+    """The loss, log p(z|x,y), and the token_logp in them."""
+
+    loss: Tensor
+    log_posterior: Tensor
+    token_logp: Tensor
+
+
+def rag_nll(
+    marginal: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    doc_scores: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    example_weight: Tensor | None = None,
+    valid_rows: Tensor | None = None,
+) -> RagNLL:
+    """Compute either loss by name, and everything else that its one pass finds.
+
+    Args:
+        marginal: "token" or "sequence".
+        hidden, weight, labels, doc_scores, bias, softcap, logit_scale, label_smoothing,
+            ignore_index, reduction, normalizer, example_weight, valid_rows: as in `rag_token_nll`.
+
+    Returns:
+        loss and log_posterior as there, and token_logp `[B, K, T]` float32, without gradient: 0
+        where the label does not count, smoothed where RAG-Sequence smooths it.
+
+    Raises:
+        ValueError, RuntimeError: as there; an unknown `marginal`.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4)
+        >>> labels, scores = torch.tensor([[1, 2, -100]]), torch.zeros(1, 2)
+        >>> rag_nll("token", hidden, weight, labels, scores).token_logp[0, 0]  # -log 5
+        tensor([-1.6094, -1.6094,  0.0000])
+    """
+    if not isinstance(marginal, str) or marginal not in ("token", "sequence"):
+        raise ValueError(f"marginal: expected 'token' or 'sequence', got {shown(marginal)}")
+    checks.check_floating("doc_scores", doc_scores, "[B, K]")
+    n_examples, n_passages = doc_scores.shape
+    if n_passages == 0:
+        raise ValueError(
+            f"doc_scores: expected at least one passage per question, got K = 0 "
+            f"({checks.show(doc_scores)})"
+        )
+    if isinstance(hidden, Tensor) and hidden.dim() == 3:
+        rows = n_examples * n_passages
+        checks.check_floating("hidden", hidden, "[B*K, T, H]", (rows, None, None))
+        hidden = hidden.unflatten(0, (n_examples, n_passages))
+    else:
+        sizes = (n_examples, n_passages, None, None)
+        checks.check_floating("hidden", hidden, "[B, K, T, H], or [B*K, T, H]", sizes)
+    softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
+    checks.check_int64("labels", labels, "[B, T]", (n_examples, hidden.shape[2]))
+    checks.check_label_smoothing(label_smoothing)
+    ignore_index = checks.whole("ignore_index", ignore_index)
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {shown(reduction)}")
+    if normalizer is not None:
+        checks.check_normalizer(normalizer, reduction)
+    if example_weight is not None:
+        checks.check_floating("example_weight", example_weight, "[B]", (n_examples,))
+    if valid_rows is not None:
+        checks.check_integer("valid_rows", valid_rows, "[R]")
+    checks.check_device(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        labels=labels,
+        doc_scores=doc_scores,
+        example_weight=example_weight,
+        valid_rows=valid_rows,
+    )
+    checks.check_no_tangent("marginal_nll", hidden, weight, bias, doc_scores, example_weight)
+    deferred, grads = reduction == "none", torch.is_grad_enabled()
+    total, nll, log_posterior, token_logp, *_ = _marginal_nll(
+        hidden,
+        weight,
+        bias,
+        labels,
+        doc_scores,
+        None if deferred else example_weight,
+        valid_rows,
+        marginal,
+        softcap,
+        float(logit_scale),
+        float(label_smoothing),
+        ignore_index,
+        deferred,
+        grads and hidden.requires_grad,
+        grads and weight.requires_grad,
+        grads and bias is not None and bias.requires_grad,
+        grads and doc_scores.requires_grad,
+    )
+    if deferred:
+        loss = nll if example_weight is None else nll * example_weight.to(nll.dtype)
+    elif reduction == "sum":
+        loss = total
+    else:
+        loss = divide(total, (labels != ignore_index).sum() if normalizer is None else normalizer)
+    return RagNLL(loss, log_posterior, token_logp)

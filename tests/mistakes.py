@@ -31,14 +31,14 @@ class Mistake:
 OPS = (
     Mistake(
         "the gradient of RAG-Token ignores the posterior",
-        "fastrag/ops/group_pass.py",
+        "fastrag/ops/chunks.py",
         "hit = upstream.unsqueeze(1) * posterior",
         "hit = upstream.unsqueeze(1) * call.log_prior[chunk.example].exp()",
         "tests/ops/test_marginal_nll.py",
     ),
     Mistake(
         "the posterior of RAG-Sequence leaves out the prior",
-        "fastrag/ops/group_pass.py",
+        "fastrag/ops/chunks.py",
         "joint = torch.where(active, prior + seq_logp, 0.0)",
         "joint = torch.where(active, seq_logp, 0.0)",
         "tests/ops/test_marginal_nll.py",
@@ -52,7 +52,7 @@ OPS = (
     ),
     Mistake(
         "the gradient of the bias keeps the last chunk alone",
-        "fastrag/ops/linear_head.py",
+        "fastrag/ops/chunks.py",
         "self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))",
         "self.dbias.copy_(draw.sum(0, dtype=self.dbias.dtype))",
         "tests/ops/test_marginal_nll.py tests/ops/test_marginal_nll_autograd.py",
@@ -73,9 +73,9 @@ OPS = (
     ),
     Mistake(
         "ties go to the highest row",
-        "fastrag/ops/mips_topk.py",
-        "keys = (bits.long() << 32) | (_ROW_MASK - rows)",
-        "keys = (bits.long() << 32) | rows",
+        "fastrag/ops/keys.py",
+        "return (bits.long() << 32) | (_ROW_MASK - rows)",
+        "return (bits.long() << 32) | rows",
         "tests/ops/test_mips_topk.py",
     ),
     Mistake(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastrag import functional, reference
+from fastrag.functional import RagNLL
 from fastrag.ops import backends
-from fastrag.ops.rag_nll import RagNLL
 from tests.tiny import collator, questions, rag_model
 
 N_STEPS = 15

@@ -123,6 +123,6 @@ def test_the_documented_layers_are_these() -> None:
 def test_the_documented_files_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?\w*|\w+\.(?:py|md))`", text)) - {"__init__.py"}
-    assert "ops/chunk_logits.py" in named and "tests/cli" in named
+    assert "ops/chunks.py" in named and "tests/cli" in named
     for path in sorted(named):
         assert (ROOT / path).exists() or (ROOT / "fastrag" / path).exists(), path

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.gpu.watch import Recorder, cuda_error
 from benchmarks.harness import measure
 from fastrag.ops import triton_mips
-from fastrag.ops.triton_chunk_logits import padded
+from fastrag.ops.triton_chunks import padded
 
 ROUNDS = 5
 WIDTH = 768

@@ -194,7 +194,7 @@ def fastrag_search(mode: str, p: Problem) -> Ask:
     import fastrag.functional as F
 
     if mode == CODED:
-        from fastrag.ops.cpp_mips import CodedIndex
+        from fastrag.ops.cpp import CodedIndex
 
         codes = CodedIndex(p.part("float32"), p.part("int8"), *p.part("factors"))
         return lambda: codes.search(p.query_emb, p.k)

@@ -74,7 +74,7 @@ class RowCodes:
 
     def _coded_index(self) -> Any:
         if self._coded is None:
-            from fastrag.ops.cpp_mips import CodedIndex
+            from fastrag.ops.cpp import CodedIndex
 
             factors = self._codec.arguments
             self._coded = CodedIndex(self.index_emb, self._codes, **factors)

@@ -8,6 +8,7 @@ pages takes long; two on the GPU and what the search of one needs, for as long a
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Generator, Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastrag import functional
 from fastrag.index import inputs
 from fastrag.ops import backends, workspace
+from fastrag.ops.mips_topk import unfit_for_triton
 
 BLOCK_BYTES = 256 << 20
 SLOTS = 2
@@ -90,16 +92,14 @@ class HostSearch:
         Returns:
             scores and rows `[B, k]`, on the GPU or on the host.
         """
-        unfit = {}
-        if not backends.why_not("triton"):
-            from fastrag.ops import triton_mips
-
-            unfit["triton"] = triton_mips.unfit(index_emb, k, exclude)
+        unfit = {"triton": functools.partial(unfit_for_triton, index_emb, k, exclude)}
         name = backends.choose("mips_topk", self.device, torch.float32, unfit)
         if name != "triton" or len(query) == 0:
             host = index_emb.device
             barred = None if exclude is None else exclude.to(host)
             return functional.mips_topk(query.to(host), index_emb, k, exclude=barred, **factors)
+        from fastrag.ops import triton_mips
+
         moved = {name: x.to(self.device) for name, x in factors.items()}
         barred = None if exclude is None else exclude.to(self.device)
         with self._turn, contextlib.closing(self._blocks(index_emb)) as blocks:

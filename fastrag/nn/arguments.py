@@ -60,8 +60,7 @@ def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
 
     The values are looked at on the CPU alone, where that costs no wait.
     """
-    checks.check_integer(name, ids)
-    checks.check_ndim(name, ids, "[B, S]")
+    checks.check_integer(name, ids, "[B, S]")
     unread = ids.device.type != "cpu" or torch.compiler.is_compiling()
     if n_vocab is None or unread or ids.numel() == 0:
         return

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fastrag.functional import rag_nll
 from fastrag.messages import shown
 from fastrag.nn.heads import LMHead
 from fastrag.nn.objectives import MARGINAL, RetrieverTerm
+from fastrag.ops.marginal_nll import reduce_examples
 from fastrag.ops.positions import IGNORE_INDEX
-from fastrag.ops.rag_nll import rag_nll
-from fastrag.ops.reduction import reduce_examples
 from fastrag.profiling import stage
 
 MARGINALS = ("token", "sequence")

@@ -1,10 +1,10 @@
-"""Which implementations exist, which of them can run here, and why the others cannot.
+"""The backends of the operations: which exist, which can run here, and which one a call takes.
 
-Every op lists the backends that implement it with `register`; `choose` picks the first one in the
-device's order of preference that can run. The environment variable `FASTRAG_BACKEND` forces one
-name for every op; where that backend cannot run, `choose` raises and says why. Nothing is probed
-before the first question, so importing fastrag touches neither CUDA nor triton nor the extension
-module fastrag._C.
+Every op registers its implementations by name of backend; `choose` picks the first one in the
+device's order of preference that can run, and `load` imports it. The environment variable
+`FASTRAG_BACKEND` forces one backend for every op; if it cannot run, `choose` raises and says why.
+Nothing is probed before the first question, so importing fastrag touches neither CUDA nor triton
+nor the extension module fastrag._C.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastrag.ops.sources import digest
 
@@ -35,26 +38,38 @@ class BackendError(RuntimeError):
     """A backend was asked for that does not exist or cannot run here; the message says why."""
 
 
-_implemented: dict[str, tuple[str, ...]] = {}
+_implemented: dict[str, dict[str, str]] = {}  # op -> backend -> "module:attribute"
 
 
-def register(op: str, names: Iterable[str]) -> None:
-    """States that `op` has an implementation in each of the backends `names`."""
-    _implemented[op] = tuple(names)
+def register(op: str, **implementations: str) -> None:
+    """State where each backend keeps its implementation of `op`.
+
+    Args:
+        op: name of the operation.
+        implementations: name of a backend -> `"module"` or `"module:attribute"`, imported when it
+            is chosen.
+    """
+    _implemented[op] = implementations
 
 
 def implemented() -> dict[str, tuple[str, ...]]:
-    """Returns op name -> names of the backends that implement it, for every op imported so far."""
-    return dict(_implemented)
+    """Return op name -> names of the backends that implement it, for every op imported so far."""
+    return {op: tuple(found) for op, found in _implemented.items()}
+
+
+@functools.cache  # an import statement takes as long as the scores of a few passages
+def load(op: str, backend: str) -> Any:
+    """Import the implementation of `op` in a backend that `choose` has named."""
+    return pkgutil.resolve_name(_implemented[op][backend])
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on a CPU."""
+    """Whether Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def why_not(name: str) -> str:
-    """Returns the empty string if backend `name` can run here, else the reason it cannot.
+    """Return the empty string if backend `name` can run here, else the reason why it cannot.
 
     Raises:
         BackendError: there is no backend of that name.
@@ -65,7 +80,7 @@ def why_not(name: str) -> str:
 
 
 def availability() -> dict[str, str]:
-    """Returns backend name -> reason it cannot run here (empty: it can)."""
+    """Return backend name -> reason why it cannot run here (empty: it can)."""
     return {name: why_not(name) for name in NAMES}
 
 
@@ -73,43 +88,44 @@ def choose(
     op: str,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    unfit: Mapping[str, str] | None = None,
+    unfit: Mapping[str, Callable[[], str]] | None = None,
 ) -> str:
-    """Returns the name of the backend that runs `op` on tensors of this device and dtype.
+    """Return the name of the backend that runs `op` on tensors of this device and dtype.
 
-    `unfit` maps the backends that this very call is not for to the reason, such as its sizes.
+    `unfit` maps a backend to a function that returns why it cannot take this very call, such as
+    for its sizes; "" if it can. Only backends that could run are asked.
 
     Raises:
         BackendError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
     """
-    forced = _forced()
+    forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced:
-        reason = _refusal(forced, op, device, dtype, unfit or {})
+        reason = _refusal(_known(forced), op, device, dtype, unfit)
         if reason:
             raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
         return forced
     for name in _PREFERENCE.get(device.type, ("torch",)):
-        if not _refusal(name, op, device, dtype, unfit or {}):
+        if not _refusal(name, op, device, dtype, unfit):
             return name
     raise BackendError(f"no backend can run {op} on {device}")
 
 
 def check_forced() -> None:
-    """Checks the variables that force a choice, before work of hours that ends in a refusal.
+    """Check the variables that force a choice, before hours of work that would end in a refusal.
 
     Raises:
         BackendError: `FASTRAG_BACKEND` names a backend that does not exist or cannot run here.
         ValueError: `FASTRAG_CPU_ISA` names no instruction set of this machine and build.
     """
-    forced = _forced()
-    if forced and (reason := why_not(forced)):
+    forced = os.environ.get(BACKEND_VARIABLE, "")
+    if forced and (reason := why_not(_known(forced))):
         raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run here: {reason}")
     if not why_not("cpp"):
         forced_isa()
 
 
 def forced_isa() -> str:
-    """Returns the instruction set that `FASTRAG_CPU_ISA` forces on fastrag._C, "" for the best.
+    """Return the instruction set that `FASTRAG_CPU_ISA` forces on fastrag._C, "" for the best.
 
     Raises:
         ValueError: this machine and this build have none of that name.
@@ -126,11 +142,18 @@ def forced_isa() -> str:
     return name
 
 
-def _forced() -> str:
-    name = os.environ.get(BACKEND_VARIABLE, "")
-    if name and name not in NAMES:
-        raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(name)}")
-    return name
+def strided(matrix: Tensor) -> str:
+    """Return why the C++ kernels cannot read a matrix [N, D] in place; "" if they can."""
+    n, dim = matrix.shape
+    if (dim > 1 and matrix.stride(1) != 1) or (n > 1 and matrix.stride(0) < dim):
+        return f"it reads rows in place, got an index with strides {matrix.stride()}"
+    return ""
+
+
+def _known(forced: str) -> str:
+    if forced not in NAMES:
+        raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(forced)}")
+    return forced
 
 
 def _unknown(name: str) -> str:
@@ -142,9 +165,9 @@ def _refusal(
     op: str,
     device: torch.device,
     dtype: torch.dtype | None,
-    unfit: Mapping[str, str],
+    unfit: Mapping[str, Callable[[], str]] | None,
 ) -> str:
-    reason = why_not(name)
+    reason = _probe(name, name == "triton" and interpreting())
     if reason:
         return reason
     if name not in _implemented[op]:
@@ -159,7 +182,7 @@ def _refusal(
             return f"cpp needs tensors on the CPU, got {device}"
         if dtype == torch.float64:
             return "the C++ kernels compute in float32, got float64"
-    return unfit.get(name, "")
+    return unfit[name]() if unfit and name in unfit else ""
 
 
 @functools.cache
@@ -188,11 +211,11 @@ def _probe_extension() -> str:
         module = importlib.import_module("fastrag._C")
     except ImportError as error:
         return f"the extension module fastrag._C does not load: {error}"
-    # Only a checkout has them: there a module is easily older than what calls it.
+    # Only a source checkout has csrc/: there a compiled extension can be older than its callers.
     sources = digest(_CSRC)
     if sources and sources != getattr(module, "SOURCES", ""):
         return (
             "the extension module fastrag._C was built from other sources than those in csrc/: "
-            "build it anew (python setup.py build_ext --inplace --force)"
+            "build it again (python setup.py build_ext --inplace --force)"
         )
     return ""

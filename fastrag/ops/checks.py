@@ -1,97 +1,91 @@
 """Checks of arguments: a ValueError names the argument, what was expected and what came.
 
-Of a small op they are a good part: where all is well, each is one frame, and makes no tensor.
+They are a good part of the time of a small op, so a check that passes is one call per argument and
+makes no tensor.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastrag.messages import shown
 
 # The floating point dtypes that torch computes in.
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Flags and text are no numbers; a tensor is refused because reading it would wait for the GPU.
+# Flags and text are not numbers; a tensor is refused because reading it would wait for the GPU.
 _NO_NUMBERS = (bool, str, bytes, Tensor)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may look at the values of x: those of a GPU would have to be waited for."""
+    """Whether the host may read the values of x: reading those of a GPU would wait for it."""
     return x.device.type == "cpu"
 
 
 def show(x: object) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__}"
-    if x.is_nested:  # which has no shape
+    if x.is_nested:  # it has no shape
         return f"nested {str(x.dtype).removeprefix('torch.')}"
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
 
 
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {show(x)}")
-    # By name, because importing torch.distributed.tensor takes long.
-    if type(x).__name__ == "DTensor":
-        raise ValueError(
-            f"{name}: expected a plain tensor, got a DTensor {show(x)} with placements "
-            f"{getattr(x, 'placements', ())}. Call the loss inside the forward of the module whose "
-            f"root group holds the head, where FSDP has gathered it, or pass {name}.full_tensor()"
-        )
+def check_tensor(
+    name: str,
+    x: object,
+    layout: str = "",
+    sizes: tuple[int | None, ...] = (),
+    kind: tuple[str, tuple[torch.dtype, ...]] | None = None,
+) -> None:
+    """Check that x is a dense, plain tensor of the right dtype and shape.
+
+    Args:
+        name: name of the argument.
+        x: the argument.
+        layout: the shape as the message shows it, such as "[B, K]"; "" allows any shape.
+        sizes: size of each dimension, None allows any; () checks only how many there are.
+        kind: the dtypes that are allowed, behind the words for them; None allows any.
+    """
+    if type(x) is not Tensor and type(x) is not Parameter:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {show(x)}")
+        # By name, because importing torch.distributed.tensor takes long.
+        if type(x).__name__ == "DTensor":
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor {show(x)} with placements "
+                f"{getattr(x, 'placements', ())}. Call the loss inside the forward of the module "
+                f"whose root group holds the head, where FSDP has gathered it, or pass "
+                f"{name}.full_tensor()"
+            )
     if x.layout is not torch.strided:
-        _refuse_layout(name, x)
-
-
-def _refuse_layout(name: str, x: Tensor) -> None:
-    layout = str(x.layout).removeprefix("torch.")
-    raise ValueError(f"{name}: expected a dense tensor, got {show(x)} of layout {layout}")
-
-
-def check_floating(name: str, x: Tensor) -> None:
-    if type(x) is not Tensor:
-        check_tensor(name, x)
-    if x.layout is not torch.strided:
-        _refuse_layout(name, x)
-    if x.dtype not in _FLOATING:
-        raise ValueError(f"{name}: expected a floating point dtype, got {show(x)}")
-
-
-def check_integer(name: str, x: Tensor) -> None:
-    if type(x) is not Tensor:
-        check_tensor(name, x)
-    if x.layout is not torch.strided:
-        _refuse_layout(name, x)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int64 or int32, got {show(x)}")
-
-
-def check_ndim(name: str, x: Tensor, layout: str) -> None:
-    if type(x) is not Tensor:
-        check_tensor(name, x)
-    if x.dim() != layout.count(",") + 1:
-        raise ValueError(f"{name}: expected {layout}, got {show(x)}")
-
-
-def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...], layout: str) -> None:
-    if type(x) is not Tensor:
-        check_tensor(name, x)
-    try:
-        shape = x.shape
-    except RuntimeError:  # a nested tensor has none
-        shape = torch.Size()
-    if len(shape) == len(expected):
-        for have, want in zip(shape, expected, strict=True):
+        got = str(x.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor, got {show(x)} of layout {got}")
+    if kind is not None and x.dtype not in kind[1]:
+        raise ValueError(f"{name}: expected {kind[0]}, got {show(x)}")
+    if not layout:
+        return
+    if x.dim() == (len(sizes) or layout.count(",") + 1):
+        # a nested tensor has no shape
+        for have, want in zip(() if x.is_nested else x.shape, sizes, strict=False):
             if want is not None and have != want:
                 break
         else:
-            return
-    sizes = ", ".join("*" if want is None else str(want) for want in expected)
-    raise ValueError(f"{name}: expected {layout} with sizes [{sizes}], got {show(x)}")
+            if not (x.is_nested and sizes):
+                return
+    exactly = ", ".join("*" if want is None else str(want) for want in sizes)
+    expected = f"{layout} with sizes [{exactly}]" if sizes else layout
+    raise ValueError(f"{name}: expected {expected}, got {show(x)}")
+
+
+check_floating = functools.partial(check_tensor, kind=("a floating point dtype", _FLOATING))
+check_integer = functools.partial(check_tensor, kind=("int64 or int32", (torch.int32, torch.int64)))
+check_int64 = functools.partial(check_tensor, kind=("int64", (torch.int64,)))
 
 
 def check_device(**tensors: Tensor | None) -> None:
@@ -117,16 +111,15 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
 ) -> float | None:
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
-    check_shape("weight", weight, (None, hidden.shape[-1]), "[V, H]")
+    """Check a head for hidden states [..., H] that were checked before; return softcap as float."""
+    check_floating("weight", weight, "[V, H]", (None, hidden.shape[-1]))
     if weight.numel() == 0:
         raise ValueError(f"weight: expected V and H of at least 1, got {show(weight)}")
     if bias is not None:
-        check_floating("bias", bias)
-        check_shape("bias", bias, (weight.shape[0],), "[V]")
+        check_floating("bias", bias, "[V]", (weight.shape[0],))
     # Comparisons, unlike math.isfinite, may be traced with a symbolic number by torch.compile.
-    if not -math.inf < _number(logit_scale) < math.inf:
+    scale = logit_scale if type(logit_scale) is float else _number(logit_scale)
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {shown(logit_scale)}")
     if softcap is None:
         return None
@@ -135,24 +128,16 @@ def check_head(
     return float(softcap)
 
 
-def check_labels(labels: Tensor, n_examples: int, n_tokens: int) -> None:
-    check_tensor("labels", labels)
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected int64, got {show(labels)}")
-    check_shape("labels", labels, (n_examples, n_tokens), "[B, T]")
-
-
 def check_label_smoothing(label_smoothing: float) -> None:
-    if not 0.0 <= _number(label_smoothing) < 1.0:
+    e = label_smoothing if type(label_smoothing) is float else _number(label_smoothing)
+    if not 0.0 <= e < 1.0:
         raise ValueError(
             f"label_smoothing: expected a number in [0, 1), got {shown(label_smoothing)}"
         )
 
 
 def _number(x: object) -> float:
-    """x as a float, NaN where it is no number, or one that no float can hold."""
-    if type(x) is float:
-        return x
+    """Return x as a float, NaN if it is no number or one that no float can hold."""
     try:
         return math.nan if isinstance(x, _NO_NUMBERS) else float(x)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -160,7 +145,7 @@ def _number(x: object) -> float:
 
 
 def whole(name: str, x: object) -> int:
-    """x as an int; numpy's whole numbers too, but no tensor, which a GPU would be waited for."""
+    """Return x as an int, numpy's too; no tensor, since reading it may wait for a GPU."""
     if type(x) is not int:
         try:
             if isinstance(x, _NO_NUMBERS):
@@ -174,12 +159,12 @@ def whole(name: str, x: object) -> int:
 
 
 def flag(name: str, x: object) -> bool:
-    """x as a bool; no tensor, whose truth a GPU would be waited for."""
+    """Return x as a bool; no tensor, since reading it may wait for a GPU."""
     if isinstance(x, Tensor):
         raise ValueError(f"{name}: expected True or False, got {shown(x)}")
     try:
         return bool(x)
-    except ValueError:  # an array has as many truths as elements
+    except ValueError:  # an array of several elements
         raise ValueError(f"{name}: expected True or False, got {shown(x)}") from None
 
 
@@ -209,12 +194,12 @@ def check_tau(tau: float | Tensor) -> None:
         if torch.compiler.is_compiling() or not readable(tau):
             return
         tau = float(tau.detach())
-    if not 0.0 < _number(tau) < math.inf:
+    if not 0.0 < (tau if type(tau) is float else _number(tau)) < math.inf:
         raise ValueError(f"tau: expected a positive number, got {shown(tau)}")
 
 
 def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
-    """Refuses forward-mode differentiation, which an op without a formula for it drops silently."""
+    """Reject forward-mode differentiation, which an op without a formula for it drops silently."""
     if torch.compiler.is_compiling():
         return
     for x in tensors:
@@ -241,11 +226,9 @@ def check_rows(
 
 
 def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
-    """Refuses scale and offset that do not go with how the passages are stored."""
-    if type(x) is not Tensor:
+    """Reject scale and offset that do not fit how the passages are stored."""
+    if (type(x) is not Tensor and type(x) is not Parameter) or x.layout is not torch.strided:
         check_tensor(name, x)
-    if x.layout is not torch.strided:
-        _refuse_layout(name, x)
     if scale is None and offset is None and x.dtype in _FLOATING:
         return
     factors = {"scale": scale, "offset": offset}

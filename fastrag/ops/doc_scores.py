@@ -16,21 +16,22 @@ are codes c of vectors d = offset + scale c, scale and offset [D]; none of the t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrag.ops import backends, checks, cpp_arrays, workspace
-from fastrag.ops.eager import is_plain
-from fastrag.ops.grads import needs_grad, once_differentiable
+from fastrag.ops import backends, checks, workspace
+from fastrag.ops.autograd import is_plain, once_differentiable
 from fastrag.profiling import stage
 
-backends.register("doc_scores", ("cpp", "triton", "torch"))
-
-Implementation = Callable[..., tuple[Any, Any]]
+# modules with doc_scores_fwd and doc_scores_bwd
+backends.register(
+    "doc_scores",
+    cpp="fastrag.ops.cpp",
+    triton="fastrag.kernels.doc_scores",
+    torch="fastrag.ops.doc_scores",
+)
 
 # One program of the Triton kernel holds all the scores of a question.
 TRITON_MAX_PASSAGES = 1024
@@ -43,16 +44,16 @@ def check_arguments(
     scale: Tensor | None,
     offset: Tensor | None,
 ) -> None:
-    """Raises ValueError where shapes, dtypes or devices do not make a call of the op."""
-    checks.check_floating("query_emb", query_emb)
-    checks.check_ndim("query_emb", query_emb, "[B, D]")
+    """Raise ValueError if shapes, dtypes or devices do not fit together."""
+    checks.check_floating("query_emb", query_emb, "[B, D]")
     checks.check_storage("passage_emb", passage_emb, scale, offset)
     n_examples, width = query_emb.shape
     if passage_emb.dim() == 3:
-        checks.check_shape("passage_emb", passage_emb, (n_examples, None, width), "[B, K, D]")
+        checks.check_tensor("passage_emb", passage_emb, "[B, K, D]", (n_examples, None, width))
         n_passages = passage_emb.shape[1]
     else:
-        checks.check_shape("passage_emb", passage_emb, (None, width), "[N, D], or [B, K, D]")
+        layout = "[N, D], or [B, K, D]"
+        checks.check_tensor("passage_emb", passage_emb, layout, (None, width))
         if rows is None:
             raise ValueError(
                 f"rows: expected [B, K] because passage_emb is the index matrix "
@@ -60,20 +61,19 @@ def check_arguments(
             )
         n_passages = -1
     if rows is not None:
-        checks.check_integer("rows", rows)
-        expected = (n_examples, None if n_passages < 0 else n_passages)
-        checks.check_shape("rows", rows, expected, "[B, K]")
+        sizes = (n_examples, None if n_passages < 0 else n_passages)
+        checks.check_integer("rows", rows, "[B, K]", sizes)
         n_passages = rows.shape[1]
     if n_passages == 0:
         name = "passage_emb" if passage_emb.dim() == 3 else "rows"
-        sizes = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
+        got = f"query_emb {checks.show(query_emb)}, passage_emb {checks.show(passage_emb)}"
         if rows is not None:
-            sizes += f", rows {checks.show(rows)}"
-        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({sizes})")
+            got += f", rows {checks.show(rows)}"
+        raise ValueError(f"{name}: expected at least one passage per question, got K = 0 ({got})")
     if scale is not None:
-        checks.check_shape("scale", scale, (width,), "[D]")
+        checks.check_tensor("scale", scale, "[D]", (width,))
     if offset is not None:
-        checks.check_shape("offset", offset, (width,), "[D]")
+        checks.check_tensor("offset", offset, "[D]", (width,))
     device = query_emb.device
     if (
         passage_emb.device != device
@@ -97,12 +97,11 @@ def doc_scores(
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior [B, K]."""
     inputs = (query_emb, passage_emb, rows, tau, scale, offset)
     if not is_plain(query_emb, passage_emb, rows, scale, offset):
-        scores, log_prior = doc_scores_op(*inputs)
-    elif any(map(needs_grad, (query_emb, passage_emb, scale, offset))):
-        scores, log_prior = DocScores.apply(*inputs)
-    else:
-        scores, log_prior = _forward(*inputs)
-    return scores, log_prior
+        return doc_scores_op(*inputs)
+    # scale and offset have no gradient and are rejected if they ask for one.
+    if torch.is_grad_enabled() and (query_emb.requires_grad or passage_emb.requires_grad):
+        return DocScores.apply(*inputs)
+    return _forward(*inputs)
 
 
 def _forward(
@@ -115,9 +114,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     n_passages = passage_emb.shape[1] if rows is None else rows.shape[1]
     with stage("doc_scores"):
-        backend = _backend(passage_emb, _dtype(query_emb, passage_emb), n_passages)
-        forward, _ = _implementation(backend)
-        return forward(query_emb, passage_emb, rows, tau, scale, offset)
+        backend = _implementation(passage_emb, _dtype(query_emb, passage_emb), n_passages)
+        return backend.doc_scores_fwd(query_emb, passage_emb, rows, tau, scale, offset)
 
 
 doc_scores_op = torch.library.custom_op(
@@ -156,13 +154,12 @@ def _gradients(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of query_emb and of fresh passage_emb, in their dtypes; None where not needed."""
+    """Return gradients of query_emb and of fresh passage_emb, in their dtypes; None if unneeded."""
     upstream = (dscores, dlog_prior, log_prior)
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     with stage("doc_scores_backward"):
-        backend = _backend(passage_emb, log_prior.dtype, log_prior.shape[1])
-        _, backward = _implementation(backend)
-        return backward(*args)
+        backend = _implementation(passage_emb, log_prior.dtype, log_prior.shape[1])
+        return backend.doc_scores_bwd(*args)
 
 
 def _gradients_or_empty(
@@ -173,7 +170,7 @@ def _gradients_or_empty(
     passage_emb: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As an op has to return them."""
+    """Return the same as an op must: empty tensors instead of None."""
     dq, dp = _gradients(dscores, dlog_prior, log_prior, query_emb, passage_emb, *rest)
     return (
         query_emb.new_empty(0) if dq is None else dq,
@@ -211,31 +208,19 @@ def _(
     )
 
 
-def _backend(passage_emb: Tensor, dtype: torch.dtype, n_passages: int) -> str:
+def _implementation(passage_emb: Tensor, dtype: torch.dtype, n_passages: int) -> Any:
+    """Return the module whose doc_scores_fwd and doc_scores_bwd take this call."""
     unfit = {}
     if passage_emb.dim() == 2:
-        unfit["cpp"] = cpp_arrays.unfit(passage_emb)
+        unfit["cpp"] = functools.partial(backends.strided, passage_emb)
     if n_passages > TRITON_MAX_PASSAGES:
-        unfit["triton"] = f"its kernel takes K of at most {TRITON_MAX_PASSAGES}, got {n_passages}"
-    return backends.choose("doc_scores", passage_emb.device, dtype, unfit)
+        unfit["triton"] = functools.partial(_too_many_for_triton, n_passages)
+    backend = backends.choose("doc_scores", passage_emb.device, dtype, unfit)
+    return backends.load("doc_scores", backend)
 
 
-def _implementation(backend: str) -> tuple[Implementation, Implementation]:
-    """Forward and backward."""
-    if backend == "cpp":
-        return _cpp().forward, _cpp().backward
-    if backend == "triton":
-        from fastrag.kernels.doc_scores import doc_scores_bwd, doc_scores_fwd
-
-        return doc_scores_fwd, doc_scores_bwd
-    return _torch_forward, _torch_backward
-
-
-@functools.cache  # an import statement takes as long as scores of a few passages
-def _cpp() -> ModuleType:
-    from fastrag.ops import cpp_doc_scores
-
-    return cpp_doc_scores
+def _too_many_for_triton(n_passages: int) -> str:
+    return f"its kernel takes K of at most {TRITON_MAX_PASSAGES}, got {n_passages}"
 
 
 def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
@@ -243,7 +228,7 @@ def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
 
 
 def _gather(passage_emb: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The K passages (or codes) of each query [B, K, D] in `dtype`, zero where missing."""
+    """Return the K passages (or codes) of each query [B, K, D] in `dtype`, zero where missing."""
     if rows is None:
         return passage_emb.to(dtype)
     index = rows.clamp(0, passage_emb.shape[-2] - 1)
@@ -252,7 +237,7 @@ def _gather(passage_emb: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Ten
     return vectors.masked_fill((rows < 0).unsqueeze(2), 0.0)
 
 
-def _torch_forward(
+def doc_scores_fwd(
     query_emb: Tensor,
     passage_emb: Tensor,
     rows: Tensor | None,
@@ -274,14 +259,14 @@ def _torch_forward(
             return scores, scores.log_softmax(1)
         missing = rows < 0
         if passage_emb.dim() == 2:
-            # Only a GPU gets here with such a row: a CPU has refused it.
+            # Only on a GPU: a CPU has rejected such a row.
             scores = scores.masked_fill(rows >= passage_emb.shape[0], torch.nan)
         scores = scores.masked_fill(missing, -torch.inf)
         log_prior = scores.log_softmax(1).masked_fill(missing, -torch.inf)
         return scores, log_prior
 
 
-def _torch_backward(
+def doc_scores_bwd(
     dscores: Tensor | None,
     dlog_prior: Tensor | None,
     log_prior: Tensor,
@@ -346,7 +331,7 @@ doc_scores_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class DocScores(torch.autograd.Function):
-    """The op as a plain call has it."""
+    """The op without the dispatcher, for plain calls."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,23 @@
 """Errors that only values on a GPU can tell: found without waiting, raised by a later call.
 
-A check makes a tensor that is zero where all is well. On a CPU it is looked at, and the error is
-raised at once. Elsewhere looking would stop the host until the device has caught up. There
+A check makes a tensor that is zero if all is well. On a CPU it is read, and `positions` raises the
+error at once. On another device reading it would stop the host until the device has caught up.
+There
 
     found <- where(flag, found, what this call found)        the first fault stays
     flag  <- any(found)
 
-run on the device, two small kernels for each check, and one copy for each call sends the flags, a
-byte each, to page-locked memory of the host. Every call begins with a plain read of those bytes.
-Where one is set it may wait, for it is going to raise: it fetches what was found, words the error
-as a CPU would have, and clears both sides.
+run on the device, two small kernels for each check, and one copy per call sends the flags, a byte
+each, to page-locked memory of the host. Every call begins with a plain read of those bytes. If one
+is set, the call is going to raise and may wait: it fetches what was found, words the error as on a
+CPU, and clears both sides.
 
 A record belongs to a check, its settings and a shape, and lasts as long as the process. A captured
 CUDA graph writes into it at every replay, and the next call outside of graphs raises. While a graph
-is being captured nothing is raised and nothing allocated: a shape for which earlier calls left no
-room has its NaN and no record, as has every shape beyond the first `MAX_RECORDS`. Devices have
+is being captured nothing is raised and nothing allocated: a shape without a record from earlier
+calls has its NaN and no record, as has every shape beyond the first `MAX_RECORDS`. Devices have
 their own records. Threads and streams share them: a call may raise what another thread's found, and
-of two streams that write one record at the same time one report may be lost, never one made up.
+if two streams write one record at the same time one report may be lost, but none is made up.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrag.ops import checks
-
-# From the place and the value of the first entry that is not zero, and the settings of the check.
+# Makes the text of an error from place (list of indices) and value of the first entry that is not
+# zero, and the settings. A function of a module, because records are identified by it.
 Wording = Callable[..., str]
+# A tensor of any shape that is 0, or False, if all is well; its wording; the settings.
+Finding = tuple[Any, ...]
 
 MAX_RECORDS = 1024
 # Memory is taken by blocks, because taking it is the one step that waits; a record starts where any
@@ -50,16 +53,6 @@ class _Record:
     found: Tensor  # on the device
     flag: Tensor  # [] bool, on the device
     seen: Tensor  # [] bool, on the host
-
-
-class _Pending(threading.local):
-    """What the checks of a call have found so far, to be sent by its last."""
-
-    def __init__(self) -> None:
-        self.notes: list[tuple[Tensor, Wording, tuple[Hashable, ...]]] = []
-
-
-_pending = _Pending()
 
 
 class _Device:
@@ -111,7 +104,7 @@ class _Device:
                 _wait(self.device)
                 # Two streams at one record may leave a flag without a fault.
                 if found.any():
-                    errors.append(_word(found, record.wording, record.settings))
+                    errors.append(word(found, record.wording, record.settings))
                 record.found.zero_()
         self.flags.zero_()
         _wait(self.device)
@@ -123,35 +116,16 @@ _devices: dict[torch.device, _Device] = {}
 _lock = threading.Lock()
 
 
-def check(found: Tensor, wording: Wording, *settings: Hashable) -> None:
-    """Raises at once on a CPU if `found` is not all zeros; elsewhere keeps it for `send`.
+def send(findings: Sequence[Finding]) -> None:
+    """Raise what earlier calls on the device found, record the findings of this one.
 
-    Args:
-        found: 0, or False, where all is well. Any shape.
-        wording: called with the place (list of indices) and the value of the first other entry,
-            and with `settings`; returns the text of the error. A function of a module, because
-            records are told apart by it.
-        settings: numbers that the text needs.
-
-    Raises:
-        ValueError: on a CPU.
-    """
-    if not checks.readable(found):
-        _pending.notes.append((found, wording, settings))
-    elif found.any():
-        raise ValueError(_word(found, wording, settings))
-
-
-def send(device: torch.device) -> None:
-    """Ends the checks of a call on `device`: raises what earlier calls found, records its own.
+    All checks of a call go into one `send`, in the order in which they are reported. Their tensors
+    are on one device.
 
     Raises:
         ValueError: an earlier call found a fault.
     """
-    # A call that died between its checks and this, for want of memory perhaps, has left its own.
-    notes, _pending.notes = [note for note in _pending.notes if note[0].device == device], []
-    if not notes:
-        return
+    device = findings[0][0].device
     raise_late(device)
     with _lock:
         if device not in _devices:
@@ -159,8 +133,8 @@ def send(device: torch.device) -> None:
                 return
             _devices[device] = _Device(device)
         here = _devices[device]
-        for found, wording, settings in notes:
-            record = here.record(found, wording, settings)
+        for found, wording, *settings in findings:
+            record = here.record(found, wording, tuple(settings))
             if record is not None:
                 torch.where(record.flag, record.found, found, out=record.found)
                 torch.any(record.found, out=record.flag)
@@ -184,7 +158,6 @@ def raise_late(device: torch.device) -> None:
 
 def forget() -> None:
     """Drops all records. A CUDA graph that has captured one must not be replayed any more."""
-    _pending.notes = []
     _devices.clear()
 
 
@@ -192,7 +165,8 @@ def forget() -> None:
 atexit.register(forget)
 
 
-def _word(found: Tensor, wording: Wording, settings: tuple[Hashable, ...]) -> str:
+def word(found: Tensor, wording: Wording, settings: Iterable[Hashable]) -> str:
+    """Return the text of the error of a finding that is not all zeros."""
     place = found.nonzero()[0].tolist()
     return wording(place, found[tuple(place)].item(), *settings)
 

@@ -15,50 +15,50 @@ or the K*T rows of an example (sequence). So w is known while the chunk's logits
 the gradients of sum_b e_b nll_b (e = example_weight) cost three GEMMs; nothing of size
 [B, K, T, V] ever exists.
 
-**Vocabulary-major.** Where a Sequence example is larger than the workspace, or chunks would have so
+**Vocabulary-major.** If a Sequence example is larger than the workspace, or chunks would have so
 few rows that reading and writing dW for each of them costs more than a GEMM, all statistics come
 first, then all weights, then the gradients by slices of the vocabulary (`vocab_major`).
 
-**Late scale.** Gradients are saved without upstream gradient and normalizer, and multiplied by them
-in backward, out of place. With a vector upstream gradient (reduction "none", `deferred=True`) only
-dX and the gradient of doc_scores can be scaled so, example by example. Gradients of the head are
-made in backward: d nll / d token_logp = -w, and token_logp_backward goes on from there. Smoothed
-RAG-Token is no function of token_logp: it runs once more with example_weight = upstream.
+**Late scale.** Gradients are saved without upstream gradient and normalizer and multiplied by them
+in backward: in place if the graph is freed afterwards, so that no copy of dW is made
+(`autograd.scaled`). With a vector upstream gradient (reduction "none", `deferred=True`) only dX and
+the gradient of doc_scores can be scaled so, example by example, which is enough for a frozen head.
+Gradients that need the head's are made in backward: d nll / d token_logp = -w, and
+token_logp_backward continues from there. Smoothed RAG-Token is no function of token_logp: it runs
+once more with example_weight = upstream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastrag.ops import backends, vocab_major, workspace
-from fastrag.ops.chunk_logits import ChunkLogits, RowStats, chunk_logits
-from fastrag.ops.grads import once_differentiable, scaled
-from fastrag.ops.group_pass import (
+from fastrag.ops.autograd import once_differentiable, scaled
+from fastrag.ops.chunks import (
     Call,
-    GroupPass,
+    ChunkLogits,
+    HeadGradients,
+    LinearHead,
+    RowStats,
     SequenceSums,
     TokenSums,
-    TokenWeights,
-    group_pass,
 )
-from fastrag.ops.linear_head import HeadGradients, LinearHead
-from fastrag.ops.positions import (
-    Chunk,
-    Positions,
-    check_label_values,
-    check_scores,
-    check_valid_rows,
-)
+from fastrag.ops.positions import Chunk, Positions, check_values
 from fastrag.ops.token_logp import fake_head_gradients, token_logp_backward
 from fastrag.profiling import stage
 
-backends.register("marginal_nll", ("cpp", "triton", "torch"))
+backends.register(
+    "marginal_nll",
+    cpp="fastrag.ops.cpp:CppChunkLogits",
+    triton="fastrag.ops.triton_chunks:TritonChunkLogits",
+    torch="fastrag.ops.chunks:TorchChunkLogits",
+)
 
-# One Triton program holds what all the passages of a group say, or, for smoothing, a few words.
+# One Triton program holds the values of all passages of a group; for smoothing, a few words too.
 TRITON_MAX_PASSAGES = 1024
 TRITON_MAX_MIXED = 256
 
@@ -94,33 +94,31 @@ def marginal_nll(
     need_db: bool,
     need_ds: bool,
 ) -> tuple[Tensor, ...]:
-    """Returns total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores, log_z.
+    """Return total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores, log_z.
 
     total [] = sum_b example_weight_b nll_b and nll [B] are the loss; the first is differentiable
-    unless `deferred`, the second if `deferred`. The gradients are those of total; what is not
-    needed, or left to backward, comes back empty. token_logp [B, K, T] is what the marginal was
-    made of, without gradient, and 0 where the label does not count. log_z [2, B, K, T] are the
-    halves of log Z (RowStats), for a backward that needs them.
+    unless `deferred`, the second if `deferred`. The gradients are those of total; gradients that
+    are not needed, or left to backward, are empty. token_logp [B, K, T] are the log-probabilities
+    in the marginal, without gradient, and 0 where the label does not count. log_z [2, B, K, T] are
+    the halves of log Z (RowStats), for a backward that needs them.
     """
-    unfit = {}
     n_passages = hidden.shape[1]
     limit = TRITON_MAX_MIXED if marginal == "token" and label_smoothing else TRITON_MAX_PASSAGES
+    unfit = {}
     if n_passages > limit:
-        unfit["triton"] = f"its kernels take K of at most {limit} here, got {n_passages}"
+        unfit["triton"] = lambda: f"its kernels take K of at most {limit} here, got {n_passages}"
     backend = backends.choose("marginal_nll", hidden.device, hidden.dtype, unfit)
-    open_chunk = chunk_logits(backend)
-    keep_log_z = _keeps_log_z(marginal, label_smoothing, deferred, need_dw, need_db)
-    if _left_to_backward(deferred, need_dw, need_db):
+    open_chunk: type[ChunkLogits] = backends.load("marginal_nll", backend)
+    late, keep_log_z = _late(marginal, label_smoothing, deferred, need_dw, need_db)
+    if late:
         need_dx = need_dw = need_db = False
     with stage("marginal_nll"), workspace.without_autocast(hidden.device):
         dtype = workspace.accumulate_dtype(hidden.dtype)
         operand = open_chunk.operand_dtype(hidden.dtype)
         head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
         sums = HeadGradients(head, hidden, need_dx=need_dx, need_dw=need_dw, need_db=need_db)
-        kind = _Token if marginal == "token" else _Sequence
-        run = kind(
+        run = (_Token if marginal == "token" else _Sequence)(
             open_chunk,
-            group_pass(backend),
             head,
             sums,
             hidden,
@@ -144,24 +142,22 @@ def marginal_nll(
         return (weighted.sum(), nll, log_posterior, token_logp, *sums.results(), dscores, log_z)
 
 
-def _left_to_backward(deferred: bool, need_dw: bool, need_db: bool) -> bool:
-    """Whether the gradients of hidden and head are: rows of dX can be scaled later, dW cannot."""
-    return deferred and (need_dw or need_db)
-
-
-def _keeps_log_z(
+def _late(
     marginal: str, smoothing: float, deferred: bool, need_dw: bool, need_db: bool
-) -> bool:
-    """Whether backward starts from log Z. Smoothed RAG-Token is no function of token_logp."""
-    smoothed_token = marginal == "token" and smoothing > 0.0
-    return _left_to_backward(deferred, need_dw, need_db) and not smoothed_token
+) -> tuple[bool, bool]:
+    """Return whether the gradients of hidden and head are left to backward, and start from log Z.
+
+    Rows of dX can be scaled later, dW cannot. Smoothed RAG-Token is no function of token_logp.
+    """
+    late = deferred and (need_dw or need_db)
+    return late, late and not (marginal == "token" and smoothing > 0.0)
 
 
 @marginal_nll.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     marginal, smoothing, (deferred, *need) = rest[5], rest[8], rest[10:]
-    keep_log_z = _keeps_log_z(marginal, smoothing, deferred, *need[1:3])
-    if _left_to_backward(deferred, *need[1:3]):
+    late, keep_log_z = _late(marginal, smoothing, deferred, *need[1:3])
+    if late:
         need[:3] = [False] * 3
     n_examples, n_passages, n_tokens, _ = hidden.shape
     dtype = workspace.accumulate_dtype(hidden.dtype)
@@ -180,10 +176,12 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 class _Marginal:
     """One call: the prior, the masks and the walk over groups of chunks."""
 
+    # Whether smoothing needs the marginal distribution at every word, not only at the label.
+    mixes: ClassVar[bool]
+
     def __init__(
         self,
         open_chunk: type[ChunkLogits],
-        group: type[GroupPass],
         head: LinearHead,
         sums: HeadGradients,
         hidden: Tensor,
@@ -195,19 +193,17 @@ class _Marginal:
         ignore_index: int,
         keep_log_z: bool,
     ) -> None:
-        self.open_chunk, self.group, self.head, self.sums = open_chunk, group, head, sums
-        self.smoothing = smoothing
+        self.open_chunk, self.group, self.head = open_chunk, open_chunk.group_pass, head
+        self.sums, self.smoothing = sums, smoothing
         self.n_examples, self.n_passages, self.n_tokens, _ = hidden.shape
         scores = doc_scores.to(head.dtype)
-        check_scores(scores)
-        present = scores != -torch.inf
-        self.live = present.any(1)  # [B]: an example without passages has no likelihood
-        self.log_prior = torch.where(present, scores.log_softmax(1), -torch.inf)
         counted = labels != ignore_index
-        self.unlisted = None if valid_rows is None else check_valid_rows(valid_rows, counted)
-        bad = check_label_values(labels, counted, head.vocab_size)
+        bad, self.unlisted = check_values(labels, counted, head.vocab_size, scores, valid_rows)
+        present = scores != -torch.inf
+        live = present.any(1)  # [B]: an example without passages has no likelihood
+        self.log_prior = torch.where(present, scores.log_softmax(1), -torch.inf)
         labels = torch.where(bad, 0, labels)
-        counted = counted & self.live.unsqueeze(1)
+        counted = counted & live.unsqueeze(1)
         self.counted = counted
         self.example_weight = (
             torch.ones_like(scores[:, 0])
@@ -215,7 +211,7 @@ class _Marginal:
             else example_weight.to(head.dtype)
         )
         if self.unlisted is not None:
-            # Gradients of which a part is missing must not look like gradients.
+            # Gradients that lack a part must not look like gradients.
             self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
         self.positions = Positions(hidden, labels, counted, present, valid_rows, head.operand_dtype)
         self.call = Call(
@@ -226,138 +222,118 @@ class _Marginal:
             smoothing,
             head.vocab_size,
         )
-        row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=self.needs_mixture())
-        self.limit = self.positions_per_chunk(row_bytes)
-        # And then gradients, if any, by slices of the vocabulary.
-        self.statistics_first = not self.needs_mixture() and (not sums or self.better_by_words())
-        keep_log_z = keep_log_z or bool(sums and self.statistics_first)
+        mixture = self.mixes and bool(smoothing)
+        row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=mixture)
+        # positions per chunk
+        self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
+        # Gradients, if any, then go by slices of the vocabulary.
+        self.statistics_first = not mixture and (not sums.wanted or self.better_by_words())
+        keep_log_z = keep_log_z or (sums.wanted and self.statistics_first)
         self.log_z = scores.new_zeros(2, hidden.shape[:3].numel() + 1 if keep_log_z else 0)
 
-    def positions_per_chunk(self, row_bytes: float) -> int:
-        device = self.positions.hidden.device
-        return workspace.rows_per_chunk(self.n_passages * row_bytes, device)
-
     def better_by_words(self) -> bool:
-        if self.sums.dweight is None:
-            return False
-        n_rows, device = len(self.positions) * self.n_passages, self.positions.hidden.device
-        return vocab_major.is_better(n_rows, self.limit * self.n_passages, device)
-
-    def needs_mixture(self) -> bool:
-        """Whether the marginal distribution is wanted at every word, and not at the label only."""
-        return False
+        if self.sums.dweight is None or self.positions.n_visited <= self.limit:
+            return False  # One chunk writes dW once.
+        n_rows, per_chunk = (n * self.n_passages for n in (self.positions.n_visited, self.limit))
+        return vocab_major.is_better(n_rows, per_chunk, self.positions.hidden.device)
 
     def forward(self, *, with_mean: bool = False) -> Iterator[tuple[Chunk, RowStats]]:
-        """Yields the statistics of all chunks; no gradient will be asked of these."""
+        """Yield the statistics of all chunks, which will not be asked for a gradient."""
         row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=with_mean)
-        limit = self.positions_per_chunk(row_bytes)
-        for part in workspace.even_slices(len(self.positions), limit):
-            chunk = self.gather(part)
+        device = self.positions.hidden.device
+        limit = workspace.rows_per_chunk(self.n_passages * row_bytes, device)
+        for part in workspace.even_slices(self.positions.n_visited, limit):
+            with stage("marginal_nll/gather"):
+                chunk = self.positions.gather(part)
             with stage("marginal_nll/statistics"):
                 stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold, with_mean=with_mean)
             if self.log_z.numel():
                 self.log_z[:, chunk.row] = stats.log_z
             yield chunk, stats
 
-    def gather(self, part: slice) -> Chunk:
-        with stage("marginal_nll/gather"):
-            return self.positions.gather(part)
-
-    def logits(self, chunk: Chunk) -> ChunkLogits:
-        with stage("marginal_nll/logits"):
-            return self.open_chunk(self.head, chunk.x, chunk.gold)
-
-    def add_products(self, chunk: Chunk, draw: Tensor) -> None:
-        with stage("marginal_nll/products"):
-            self.sums.add(draw, chunk.x, chunk.row)
-
     def add_gradients(self, chunk: Chunk, weight: Tensor, smoothing: float = 0.0) -> None:
-        """All gradients at once, from the chunk of all positions."""
+        """Add all gradients at once, from the chunk of all positions."""
         log_z = self.log_z[:, chunk.row]
         vocab_major.add_gradients(self.sums, self.open_chunk, chunk, log_z, weight, smoothing)
-
-    def dense(self, *shape: int) -> Tensor:
-        """Zeros with one entry for each position and one that the padding of valid_rows hits."""
-        n = self.n_examples * self.n_tokens + 1
-        return self.log_prior.new_zeros(n, *shape)
-
-    def undense(self, values: Tensor) -> Tensor:
-        """[B*T + 1, ...] -> [B, T, ...]."""
-        return values[:-1].view(self.n_examples, self.n_tokens, *values.shape[1:])
 
 
 class _Token(_Marginal):
     """nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt); a group is one position."""
 
-    def needs_mixture(self) -> bool:
-        return bool(self.smoothing)
+    mixes = True
 
     def run(self) -> None:
-        by_passage = [self.dense(self.n_passages) for _ in range(3)]
-        self.found = TokenSums(self.dense(), *by_passage)
+        # one entry per position, and one that the padding of valid_rows writes to
+        n, zeros = self.n_examples * self.n_tokens + 1, self.log_prior.new_zeros
+        k = self.n_passages
+        self.found = TokenSums(zeros(n), zeros(n, k), zeros(n, k), zeros(n, k))
         if not self.statistics_first:
-            for part in workspace.even_slices(len(self.positions), self.limit):
-                self._chunk(self.gather(part))
+            for part in workspace.even_slices(self.positions.n_visited, self.limit):
+                self._chunk(part)
             return
         hits = []
         for chunk, stats in self.forward():
-            weights = self._weights(chunk, stats)
+            with stage("marginal_nll/group_pass"):
+                weights = self.group.token(self.call, chunk, stats.logp, None, self.found)
             hits.append(weights.hit.view(-1))
-        if self.sums and hits:
+        if self.sums.wanted and hits:
             self.add_gradients(self.positions.everything(), torch.cat(hits))
 
-    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
+    # A chunk's logits are local to one call, so that they are freed before the next chunk's exist.
 
-    def _chunk(self, chunk: Chunk) -> None:
-        """Smoothed on the marginal distribution, if at all.
+    def _chunk(self, part: slice) -> None:
+        """Smooth the marginal distribution, if anything.
 
         With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
         of the logits is upstream * (target_k p_kv - G_kv).
         """
-        logits = self.logits(chunk)
-        if not self.smoothing:
-            with stage("marginal_nll/statistics"):
-                stats = logits.statistics()
-            weights = self._weights(chunk, stats)
-            if self.sums:
-                with stage("marginal_nll/gradient"):
-                    draw = logits.gradient(weights.hit.view(-1))
-                self.add_products(chunk, draw)
-            return
-        prior = torch.where(chunk.counts.unsqueeze(1), self.log_prior[chunk.example], 0.0)
+        with stage("marginal_nll/gather"):
+            chunk = self.positions.gather(part)
+        with stage("marginal_nll/logits"):
+            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
+        mixture = None
         with stage("marginal_nll/statistics"):
-            stats, smooth, share = logits.mixture_statistics(prior)
-        weights = self._weights(chunk, stats, (smooth, share))
-        if self.sums and weights.target is not None and weights.spread is not None:
-            with stage("marginal_nll/gradient"):
-                draw = logits.mixture_gradient(prior, weights.hit, weights.target, weights.spread)
-            self.add_products(chunk, draw)
-
-    def _weights(
-        self, chunk: Chunk, stats: RowStats, mixture: tuple[Tensor, Tensor] | None = None
-    ) -> TokenWeights:
+            if self.smoothing:
+                counts = chunk.counts.unsqueeze(1)
+                prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
+                stats, smooth, share = logits.mixture_statistics(prior)
+                mixture = (smooth, share)
+            else:
+                stats = logits.statistics()
         with stage("marginal_nll/group_pass"):
-            return self.group.token(self.call, chunk, stats.logp, mixture, self.found)
+            weights = self.group.token(self.call, chunk, stats.logp, mixture, self.found)
+        if not self.sums.wanted:
+            return
+        with stage("marginal_nll/gradient"):
+            if weights.target is not None and weights.spread is not None:
+                draw = logits.mixture_gradient(prior, weights.hit, weights.target, weights.spread)
+            else:
+                draw = logits.gradient(weights.hit.view(-1))
+        with stage("marginal_nll/products"):
+            self.sums.add(draw, chunk.x, chunk.row)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        nll = -self.undense(self.found.log_marginal).sum(1)
+        found, shape = self.found, (self.n_examples, self.n_tokens, self.n_passages)
+        nll = -found.log_marginal[:-1].view(shape[:2]).sum(1)
         prior = self.log_prior.unsqueeze(2)
         log_post = torch.where(
-            self.counted.unsqueeze(1), self.undense(self.found.log_post).transpose(1, 2), prior
+            self.counted.unsqueeze(1), found.log_post[:-1].view(shape).transpose(1, 2), prior
         )
         tokens = self.counted.sum(1, keepdim=True)
-        dscores = tokens * self.log_prior.exp() - self.undense(self.found.occupancy).sum(1)
+        dscores = tokens * self.log_prior.exp() - found.occupancy[:-1].view(shape).sum(1)
         dscores = dscores * self.example_weight.unsqueeze(1)
-        token_logp = self.undense(self.found.token_logp).transpose(1, 2)
+        token_logp = found.token_logp[:-1].view(shape).transpose(1, 2)
         return nll, log_post.contiguous(), token_logp.contiguous(), dscores
 
 
 class _Sequence(_Marginal):
     """nll_b = -log sum_k exp(a_bk + sum_t m_bt l_bkt); a group is one example."""
 
+    mixes = False
+
     def run(self) -> None:
-        # By row, so that the sum over t runs the same way for each k: passages that say the same
-        # get the same posterior, to the bit.
+        # By row, so that the sum over t runs the same way for each k: passages with equal
+        # log-probabilities get the same posterior, to the bit.
         n_rows = self.n_examples * self.n_passages * self.n_tokens
         self.found = SequenceSums(
             self.log_prior.new_zeros(n_rows + 1),
@@ -365,7 +341,7 @@ class _Sequence(_Marginal):
             self.log_prior.clone(),
             torch.zeros_like(self.log_prior),
         )
-        if not len(self.positions):
+        if not self.positions.n_visited:
             return  # the prior stands
         if not self.statistics_first:
             for part, examples in self._chunks():
@@ -376,21 +352,22 @@ class _Sequence(_Marginal):
                 self.group.sequence_rows(self.call, chunk, stats, self.found)
         with stage("marginal_nll/group_pass"):
             self.group.sequence_posterior(self.call, slice(0, self.n_examples), self.found)
-        if self.sums:
+        if self.sums.wanted:
             chunk = self.positions.everything()
             weight = self.group.sequence_weights(self.call, chunk, self.found)
             self.add_gradients(chunk, weight, self.smoothing)
 
     def better_by_words(self) -> bool:
         per_example = self.positions.per_example
-        # Where only the device knows where an example ends, all of them are one chunk.
-        largest = len(self.positions) if per_example is None else max(per_example, default=0)
+        # If only the device knows where an example ends, all of them are one chunk.
+        everything = self.positions.n_visited
+        largest = everything if per_example is None else max(per_example, default=0)
         return largest > self.limit or super().better_by_words()
 
     def _chunks(self) -> list[tuple[slice, slice]]:
-        """Slices of positions, and the examples, whole ones, that lie in them."""
+        """Return slices of positions, each with the whole examples that lie in it."""
         if self.positions.per_example is None:
-            return [(slice(0, len(self.positions)), slice(0, self.n_examples))]
+            return [(slice(0, self.positions.n_visited), slice(0, self.n_examples))]
         chunks: list[tuple[slice, slice]] = []
         start = stop = first = 0
         for example, count in enumerate(self.positions.per_example):
@@ -402,11 +379,13 @@ class _Sequence(_Marginal):
             chunks.append((slice(start, stop), slice(first, self.n_examples)))
         return chunks
 
-    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
+    # A chunk's logits are local to one call, so that they are freed before the next chunk's exist.
 
     def _resident(self, part: slice, examples: slice) -> None:
-        chunk = self.gather(part)
-        logits = self.logits(chunk)
+        with stage("marginal_nll/gather"):
+            chunk = self.positions.gather(part)
+        with stage("marginal_nll/logits"):
+            logits = self.open_chunk(self.head, chunk.x, chunk.gold)
         with stage("marginal_nll/statistics"):
             stats = logits.statistics(with_mean=bool(self.smoothing))
         with stage("marginal_nll/group_pass"):
@@ -415,7 +394,8 @@ class _Sequence(_Marginal):
             weight = self.group.sequence_weights(self.call, chunk, self.found)
         with stage("marginal_nll/gradient"):
             draw = logits.gradient(weight, self.smoothing)
-        self.add_products(chunk, draw)
+        with stage("marginal_nll/products"):
+            self.sums.add(draw, chunk.x, chunk.row)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (self.n_examples, self.n_passages, self.n_tokens)
@@ -431,7 +411,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.needed = dict(zip(_NEEDS, settings[6:], strict=True))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, *rest)
-    # The inputs are kept so that double backward can be refused, and for what is left to backward.
+    # The inputs are saved to reject double backward, and for gradients that backward makes.
     _, *grads = rest
     ctx.save_for_backward(
         hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, log_posterior, *grads
@@ -453,9 +433,9 @@ def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> 
     *grads, log_z = grads
     inputs = (hidden, weight, bias, labels, scores)
     found = dict(zip(_NEEDS, grads, strict=True))
-    if _left_to_backward(ctx.deferred, ctx.needed[1], ctx.needed[2]):
-        late = _head_gradients(ctx, inputs, valid_rows, upstream, nll, log_posterior, log_z)
-        for place, grad in zip(_NEEDS, late, strict=False):
+    if ctx.deferred and (ctx.needed[1] or ctx.needed[2]):
+        made = _head_gradients(ctx, inputs, valid_rows, upstream, nll, log_posterior, log_z)
+        for place, grad in zip(_NEEDS, made, strict=False):
             if ctx.needs_input_grad[place]:
                 result[place] = grad.to(inputs[place].dtype)
             del found[place]
@@ -478,17 +458,17 @@ def _head_gradients(
     log_posterior: Tensor,
     log_z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias for upstream [B]."""
+    """Return gradients of hidden, weight and bias for upstream [B]."""
     hidden, weight, bias, labels, scores = inputs
     marginal, softcap, logit_scale, smoothing, ignore_index, *_ = ctx.settings
     need = [ctx.needed[place] for place in _NEEDS[:3]]
-    if not _keeps_log_z(marginal, smoothing, True, *need[1:]):
+    if not _late(marginal, smoothing, True, *need[1:])[1]:
         again = marginal_nll(*inputs, upstream, valid_rows, *ctx.settings[:5], False, *need, False)
         return again[4], again[5], again[6]
     posterior = log_posterior.exp()  # [B, K, T], or of a sequence [B, K]
     if posterior.dim() == 2:
         posterior = posterior.unsqueeze(2)
-    # A loss that is NaN has no gradient that a number could stand for.
+    # A loss that is NaN has no gradient that is a number.
     scale = torch.where(nll.isnan(), torch.nan, upstream)
     grad = (scale.view(-1, 1, 1) * -posterior).expand(hidden.shape[:3])
     present = scores != -torch.inf
@@ -511,3 +491,32 @@ def _head_gradients(
 
 
 marginal_nll.register_autograd(_backward, setup_context=_setup_context)
+
+
+def reduce_examples(
+    values: Tensor,
+    reduction: str,
+    *,
+    normalizer: float | Tensor,
+    example_weight: Tensor | None = None,
+) -> Tensor:
+    """Weight values [B] by example; "none" keeps them, "sum" adds them, "mean" divides the sum.
+
+    "mean" divides by `normalizer`, the number of labels that count, and not by B.
+    """
+    weighted = values if example_weight is None else values * example_weight.to(values.dtype)
+    if reduction == "none":
+        return weighted
+    total = weighted.sum()
+    return total if reduction == "sum" else divide(total, normalizer)
+
+
+def divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
+    """Return total / normalizer; 0 with gradient 0 if the normalizer is 0."""
+    if not isinstance(normalizer, Tensor):
+        # torch takes no integer of more than 64 bits
+        return total / float(normalizer) if normalizer > 0 else total * 0.0
+    # To a GPU without waiting; from a GPU the host has to wait anyway.
+    normalizer = normalizer.to(total.device, total.dtype, non_blocking=total.is_cuda).reshape(())
+    empty = normalizer == 0
+    return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)

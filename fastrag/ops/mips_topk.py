@@ -3,32 +3,36 @@
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
     int8 rows are codes c of vectors x = offset + scale c, scale and offset [D]
 
-cpp, for CPU tensors but float64, sums each product in the order of its elements
-(csrc/mips/mips.h), so that a score has the same bits whatever it is searched with; no block of
-scores exists, and an index of half precision is read as it is.
+cpp, for CPU tensors except float64, sums each product in the order of its elements
+(csrc/mips/mips.h), so that a score has the same bits in any search; no block of scores exists, and
+an index of half precision is read as it is.
 
 triton, for CUDA tensors, reads the index once and keeps the best score of each group of rows
-(triton_mips); its answers have the bits of cpp. What is small, it leaves to torch.
+(triton_mips); its answers have the bits of cpp. Small searches are left to torch.
 
-torch goes by blocks of passages. Score and row are packed into one int64, the score's bits in an
-order-preserving form above the complement of the row. All keys differ, so the selection is exact,
-ties go to the lowest row, and the order in which blocks are merged cannot change the answer. Only
-[B, block] scores ever exist; their rounding is that of the matrix product.
+torch goes by blocks of passages and packs score and row into one key (`keys`), so that the order in
+which blocks are merged cannot change the answer. Only [B, block] scores ever exist; their rounding
+is that of the matrix product.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from fastrag.messages import shown
-from fastrag.ops import backends, checks, cpp_arrays, workspace
+from fastrag.ops import backends, checks, keys, workspace
 from fastrag.profiling import stage
 
-backends.register("mips_topk", ("cpp", "triton", "torch"))
+backends.register(
+    "mips_topk",
+    cpp="fastrag.ops.cpp:mips_topk",
+    triton="fastrag.ops.triton_mips:search",
+    torch="fastrag.ops.mips_topk:_torch_search",
+)
 
-_ROW_MASK = 0xFFFFFFFF
-_NOTHING = torch.iinfo(torch.int64).min
 # A block holds its scores once as float32 and up to three times as int64 keys.
 _BYTES_PER_SCORE = 4 + 3 * 8
 
@@ -41,14 +45,13 @@ def check_arguments(
     scale: Tensor | None,
     offset: Tensor | None,
 ) -> None:
-    """Raises ValueError where shapes, dtypes or devices do not make a call of the op."""
-    checks.check_floating("query_emb", query_emb)
+    """Raise ValueError if shapes, dtypes or devices do not fit together."""
+    checks.check_floating("query_emb", query_emb, "[B, D]")
     checks.check_storage("index_emb", index_emb, scale, offset)
-    checks.check_ndim("query_emb", query_emb, "[B, D]")
-    checks.check_shape("index_emb", index_emb, (None, query_emb.shape[1]), "[N, D]")
+    checks.check_tensor("index_emb", index_emb, "[N, D]", (None, query_emb.shape[1]))
     for name, x in (("scale", scale), ("offset", offset)):
         if x is not None:
-            checks.check_shape(name, x, (query_emb.shape[1],), "[D]")
+            checks.check_tensor(name, x, "[D]", (query_emb.shape[1],))
     if index_emb.shape[0] == 0:
         raise ValueError(f"index_emb: expected at least one row, got {checks.show(index_emb)}")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < 2**31:
@@ -56,10 +59,9 @@ def check_arguments(
     if exclude is not None:
         checks.check_tensor("exclude", exclude)
         if exclude.dtype == torch.bool:
-            checks.check_shape("exclude", exclude, (index_emb.shape[0],), "[N]")
+            checks.check_tensor("exclude", exclude, "[N]", (index_emb.shape[0],))
         else:
-            checks.check_integer("exclude", exclude)
-            checks.check_shape("exclude", exclude, (query_emb.shape[0], None), "[B, E]")
+            checks.check_integer("exclude", exclude, "[B, E]", (query_emb.shape[0], None))
     checks.check_device(
         query_emb=query_emb, index_emb=index_emb, exclude=exclude, scale=scale, offset=offset
     )
@@ -82,19 +84,21 @@ def mips_topk(
     """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k] int64."""
     dtype = workspace.accumulate_dtype(torch.promote_types(query_emb.dtype, index_emb.dtype))
     query = query_emb.to(dtype)
-    unfit = _unfit(index_emb, k, exclude)
-    name = backends.choose("mips_topk", query.device, dtype, unfit)
+    unfit = {
+        "cpp": functools.partial(backends.strided, index_emb),
+        "triton": functools.partial(unfit_for_triton, index_emb, k, exclude),
+    }
+    backend = backends.choose("mips_topk", query.device, dtype, unfit)
+    if backend == "triton":
+        from fastrag.ops.triton_mips import pays
+
+        if pays(query_emb, index_emb, k, exclude):
+            query = query_emb  # which it converts itself
+        else:
+            backend = "torch"
     with stage("mips_topk"):
-        if name == "cpp":
-            from fastrag.ops.cpp_mips import search
-
-            return search(query, index_emb, k, exclude, scale, offset)
-        if name == "triton":
-            from fastrag.ops import triton_mips
-
-            if triton_mips.pays(query_emb, index_emb, k, exclude):
-                return triton_mips.search(query_emb, index_emb, k, exclude, scale, offset)
-        return _torch_search(query, index_emb, k, exclude, scale, offset)
+        search = backends.load("mips_topk", backend)
+        return search(query, index_emb, k, exclude, scale, offset)
 
 
 @mips_topk.register_fake
@@ -113,13 +117,11 @@ def _(
     )
 
 
-def _unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> dict[str, str]:
-    unfit = {"cpp": cpp_arrays.unfit(index_emb)}
-    if not backends.why_not("triton"):
-        from fastrag.ops import triton_mips
+def unfit_for_triton(index_emb: Tensor, k: int, exclude: Tensor | None) -> str:
+    """Return why the search on a GPU cannot take this call; "" if it can."""
+    from fastrag.ops.triton_mips import unfit
 
-        unfit["triton"] = triton_mips.unfit(index_emb, k, exclude)
-    return unfit
+    return unfit(index_emb, k, exclude)
 
 
 def _torch_search(
@@ -131,7 +133,7 @@ def _torch_search(
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_finite("query_emb", query)
-    best = torch.full((query.shape[0], k), _NOTHING, dtype=torch.int64, device=query.device)
+    best = torch.full((query.shape[0], k), keys.NOTHING, dtype=torch.int64, device=query.device)
     row_bytes = max(1, query.shape[0]) * _BYTES_PER_SCORE
     row_bytes += index_emb.shape[1] * query.dtype.itemsize
     limit = workspace.rows_per_chunk(row_bytes, query.device)
@@ -139,11 +141,11 @@ def _torch_search(
         for part in workspace.even_slices(index_emb.shape[0], limit):
             with stage("mips_topk/scan"):
                 block = _vectors(index_emb[part].to(query.dtype), scale, offset)
-                keys = _keys(query, block, part, exclude)
+                found = _keys(query, block, part, exclude)
             with stage("mips_topk/choose"):
-                keys = keys.topk(min(k, keys.shape[1]), dim=1, sorted=False).values
-                best = torch.cat([best, keys], 1).topk(k, dim=1).values
-    return unpack(best)
+                found = found.topk(min(k, found.shape[1]), dim=1, sorted=False).values
+                best = torch.cat([best, found], 1).topk(k, dim=1).values
+    return keys.unpack(best)
 
 
 def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
@@ -168,7 +170,7 @@ def _vectors(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Ten
 
 
 def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> Tensor:
-    """The keys [B, n] of the rows `part`; `_NOTHING` where the row is excluded."""
+    """The keys [B, n] of the rows `part`; `NOTHING` where the row is excluded."""
     n = part.stop - part.start
     scores = (query @ block.t()).float()
     if checks.readable(scores) and not bool(scores.isfinite().all()):
@@ -177,26 +179,13 @@ def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> 
             f"index_emb: expected inner products within float32 range, got an overflow in rows "
             f"{part.start} to {part.stop - 1}"
         )
-    # Adding zero turns -0.0 into +0.0, which compares equal and must tie.
-    bits = (scores + 0.0).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of int32 = order of float32
-    rows = torch.arange(part.start, part.stop, device=query.device)
-    keys = (bits.long() << 32) | (_ROW_MASK - rows)
+    found = keys.pack(scores, torch.arange(part.start, part.stop, device=query.device))
     if exclude is None:
-        return keys
+        return found
     if exclude.dtype == torch.bool:
-        return keys.masked_fill_(exclude[part], _NOTHING)
+        return found.masked_fill_(exclude[part], keys.NOTHING)
     # Rows of other blocks, and -1, are sent to one column more than there are.
     inside = (exclude >= part.start) & (exclude < part.stop)
     column = torch.where(inside, exclude - part.start, n)
-    padded = torch.nn.functional.pad(keys, (0, 1))
-    return padded.scatter_(1, column, _NOTHING)[:, :n]
-
-
-def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    nothing = keys == _NOTHING
-    bits = (keys >> 32).to(torch.int32)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    scores = bits.view(torch.float32).masked_fill(nothing, -torch.inf)
-    rows = (_ROW_MASK - (keys & _ROW_MASK)).masked_fill(nothing, -1)
-    return scores, rows
+    padded = torch.nn.functional.pad(found, (0, 1))
+    return padded.scatter_(1, column, keys.NOTHING)[:, :n]

@@ -1,10 +1,10 @@
-"""Label positions that count, and the rows of hidden states behind them.
+"""Label positions that count, with their rows of hidden states, and the checks of their values.
 
-A position is p = b * T + t. Behind it stand the K rows hidden[b, :, t], one for each passage; they
-always travel together, so that a marginal over passages never crosses a chunk. On a CPU only the
-positions whose label counts are visited. A GPU may not be asked for their number, so there either
-`valid_rows` says which they are (made on the host by the collator) or all B*T are visited; what
-does not count then has weight zero and its hidden states are read as zero.
+A position is p = b * T + t. It has K rows hidden[b, :, t], one for each passage, which stay
+together so that a marginal over passages never crosses a chunk. On a CPU only positions whose label
+counts are visited. A GPU cannot be asked for their number without waiting, so there either
+`valid_rows` lists them (made on the host by the collator) or all B*T are visited; positions that do
+not count then have weight zero, and their hidden states are read as zero.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastrag.ops import checks, late_errors
 
-# The label that does not count, where no other is given: as in torch's cross_entropy and in the
-# batches of transformers. The oracle in fastrag/reference.py, which imports nothing, has its own.
+# The default label that does not count: that of torch's cross_entropy and of batches of
+# transformers. The oracle in fastrag/reference.py, which imports nothing of ours, has its own.
 IGNORE_INDEX = -100
 
 
@@ -34,7 +34,7 @@ class Chunk:
 
 
 class Positions:
-    """Visits the rows of hidden [B, K, T, H] by slices of counted positions."""
+    """Visit the rows of hidden [B, K, T, H] by slices of counted positions."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Positions:
         n_examples, _, n_tokens, _ = hidden.shape
         self.n_positions = n_examples * n_tokens
         self.labels = torch.where(counted, labels, 0).reshape(-1)
-        # The entry behind the last position is where the padding of valid_rows points.
+        # The padding of valid_rows points to the entry behind the last position.
         self.counted = torch.nn.functional.pad(counted.reshape(-1), (0, 1))
         self.per_example: list[int] | None = None
         if checks.readable(hidden):
@@ -61,15 +61,13 @@ class Positions:
         else:
             self.index = torch.arange(self.n_positions, device=hidden.device)
             self.per_example = [n_tokens] * n_examples
-
-    def __len__(self) -> int:
-        return self.index.numel()
+        self.n_visited = self.index.numel()
 
     def everything(self) -> Chunk:
-        return self.gather(slice(0, len(self)))
+        return self.gather(slice(0, self.n_visited))
 
     def gather(self, part: slice) -> Chunk:
-        """Returns the positions `part` with a copy of their hidden states."""
+        """Return the positions `part` with a copy of their hidden states."""
         _, n_passages, n_tokens, width = self.hidden.shape
         position = self.index[part]
         counts = self.counted[position]
@@ -89,47 +87,59 @@ class Positions:
 
 
 def check_label_values(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
-    """Returns the bool mask [B, T] of counted labels outside [0, V).
-
-    The last of the checks of every op: what they found goes out here, if the host may not look.
+    """Return the bool mask [B, T] of counted labels outside [0, V).
 
     Raises:
-        ValueError: on a CPU, where looking costs nothing, if there is any; on a GPU if an earlier
-            call found a label, a score or a list of rows that it should have refused.
+        ValueError: on a CPU if there is any; elsewhere if an earlier call found a fault.
     """
-    bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
-    # A bad label is not 0, which is a word of every vocabulary.
-    late_errors.check(labels * bad, _label_error, vocab_size)
-    late_errors.send(labels.device)
+    bad = _outside(labels, counted, vocab_size)
+    _raise_or_record((labels * bad, _label_error, vocab_size))
     return bad
 
 
-def check_scores(scores: Tensor) -> None:
-    """Checks that scores [B, K] are finite or -inf.
+def check_values(
+    labels: Tensor, counted: Tensor, vocab_size: int, scores: Tensor, valid_rows: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Check labels, scores [B, K], which are finite or -inf, and valid_rows, all in one go.
+
+    Returns:
+        The bool mask [B, T] of counted labels outside [0, V), and the bool mask [B] of examples
+        whose counted positions valid_rows does not list once each; None without valid_rows.
 
     Raises:
-        ValueError: on a CPU, where looking costs nothing, if one is NaN or +inf.
+        ValueError: on a CPU if a value is wrong; elsewhere if an earlier call found a fault.
     """
-    # Keeps what is not at most the largest number: +inf and NaN.
-    late_errors.check(torch.threshold(scores, torch.finfo(scores.dtype).max, 0.0), _score_error)
-
-
-def check_valid_rows(valid_rows: Tensor, counted: Tensor) -> Tensor:
-    """Returns the bool mask [B] of examples whose counted positions are not each listed once.
-
-    Raises:
-        ValueError: on a CPU, if valid_rows is not the counted positions in ascending order.
-    """
+    bad = _outside(labels, counted, vocab_size)
+    # The threshold keeps what is not at most the largest number: +inf and NaN.
+    wrong_score = torch.threshold(scores, torch.finfo(scores.dtype).max, 0.0)
+    # A bad label is not 0, which is in every vocabulary.
+    wrong_label = (labels * bad, _label_error, vocab_size)
+    if valid_rows is None:
+        _raise_or_record((wrong_score, _score_error), wrong_label)
+        return bad, None
     listed = _padded(valid_rows, counted.numel())
     times = torch.zeros(counted.numel() + 1, dtype=torch.int32, device=counted.device)
     times.scatter_add_(0, listed, torch.ones_like(listed, dtype=torch.int32))
     wrong = (times[:-1].view(counted.shape) - 1) * counted
-    late_errors.check(wrong, _valid_rows_error)
+    _raise_or_record((wrong_score, _score_error), (wrong, _valid_rows_error), wrong_label)
     if checks.readable(valid_rows):
         expected = counted.reshape(-1).nonzero().squeeze(1)
         if not torch.equal(valid_rows[valid_rows >= 0].long(), expected):
             raise ValueError(f"{_VALID_ROWS}, got these and others, or in another order")
-    return (wrong != 0).any(1)
+    return bad, (wrong != 0).any(1)
+
+
+def _outside(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
+    return counted & (labels.clamp(0, vocab_size - 1) != labels)
+
+
+def _raise_or_record(*findings: late_errors.Finding) -> None:
+    if not checks.readable(findings[0][0]):
+        late_errors.send(findings)
+        return
+    for found, wording, *settings in findings:
+        if found.any():
+            raise ValueError(late_errors.word(found, wording, settings))
 
 
 _VALID_ROWS = (
@@ -153,6 +163,6 @@ def _valid_rows_error(place: list[int], value: int) -> str:
 
 
 def _padded(valid_rows: Tensor, n_positions: int) -> Tensor:
-    """valid_rows with every entry that is no position, -1 among them, sent behind the last one."""
+    """Return valid_rows with entries that are no position, such as -1, sent behind the last one."""
     inside = (valid_rows >= 0) & (valid_rows < n_positions)
     return torch.where(inside, valid_rows, n_positions).long()

@@ -4,11 +4,11 @@
     d logits[b,k,t,v] = g[b,k,t] * (1[v = y_bt] - softmax_v)
 
 The weight g of a row is not known while the forward holds its logits. So the forward keeps log Z of
-each row, and the backward makes the logits anew, slice by slice of the vocabulary
-(`vocab_major`): four GEMMs where `marginal_nll`, which knows its weights, needs three.
+each row, and the backward recomputes the logits, slice by slice of the vocabulary (`vocab_major`):
+four GEMMs, while `marginal_nll`, which knows its weights, needs three.
 
-With a frozen head there is no need: a row of dX is g times what it is for g = 1, which the forward
-makes, in two GEMMs where it would take three.
+A frozen head does not need this: a row of dX is g times its value for g = 1, which the forward
+computes; two GEMMs instead of three.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, vocab_major, workspace
-from fastrag.ops.chunk_logits import chunk_logits
-from fastrag.ops.grads import once_differentiable, scaled
-from fastrag.ops.linear_head import HeadGradients, LinearHead, dhidden_dtype
+from fastrag.ops.autograd import once_differentiable, scaled
+from fastrag.ops.chunks import ChunkLogits, HeadGradients, LinearHead, dhidden_dtype
 from fastrag.ops.positions import Chunk, Positions, check_label_values
 from fastrag.profiling import stage
 
-backends.register("token_logp", ("cpp", "triton", "torch"))
+backends.register(
+    "token_logp",
+    cpp="fastrag.ops.cpp:CppChunkLogits",
+    triton="fastrag.ops.triton_chunks:TritonChunkLogits",
+    torch="fastrag.ops.chunks:TorchChunkLogits",
+)
 
 
 @torch.library.custom_op(
@@ -51,7 +55,7 @@ def token_logp(
 
     token_logp [B, K, T] is zero where the label is ignored. log_z [2, B, K, T] are the halves of
     log Z (RowStats), for a backward that needs them; dhidden is the gradient of the sum of
-    token_logp, where the head is frozen. Else they are empty.
+    token_logp, if the head is frozen. Otherwise they are empty.
     """
     at_once = need_dx and not (need_dw or need_db)
     with stage("token_logp"), workspace.without_autocast(hidden.device):
@@ -103,7 +107,7 @@ def token_logp_backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes, from grad [B, K, T]; empty if unneeded.
+    """Gradients of hidden, weight and bias from grad [B, K, T], in their dtypes; empty if unneeded.
 
     present [B, K] bool: passages that exist (None: all). valid_rows: as in Positions. With
     label_smoothing, token_logp was (1 - label_smoothing) log p(y) + label_smoothing mean_v log p.
@@ -138,7 +142,7 @@ def _(
 def fake_head_gradients(
     hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns empty tensors shaped as HeadGradients.results() returns them, `late`."""
+    """Return empty tensors shaped as the results of HeadGradients with `late`."""
     dtype = workspace.accumulate_dtype(hidden.dtype)
     empty = [weight.new_empty(0, dtype=dtype) for _ in range(3)]
     if need_dx:
@@ -151,7 +155,7 @@ def fake_head_gradients(
 
 
 class _Walk:
-    """The rows of one call: what forward and backward share."""
+    """The rows of one call, shared by forward and backward."""
 
     def __init__(
         self,
@@ -166,7 +170,8 @@ class _Walk:
         valid_rows: Tensor | None = None,
     ) -> None:
         dtype = workspace.accumulate_dtype(hidden.dtype)
-        self.open_chunk = chunk_logits(backends.choose("token_logp", hidden.device, hidden.dtype))
+        backend = backends.choose("token_logp", hidden.device, hidden.dtype)
+        self.open_chunk: type[ChunkLogits] = backends.load("token_logp", backend)
         operand = self.open_chunk.operand_dtype(hidden.dtype)
         self.head = LinearHead(weight, bias, softcap, logit_scale, dtype, operand)
         self.n_rows, self.n_passages = hidden.shape[:-1].numel(), hidden.shape[1]
@@ -183,13 +188,13 @@ class _Walk:
         else:
             row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=False)
         limit = workspace.rows_per_chunk(self.n_passages * row_bytes, self.positions.hidden.device)
-        return workspace.even_slices(len(self.positions), limit)
+        return workspace.even_slices(self.positions.n_visited, limit)
 
     # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
 
     def forward(self, part: slice, logp: Tensor, log_z: Tensor, sums: HeadGradients) -> None:
         chunk = self.positions.gather(part)
-        if sums:
+        if sums.wanted:
             with stage("token_logp/logits"):
                 logits = self.open_chunk(self.head, chunk.x, chunk.gold)
             with stage("token_logp/statistics"):
@@ -206,7 +211,7 @@ class _Walk:
         log_z[:, chunk.row] = stats.log_z
 
     def mask(self, chunk: Chunk, per_row: Tensor) -> Tensor:
-        """per_row [n], 0 where the label does not count and NaN where it is none."""
+        """Return per_row [n]: 0 where the label does not count, NaN where it is not in [0, V)."""
         bad = self.bad[chunk.position].repeat_interleave(self.n_passages)
         counts = chunk.counts.repeat_interleave(self.n_passages)
         return torch.where(counts, per_row.masked_fill(bad, torch.nan), 0.0)

@@ -28,7 +28,7 @@ from fastrag.kernels import mips as kernels
 from fastrag.kernels import mips_rescore
 from fastrag.kernels.mips_rescore import Passages
 from fastrag.ops import backends, workspace
-from fastrag.ops.mips_topk import unpack
+from fastrag.ops.keys import unpack
 from fastrag.profiling import stage
 
 # Groups beyond k that are scored. TF32 has the wider error, and more groups within it.

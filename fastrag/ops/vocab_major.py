@@ -1,13 +1,14 @@
-"""Gradients of all rows, one slice of the vocabulary after the other, from known log Z.
+"""Gradients of all rows from known log Z, one slice of the vocabulary after the other.
 
     z_s = x W_s^T                                    each slice s of the words
     draw_s = weight (softmax(z_s) - 1[v = y])        from log Z of each row
     dW_s = draw_s^T x                                written once, in its final dtype
-    dX += draw_s W_s                                 [R, H], added up in the dtype of the maths
+    dX += draw_s W_s                                 [R, H], accumulated in the dtype of the maths
 
-The logits are made a second time: four GEMMs in all, where a chunk of rows that knows its weights
-while its logits are alive needs three. But a chunk of rows reads and writes all of dW, which below
-some number of rows costs more than a GEMM; and some weights are known only after all statistics.
+The logits are computed a second time: four GEMMs in all, while a chunk of rows that knows its
+weights as long as its logits are alive needs three. But a chunk of rows reads and writes all of dW,
+which costs more than a GEMM below some number of rows; and some weights are known only after all
+statistics.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import workspace
-from fastrag.ops.chunk_logits import ChunkLogits
-from fastrag.ops.linear_head import HeadGradients, add_product
+from fastrag.ops.chunks import ChunkLogits, HeadGradients, add_product
 from fastrag.ops.positions import Chunk
 from fastrag.profiling import stage
 
@@ -41,7 +41,7 @@ def add_gradients(
     weight: Tensor,
     smoothing: float = 0.0,
 ) -> None:
-    """Adds the gradients of -sum_i weight_i log p~_i(y_i) over the rows of `chunk`, all there are.
+    """Add the gradients of -sum_i weight_i log p~_i(y_i) over the rows of `chunk`, which are all.
 
     log_z [2, n] and weight [n], as in ChunkLogits.
     """
@@ -49,7 +49,7 @@ def add_gradients(
         return
     head = sums.head
     dx = None if sums.dhidden is None else torch.empty_like(chunk.x, dtype=head.dtype)
-    # The logits, and of each word what it takes to convert its weight and its dW.
+    # The logits, and for each word the conversion of its weight and its dW.
     row_bytes = open_chunk.row_bytes(head, 1, mixture=False) / head.n_words
     width_bytes = head.weight.shape[1] * (head.operand_dtype.itemsize + head.dtype.itemsize)
     word_bytes = len(chunk.x) * row_bytes + width_bytes

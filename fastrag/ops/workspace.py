@@ -55,8 +55,8 @@ def even_slices(total: int, limit: int) -> list[slice]:
     """Cuts range(total) into the fewest slices of at most `limit`, as equal as possible."""
     if total == 0:
         return []
-    size = math.ceil(total / math.ceil(total / limit))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    starts = range(0, total, math.ceil(total / math.ceil(total / limit)))
+    return list(map(slice, starts, (*starts[1:], total)))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,16 +17,15 @@ triton = pytest.importorskip("triton")
 if not backends.interpreting():
     pytest.skip("the launchers take CPU tensors under TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastrag.ops.chunk_logits import RowStats  # noqa: E402
-from fastrag.ops.group_pass import (  # noqa: E402
+from fastrag.ops.chunks import (  # noqa: E402
     Call,
+    RowStats,
     SequenceSums,
     TokenSums,
     TorchGroupPass,
-    group_pass,
 )
 from fastrag.ops.positions import Positions  # noqa: E402
-from fastrag.ops.triton_chunk_logits import TritonChunkLogits  # noqa: E402
+from fastrag.ops.triton_chunks import TritonChunkLogits  # noqa: E402
 
 IGNORE = -100
 LOSSES = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}
@@ -293,7 +292,7 @@ def test_token_group(smoothing: float) -> None:
     logp, shares = -5.0 * torch.rand(n * n_passages), torch.rand(n, n_passages).softmax(1)
     mixture = (-torch.rand(n), shares) if smoothing else None
     results = []
-    for implementation in (TorchGroupPass, group_pass("triton")):
+    for implementation in (TorchGroupPass, TritonChunkLogits.group_pass):
         size = n_examples * n_tokens + 1
         wide = [torch.full((size, n_passages), 7.0) for _ in range(3)]
         sums = TokenSums(torch.full((size,), 7.0), *wide)
@@ -311,7 +310,7 @@ def test_sequence_group(smoothing: float) -> None:
     logp = -5.0 * torch.rand(len(chunk.row))
     stats = RowStats(logp, 2.0 * logp if smoothing else None)
     results = []
-    for implementation in (TorchGroupPass, group_pass("triton")):
+    for implementation in (TorchGroupPass, TritonChunkLogits.group_pass):
         sums = SequenceSums(
             torch.full((n_examples * n_passages * n_tokens + 1,), 7.0),
             torch.full((n_examples,), 7.0),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrag.ops.eager import is_plain
+from fastrag.ops.autograd import is_plain
 
 
 class Subclass(Tensor):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrag.ops.linear_head import HeadGradients
+from fastrag.ops.chunks import HeadGradients
 from fastrag.ops.marginal_nll import marginal_nll
 from fastrag.testing import cpu_memory
 

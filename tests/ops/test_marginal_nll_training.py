@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import reference
-from fastrag.ops.linear_head import HeadGradients
+from fastrag.ops.chunks import HeadGradients
 from fastrag.testing import assert_close
 
 from .cases import (

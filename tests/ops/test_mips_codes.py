@@ -13,7 +13,7 @@ from fastrag.ops import backends
 
 _C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
 
-from fastrag.ops.cpp_mips import CodedIndex  # noqa: E402
+from fastrag.ops.cpp import CodedIndex  # noqa: E402
 
 each_isa = pytest.mark.parametrize("isa", _C.instruction_sets())
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from fastrag.ops import backends, workspace
-from fastrag.ops.chunk_logits import ChunkLogits, TorchChunkLogits
-from fastrag.ops.linear_head import LinearHead
+from fastrag.ops.chunks import ChunkLogits, LinearHead, TorchChunkLogits
 from fastrag.testing import assert_close
 
 _C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
 
-from fastrag.ops import cpp_chunk_logits  # noqa: E402
-from fastrag.ops.cpp_chunk_logits import CppChunkLogits  # noqa: E402
+from fastrag.ops import cpp  # noqa: E402
+from fastrag.ops.cpp import CppChunkLogits  # noqa: E402
 
 isas = pytest.mark.parametrize("isa", _C.instruction_sets())
 
@@ -287,10 +286,10 @@ def run_with(n_threads: int, problem: Rows) -> dict[str, Tensor]:
 
     torch.set_num_threads(1)
     try:
-        cpp_chunk_logits._C = type("Module", (), {"RowPass": staticmethod(threaded)})
+        cpp._C = type("Module", (), {"RowPass": staticmethod(threaded)})
         return problem.run(CppChunkLogits)
     finally:
-        cpp_chunk_logits._C = _C
+        cpp._C = _C
         torch.set_num_threads(before)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import fastrag.functional as F
 from fastrag.ops import vocab_major
-from fastrag.ops.chunk_logits import TorchChunkLogits
-from fastrag.ops.linear_head import LinearHead
+from fastrag.ops.chunks import LinearHead, TorchChunkLogits
 from fastrag.testing import cpu_memory
 from tests.ops.cases import (
     LOSSES,

@@ -1,10 +1,10 @@
-"""The logits of one chunk on a GPU: cuBLAS products, Triton passes between them.
+"""The chunks of the triton backend: cuBLAS products with Triton passes between them.
 
 The products keep the dtype of the hidden states, bfloat16 or float16, and leave float32 logits in
 rows padded to a multiple of 64: V = 50265 is odd, and a matrix whose rows start at odd addresses
-loses the fast products. Bias, scale and softcap are folded in by the passes that read the logits;
-they go over the padding too, in loads and stores of 16 bytes, and its numbers mean nothing.
-The gradient goes to a second buffer in the dtype of the operands, or, for float32, over the logits.
+cannot use the fast products. The passes that read the logits apply bias, scale and softcap. They
+also cover the padding, with loads and stores of 16 bytes; its numbers mean nothing. The gradient
+goes to a second buffer in the dtype of the operands or, for float32, overwrites the logits.
 """
 
 from __future__ import annotations
@@ -12,15 +12,90 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrag.kernels import linear_logp, mixture_pass, row_pass
-from fastrag.ops.chunk_logits import ChunkLogits, RowStats
-from fastrag.ops.linear_head import LinearHead, add_product
+from fastrag.kernels import group_pass, linear_logp, mixture_pass, row_pass
+from fastrag.ops.chunks import (
+    Call,
+    ChunkLogits,
+    GroupPass,
+    LinearHead,
+    RowStats,
+    SequenceSums,
+    TokenSums,
+    TokenWeights,
+    add_product,
+)
+from fastrag.ops.positions import Chunk
 
 PITCH = 64
 
 
+class TritonGroupPass(GroupPass):
+    """One launch each; maths in float32."""
+
+    @staticmethod
+    def token(
+        call: Call,
+        chunk: Chunk,
+        logp: Tensor,
+        mixture: tuple[Tensor, Tensor] | None,
+        sums: TokenSums,
+    ) -> TokenWeights:
+        hit, target, spread = group_pass.token_group(
+            logp,
+            mixture,
+            chunk.position,
+            chunk.example,
+            chunk.counts,
+            call.log_prior,
+            call.example_weight,
+            call.bad,
+            call.smoothing,
+            call.smoothing / call.vocab_size,
+            sums.log_marginal,
+            sums.occupancy,
+            sums.log_post,
+            sums.token_logp,
+        )
+        return TokenWeights(hit) if mixture is None else TokenWeights(hit, target, spread)
+
+    @staticmethod
+    def sequence_rows(call: Call, chunk: Chunk, stats: RowStats, sums: SequenceSums) -> None:
+        group_pass.sequence_rows(
+            stats.logp,
+            stats.mean_logp,
+            chunk.row,
+            chunk.position,
+            chunk.counts,
+            call.bad,
+            call.smoothing,
+            sums.token_logp,
+        )
+
+    @staticmethod
+    def sequence_posterior(call: Call, examples: slice, sums: SequenceSums) -> None:
+        group_pass.sequence_posterior(
+            sums.token_logp,
+            call.log_prior,
+            call.example_weight,
+            call.active,
+            examples.start,
+            examples.stop,
+            sums.nll,
+            sums.log_post,
+            sums.dscores,
+        )
+
+    @staticmethod
+    def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
+        return group_pass.sequence_weights(
+            sums.log_post, call.example_weight, chunk.example, chunk.counts
+        )
+
+
 class TritonChunkLogits(ChunkLogits):
     """Operands in the dtype of the hidden states, logits and statistics in float32."""
+
+    group_pass = TritonGroupPass
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         super().__init__(head, x, gold)
@@ -43,7 +118,7 @@ class TritonChunkLogits(ChunkLogits):
     def forward(
         cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
     ) -> RowStats:
-        """The logits are never written: statistics in the epilogue of the product."""
+        """Compute the statistics in the epilogue of the product; logits are never written."""
         if with_mean:
             return super().forward(head, x, gold, with_mean=True)
         n_splits = linear_logp.splits(x.shape[0], head.n_words, x.dtype)
@@ -110,7 +185,7 @@ class TritonChunkLogits(ChunkLogits):
         return out[:, : self.head.n_words]
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
-        """[n, words], and behind the last word padding that belongs to its row alone."""
+        """Allocate [n, words] with padding behind the last word of each row."""
         return self.x.new_empty(self.x.shape[0], padded(self.head.n_words), dtype=dtype)
 
     def _gradient_buffer(self) -> Tensor:
@@ -120,12 +195,12 @@ class TritonChunkLogits(ChunkLogits):
 
 
 def padded(n_words: int) -> int:
-    """Numbers from one row to the next."""
+    """Return the numbers from one row to the next."""
     return -(-n_words // PITCH) * PITCH
 
 
 def _padded_bias(bias: Tensor) -> Tensor:
-    """[padded(words)]; bias itself where it has no padding."""
+    """Return bias as [padded(words)]: bias itself if it needs no padding."""
     n_words = bias.shape[0]
     if n_words == padded(n_words):
         return bias

@@ -1,0 +1,518 @@
+"""A chunk of rows: the head that makes its logits, their gradients, and the posterior they give.
+
+    LinearHead     the language model head, or a slice of its vocabulary
+    HeadGradients  what chunks add to the gradients of hidden, weight and bias
+    ChunkLogits    the logits of one chunk: softmax statistics, then the gradient in their place
+    GroupPass      from the log-probabilities of its rows to marginal, posterior and row weights
+
+    z = softcap * tanh(logit_scale * (x W^T + bias) / softcap)      (no softcap: tanh's argument)
+
+`marginal_nll` and `token_logp` own the order of chunks; `ChunkLogits` owns the vocabulary-sized
+buffer of one chunk. A backend of these ops is a subclass of `ChunkLogits`, which names the
+`GroupPass` that goes with it; plain torch is here. Every backend answers the same two pairs of
+questions:
+
+    statistics          log p(y), and mean_v log p(v), of each row
+    gradient            of -weight * log p~(y), a cross-entropy with one weight per row
+
+    mixture_statistics  mean_v M_v and mean_v r_kv                 smoothed RAG-Token: the K rows
+    mixture_gradient    of the smoothed marginal distribution      of a position together
+
+with M_v = log sum_k exp(a_k + log p_kv), the marginal distribution, and r_kv = exp(a_k + log p_kv
+- M_v), the share of passage k in it.
+
+A chunk may also hold all rows and a slice of the vocabulary. It is then given log_z, from the
+statistics of the whole vocabulary, by `resume`, and asked for the gradient only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastrag.ops import workspace
+from fastrag.ops.positions import Chunk
+
+
+class LinearHead:
+    """The language model head, or a slice of its vocabulary.
+
+    Products may take operands of fewer bits than the maths and are still accumulated in `dtype`.
+
+    Args:
+        weight: `[n_words, H]`, in any dtype.
+        bias: `[n_words]`.
+        softcap: bound of the logits, None for none.
+        logit_scale: factor before the softcap.
+        dtype: dtype of the maths.
+        operand_dtype: dtype in which products take their operands; None: `dtype`.
+        vocab_size: V; None where the weight is not a slice, so that V = n_words.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        dtype: torch.dtype,
+        operand_dtype: torch.dtype | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.weight, self.bias, self.softcap, self.logit_scale = weight, bias, softcap, logit_scale
+        self.dtype, self.operand_dtype = dtype, operand_dtype or dtype
+        self.n_words = weight.shape[0]
+        self.vocab_size = self.n_words if vocab_size is None else vocab_size
+
+    def words(self, part: slice) -> LinearHead:
+        """Return the head of a slice of the vocabulary, its weight converted to an operand."""
+        return LinearHead(
+            self.weight[part].to(self.operand_dtype),
+            None if self.bias is None else self.bias[part],
+            self.softcap,
+            self.logit_scale,
+            self.dtype,
+            self.operand_dtype,
+            self.vocab_size,
+        )
+
+    def weight_slices(self) -> Iterable[tuple[slice, Tensor]]:
+        """Return (rows of W, those rows as an operand): all of W at once if it needs no cast."""
+        if self.weight.dtype == self.operand_dtype:
+            return ((slice(0, self.n_words), self.weight),)
+        row_bytes = self.weight.shape[1] * self.operand_dtype.itemsize
+        slices = self.word_slices(workspace.WEIGHT_SLICE_BYTES // row_bytes)
+        return ((part, self.weight[part].to(self.operand_dtype)) for part in slices)
+
+    def word_slices(self, limit: int) -> Iterator[slice]:
+        """Cut the vocabulary into slices of at most `limit` words, or of one."""
+        # A slice of the logits starts at a multiple of this: cuBLAS needs aligned matrices.
+        step = 64 if limit >= 64 else 1
+        for part in workspace.even_slices(-(-self.n_words // step), max(1, limit // step)):
+            yield slice(part.start * step, min(part.stop * step, self.n_words))
+
+
+class HeadGradients:
+    """Accumulate the gradients of hidden, weight and bias over chunks.
+
+    With `late` they are unscaled and multiplied in backward. dhidden is then kept in the dtype of
+    hidden, except for float16, whose range would undo loss scaling; dweight and dbias are kept in
+    the dtype of the maths until the final cast. Otherwise dhidden and dweight have the dtypes of
+    their inputs. dweight then cannot accumulate and takes one `add_words` for each slice.
+
+    Attributes:
+        wanted: whether any gradient is needed.
+    """
+
+    def __init__(
+        self,
+        head: LinearHead,
+        hidden: Tensor,
+        *,
+        need_dx: bool,
+        need_dw: bool,
+        need_db: bool,
+        late: bool = True,
+    ) -> None:
+        self.head = head
+        n_rows, width = hidden.shape[:-1].numel(), hidden.shape[-1]
+        self.shape = hidden.shape
+        # One more row, which the padding of `valid_rows` writes to (see marginal_nll).
+        dx_dtype = dhidden_dtype(hidden.dtype) if late else hidden.dtype
+        self.dhidden = hidden.new_zeros(n_rows + 1, width, dtype=dx_dtype) if need_dx else None
+        weight, dtype = head.weight, head.dtype if late else head.weight.dtype
+        self.dweight = (
+            workspace.advise(weight.new_empty(weight.shape, dtype=dtype)) if need_dw else None
+        )
+        self.dbias = weight.new_zeros(head.vocab_size, dtype=head.dtype) if need_db else None
+        self.wanted = need_dx or need_dw or need_db
+        self._written = False  # the first chunk writes dweight: zeroing V * H numbers costs a pass
+
+    def add(self, draw: Tensor, x: Tensor, rows: Tensor) -> None:
+        """Add a chunk: draw [n, V] is the gradient of x W^T + bias, x the rows [n] of hidden."""
+        if self.dbias is not None:
+            self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))
+        if self.dweight is not None:
+            add_product(self.dweight, draw.t(), x, first=not self._written)
+            self._written = True
+        if self.dhidden is not None:
+            dx = torch.empty_like(x, dtype=self.head.dtype)
+            for part, weight in self.head.weight_slices():
+                add_product(dx, draw[:, part], weight, first=part.start == 0)
+            self.put_rows(dx, rows)
+
+    def add_words(self, part: slice, draw: Tensor, x: Tensor) -> None:
+        """Write the part of a slice of the vocabulary: draw [n, n_words], of all rows."""
+        if self.dbias is not None:
+            torch.sum(draw, 0, dtype=self.dbias.dtype, out=self.dbias[part])
+        if self.dweight is not None:
+            dweight = self.dweight[part]
+            wide = dweight
+            if dweight.dtype != self.head.dtype:
+                wide = torch.empty_like(dweight, dtype=self.head.dtype)
+            add_product(wide, draw.t(), x, first=True)
+            if wide is not dweight:
+                dweight.copy_(wide)
+            self._written = True
+
+    def put_rows(self, dx: Tensor, rows: Tensor) -> None:
+        """Write dx [n, H], the complete gradient, at its rows [n] of hidden."""
+        if self.dhidden is not None:
+            self.dhidden[rows] = dx.to(self.dhidden.dtype)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dhidden (shaped as hidden), dweight and dbias; empty where not needed."""
+        if self.dweight is not None and not self._written:
+            self.dweight.zero_()
+        empty, dtype = self.head.weight.new_empty, self.head.dtype
+        return (
+            empty(0, dtype=dtype) if self.dhidden is None else self.dhidden[:-1].view(self.shape),
+            empty(0, dtype=dtype) if self.dweight is None else self.dweight,
+            empty(0, dtype=dtype) if self.dbias is None else self.dbias,
+        )
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Compute total += a b; for the first product of a sum total = a b, whatever it held.
+
+    Operands of fewer bits than total are multiplied as they are and accumulated in its dtype. torch
+    cannot do this on a CPU, so they are converted first there, to the same result.
+    """
+    if a.dtype == total.dtype or not total.is_cuda:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+
+
+def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the unscaled gradient of hidden states of `dtype` is kept."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@dataclass(frozen=True, slots=True)
+class RowStats:
+    """The softmax statistics of each row."""
+
+    logp: Tensor  # [n], log p(y)
+    # [2, n]: max_v z and log sum_v exp(z - max_v z), whose sum is log Z. They are kept apart: if
+    # logits are large, the sum would lose the digits of the second.
+    log_z: Tensor
+    mean_logp: Tensor | None = None  # [n], mean_v log p(v), if asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Values that all chunks of one call share."""
+
+    log_prior: Tensor  # [B, K]
+    example_weight: Tensor  # [B]
+    active: Tensor  # [B] bool, whether a label counts
+    bad: Tensor  # [B*T + 1] bool, whether the label is outside the vocabulary
+    smoothing: float
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """Results of RAG-Token by position; padding writes to the last entry."""
+
+    log_marginal: Tensor  # [B*T + 1]
+    occupancy: Tensor  # [B*T + 1, K], sum_v of the gradient's target
+    log_post: Tensor  # [B*T + 1, K]
+    token_logp: Tensor  # [B*T + 1, K]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """The weights of ChunkLogits.gradient (hit alone) or of mixture_gradient (all three)."""
+
+    hit: Tensor  # [G, K]
+    target: Tensor | None = None  # [G, K]
+    spread: Tensor | None = None  # [G]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSums:
+    """Results of RAG-Sequence."""
+
+    token_logp: Tensor  # [B*K*T + 1], by row; padding writes to the last entry
+    nll: Tensor  # [B]
+    log_post: Tensor  # [B, K]
+    dscores: Tensor  # [B, K]
+
+
+class GroupPass(ABC):
+    """From the log-probabilities of a chunk's rows to marginal, posterior and row weights.
+
+        token     w_kt = softmax_k(a_k + l_kt)             a group is the K rows of a position
+        sequence  w_k = softmax_k(a_k + sum_t l_kt)        a group is the K*T rows of an example
+
+    Small numbers only: [n] in, [G, K] out, and [B, K, T] at most for the whole call. Every method
+    writes into the sums of its call.
+    """
+
+    @staticmethod
+    @abstractmethod
+    def token(
+        call: Call,
+        chunk: Chunk,
+        logp: Tensor,
+        mixture: tuple[Tensor, Tensor] | None,
+        sums: TokenSums,
+    ) -> TokenWeights:
+        """Return the row weights for logp [n]; mixture: mean_v M_v [G], mean_v r_kv [G, K]."""
+
+    @staticmethod
+    @abstractmethod
+    def sequence_rows(call: Call, chunk: Chunk, stats: RowStats, sums: SequenceSums) -> None:
+        """Store the smoothed log-probabilities of the chunk by row; 0 where no label counts."""
+
+    @staticmethod
+    @abstractmethod
+    def sequence_posterior(call: Call, examples: slice, sums: SequenceSums) -> None:
+        """Finish examples whose rows have all been stored."""
+
+    @staticmethod
+    @abstractmethod
+    def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
+        """Return the weights [n] of ChunkLogits.gradient for rows of finished examples."""
+
+
+class TorchGroupPass(GroupPass):
+    """Plain torch, on every device and in every dtype."""
+
+    @staticmethod
+    def token(
+        call: Call,
+        chunk: Chunk,
+        logp: Tensor,
+        mixture: tuple[Tensor, Tensor] | None,
+        sums: TokenSums,
+    ) -> TokenWeights:
+        counts = chunk.counts.unsqueeze(1)
+        prior = call.log_prior[chunk.example]
+        logp = logp.view(prior.shape).masked_fill(call.bad[chunk.position].unsqueeze(1), torch.nan)
+        joint = torch.where(counts, prior + logp, 0.0)
+        log_marginal = joint.logsumexp(1)
+        # Not joint - log_marginal: both may be far from 0, and w would take their rounding.
+        log_post = joint.log_softmax(1)
+        target = posterior = log_post.exp()
+        if mixture is not None:
+            log_marginal = torch.lerp(log_marginal, mixture[0], call.smoothing)
+            target = torch.lerp(posterior, mixture[1], call.smoothing)
+        sums.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
+        sums.occupancy[chunk.position] = torch.where(counts, target, 0.0)
+        sums.log_post[chunk.position] = log_post
+        sums.token_logp[chunk.position] = torch.where(counts, logp, 0.0)
+        upstream = torch.where(chunk.counts, call.example_weight[chunk.example], 0.0)
+        hit = upstream.unsqueeze(1) * posterior
+        if mixture is None:
+            return TokenWeights(hit)
+        spread = upstream * (call.smoothing / call.vocab_size)
+        return TokenWeights(hit * (1.0 - call.smoothing), upstream.unsqueeze(1) * target, spread)
+
+    @staticmethod
+    def sequence_rows(call: Call, chunk: Chunk, stats: RowStats, sums: SequenceSums) -> None:
+        logp = stats.logp
+        if stats.mean_logp is not None:
+            logp = torch.lerp(logp, stats.mean_logp, call.smoothing)
+        logp = logp.view(len(chunk.counts), -1)
+        logp = logp.masked_fill(call.bad[chunk.position].unsqueeze(1), torch.nan)
+        sums.token_logp[chunk.row] = torch.where(chunk.counts.unsqueeze(1), logp, 0.0).view(-1)
+
+    @staticmethod
+    def sequence_posterior(call: Call, examples: slice, sums: SequenceSums) -> None:
+        prior, active = call.log_prior[examples], call.active[examples].unsqueeze(1)
+        seq_logp = sums.token_logp[:-1].view(*call.log_prior.shape, -1)[examples].sum(2)
+        joint = torch.where(active, prior + seq_logp, 0.0)
+        log_post = joint.log_softmax(1)
+        sums.nll[examples] = torch.where(active.squeeze(1), -joint.logsumexp(1), 0.0)
+        sums.log_post[examples] = torch.where(active, log_post, prior)
+        dscores = torch.where(active, prior.exp() - log_post.exp(), 0.0)
+        sums.dscores[examples] = dscores * call.example_weight[examples].unsqueeze(1)
+
+    @staticmethod
+    def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
+        weight = call.example_weight.unsqueeze(1) * sums.log_post.exp()
+        return torch.where(chunk.counts.unsqueeze(1), weight[chunk.example], 0.0).view(-1)
+
+
+class ChunkLogits(ABC):
+    """The logits [n, V] of rows x [n, H] with labels gold [n]; n = G * K, position-major.
+
+    Ask for the statistics of one kind, then, at most once, for the gradient of the same kind. The
+    gradient overwrites the logits and lives as long as this object.
+
+    For a slice of the vocabulary (`LinearHead.words`) labels count from its first word and are -1
+    outside it; `resume` replaces `statistics`, and there are no mixtures.
+
+    Attributes:
+        group_pass: the group pass of the backend.
+    """
+
+    group_pass: ClassVar[type[GroupPass]] = TorchGroupPass
+
+    def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
+        self.head, self.x, self.gold = head, x, gold
+
+    @staticmethod
+    def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the operands of products for hidden states of `dtype`."""
+        return workspace.accumulate_dtype(dtype)
+
+    @staticmethod
+    @abstractmethod
+    def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
+        """Return the bytes of workspace per row, averaged over the K rows of a position."""
+
+    @classmethod
+    def forward(
+        cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
+    ) -> RowStats:
+        """Return `statistics` of logits that will not be asked for a gradient."""
+        return cls(head, x, gold).statistics(with_mean=with_mean)
+
+    @classmethod
+    def forward_bytes(cls, head: LinearHead, n_passages: int, *, with_mean: bool) -> float:
+        """Return the bytes of workspace per row of `forward`."""
+        return cls.row_bytes(head, n_passages, mixture=False)
+
+    @abstractmethod
+    def statistics(self, *, with_mean: bool = False) -> RowStats:
+        """Return log p(y) and log Z of each row, and mean_v log p(v) if asked for."""
+
+    @abstractmethod
+    def resume(self, log_z: Tensor) -> None:
+        """Take the log_z [2, n] of earlier `statistics` of the whole vocabulary."""
+
+    @abstractmethod
+    def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the gradient [n, V] of -sum_i weight_i log p~_i(y_i) in x W^T + bias, weight [n].
+
+        log p~(y) = (1 - smoothing) log p(y) + smoothing * mean_v log p(v), hence
+        d/dz = weight * (p - smoothing / V - (1 - smoothing) 1[v = y]).
+        """
+
+    @abstractmethod
+    def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
+        """Return log p(y) of each row, mean_v M_v [G] and mean_v r_kv [G, K], log_prior [G, K]."""
+
+    @abstractmethod
+    def mixture_gradient(
+        self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
+    ) -> Tensor:
+        """Return the gradient [n, V] in x W^T + bias of a target over passages and words.
+
+        d/dz_kv = target_k p_kv - spread r_kv - hit_k 1[v = y], with hit and target [G, K] and
+        spread [G] already weighted by the example.
+        """
+
+
+class TorchChunkLogits(ChunkLogits):
+    """Plain torch, on every device and in every dtype."""
+
+    def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
+        super().__init__(head, x, gold)
+        z = x.new_empty(x.shape[0], head.n_words)
+        for part, weight in head.weight_slices():
+            torch.mm(x, weight.t(), out=z[:, part])
+        if head.bias is not None:
+            z.add_(head.bias)
+        if head.logit_scale != 1.0:
+            z.mul_(head.logit_scale)
+        self._tanh = None
+        if head.softcap is not None:
+            self._tanh = z.div_(head.softcap).tanh_()
+            z = self._tanh * head.softcap
+        self._z = z
+
+    @staticmethod
+    def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
+        # tanh, for the chain rule, is a buffer; the mixture is one row of V numbers for each
+        # position, and the share of one passage in it another.
+        buffers = (1 if head.softcap is None else 2) + (2 / n_passages if mixture else 0)
+        return buffers * head.n_words * head.dtype.itemsize
+
+    def statistics(self, *, with_mean: bool = False) -> RowStats:
+        z, (peak, picked) = self._z, self._center()
+        mean = z.mean(1) if with_mean else None
+        self._log_sum = z.exp_().sum(1).log_()
+        log_z = torch.stack([peak, self._log_sum])
+        logp = picked - self._log_sum
+        return RowStats(logp, log_z, None if mean is None else mean - self._log_sum)
+
+    def resume(self, log_z: Tensor) -> None:
+        peak, self._log_sum = log_z
+        self._z.sub_(peak.unsqueeze(1)).exp_()
+
+    def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
+        e = self._z  # exp(z - max z)
+        e.mul_((weight * torch.exp(-self._log_sum)).unsqueeze(1))
+        if smoothing:
+            e.sub_((weight * (smoothing / self.head.vocab_size)).unsqueeze(1))
+        hit = torch.where(self.gold < 0, 0.0, weight * (smoothing - 1.0))
+        e.scatter_add_(1, self.gold.clamp(min=0).unsqueeze(1), hit.unsqueeze(1))
+        return self._chain(e)
+
+    def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
+        n_passages = log_prior.shape[1]
+        # z becomes log softmax(z), which, unlike exp(z - max z), never underflows.
+        z, (peak, picked) = self._z, self._center()
+        log_sum = torch.empty_like(picked)
+        for k in range(n_passages):
+            log_sum[k::n_passages] = z[k::n_passages].exp().sum(1).log_()
+        z.sub_(log_sum.unsqueeze(1))
+        logp = z.view(-1, n_passages, z.shape[1])
+        mixture = logp[:, 0] + log_prior[:, :1]
+        for k in range(1, n_passages):
+            # logaddexp has no fused multiply: the sum with the prior is its only temporary.
+            torch.logaddexp(mixture, logp[:, k] + log_prior[:, k : k + 1], out=mixture)
+        self._mixture = mixture
+        share = [self._share(log_prior, k).mean(1) for k in range(n_passages)]
+        stats = RowStats(picked - log_sum, torch.stack([peak, log_sum]))
+        return stats, mixture.mean(1), torch.stack(share, 1)
+
+    def mixture_gradient(
+        self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
+    ) -> Tensor:
+        z = self._z
+        logp = z.view(-1, log_prior.shape[1], z.shape[1])
+        for k in range(log_prior.shape[1]):
+            share = self._share(log_prior, k).mul_(spread.unsqueeze(1))
+            logp[:, k].exp_().mul_(target[:, k : k + 1]).sub_(share)
+        z.scatter_add_(1, self.gold.unsqueeze(1), -hit.reshape(-1, 1))
+        return self._chain(z)
+
+    def _center(self) -> tuple[Tensor, Tensor]:
+        """Centre z -= max_v z in place; return the maximum and the centred logit of the label, [n].
+
+        Centring before any sum keeps log p exact for logits around 1e4.
+        """
+        z = self._z
+        peak = z.amax(1, keepdim=True)
+        z.sub_(peak)
+        return peak.squeeze(1), z.gather(1, self.gold.unsqueeze(1)).squeeze(1)
+
+    def _share(self, log_prior: Tensor, k: int) -> Tensor:
+        """Return r_k [G, V]; z holds log p."""
+        logp = self._z.view(-1, log_prior.shape[1], self._z.shape[1])
+        return (logp[:, k] + log_prior[:, k : k + 1]).sub_(self._mixture).exp_()
+
+    def _chain(self, dz: Tensor) -> Tensor:
+        """Turn the gradient of the logits into that of x W^T + bias, in place."""
+        if self._tanh is not None:
+            dz.mul_(self._tanh.square_().neg_().add_(1.0))
+        if self.head.logit_scale != 1.0:
+            dz.mul_(self.head.logit_scale)
+        return dz
