@@ -153,7 +153,7 @@ def _scored(
     tau: float,
     scale: Tensor | None,
     offset: Tensor | None,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any, float, Any, Any, int, str]:
     """Return the arguments that forward and backward of the scores share."""
     index_emb = passage_emb
     if passage_emb.dim() == 3:
@@ -163,10 +163,12 @@ def _scored(
         index_emb = passage_emb.contiguous().view(shape.numel(), passage_emb.shape[2])
     if scale is not None and offset is None:
         offset = torch.zeros_like(scale)
-    query, rows_at, *factors = _capsules(query_emb.to(torch.float32), rows, scale, offset)
-    # Not made contiguous: the kernels read an index in place, whatever its rows are apart.
+    given = (query_emb.to(torch.float32), rows, scale, offset)
+    query, rows_at, scale_of, offset_of = _capsules(*given)
+    # Not made contiguous: the kernels read an index in place, whatever its strides.
     index = to_dlpack(index_emb)
-    return (query, index, rows_at, tau, *factors, torch.get_num_threads(), forced_isa())
+    threads = torch.get_num_threads()
+    return query, index, rows_at, tau, scale_of, offset_of, threads, forced_isa()
 
 
 def mips_topk(
