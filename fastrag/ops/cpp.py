@@ -256,7 +256,8 @@ class CodedIndex:
         self, query_emb: Tensor, k: int, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor, int]:
         shape = (query_emb.shape[0], k)
-        scores, rows = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+        scores = torch.empty(shape, dtype=torch.float32)
+        rows = torch.empty(shape, dtype=torch.int64)
         with stage("mips_topk/by_codes"):
             n_read = _C.mips_topk_by_codes(
                 query_emb.detach().contiguous().numpy(),
