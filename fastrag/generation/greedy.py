@@ -167,10 +167,11 @@ class GreedySearch:
         self._in_order = any(given is not None for given in callables)
         self._report = on_progress or (lambda share: None)
         self._label_states: list[tuple[Tensor, Tensor]] = []
+        tokenizer = generate_kwargs.pop("tokenizer", None)
         self._continues = not set(generate_kwargs) & set(_OWN_CACHE)
         self._handed_on = {
             name: generate_kwargs.pop(name)
-            for name in ("synced_gpus", "tokenizer", *_NEGATIVE_PROMPT)
+            for name in ("synced_gpus", *_NEGATIVE_PROMPT)
             if name in generate_kwargs
         }
         self._config = _greedy_config(
@@ -178,12 +179,13 @@ class GreedySearch:
         )
         self.pad_id: int = self._config.pad_token_id
         if stop_strings := self._config.stop_strings:
-            tokenizer = self._handed_on.get("tokenizer")
             if tokenizer is None:
                 raise ValueError(
                     "tokenizer: expected the generator's tokenizer for stop_strings, got None"
                 )
+            # A criterion like any other, so that scores end where it stops an answer.
             self._config.stop_strings = None
+            self._handed_on["tokenizer"] = tokenizer  # for those of the generator's own config
             self._stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
 
     @property

@@ -122,15 +122,19 @@ def _letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_stop_strings(marginal: str) -> None:
-    model = rag(marginal=marginal)
+def test_stop_strings(marginal: str, kind: str) -> None:
+    model = rag(kind, marginal)
     free = asked_of(model)
     tokenizer = _letters()
     stop = tokenizer.decode(free.sequences[0, :2])
     out = asked_of(model, stop_strings=[stop], tokenizer=tokenizer)
     assert free.lengths[0] == T and out.lengths[0] == 2
     assert out.sequences[0, :2].equal(free.sequences[0, :2])
+    own = model.generator.generation_config
+    own.stop_strings = [stop]  # transformers adds those of the model by itself
+    assert asked_of(model, tokenizer=tokenizer).scores.equal(out.scores)
     with pytest.raises(ValueError, match="tokenizer: expected the generator's tokenizer"):
         asked_of(model, stop_strings=[stop], tokenizer=None)
 
@@ -196,7 +200,6 @@ def test_generation_config(marginal: str) -> None:
         asked_of(model, generation_config={})
 
 
-@pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -219,9 +222,9 @@ def test_generation_config(marginal: str) -> None:
         ),
     ],
 )
-def test_refused_by_name(settings: dict[str, Any], message: str, marginal: str) -> None:
+def test_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        asked_of(rag(marginal=marginal), 1, **settings)
+        asked_of(rag(), 1, **settings)
 
 
 def test_what_repeats_a_greedy_search_is_accepted() -> None:
