@@ -160,9 +160,23 @@ SEAMS = (
     Mistake(
         "an answer's score leaves out the passage's probability",
         "fastrag/generation/sequence.py",
-        "joint = _log_prior(doc_scores) + seq_logp.view(n_questions, n_docs)",
-        "joint = seq_logp.view(n_questions, n_docs)",
-        "tests/generation",
+        "joint = search.prior_scores.log_softmax(dim=1) + seq_logp",
+        "joint = seq_logp",
+        "tests/generation/test_sequence.py",
+    ),
+    Mistake(
+        "the next token of RAG-Token leaves out the prior",
+        "fastrag/generation/token.py",
+        "marginal = (log_prior + own).logsumexp(dim=1)",
+        "marginal = own.logsumexp(dim=1)",
+        "tests/generation/test_token.py",
+    ),
+    Mistake(
+        "stopping criteria of the caller's are dropped",
+        "fastrag/generation/greedy.py",
+        "self.criteria = StoppingCriteriaList(criteria)",
+        "self.criteria = StoppingCriteriaList()",
+        "tests/generation/test_settings.py",
     ),
     Mistake(
         "recall@k looks at k + 1 passages",
