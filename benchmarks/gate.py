@@ -246,7 +246,7 @@ def update(section: Section, committed: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks.gate", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("gate", __doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--update", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
     args: argparse.Namespace = parser.parse_args(argv)

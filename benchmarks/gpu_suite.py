@@ -26,7 +26,7 @@ from benchmarks.gpu import plan, steps, summary
 from benchmarks.gpu.isolation import NOT_RUN, end_on_signals
 from benchmarks.gpu.plan import Step
 from benchmarks.gpu.steps import Bench, Results
-from benchmarks.harness.arguments import Parser
+from benchmarks.harness.arguments import Parser, at_least_one, positive
 
 DEFAULT_OUT = Path("runs/gpu_suite")
 NEEDED = ("torch", "triton", "transformers", "pytest")
@@ -54,24 +54,18 @@ PEERS = ("peers", Bench("marginal_loss", ("token",), LOSS_SHAPES[:1], patience=m
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmarks.gpu_suite", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--budget-minutes", type=float, default=8.0, help="default: 8")
+    parser = Parser("gpu_suite", __doc__)
+    parser.add_argument("--budget-minutes", type=positive, default=8.0, help="default: 8")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="of those that --dry-run lists")
     parser.add_argument("--no-build", action="store_true", help="leave the C++ extension unbuilt")
-    parser.add_argument("--rounds", type=int, help="turns of a provider that count")
-    parser.add_argument("--jobs", type=int, help="tests at a time; default: by the CPUs")
+    parser.add_argument("--rounds", type=at_least_one, help="turns of a provider that count")
+    parser.add_argument("--jobs", type=at_least_one, help="tests at a time; default: by the CPUs")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
-        "--one-kernel", metavar="NAME", help="run one case of benchmarks.gpu.cases, and no more"
+        "--one-kernel", metavar="NAME", help="only run one case of benchmarks.gpu.cases"
     )
     args = parser.parse_args(argv)
-    if args.budget_minutes <= 0:
-        parser.error(f"--budget-minutes: expected a positive number, got {args.budget_minutes}")
-    for name in ("rounds", "jobs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: expected at least 1, got {value}")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: expected a folder, got the file {args.out}")
     args.rounds = args.rounds or (

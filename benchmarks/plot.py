@@ -1,27 +1,30 @@
-"""Draws the figures and writes the tables that the documentation shows, from committed CSVs alone.
+"""Draw the figures and write the tables of the documentation, from the committed CSVs alone.
 
-    python -m benchmarks.plot [--check]
+    python -m benchmarks.plot
 
 docs/figures/<device>/ gets PNG and SVG, the same bytes wherever the pinned versions run; README.md
-and docs/performance.md get their tables, each between two markers. `--check` writes nothing and
-exits with 1 if something would change.
+and docs/performance.md get their tables, each between two markers.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+try:
+    from benchmarks.profiling import roofline
+except ImportError as error:
+    sys.stderr.write(f"benchmarks.plot: {error}\n")
+    sys.exit(2)
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -31,12 +34,12 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks.harness import committed
 from benchmarks.harness.arguments import Parser
-from benchmarks.harness.committed import Group, Timing
+from benchmarks.harness.committed import Group, in_digits, source
 from benchmarks.harness.measure import ROOT
-from benchmarks.harness.registry import DTYPES, Op
+from benchmarks.harness.registry import Op
+from benchmarks.harness.report import Timing
 from benchmarks.ops import OPS
-from benchmarks.profiling import roofline
-from benchmarks.stages import WHOLE
+from benchmarks.ops.rag_step_stages import WHOLE
 
 FIGURES = ROOT / "docs" / "figures"
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
@@ -76,20 +79,18 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "fastrag",
     "savefig.dpi": 160,
 }
-METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 
 
-def draw_all(folder: Path) -> None:
-    """Writes the figures of all devices, in the style above whatever a matplotlibrc says."""
+def draw_all(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Write the figures of all devices, in the style above whatever a matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcParams.update(matplotlib.rcParamsDefault)
         matplotlib.rcParams.update(STYLE)
         for device in committed.devices():
             (folder / device).mkdir(parents=True, exist_ok=True)
             for name, draw in figures_of(device):
-                figure = draw()
-                for suffix, metadata in METADATA.items():
-                    figure.savefig(folder / device / f"{name}{suffix}", metadata=metadata)
+                if wanted(name):
+                    roofline.save(draw(), folder / device / name)
 
 
 def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
@@ -105,8 +106,10 @@ def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
             yield f"{op.name}_memory", partial(memory_figure, op, measured[:PANELS])
         if len(against_peers) > PANELS:
             yield f"{op.name}_best_peer", partial(best_peer_figure, op, against_peers)
-        if len({op.flops(g.mode, g.shape) / _bytes_of(g) for g in points}) >= N_INTENSITIES:
-            yield f"{op.name}_roofline", partial(roofline_figure, op, points, groups.values())
+        if len({g.intensity for g in points}) >= N_INTENSITIES:
+            others = [g for g in groups.values() if g.op is not op]
+            draw = partial(roofline.figure_of, op, points, others, source(points))
+            yield f"{op.name}_roofline", draw
         stages = [g for g in committed.load_stages(device) if g.op is op and g.timings]
         if stages:
             yield f"{op.name}_stages", partial(stages_figure, op, stages)
@@ -124,17 +127,19 @@ def peers_figure(op: Op, points: Sequence[Group]) -> Figure:
 
     def bars(g: Group, axes: Axes, n_places: int) -> None:
         others = sorted(g.of("peer"), key=lambda t: t.ms)
-        others += [g.ceiling] if g.ceiling else []
+        others += [g.tightest_ceiling] if g.tightest_ceiling else []
         values = [g.times_as_fast(t) or 0.0 for t in others]
         colours = [
-            FAINT if t is g.ceiling else OURS if value > 1 else SLOWER
+            FAINT if t is g.tightest_ceiling else OURS if value > 1 else SLOWER
             for t, value in zip(others, values, strict=True)
         ]
-        names = [f"{t.provider} (ceiling)" if t is g.ceiling else t.provider for t in others]
+        names = [
+            f"{t.provider} (ceiling)" if t is g.tightest_ceiling else t.provider for t in others
+        ]
         _bars(axes, names, values, colours, [_times(value) for value in values], n_places)
         _line_at_one(axes, len(others))
         assert g.own is not None
-        axes.set_title(f"{_heading(g)}\n1 = fastrag, {committed.in_ms(g.own)} ms")
+        axes.set_title(f"{_heading(g)}\n1 = fastrag, {in_digits(g.own.ms)} ms")
 
     title = f"{op.name}: how many times as long as fastrag the others take"
     return _panels(f"{title}\n{COLOURS_SAY}; grey: the ceiling", points, bars)
@@ -176,8 +181,12 @@ def best_peer_figure(op: Op, points: Sequence[Group]) -> Figure:
 def _heading(g: Group) -> str:
     """Mode and sizes, such as `token, float32` and `B=2 K=5 T=32 H=512 V=50265`."""
     sizes = zip(g.op.dims, g.shape, strict=True)
-    first = ", ".join([g.mode, *committed.dtype_words(g)])
+    first = ", ".join([g.mode, *g.dtype_words])
     return f"{first}\n{' '.join(f'{dim}={_short(n)}' for dim, n in sizes)}"
+
+
+def _label(op: Op, provider: str) -> str:
+    return f"{provider} (ceiling)" if provider in op.names("ceiling") else provider
 
 
 def _times(value: float) -> str:
@@ -252,11 +261,9 @@ def _stack(axes: Axes, place: int, g: Group, provider: str, colours: Mapping[str
             continue
         axes.barh(place, ms, left=left, color=colours.get(name, FAINT), height=0.62)
         if ms > 0.07 * longest:
-            axes.text(
-                left + ms / 2, place, committed.in_digits(ms), ha="center", va="center", fontsize=7
-            )
+            axes.text(left + ms / 2, place, in_digits(ms), ha="center", va="center", fontsize=7)
         left += ms
-    label = committed.in_digits(times.get(WHOLE, left))
+    label = in_digits(times.get(WHOLE, left))
     axes.annotate(label, (left, place), (3, 0), textcoords="offset points", va="center")
 
 
@@ -279,22 +286,11 @@ def _panels(title: str, points: Sequence[Group], draw: Panel) -> Figure:
 
 def _finished(figure: Figure, title: str, points: Sequence[Group]) -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-    figure.supxlabel(committed.source(points), x=0.01, ha="left", fontsize=6.5, color="#555555")
+    figure.supxlabel(source(points), x=0.01, ha="left", fontsize=6.5, color="#555555")
     return figure
 
 
-# ------------------------------------------------------------------------- roofline and curves
-
-
-def roofline_figure(op: Op, points: Sequence[Group], groups: Collection[Group]) -> Figure:
-    """Of the sweep, under the ceilings that any op showed on this machine."""
-    rows = [row for g in points for row in g.rows]
-    others = [row for g in groups if g.op is not op for row in g.rows]
-    return roofline.figure_of(rows, op, beside=others, source=committed.source(points))
-
-
-def _bytes_of(g: Group) -> float:
-    return g.op.bytes(g.mode, g.shape, DTYPES[g.dtype].itemsize)
+# ------------------------------------------------------------------------------------- curves
 
 
 def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
@@ -310,7 +306,7 @@ def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
             if j == 0:
                 sizes = zip(op.dims, line[0].shape, strict=True)
                 fixed = " ".join(f"{d}={_short(n)}" for d, n in sizes if d != dim)
-                words = ", ".join([line[0].mode, *committed.dtype_words(line[0])])
+                words = ", ".join([line[0].mode, *line[0].dtype_words])
                 axes.set_title(f"{words}, {fixed}")
             if i == 0:
                 axes.set_ylabel(row.label)
@@ -376,7 +372,7 @@ def _curves(axes: Axes, line: Sequence[Group], xs: Sequence[int], row: _Row) -> 
             markersize=3.5 if ours else 2.5,
             zorder=3 if ours else 2,
         )
-        label = "fastrag" if ours else f"{provider} (ceiling)" if ceiling else provider
+        label = "fastrag" if ours else _label(op, provider)
         ends.append((*found[-1], label, colour))
     if row is _TIME:
         _guide(axes, xs, points)
@@ -481,58 +477,12 @@ def _block(name: str, place: Path) -> str:
         if shown:
             folder = os.path.relpath(FIGURES / device, place)
             images = [f"![{p.replace('_', ' ')}]({folder}/{p}.png)" for p in pictures]
-            parts += [f"**{committed.source(shown)}**", body, *images]
+            parts += [f"**{source(shown)}**", body, *images]
     return "\n" + "\n\n".join(parts) + "\n\n" if parts else "\n"
 
 
-# --------------------------------------------------------------------------------------- main
-
-
-def stale(folder: Path) -> list[str]:
-    """Which of the committed figures differ from those in `folder`, and which texts are not made
-    of the committed rows."""
-    files = {f.relative_to(root) for root in (folder, FIGURES) for f in root.rglob("*.[ps][nv]g")}
-    wrong = [
-        os.path.relpath(FIGURES / file, ROOT)
-        for file in sorted(files)
-        if _drawing(folder / file) != _drawing(FIGURES / file)
-    ]
-    for file in TEXTS:
-        text = file.read_text(encoding="utf-8")
-        if filled(text, file.parent) != text:
-            wrong.append(os.path.relpath(file, ROOT))
-    return wrong
-
-
-def _drawing(file: Path) -> bytes | str | None:
-    """Return the content of a figure, equal on every processor.
-
-    An SVG names its clip paths by a hash of their corners, whose last bit depends on the vector
-    instructions that numpy's logarithm uses.
-    """
-    if not file.exists():
-        return None
-    if file.suffix != ".svg":
-        return file.read_bytes()
-    order: dict[str, int] = {}
-    return re.sub(
-        r"\bp[0-9a-f]{10}\b",
-        lambda found: f"clip{order.setdefault(found[0], len(order))}",
-        file.read_text(encoding="utf-8"),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="benchmarks.plot", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
-    args: argparse.Namespace = parser.parse_args(argv)
-    if args.check:
-        with tempfile.TemporaryDirectory() as folder:
-            draw_all(Path(folder))
-            wrong = stale(Path(folder))
-        for name in wrong:
-            print(f"stale: {name}; `make plots` makes it anew")
-        return int(bool(wrong))
+    Parser("plot", __doc__).parse_args(argv)
     shutil.rmtree(FIGURES, ignore_errors=True)
     draw_all(FIGURES)
     for file in TEXTS:

@@ -1,4 +1,4 @@
-"""Where the time of an operation goes: a timeline, or what the kernels are made of.
+"""Show where the time of an operation goes: a timeline, or the instructions of its kernels.
 
     python -m benchmarks.profile --op mips                     a timeline by torch.profiler, a table
     python -m benchmarks.profile --op marginal_loss --ncu      counters of each kernel, on a GPU
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-# Beside this file `import profile` finds it in place of the standard library's, which torch needs.
+# Run by path, this file hides the standard library's `profile`, which torch imports.
 if not __package__:
     sys.stderr.write(
         "benchmarks: run from the root of the checkout, as python -m benchmarks.NAME\n"
@@ -32,17 +32,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import (
-    DEFAULT_DTYPE,
-    Parser,
-    by_device,
-    check_mode,
-    check_size,
-    complete_device,
-    shape_of,
-)
+from benchmarks.harness.arguments import Parser, at_least_one, one_of
 from benchmarks.harness.measure import ROOT
-from benchmarks.harness.registry import DTYPES, Op, Provider, Shape
+from benchmarks.harness.registry import DTYPES, Op
+from benchmarks.harness.rows import shape_text
+from benchmarks.harness.timing import Case
 from benchmarks.ops import OPS
 from benchmarks.profiling import ncu
 
@@ -52,14 +46,11 @@ _N_OPERATIONS = 15
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(prog="benchmarks.profile", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--op", required=True, help=f"one of {', '.join(OPS)}")
+    parser = Parser("profile", __doc__)
+    parser.add_argument("--op", required=True, type=one_of(list(OPS)), help=", ".join(OPS))
     parser.add_argument("--provider", help="default: the first of ours that runs here")
-    parser.add_argument("--mode", "--marginal", help="default: the op's first")
-    parser.add_argument("--shape", help="such as 2,5,32,512,50265; default: first of the sweep")
-    parser.add_argument("--dtype", help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--calls", type=int, default=3, help="calls that are recorded (3)")
+    parser.add_problem()
+    parser.add_argument("--calls", type=at_least_one, default=3, help="calls that are recorded (3)")
     parser.add_argument("--out", type=Path, help="folder for what is written; runs/profile/OP")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ncu", action="store_true", help="Nsight Compute: counters of the kernels")
@@ -75,10 +66,6 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     )
     parser.add_argument("--csv", type=Path, help="for --roofline: rows of benchmarks.run")
     args = parser.parse_args(argv)
-    if args.op not in OPS:
-        parser.error(f"no op is called {args.op!r}; ops: {', '.join(OPS)}")
-    if args.calls < 1:
-        parser.error(f"--calls: expected at least 1, got {args.calls}")
     try:
         re.compile(args.kernel or "")
     except re.error as error:
@@ -94,43 +81,41 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     return parser, args
 
 
-def _choose(parser: Parser, args: argparse.Namespace, device: str) -> tuple[Provider, Shape]:
-    """Fills in the mode; returns the provider, which knows it, and the shape."""
+def _choose(parser: Parser, args: argparse.Namespace, device: str) -> Case:
+    """Return the case to be profiled on a device that need not be here."""
     op = OPS[args.op]
-    if args.provider and args.provider not in op.names():
-        known = ", ".join(op.names())
-        parser.error(f"{op.name} has no provider {args.provider!r}; known: {known}")
-    swept = [mode for mode in op.modes if op.sweep(device, mode)]
-    args.mode = args.mode or (op.modes if args.shape else swept)[0]
-    check_mode(parser, op, args.mode)
-    if not args.shape and args.mode not in swept:
-        parser.error(f"--shape: {op.name} has no shapes of its own for {args.mode} on {device}")
-    shape = shape_of(parser, op, args.shape) if args.shape else op.sweep(device, args.mode)[0]
     if args.provider:
-        return op.provider(args.provider), shape
-    own = [p for p in op.providers if p.kind == "ours" and device in p.devices]
-    if not own:
+        parser.names(args.provider, op.names(), f"{op.name} has no provider")
+    swept = [mode for mode in op.modes if op.sweep(device, mode)]
+    mode = args.mode or (op.modes if args.shape else swept)[0]
+    parser.check_mode(op, mode)
+    if not args.shape and mode not in swept:
+        parser.error(f"--shape: {op.name} has no shapes of its own for {mode} on {device}")
+    shape = parser.shape(op, args.shape) if args.shape else op.sweep(device, mode)[0]
+    own = [p.name for p in op.providers if p.kind == "ours" and device in p.devices]
+    if not own and not args.provider:
         parser.error(f"{op.name} has no provider of ours on {device}")
-    if device == args.device:  # and not only named in a command for elsewhere
-        own = [p for p in own if not p.why_not(device, args.dtype, args.mode)] or own
-    return own[0], shape
+    names = [args.provider] if args.provider else own
+    cases = [Case(op.name, name, mode, shape, args.dtype, device) for name in names]
+    if device == args.device:  # and not only named in a command for another machine
+        cases = [case for case in cases if not case.why_not()] or cases
+    return cases[0]
 
 
 def _call(parser: Parser, args: argparse.Namespace) -> tuple[Callable[[], Any], str]:
-    """Returns what is to be recorded, warm, and a line that says what it is."""
-    complete_device(parser, args)
-    op = OPS[args.op]
-    provider, shape = _choose(parser, args, args.device)
-    check_size(parser, args, op, args.mode, shape)
-    reason = provider.why_not(args.device, args.dtype, args.mode)
-    if reason:
-        parser.error(f"{provider.name}: {reason}")
-    problem = op.make(shape, DTYPES[args.dtype], 0, torch.device(args.device))
-    call = provider.call(args.mode, problem)
+    """Return the call to be recorded, warm, and a line that describes it."""
+    parser.complete(args)
+    case = _choose(parser, args, args.device)
+    op, provider = case.entry
+    parser.check_size(args, op, case.mode, case.shape)
+    if case.why_not():
+        parser.error(f"{provider.name}: {case.why_not()}")
+    problem = op.make(case.shape, DTYPES[case.dtype], 0, torch.device(case.device))
+    call = provider.prepare(case.mode, problem)
     for _ in range(WARM_CALLS):
         call()
-    sizes = ", ".join(f"{dim} {n}" for dim, n in zip(op.dims, shape, strict=True))
-    return call, f"{op.name} {args.mode}, {provider.name}, {args.dtype} on {args.device}: {sizes}"
+    sizes = ", ".join(f"{dim} {n}" for dim, n in zip(op.dims, case.shape, strict=True))
+    return call, f"{op.name} {case.mode}, {provider.name}, {case.dtype} on {case.device}: {sizes}"
 
 
 # ----------------------------------------------------------------------------------- timeline
@@ -164,14 +149,14 @@ def _trace(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _tables(events: Sequence[Any], calls: int, device: str) -> str:
-    """Stages in the order of their names, so that parts follow the whole; operations by time."""
+    """Return stages by name, so that parts follow the whole, and operations by time."""
     from fastrag.profiling import PREFIX
 
     where = "cpu_time_total" if device == "cpu" else "device_time_total"
     self_time = f"self_{where}"
     whole = sum(getattr(event, self_time) for event in events) or 1.0
     stages = sorted((e for e in events if e.key.startswith(PREFIX)), key=lambda e: e.key)
-    # The time of C++ is that of the stage around it: so stages compete with operations.
+    # C++ counts as time of the stage around it, so stages compete with operations.
     busiest = sorted(events, key=lambda e: -getattr(e, self_time))[:_N_OPERATIONS]
 
     width = max(len(event.key[:60]) for event in [*stages, *busiest])
@@ -199,7 +184,7 @@ def _loop(parser: Parser, args: argparse.Namespace) -> int:
         parser.error("--loop: is for a CUDA device, where Nsight sees it")
     call, _ = _call(parser, args)
     torch.cuda.synchronize()
-    # Not an NVTX range: those are of one thread, and autograd launches from another.
+    # Not an NVTX range: it belongs to one thread, and autograd launches from another.
     with torch.cuda.profiler.profile():
         for _ in range(args.calls):
             call()
@@ -208,25 +193,15 @@ def _loop(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _loop_command(parser: Parser, args: argparse.Namespace) -> list[str]:
-    """This module again, to run calls on a GPU and nothing else."""
+    """Return the command that runs this module again, only for calls on a GPU."""
     args.dtype = args.dtype or "bfloat16"
-    if args.dtype not in DTYPES:
-        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
     if args.device not in (None, "cuda"):
         parser.error(f"--device: expected cuda, got {args.device!r}")
     args.device = None
-    provider, shape = _choose(parser, args, "cuda")
-    settings = {
-        "--op": args.op,
-        "--provider": provider.name,
-        "--mode": args.mode,
-        "--shape": ",".join(map(str, shape)),
-        "--dtype": args.dtype,
-        "--device": "cuda",
-        "--calls": str(args.calls),
-    }
-    command = [sys.executable, "-m", "benchmarks.profile", "--loop"]
-    return command + [word for pair in settings.items() for word in pair]
+    case = _choose(parser, args, "cuda")
+    words = [sys.executable, "-m", "benchmarks.profile", "--loop", "--op", case.op]
+    words += ["--provider", case.provider, "--mode", case.mode, "--shape", shape_text(case.shape)]
+    return [*words, "--dtype", case.dtype, "--device", "cuda", "--calls", str(args.calls)]
 
 
 def _nsight(parser: Parser, args: argparse.Namespace) -> int:
@@ -264,7 +239,7 @@ def _nsight(parser: Parser, args: argparse.Namespace) -> int:
 
 
 def _kernel_names(parser: Parser, args: argparse.Namespace) -> str:
-    """A regular expression of the op's kernels."""
+    """Return a regular expression of the op's kernels."""
     names = {config.kernel.fn.__name__ for config in _configs(parser, args)}
     return f"^({'|'.join(sorted(names))})$"
 
@@ -306,10 +281,9 @@ def _roofline(parser: Parser, args: argparse.Namespace) -> int:
         parser.error(f"--roofline: {error}")
     op: Op = OPS[args.op]
     try:
-        path = args.csv or roofline.committed(op)
-        rows = roofline.rows_of(path)
+        groups, beside = roofline.groups_for(op, args.csv)
         args.out.mkdir(parents=True, exist_ok=True)
-        written = roofline.draw(rows, op, args.out / "roofline.svg", beside=roofline.beside(path))
+        written = roofline.draw(op, groups, beside, args.out / "roofline.svg")
     except (OSError, ValueError) as error:
         parser.error(f"--roofline: {error}")
     print("\n".join(map(str, written)))

@@ -1,10 +1,10 @@
-"""Counts the float32 rows that an exact search through int8 codes reads.
+"""Count the float32 rows that an exact search through int8 codes reads.
 
     python -m benchmarks.rows_read [--vectors FILE.npy --queries FILE.npy] [--k 1 10 100]
 
-Without files: normal numbers, which are the hardest, all equally far from a query. A count depends
-on the instruction set, whose first digits of a query differ, and a little on the threads; never on
-a clock.
+Without files the vectors are normal numbers, which are the hardest: all are equally far from a
+query. A count depends on the instruction set, which decides the first digits of a query, and a
+little on the threads, but never on a clock.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.arguments import Parser, check_csv
+from benchmarks.harness.arguments import Parser, at_least_one
 from benchmarks.harness.measure import facts
-from benchmarks.harness.report import COLUMNS, add_to_csv, aligned, shape_text
+from benchmarks.harness.report import aligned
+from benchmarks.harness.rows import COLUMNS, add, row_of, shape_text
+from benchmarks.harness.timing import Case
 
-KS = (1, 10, 100)
 N_QUERIES = 64
 COLUMNS_HERE = [*COLUMNS, "vectors", "rows_read"]
 
@@ -31,28 +32,26 @@ COLUMNS_HERE = [*COLUMNS, "vectors", "rows_read"]
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from fastrag.ops import backends
 
-    parser = Parser(prog="benchmarks.rows_read", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("rows_read", __doc__)
     parser.add_argument("--vectors", type=Path, help="float32 [N, D], .npy; with --queries")
     parser.add_argument("--queries", type=Path, help="float32 [B, D], .npy; with --vectors")
-    parser.add_argument("--k", type=int, nargs="+", default=KS, help="hits; default: 1 10 100")
-    parser.add_argument("--csv", type=Path, help="file to add the rows to")
+    parser.add_argument(
+        "--k", type=at_least_one, nargs="+", default=(1, 10, 100), help="hits; default: 1 10 100"
+    )
+    parser.add_csv()
     args = parser.parse_args(argv)
     if (args.vectors is None) != (args.queries is None):
         parser.error("--vectors, --queries: expected both or neither")
-    if min(args.k) < 1:
-        parser.error(f"--k: expected at least 1, got {min(args.k)}")
-    check_csv(parser, args.csv, COLUMNS_HERE)
+    parser.check_csv(args.csv, COLUMNS_HERE)
     if backends.why_not("cpp"):
         parser.error(backends.why_not("cpp"))
-    args.sets = NORMAL
+    args.sets = [("normal", partial(_normal, n, 768)) for n in (200_000, 1_000_000)]
     if args.vectors:
         vectors, queries = (_read(parser, file) for file in (args.vectors, args.queries))
         if vectors.shape[1] != queries.shape[1]:
-            parser.error(
-                f"--queries: expected the width of --vectors, {vectors.shape[1]}, got "
-                f"{queries.shape[1]}"
-            )
-        args.sets = ((args.vectors.stem, lambda: (vectors, queries)),)
+            expected = f"expected the width of --vectors, {vectors.shape[1]}"
+            parser.error(f"--queries: {expected}, got {queries.shape[1]}")
+        args.sets = [(args.vectors.stem, lambda: (vectors, queries))]
     return args
 
 
@@ -71,11 +70,8 @@ def _normal(n_rows: int, dim: int) -> tuple[Tensor, Tensor]:
     return made[:n_rows], made[n_rows:]
 
 
-NORMAL = tuple(("normal", partial(_normal, n, 768)) for n in (200_000, 1_000_000))
-
-
 def count(vectors: Tensor, queries: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    """Rows read for a query, in the mean over searches of one query each."""
+    """Return the mean number of rows read for a query, by k."""
     from fastrag.index import codec
     from fastrag.ops.cpp import CodedIndex
 
@@ -86,22 +82,19 @@ def count(vectors: Tensor, queries: Tensor, ks: Sequence[int]) -> dict[int, floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    machine = facts(torch.device("cpu"))
-    rows = []
+    machine, rows = facts(torch.device("cpu")), []
     table = [["vectors", "N,D,k,B", "rows read for a query"]]
     for name, make in args.sets:
         vectors, queries = make()
         queries = queries[:N_QUERIES]
-        ks = [k for k in args.k if k <= len(vectors)]
-        for k, found in count(vectors, queries, ks).items():
-            shape = shape_text((*vectors.shape, k, len(queries)))
-            row = dict.fromkeys(COLUMNS, "") | machine | {"op": "mips", "provider": "cpp"}
-            row |= {"mode": "int8-float32", "dtype": "float32", "shape": shape, "status": "ok"}
-            rows.append(row | {"vectors": name, "rows_read": f"{found:.1f}"})
-            table.append([name, shape, f"{found:.1f}"])
+        for k, found in count(vectors, queries, [k for k in args.k if k <= len(vectors)]).items():
+            shape = (*vectors.shape, k, len(queries))
+            case = Case("mips", "cpp", "int8-float32", shape, "float32", "cpu")
+            rows.append(row_of(case, machine, "ok", vectors=name, rows_read=f"{found:.1f}"))
+            table.append([name, shape_text(shape), f"{found:.1f}"])
     if args.csv:
-        add_to_csv(args.csv, rows, COLUMNS_HERE)
-    print("\n".join(aligned(table, 2)))
+        add(args.csv, rows, COLUMNS_HERE)
+    print(aligned(table, 2, indent=""))
     return 0
 
 

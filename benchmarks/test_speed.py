@@ -1,9 +1,9 @@
-"""The registry under pytest-benchmark, at one small shape per operation.
+"""The runner under pytest-benchmark, at one small shape per operation.
 
     pytest benchmarks --benchmark-only -q
 
-All providers share this process here, and nobody waits for another to settle: a look at what
-changed, where `benchmarks.run` is the measurement.
+All providers share this process and follow each other without a pause: enough to see a change,
+while `benchmarks.run` is the measurement.
 """
 
 from __future__ import annotations
@@ -17,63 +17,57 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="installed by the extra `bench`")
 
-from benchmarks.harness import measure
+from benchmarks.harness import report, rows
 from benchmarks.harness.arguments import DEFAULT_DTYPE
-from benchmarks.harness.registry import DTYPES, Op, Provider, error_of
+from benchmarks.harness.process import Refusal
+from benchmarks.harness.timing import Case, Timed
 from benchmarks.ops import OPS
 from fastrag.ops import workspace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = DEFAULT_DTYPE[DEVICE]
+
+
+def case_of(op: str, mode: str, provider: str) -> Case:
+    return Case(op, provider, mode, OPS[op].small, DEFAULT_DTYPE[DEVICE], DEVICE)
 
 
 @functools.cache
-def ceiling_seconds(name: str, mode: str) -> float | None:
-    """Of a call of the op's ceiling, None where it cannot run."""
-    op, device = OPS[name], torch.device(DEVICE)
-    ceiling = op.provider(op.ceiling)
-    if ceiling.why_not(DEVICE, DTYPE, mode):
+def ceiling_ms(op: str, mode: str) -> float | None:
+    """Return the time of a call of the op's ceiling, None if it cannot run."""
+    try:
+        timed = Timed(case_of(op, mode, OPS[op].ceiling))
+    except Refusal:
         return None
-    call = ceiling.call(mode, op.make(op.small, DTYPES[DTYPE], 0, device))
-    n_calls = measure.calls_per_turn(call, device)
-    return statistics.median(measure.one_turn(call, device, n_calls).wall for _ in range(5)) / 1e3
+    return statistics.median(timed.turn().wall for _ in range(5))
 
 
 @pytest.mark.parametrize(
     ("op", "mode", "provider"),
-    [
-        pytest.param(op, mode, provider, id=f"{op.name}-{mode}-{provider.name}")
-        for op in OPS.values()
-        for mode in op.modes
-        for provider in op.providers
-    ],
+    [(op.name, mode, name) for op in OPS.values() for mode in op.modes for name in op.names()],
 )
-def test_speed(benchmark: Any, op: Op, mode: str, provider: Provider) -> None:
-    reason = provider.why_not(DEVICE, DTYPE, mode)
+def test_speed(benchmark: Any, op: str, mode: str, provider: str) -> None:
+    case = case_of(op, mode, provider)
+    reason = case.why_not()
     if reason:
-        pytest.skip(f"{provider.name}: {reason}")
-    device = torch.device(DEVICE)
-    wrong = error_of(op, provider, mode, op.checked[0], DTYPE, device)
-    assert not wrong, f"{provider.name}: {wrong}"
-    call = provider.call(mode, op.make(op.small, DTYPES[DTYPE], 0, device))
+        pytest.skip(reason)
+    workspace.release()  # another provider of this process may have left it
+    timed = Timed(case)
 
-    def timed() -> None:
-        call()
+    def call() -> None:
+        timed.call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    if provider.compiles:
-        call()
-    workspace.release()  # another provider of this process may have left it
-    extra = measure.extra_bytes(call, device)
-    benchmark.group = f"{op.name} {mode} {','.join(map(str, op.small))} {DTYPE}"
-    n_calls = measure.calls_per_turn(call, device)
-    benchmark.pedantic(timed, rounds=5, warmup_rounds=1, iterations=n_calls)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["peak_mib"] = None if extra is None else extra / 2**20
-    itemsize = DTYPES[DTYPE].itemsize
-    benchmark.extra_info["gbps"] = op.bytes(mode, op.small, itemsize) / seconds / 1e9
-    benchmark.extra_info["tflops"] = op.flops(mode, op.small) / seconds / 1e12
-    ceiling = ceiling_seconds(op.name, mode)
-    percent = None if ceiling is None else 100 * ceiling / seconds
-    benchmark.extra_info[f"percent_of_{op.ceiling}"] = percent
+    benchmark.group = f"{op} {mode} {rows.shape_text(case.shape)} {case.dtype}"
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1, iterations=timed.n_calls)
+    ms = 1e3 * benchmark.stats.stats.median
+    gbps, tflops = report.rates(OPS[op], case, ms)
+    ceiling = ceiling_ms(op, mode)
+    benchmark.extra_info.update(
+        {
+            "peak_mib": None if timed.extra is None else timed.extra / rows.MIB,
+            "gbps": gbps,
+            "tflops": tflops,
+            f"percent_of_{OPS[op].ceiling}": None if ceiling is None else 100 * ceiling / ms,
+        }
+    )

@@ -1,11 +1,11 @@
-"""Times the candidates of the Triton kernels on this GPU, and keeps the fastest.
+"""Time the candidates of the Triton kernels on this GPU and keep the fastest.
 
     python -m benchmarks.tune [--only group_max row_gradient] [--out tuned.json] [--install]
 
-Every candidate is compared with float64 before it is timed. The file says what was chosen in each
-regime, against what, and on what machine; FASTRAG_TUNED=tuned.json makes the launchers use it, and
---install puts it where they look by themselves. What is within 2% of the usual choice is left as
-it is. Exit code: 0; 1 if a job failed; 2 for a bad argument or a machine without a GPU.
+Every candidate is compared with float64 before it is timed. The file lists the choice in each
+regime, the alternatives and the machine; FASTRAG_TUNED=tuned.json makes the launchers use it, and
+--install puts it where they look by default. A choice within 2% of the usual one is not changed.
+Exit code: 0; 1 if a job failed; 2 for a bad argument or a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.isolation import NOT_RUN, PASSED, Record, end_on_signals, run_isolated
-from benchmarks.harness.arguments import Parser
+from benchmarks.harness.arguments import Parser, one_of
 
 LEAST_GAIN = 0.02
 PATIENCE = 180.0  # a job compiles all of its candidates
@@ -29,16 +29,15 @@ DEFAULT_OUT = Path("tuned.json")
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from benchmarks.gpu.tuning import JOBS
 
-    parser = Parser(prog="benchmarks.tune", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("tune", __doc__)
     kernels = list(dict.fromkeys(job.kernel for job in JOBS.values()))
-    parser.add_argument("--only", nargs="+", metavar="KERNEL", help=f"of {', '.join(kernels)}")
+    parser.add_argument(
+        "--only", nargs="+", type=one_of(kernels), metavar="KERNEL", help=f"of {', '.join(kernels)}"
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     parser.add_argument("--install", action="store_true", help="also into kernels/tuned")
     parser.add_argument("--seconds", type=float, default=1800.0, help="default: 1800")
     args = parser.parse_args(argv)
-    for name in args.only or ():
-        if name not in kernels:
-            parser.error(f"--only: no kernel is called {name!r}; kernels: {', '.join(kernels)}")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"--out: {args.out.parent} is not a folder")
     args.jobs = [n for n, job in JOBS.items() if job.kernel in (args.only or kernels)]
@@ -46,7 +45,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def document(records: Sequence[Record], arch: str, facts: dict[str, str]) -> dict[str, Any]:
-    """What is written: the choices that gain something, and all that was measured."""
+    """Return the contents of the file: the choices that gain something, and all measurements."""
     from fastrag.kernels import tuning
 
     from benchmarks.gpu.tuning import JOBS
@@ -68,7 +67,7 @@ def document(records: Sequence[Record], arch: str, facts: dict[str, str]) -> dic
 
 
 def install(found: dict[str, Any], folder: Path) -> Path:
-    """Writes the choices, in the place of those of the same regimes, beside the others."""
+    """Write the choices: they replace those of the same regimes, and the others stay."""
     from fastrag.kernels import tuning
 
     from benchmarks.gpu.tuning import JOBS
@@ -122,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def tell(record: Record) -> None:
         print(_line(record), flush=True)
         seen.append(record)
-        _write(args.out, document(seen, arch, machine))  # at once: what is done is kept
+        _write(args.out, document(seen, arch, machine))  # at once: a later failure loses nothing
 
     with end_on_signals():
         records = run_isolated(
             lambda names: [sys.executable, "-m", "benchmarks.gpu.tuning", *names],
             "tuning",
-            deadline=time.monotonic() + args.seconds,
+            time.monotonic() + args.seconds,
             patience=PATIENCE,
             names=names,
             tell=tell,

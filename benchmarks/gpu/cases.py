@@ -1,8 +1,8 @@
-"""Every kernel at a small shape, through the ops that launch it: for compute-sanitizer.
+"""Every kernel at a small shape, through the ops that launch it, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.cases [NAME ...]
 
-Nothing divides anything, so that every mask is at work. Answers are the business of the tests.
+Nothing divides anything, so that every mask is at work. The tests check the answers.
 """
 
 from __future__ import annotations
@@ -12,31 +12,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.watch import Recorder, cuda_error
+from benchmarks.gpu.watch import cuda_error, each
 
-HALF = torch.bfloat16
-# compute-sanitizer, a process of its own, may take so long to print what it found in a case.
+HALF, FLOAT, INT8 = torch.bfloat16, torch.float32, torch.int8
+# compute-sanitizer, a process of its own, may take this long to print what it found in a case.
 SETTLE_SECONDS = 0.1
 HEAD_SHAPE = (2, 3, 5, 72, 1031)  # B, K, T, H, V
-Case = Callable[[torch.device], None]
-CASES: dict[str, Case] = {}
-
-
-def case(name: str) -> Callable[[Case], Case]:
-    def keep(function: Case) -> Case:
-        CASES[name] = function
-        return function
-
-    return keep
 
 
 def _head(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """hidden, weight, bias, doc_scores and labels."""
+    """Return hidden, weight, bias, doc_scores and labels."""
     n_examples, n_passages, n_tokens, width, vocab = HEAD_SHAPE
     leaves = [
         torch.randn(*shape, device=device).to(kind).requires_grad_()
@@ -52,7 +43,7 @@ def _head(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [*leaves, labels]
 
 
-def _loss(device: torch.device, marginal: str, dtype: torch.dtype, **options: Any) -> None:
+def _loss(marginal: str, dtype: torch.dtype, device: torch.device, **options: Any) -> None:
     import fastrag.functional as F
 
     op = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}[marginal]
@@ -61,94 +52,44 @@ def _loss(device: torch.device, marginal: str, dtype: torch.dtype, **options: An
     loss.sum().backward()
 
 
-@case("row_pass, group_pass: token")
-def _token(device: torch.device) -> None:
-    _loss(device, "token", HALF)
-
-
-@case("row_pass, group_pass: sequence")
-def _sequence(device: torch.device) -> None:
-    _loss(device, "sequence", HALF)
-
-
-@case("row_pass over its logits, softcap")
-def _in_place(device: torch.device) -> None:
-    _loss(device, "token", torch.float32, softcap=3.0)
-
-
-@case("mixture_pass")
-def _mixture(device: torch.device) -> None:
-    _loss(device, "token", HALF, label_smoothing=0.1)
-
-
-@case("row_pass with mean")
-def _smoothed_sequence(device: torch.device) -> None:
-    _loss(device, "sequence", HALF, label_smoothing=0.1)
-
-
-@case("row_pass of slices of the vocabulary")
-def _slices(device: torch.device) -> None:
-    _loss(device, "sequence", HALF, reduction="none")
-
-
-def _token_logp(device: torch.device, dtype: torch.dtype) -> None:
+def _token_logp(dtype: torch.dtype, device: torch.device) -> None:
     import fastrag.functional as F
 
     hidden, weight, bias, _, labels = _head(device, dtype)
     F.token_logp(hidden, weight, labels, bias=bias).sum().backward()
 
 
-@case("linear_logp")
-def _linear_logp(device: torch.device) -> None:
-    _token_logp(device, HALF)
+def _vectors(
+    n_rows: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the rows of an index, with the factors that int8 has."""
+    if dtype != INT8:
+        return torch.randn(n_rows, dim, device=device).to(dtype), {}
+    codes = torch.randint(-128, 128, (n_rows, dim), dtype=dtype, device=device)
+    return codes, {name: torch.rand(dim, device=device) for name in ("scale", "offset")}
 
 
-@case("linear_logp float32")
-def _linear_logp_float32(device: torch.device) -> None:
-    _token_logp(device, torch.float32)
-
-
-def _scores(device: torch.device, dtype: torch.dtype, fresh: bool) -> None:
+def _scores(dtype: torch.dtype, device: torch.device, *, fresh: bool = False) -> None:
     import fastrag.functional as F
 
-    query = torch.randn(3, 129, device=device, requires_grad=True)
+    query = torch.randn(3, 129, device=device).to(FLOAT if dtype == INT8 else dtype)
+    query.requires_grad_()
     rows = torch.randint(777, (3, 33), device=device)
     rows[0, -1] = -1
-    factors = {}
-    if dtype == torch.int8:
-        index = torch.randint(-128, 128, (777, 129), dtype=dtype, device=device)
-        factors = {name: torch.rand(129, device=device) for name in ("scale", "offset")}
-    else:
-        index = torch.randn(777, 129, device=device).to(dtype)
-        query = query.detach().to(dtype).requires_grad_()
+    index, factors = _vectors(777, 129, dtype, device)
     if fresh:
         index = index[rows.clamp(min=0)].requires_grad_()
     _, prior = F.doc_scores(query, index, rows=rows, return_log_prior=True, **factors)
     torch.where(prior.isinf(), 0.0, prior).square().sum().backward()
 
 
-@case("doc_scores gathered")
-def _gathered(device: torch.device) -> None:
-    _scores(device, HALF, fresh=False)
-
-
-@case("doc_scores fresh")
-def _fresh(device: torch.device) -> None:
-    _scores(device, torch.float32, fresh=True)
-
-
-@case("doc_scores int8")
-def _scores_int8(device: torch.device) -> None:
-    _scores(device, torch.int8, fresh=False)
-
-
 def _search(
-    device: torch.device,
     dtype: torch.dtype,
     n_queries: int,
     dim: int,
+    device: torch.device,
     *,
-    query_dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype = FLOAT,
     k: int = 3,
     certain: bool = True,
     n: int = 3001,
@@ -158,17 +99,12 @@ def _search(
     from fastrag.ops import triton_mips
 
     query = torch.randn(n_queries, dim, device=device).to(query_dtype)
-    factors = {}
-    if dtype == torch.int8:
-        index = torch.randint(-128, 128, (n, dim), dtype=dtype, device=device)
-        factors = {name: torch.rand(dim, device=device) for name in ("scale", "offset")}
-    else:
-        index = torch.randn(n, dim, device=device).to(dtype)
+    index, factors = _vectors(n, dim, dtype, device)
     removed = torch.rand(n, device=device) < 0.1
     if certain:
         triton_mips.search(query, index, k, removed, **factors)
         return
-    # A bound that no answer can meet: every group is scored.
+    # With a bound that no answer can meet, every group is scored.
     plan = triton_mips.plan_for(query, index, k)
     plan = dataclasses.replace(plan, n_chosen=1, error=1e6)
     norm = mips.max_norm(index, None, None)
@@ -176,78 +112,50 @@ def _search(
     triton_mips.find(query, passages, k, plan, norm)
 
 
-@case("mips few queries, descriptors")
-def _mips_few(device: torch.device) -> None:
-    _search(device, HALF, 5, 128)
-
-
-@case("mips some queries, descriptors")
-def _mips_some(device: torch.device) -> None:
-    _search(device, HALF, 33, 128)
-
-
-@case("mips many queries, descriptors")
-def _mips_many(device: torch.device) -> None:
-    _search(device, HALF, 130, 128)
-
-
-@case("mips queries in one term")
-def _mips_one_term(device: torch.device) -> None:
-    _search(device, HALF, 130, 128, query_dtype=HALF)
-
-
-@case("mips pointers")
-def _mips_pointers(device: torch.device) -> None:
+def _pointers(device: torch.device) -> None:
     for n_queries in (5, 33, 130):
-        _search(device, HALF, n_queries, 33)
+        _search(HALF, n_queries, 33, device)
 
 
-@case("mips float32")
-def _mips_float32(device: torch.device) -> None:
-    _search(device, torch.float32, 33, 128)
-
-
-@case("mips int8")
-def _mips_int8(device: torch.device) -> None:
-    _search(device, torch.int8, 33, 128)
-
-
-@case("mips_rescore of every group")
-def _rest(device: torch.device) -> None:
-    _search(device, HALF, 3, 40, certain=False, n=700)
-
-
-@case("mips_rescore of long lists")
-def _long_lists(device: torch.device) -> None:
-    _search(device, HALF, 3, 40, k=300, certain=False, n=700)
+CASES: dict[str, Callable[[torch.device], object]] = {
+    "row_pass, group_pass: token": partial(_loss, "token", HALF),
+    "row_pass, group_pass: sequence": partial(_loss, "sequence", HALF),
+    "row_pass over its logits, softcap": lambda on: _loss("token", FLOAT, on, softcap=3.0),
+    "mixture_pass": lambda on: _loss("token", HALF, on, label_smoothing=0.1),
+    "row_pass with mean": lambda on: _loss("sequence", HALF, on, label_smoothing=0.1),
+    "row_pass of slices of the vocabulary": lambda on: _loss(
+        "sequence", HALF, on, reduction="none"
+    ),
+    "linear_logp": partial(_token_logp, HALF),
+    "linear_logp float32": partial(_token_logp, FLOAT),
+    "doc_scores gathered": partial(_scores, HALF),
+    "doc_scores fresh": lambda on: _scores(FLOAT, on, fresh=True),
+    "doc_scores int8": partial(_scores, INT8),
+    "mips few queries, descriptors": partial(_search, HALF, 5, 128),
+    "mips some queries, descriptors": partial(_search, HALF, 33, 128),
+    "mips many queries, descriptors": partial(_search, HALF, 130, 128),
+    "mips queries in one term": lambda on: _search(HALF, 130, 128, on, query_dtype=HALF),
+    "mips pointers": _pointers,
+    "mips float32": partial(_search, FLOAT, 33, 128),
+    "mips int8": partial(_search, INT8, 33, 128),
+    "mips_rescore of every group": lambda on: _search(HALF, 3, 40, on, certain=False, n=700),
+    "mips_rescore of long lists": lambda on: _search(HALF, 3, 40, on, k=300, certain=False, n=700),
+}
 
 
 def run(names: Sequence[str], device: torch.device) -> int:
-    """Returns 1 if one failed; goes no further where CUDA is lost."""
-    recorder = Recorder()
-    recorder.say(names=list(names))
-    code = 0
-    for name in names:
+    """Return 1 if a case failed; stop where CUDA is lost."""
+
+    def one(name: str) -> str:
         print(f"case: {name}", flush=True)
-        recorder.say(start=name)
-        began, text = time.perf_counter(), ""
         try:
             CASES[name](device)
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-        lost = cuda_error()
-        time.sleep(SETTLE_SECONDS)
-        text = lost or text
-        seconds = round(time.perf_counter() - began, 3)
-        recorder.say(
-            end=name, outcome="failed" if text else "passed", seconds=seconds, text=text[-2000:]
-        )
-        if text:
-            print(f"failed: {name}: {text}", flush=True)
-            code = 1
-        if lost:
-            break
-    return code
+        finally:
+            cuda_error()  # waits for the kernels
+            time.sleep(SETTLE_SECONDS)
+        return ""
+
+    return each(names, one)
 
 
 def main(names: Sequence[str]) -> int:
@@ -255,7 +163,7 @@ def main(names: Sequence[str]) -> int:
     if unknown:
         print(f"no case is called {unknown[0]!r}; cases: {', '.join(CASES)}", file=sys.stderr)
         return 2
-    # Nothing but the kernels: the other backends launch torch's own.
+    # The other backends launch torch's kernels.
     os.environ.setdefault("FASTRAG_BACKEND", "triton")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
 """Many small pieces of work, such as tests, in as few processes as survive them.
 
 One process does them all, unless a piece ends it: by a fault on the GPU, after which CUDA answers
-nothing but errors in that process, by a crash, or by doing nothing for too long. Then the next
-process goes on with the piece after that. Every process finishes one piece at least, or gives up.
+only with errors in that process, by a crash, or by doing nothing for too long. The next process
+then continues after that piece. Every process finishes at least one piece, or the rest is given up.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from benchmarks.harness.measure import ROOT
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 NOT_RUN = "not run"
 BUDGET = "the time was over"
-# Once it is set the time of everything is over: every process ends, none begins.
+# Once it is set, the time of everything is over: every process ends and none begins.
 stopped = threading.Event()
 POLL_SECONDS = 0.1
-# From a request to end to the end by force; benchmarks.run ends its workers meanwhile.
+# Between a request to end and the end by force; benchmarks.run ends its children meanwhile.
 GRACE_SECONDS = 5.0
 TAIL = 3000
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one piece."""
+    """The outcome of one piece."""
 
     name: str
     outcome: str
@@ -49,30 +49,56 @@ class Record:
         return self.outcome == FAILED
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ended:
-    """How one process ended."""
+    """What one process said, and how it ended."""
 
-    code: int | None
-    seconds: float
-    output: str
-    why: str = ""  # it was ended: "" by itself, else what for
+    code: int | None = None
+    seconds: float = 0.0
+    output: str = ""
+    why: str = ""  # the reason to end it, "" if it ended by itself
+    names: list[str] | None = None
+    records: list[Record] = field(default_factory=list)
+    started: str = ""  # the piece that has not ended
+    since: float = 0.0  # when that piece began, by time.monotonic()
 
     @property
-    def tail(self) -> str:
-        return self.output[-TAIL:].strip()
+    def ending(self) -> str:
+        manner = self.why or f"its process ended with code {self.code}"
+        return f"{manner}\n{self.output[-TAIL:].strip()}"
+
+    def hear(self, said: TextIO, tell: Callable[[Record], None]) -> bool:
+        """Read the new lines that are complete; return whether there are any."""
+        found = False
+        while True:
+            place = said.tell()
+            line = said.readline()
+            if not line.endswith("\n"):
+                said.seek(place)
+                return found
+            found = True
+            words = json.loads(line)
+            if "names" in words:
+                self.names = words["names"]
+            elif "start" in words:
+                self.started, self.since = words["start"], time.monotonic()
+            elif "end" in words:
+                self.started = ""
+                record = Record(words["end"], words["outcome"], words["seconds"], words["text"])
+                self.records.append(record)
+                tell(record)
 
 
 def seconds_left(deadline: float) -> float:
-    """Until `deadline`, which is by time.monotonic()."""
+    """Return the seconds until `deadline`, which is by time.monotonic()."""
     return 0.0 if stopped.is_set() else max(0.0, deadline - time.monotonic())
 
 
 @contextlib.contextmanager
 def end_on_signals() -> Iterator[Callable[[], int]]:
-    """Within it a request to end this process ends its children, and lets it say what is known.
+    """Let a request to end this process end its children, so that it can report what is known.
 
-    Yields a function that tells which signal came, 0 for none. A second one acts as ever.
+    Yields a function that returns the signal that came, 0 for none. A second one acts as usual.
     """
     came: list[int] = []
 
@@ -93,9 +119,9 @@ def end_on_signals() -> Iterator[Callable[[], int]]:
 def process(
     command: Sequence[str], log: Any, env: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child with a group of its own, which ends with the context if not before.
+    """Start a child with a process group of its own, which ends with the context at the latest.
 
-    The session is that of this process: who ends a session ends the children with it.
+    The session is that of this process: whoever ends a session ends the children with it.
     """
     child = subprocess.Popen(
         command,
@@ -109,8 +135,8 @@ def process(
     try:
         yield child
     finally:
-        # The whole group, of which the child may be gone and a grandchild not. What hangs in the
-        # driver outlives even force, and is left behind.
+        # The whole group: a grandchild may outlive the child. What hangs in the driver survives
+        # even force, and is left behind.
         for force in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, force)
@@ -120,159 +146,103 @@ def process(
 
 def run_limited(
     command: Sequence[str],
-    seconds: float,
+    deadline: float,
+    *,
     env: Mapping[str, str] | None = None,
     patience: float = math.inf,
+    by_records: bool = False,
+    tell: Callable[[Record], None] = lambda record: None,
 ) -> Ended:
-    """Runs one command for at most so long, and not on when it has said nothing for `patience`."""
-    began = heard = time.monotonic()
-    said, why = 0, ""
-    with tempfile.TemporaryFile() as log:
-        with process(command, log, env or {}) as child:
-            while child.poll() is None and not why:
-                size = os.fstat(log.fileno()).st_size
-                if size > said:
-                    said, heard = size, time.monotonic()
-                why = _why_end(began + seconds, heard, patience)
-                time.sleep(POLL_SECONDS)
-        return Ended(child.returncode, time.monotonic() - began, _read(log), why)
+    """Run one command until `deadline` at most, and while it is not silent for `patience` seconds.
 
-
-def _why_end(deadline: float, heard: float, patience: float) -> str:
-    """Why to end what was last heard then, "" to let it run."""
-    if not seconds_left(deadline):
-        return BUDGET
-    return f"nothing happened for {patience:.0f} s" if time.monotonic() - heard > patience else ""
-
-
-def _read(log: Any) -> str:
-    log.seek(0)
-    return log.read().decode(errors="replace")
-
-
-@dataclass
-class _Seen:
-    """What one process said before it ended."""
-
-    ended: Ended
-    names: list[str] | None = None
-    records: list[Record] = field(default_factory=list)
-    started: str = ""  # and not ended
-    since: float = 0.0  # by time.monotonic()
-
-    def ending(self) -> str:
-        manner = self.ended.why or f"its process ended with code {self.ended.code}"
-        return f"{manner}\n{self.ended.tail}"
-
-
-def collect(
-    command: Sequence[str],
-    label: str,
-    *,
-    deadline: float,
-    patience: float,
-    env: Mapping[str, str] | None = None,
-) -> list[str] | Record:
-    """Returns the names that a command says there are, or why it says none, in the label's name."""
-    seen = _one_process(command, deadline, patience, env or {})
-    if seen.names is not None:
-        return seen.names
-    if seen.ended.why == BUDGET:
-        return Record(label, NOT_RUN, 0.0, BUDGET)
-    return Record(label, FAILED, seen.ended.seconds, seen.ending())
-
-
-def run_isolated(
-    command: Callable[[Sequence[str]], Sequence[str]],
-    label: str,
-    *,
-    deadline: float,
-    patience: float,
-    names: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    log: Path | None = None,
-    tell: Callable[[Record], None] = lambda record: None,
-) -> list[Record]:
-    """Returns a record of every piece.
-
-    `command(names)` gives the command for some pieces, or, for none, that for all there are, which
-    says itself what those are. deadline: by time.monotonic(). patience: seconds without a word
-    after which a process is ended. label: what to call the whole where no piece can be named.
-    log: a file that what the processes print is added to. tell: is told of each record at once.
+    It breaks the silence by output, or `by_records` only by the lines of benchmarks.gpu.watch.
     """
-    todo, records = list(names), []
-    first = True
-    while (first or todo) and seconds_left(deadline):
-        seen = _one_process(command(todo), deadline, patience, env or {}, tell)
-        if log is not None:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(seen.ended.output)
-        if first and not names:
-            todo = seen.names or []
-        found = list(seen.records)
-        over = seen.ended.why == BUDGET
-        if seen.started:
-            seconds = time.monotonic() - seen.since
-            how, text = (NOT_RUN, BUDGET + " while it ran") if over else (FAILED, seen.ending())
-            found.append(Record(seen.started, how, seconds, text))
-            tell(found[-1])
-        records += found
-        done = {record.name for record in found}
-        todo = [name for name in todo if name not in done]
-        if not found and not over:
-            if todo or seen.names is None:
-                records += [Record(name, FAILED, 0.0, seen.ending()) for name in todo or [label]]
-            return records
-        first = False
-    rest = todo or ([] if records else [label])
-    return records + [Record(name, NOT_RUN, 0.0, BUDGET) for name in rest]
-
-
-def _one_process(
-    command: Sequence[str],
-    deadline: float,
-    patience: float,
-    env: Mapping[str, str],
-    tell: Callable[[Record], None] = lambda record: None,
-) -> _Seen:
     began = heard = time.monotonic()
-    seen, why = _Seen(Ended(None, 0.0, "")), ""
+    ended, size = Ended(), 0
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         path = Path(folder) / "records"
         path.touch()
         with (
             path.open(encoding="utf-8") as said,
-            process(command, log, {**env, RECORDS: str(path)}) as child,
+            process(command, log, {**(env or {}), RECORDS: str(path)}) as child,
         ):
             running = True
-            while running and not why:
-                running = child.poll() is None  # before the last look at what it said
-                if _hear(seen, said, tell):
+            while running and not ended.why:
+                running = child.poll() is None  # before the last look at its records
+                before, size = size, os.fstat(log.fileno()).st_size
+                if ended.hear(said, tell) or (size > before and not by_records):
                     heard = time.monotonic()
                 if running:
                     time.sleep(POLL_SECONDS)
-                    why = _why_end(deadline, heard, patience)
-        seen.ended = Ended(child.returncode, time.monotonic() - began, _read(log), why)
-    return seen
+                    ended.why = _why_end(deadline, heard, patience)
+        ended.code, ended.seconds = child.returncode, time.monotonic() - began
+        log.seek(0)
+        ended.output = log.read().decode(errors="replace")
+    return ended
 
 
-def _hear(seen: _Seen, said: TextIO, tell: Callable[[Record], None]) -> bool:
-    """Takes in the lines that are new, and whole; returns whether there are any."""
-    found = False
-    while True:
-        place = said.tell()
-        line = said.readline()
-        if not line.endswith("\n"):
-            said.seek(place)
-            return found
-        found = True
-        words = json.loads(line)
-        if "names" in words:
-            seen.names = words["names"]
-        elif "start" in words:
-            seen.started, seen.since = words["start"], time.monotonic()
-        elif "end" in words:
-            seen.started = ""
-            record = Record(words["end"], words["outcome"], words["seconds"], words["text"])
-            seen.records.append(record)
-            tell(record)
+def _why_end(deadline: float, heard: float, patience: float) -> str:
+    """Return why to end a process that was last heard then, "" to let it run."""
+    if not seconds_left(deadline):
+        return BUDGET
+    return f"nothing happened for {patience:.0f} s" if time.monotonic() - heard > patience else ""
+
+
+def collect(command: Sequence[str], label: str, deadline: float, **limits: Any) -> Any:
+    """Return the names that a command lists, or a Record called `label` of why it lists none."""
+    ended = run_limited(command, deadline, by_records=True, **limits)
+    if ended.names is not None:
+        return ended.names
+    if ended.why == BUDGET:
+        return Record(label, NOT_RUN, 0.0, BUDGET)
+    return Record(label, FAILED, ended.seconds, ended.ending)
+
+
+def run_isolated(
+    command: Callable[[Sequence[str]], Sequence[str]],
+    label: str,
+    deadline: float,
+    *,
+    names: Sequence[str] = (),
+    log: Path | None = None,
+    tell: Callable[[Record], None] = lambda record: None,
+    **limits: Any,
+) -> list[Record]:
+    """Return a record of every piece.
+
+    Args:
+        command: returns the command for some pieces, or, for none, the command for all there are,
+            which lists them itself.
+        label: name of the record if no piece can be named.
+        deadline: by time.monotonic().
+        names: the pieces; default: all that the command lists.
+        log: a file to which the output of the processes is added.
+        tell: is called with each record at once.
+        limits: environment and patience, see `run_limited`.
+    """
+    todo, records = list(names), []
+    first = True
+    while (first or todo) and seconds_left(deadline):
+        ended = run_limited(command(todo), deadline, by_records=True, tell=tell, **limits)
+        if log is not None:
+            with log.open("a", encoding="utf-8") as file:
+                file.write(ended.output)
+        if first and not names:
+            todo = ended.names or []
+        found = list(ended.records)
+        over = ended.why == BUDGET
+        if ended.started:
+            seconds = time.monotonic() - ended.since
+            how, text = (NOT_RUN, BUDGET + " while it ran") if over else (FAILED, ended.ending)
+            found.append(Record(ended.started, how, seconds, text))
+            tell(found[-1])
+        records += found
+        done = {record.name for record in found}
+        todo = [name for name in todo if name not in done]
+        if not found and not over:
+            if todo or ended.names is None:
+                records += [Record(name, FAILED, 0.0, ended.ending) for name in todo or [label]]
+            return records
+        first = False
+    rest = todo or ([] if records else [label])
+    return records + [Record(name, NOT_RUN, 0.0, BUDGET) for name in rest]

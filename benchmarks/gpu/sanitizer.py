@@ -1,32 +1,33 @@
-"""What compute-sanitizer says, and which case of benchmarks.gpu.cases it says it of.
+"""The output of compute-sanitizer, and the case of benchmarks.gpu.cases that each report is about.
 
-A report is a line "========= " and text, with lines of details that are indented behind it. Those
-of memcheck name what was accessed, those of racecheck both accesses:
+A report is a line "========= " and text, followed by indented details. Those of memcheck name the
+access, those of racecheck both accesses:
 
     ========= Invalid __global__ read of size 4 bytes
     =========     at _some_kernel+0x780 in file.py:61
     ========= Error: Race reported between Write access at _some_kernel+0x150 in file.py:27
     =========     and Read access at _some_kernel+0x160 in file.py:30 [4096 hazards]
 
-Races are counted in the kernels of fastrag alone, which are called _..._kernel: of a library's
-nothing can be said that its authors would not say better.
+Only races in the kernels of fastrag, which are called _..._kernel, count as faults: those of a
+library are its authors' business.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from benchmarks.gpu.isolation import FAILED, PASSED, Record
 
 CODE = 99
-# Each tensor a piece of memory of its own, so that what lies beside it is nobody's.
+# An allocation for each tensor, so that the memory next to it belongs to nobody.
 ENV = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _MOST = 5  # reports of a case that are kept
 _DETAILS = 3
 _LINE = re.compile(r"^={9}(?: (.*))?$")
-# Not of a fault: a title, a count, what racecheck cannot follow, a call to CUDA that was refused,
-# and how the program ended, which is known.
+# No faults: a title, a count, what racecheck cannot follow, a call to CUDA that was refused, and
+# how the program ended, which is known.
 _HARMLESS = re.compile(
     r"COMPUTE-SANITIZER|.*SUMMARY: |Warning: Detected overflow of tracked|Program hit |Saved "
     r"|(?:Error: )?(?:Target application|[Pp]rocess didn't terminate)"
@@ -37,18 +38,18 @@ _COUNT = re.compile(r"^={9} \w+ SUMMARY: ([1-9]\d* .*)$", re.M)
 
 
 def command(program: str, tool: str, loop: Sequence[str]) -> list[str]:
-    """compute-sanitizer on the command `loop`."""
+    """Return the command that runs `loop` under compute-sanitizer."""
     words = [program, "--tool", tool, "--error-exitcode", str(CODE)]
-    # It stops printing at its limit, and what comes after would look sound.
+    # Past its limit it stops printing, and whatever follows would look sound.
     words += ["--print-limit", "10000", "--show-backtrace", "no"]
     words += ["--target-processes", "application-only"]
     if tool == "memcheck":
-        words += ["--report-api-errors", "no"]  # torch asks what it knows may be refused
+        words += ["--report-api-errors", "no"]  # torch makes calls that may be refused
     return [*words, *loop]
 
 
 def reports(said: str) -> list[str]:
-    """What the tool found, each with its first details, in lines."""
+    """Return the faults that the tool found, each with its first details, in lines."""
     found: list[list[str]] = []
     for line in said.splitlines():
         match = _LINE.match(line.rstrip())
@@ -68,7 +69,7 @@ def _is_fault(report: str) -> bool:
 
 
 def attribute(records: Iterable[Record], said: str) -> list[Record]:
-    """A case fails by what the tool printed after its name, also where it ran to its end."""
+    """Return the records with the reports printed after each name, which make a case fail."""
     return [_with_reports(record, said) for record in records]
 
 
@@ -77,13 +78,13 @@ def _with_reports(record: Record, said: str) -> Record:
     found = reports(part[1]) if part else []
     if not found or record.outcome not in (PASSED, FAILED):
         return record
-    # First, for they say where; what CUDA says of the same fault is that it was one.
+    # First, since they say where; CUDA only says that there was a fault.
     text = "\n".join([*found[:_MOST], *([record.text] if record.text else [])])
-    return Record(record.name, FAILED, record.seconds, text)
+    return replace(record, outcome=FAILED, text=text)
 
 
 def unexplained(records: Iterable[Record], said: str) -> str:
-    """What the tool counted where it printed nothing that a case failed by, "" if nothing."""
+    """Return what the tool counted although no case failed, "" if nothing."""
     if any(record.bad for record in records):
         return ""
     counts = _COUNT.findall(said)

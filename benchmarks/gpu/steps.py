@@ -1,12 +1,12 @@
-"""What each step of the suite runs, and what it keeps of it."""
+"""The steps of the suite: what each runs, and what it keeps."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from benchmarks.gpu.isolation import (
     run_limited,
     seconds_left,
 )
+from benchmarks.harness import rows as csv_rows
 from benchmarks.harness.measure import ROOT
 
 # A test may compile a dozen kernels before it says that it is done, and a benchmark prepares its
@@ -40,7 +41,7 @@ QUERY += ",clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.curren
 
 @dataclass(frozen=True)
 class Bench:
-    """One command of benchmarks.run, and how long it may say nothing."""
+    """One command of benchmarks.run, and how long it may be silent."""
 
     op: str
     mode: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Bench:
 
 @dataclass
 class Results:
-    """What is known so far; every step adds its own."""
+    """What is known so far; every step adds its results."""
 
     out: Path
     rounds: int
@@ -87,7 +88,7 @@ def environment(results: Results, deadline: float) -> str:
     found: dict[str, Any] = {}
     for name, command in commands.items():
         try:
-            ended = run_limited(command, min(60.0, seconds_left(deadline)))
+            ended = run_limited(command, min(time.monotonic() + 60.0, deadline))
         except OSError as error:
             found[name] = str(error)
             continue
@@ -100,14 +101,14 @@ def environment(results: Results, deadline: float) -> str:
 
 
 def build(results: Results, deadline: float) -> str:
-    """The extension for a CPU, which nothing on the GPU waits for; one as new as its sources stays.
+    """Build the extension for a CPU, unless it is as new as its sources.
 
-    An older one may lack what the package calls.
+    An older one may lack functions that the package calls. No step on the GPU waits for it.
     """
     ended = run_limited(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        seconds_left(deadline),
-        {"FASTRAG_BUILD_EXT": "1"},
+        deadline,
+        env={"FASTRAG_BUILD_EXT": "1"},
     )
     return "ok" if ended.code == 0 else f"failed: {_last_line(ended.output)}"
 
@@ -121,7 +122,7 @@ def _last_line(text: str) -> str:
 
 
 def test_files() -> list[str]:
-    """The files with tests for a GPU; collecting others takes longer and needs more packages."""
+    """Return the files with tests for a GPU: collecting others is slow and needs more packages."""
     marked = re.compile(r"\bmark\.gpu\b")
     found = (ROOT / "tests").rglob("test_*.py")
     return sorted(str(p.relative_to(ROOT)) for p in found if marked.search(p.read_text()))
@@ -133,13 +134,16 @@ def pytest_command(names: Sequence[str], *more: str) -> list[str]:
 
 
 def tests(results: Results, deadline: float) -> str:
-    """Each function in processes of its own, some at a time: most of the time is compilation."""
-    # Where there is little time a test that hangs is still known as one.
+    """Run each function in processes of its own, some at a time: compilation takes most time."""
+    # With little time left, a test that hangs is still recognised as one.
     patience = min(PATIENCE, 0.5 * seconds_left(deadline))
-    limits = {"deadline": deadline, "patience": patience, "env": PYTEST_ENV}
+    limits: dict[str, Any] = {"patience": patience, "env": PYTEST_ENV}
 
     def look_into(file: str) -> list[str] | Record:
-        return collect(pytest_command([file], "--collect-only"), file, **limits)
+        found: list[str] | Record = collect(
+            pytest_command([file], "--collect-only"), file, deadline, **limits
+        )
+        return found
 
     path = results.out / "tests.txt"  # in its final form when all is done
     path.unlink(missing_ok=True)
@@ -150,7 +154,7 @@ def tests(results: Results, deadline: float) -> str:
             file.write(f"{record.outcome} {record.name}\n{record.text}".rstrip() + "\n")
 
     def one(names: list[str]) -> list[Record]:
-        return run_isolated(pytest_command, names[0], names=names, tell=keep, **limits)
+        return run_isolated(pytest_command, names[0], deadline, names=names, tell=keep, **limits)
 
     with ThreadPoolExecutor(results.jobs) as pool:
         found = list(pool.map(look_into, test_files()))
@@ -162,7 +166,7 @@ def tests(results: Results, deadline: float) -> str:
 
 
 def in_turn(names: Sequence[str]) -> list[list[str]]:
-    """The tests of each function, functions of one file after those of another.
+    """Return the tests of each function, the files taking turns.
 
     If the time is over before all of them ran, some of every file did.
     """
@@ -185,17 +189,18 @@ def _count(records: Sequence[Record]) -> str:
 
 
 def benchmark(results: Results, bench: Bench, deadline: float) -> str:
-    path = results.out / "benchmarks.part.csv"  # of this step: what is done outlives this process
+    path = results.out / "benchmarks.part.csv"  # of this step; it outlives the process
     path.unlink(missing_ok=True)
     seconds = seconds_left(deadline)
     command = bench.command(results.rounds, path)
-    if not bench.shapes:  # the most important first, and an end before it is cut off
+    if not bench.shapes:  # the most important first, and an end in time
         command += ["--budget-minutes", f"{seconds / 60:.2f}"]
-    ended = run_limited(command, seconds, patience=bench.patience)
-    rows = _read_rows(path)
+    ended = run_limited(command, deadline, patience=bench.patience)
+    rows = csv_rows.read(path) if path.exists() else []
     results.rows += rows
     if results.rows:
-        _write_rows(results.out / "benchmarks.csv", results.rows)
+        columns = list(dict.fromkeys(name for row in results.rows for name in row))
+        csv_rows.write(results.out / "benchmarks.csv", results.rows, columns)
     path.unlink(missing_ok=True)
     if ended.why == BUDGET:
         return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
@@ -210,7 +215,7 @@ def benchmark(results: Results, bench: Bench, deadline: float) -> str:
 
 
 def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
-    """What went wrong, by the rows."""
+    """Return what went wrong according to the rows."""
     fine = ("ok", "unavailable")
     return [
         f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
@@ -219,24 +224,11 @@ def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
     ]
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    from benchmarks.harness import report
-
-    report.write_csv(path, rows, list(dict.fromkeys(name for row in rows for name in row)))
-
-
 # ---------------------------------------------------------------------------------------- sanitizer
 
 
 def sanitizer(results: Results, tool: str, deadline: float) -> str:
-    """Each kernel at a small shape, all in one process as long as it lives."""
+    """Run each kernel at a small shape, all in one process as long as it lives."""
     program = toolkit.find("compute-sanitizer")
     if program is None:
         return "not run: there is no compute-sanitizer"
@@ -248,7 +240,7 @@ def sanitizer(results: Results, tool: str, deadline: float) -> str:
             program, tool, [sys.executable, "-m", "benchmarks.gpu.cases", *names]
         ),
         tool,
-        deadline=deadline,
+        deadline,
         patience=PATIENCE,
         names=list(CASES),
         env=tool_output.ENV,
@@ -283,7 +275,7 @@ _LOG = "what the tool said\n"
 def tune(results: Results, deadline: float) -> str:
     seconds = seconds_left(deadline)
     command = [sys.executable, "-m", "benchmarks.tune", "--out", str(results.out / "tuned.json")]
-    ended = run_limited([*command, "--seconds", f"{0.9 * seconds:.0f}"], seconds)
+    ended = run_limited([*command, "--seconds", f"{0.9 * seconds:.0f}"], deadline)
     if ended.code != 0:
         (results.out / "tune.txt").write_text(ended.output)
         return f"failed: {_last_line(ended.output)}"

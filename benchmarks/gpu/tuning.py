@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning
 from fastrag.kernels.mips_rescore import group_size
 from torch import Tensor
 
-from benchmarks.gpu.watch import Recorder, cuda_error
+from benchmarks.gpu.watch import cuda_error, each
 from benchmarks.harness import measure
 from fastrag.ops import triton_mips
 from fastrag.ops.triton_chunks import padded
@@ -239,10 +238,6 @@ def fits(job: Job, device: torch.device) -> bool:
     return not job.regime.get("use_tma") or triton_mips._has_tma(device)
 
 
-class LostError(RuntimeError):
-    """CUDA answers nothing but errors in this process."""
-
-
 def run(job: Job, device: torch.device, *, small: bool = False) -> dict[str, Any]:
     """Returns the fastest candidate, its time, that of the first one, and what each one did.
 
@@ -255,7 +250,7 @@ def run(job: Job, device: torch.device, *, small: bool = False) -> dict[str, Any
         wrong = _wrong(problem, candidate)
         lost = cuda_error()
         if lost:
-            raise LostError(f"{note['config']}: {lost}")
+            raise RuntimeError(f"{note['config']}: {lost}")
         if wrong:
             note["wrong"] = wrong
     able = [i for i, note in enumerate(notes) if "wrong" not in note]
@@ -288,22 +283,17 @@ def _bound(problem: Problem, candidate: Any) -> Callable[[], Outputs]:
 
 
 def main(names: Sequence[str]) -> int:
-    recorder, device = Recorder(), torch.device("cuda")
-    recorder.say(names=list(names or JOBS))
-    for name in names or JOBS:
-        recorder.say(start=name)
+    device = torch.device("cuda")
+
+    def one(name: str) -> str:
         torch.manual_seed(0)
-        began, lost = time.perf_counter(), False
         try:
-            outcome, text = "passed", json.dumps(run(JOBS[name], device))
-        except Exception as error:
-            lost = isinstance(error, LostError) or bool(cuda_error())
-            outcome, text = "failed", f"{type(error).__name__}: {error}"
-        seconds = round(time.perf_counter() - began, 3)
-        recorder.say(end=name, outcome=outcome, seconds=seconds, text=text)
-        if lost:
-            return 1
-        torch.cuda.empty_cache()
+            return json.dumps(run(JOBS[name], device))
+        finally:
+            if not cuda_error():
+                torch.cuda.empty_cache()
+
+    each(names or list(JOBS), one)
     return 0
 
 

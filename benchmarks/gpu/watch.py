@@ -1,10 +1,10 @@
-"""The child's side of isolation: says what begins and how it ended, and stops where CUDA is lost.
+"""The child's side of isolation: say what begins and how it ended, and stop when CUDA is lost.
 
     python -m pytest -p benchmarks.gpu.watch ...
 
-A line of JSON each: {"names": [...]} of what will run, {"start": name}, {"end": name, "outcome",
-"seconds", "text"}. They are in the file that RECORDS names as soon as they are said, so that what
-ends the process ends nothing else.
+Each line of the file that RECORDS names is JSON: {"names": [...]} of what will run, {"start":
+name}, {"end": name, "outcome", "seconds", "text"}. It is written at once, so that whatever ends the
+process loses nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ TEXT = 4000  # characters of a failure
 
 
 class Recorder:
-    """Appends to the file of RECORDS; to nothing where there is none."""
+    """Appends to the file of RECORDS, if there is one."""
 
     def __init__(self) -> None:
         path = os.environ.get(RECORDS)
@@ -34,11 +34,20 @@ class Recorder:
             self.file.write(json.dumps(fields) + "\n")
             self.file.flush()
 
+    def begin(self, name: str) -> None:
+        self.outcome, self.text, self.began = "passed", "", time.perf_counter()
+        self.say(start=name)
+
+    def end(self, name: str) -> None:
+        seconds = round(time.perf_counter() - self.began, 3)
+        text = self.text if self.outcome == "passed" else self.text[-TEXT:]
+        self.say(end=name, outcome=self.outcome, seconds=seconds, text=text)
+
 
 def cuda_error() -> str:
-    """What CUDA says once all that was launched is done, "" if nothing.
+    """Return what CUDA reports once all launched work is done, "" if nothing.
 
-    A fault is told by whichever call comes next. Told here, it is that of the work just done.
+    The next call would report a fault; here it belongs to the work just done.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
@@ -50,24 +59,45 @@ def cuda_error() -> str:
     return ""
 
 
-class Watch:
-    def __init__(self) -> None:
-        self.recorder = Recorder()
-        self.outcome, self.text, self.began = "passed", "", 0.0
+def each(names: Sequence[str], do: Callable[[str], str]) -> int:
+    """Run pieces of work one by one, recording what each returns or raises.
+
+    Returns 1 if one failed. The first one that loses CUDA is the last.
+    """
+    recorder, code = Recorder(), 0
+    recorder.say(names=list(names))
+    for name in names:
+        recorder.begin(name)
+        try:
+            recorder.text = do(name)
+        except Exception as error:
+            recorder.outcome, recorder.text = "failed", f"{type(error).__name__}: {error}"
+        lost = cuda_error()
+        if lost:
+            recorder.outcome, recorder.text = "failed", lost
+        recorder.end(name)
+        if recorder.outcome == "failed":
+            print(f"failed: {name}: {recorder.text}", flush=True)
+            code = 1
+        if lost:
+            break
+    return code
+
+
+class Watch(Recorder):
+    """Records each test of a session of pytest."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if not session.testsfailed:  # of a file that cannot be imported nothing is known
-            self.recorder.say(names=[item.nodeid for item in session.items])
+        if not session.testsfailed:  # nothing is known about a file that cannot be imported
+            self.say(names=[item.nodeid for item in session.items])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.outcome, self.text, self.began = "passed", "", time.perf_counter()
-        self.recorder.say(start=nodeid)
+        self.begin(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome == "passed" or self.outcome == "failed":
             return
-        self.outcome = report.outcome
-        self.text = report.longreprtext
+        self.outcome, self.text = report.outcome, report.longreprtext
         if report.skipped and isinstance(report.longrepr, tuple):
             self.text = str(report.longrepr[2])
 
@@ -80,8 +110,7 @@ class Watch:
             pytest.fail(f"CUDA is lost to this process: {lost}", pytrace=False)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        seconds = round(time.perf_counter() - self.began, 3)
-        self.recorder.say(end=nodeid, outcome=self.outcome, seconds=seconds, text=self.text[-TEXT:])
+        self.end(nodeid)
 
 
 def pytest_configure(config: pytest.Config) -> None:

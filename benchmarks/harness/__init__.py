@@ -1,9 +1,9 @@
-"""What the commands time with.
+"""How the commands time an operation.
 
-registry.py  what an entry is               worker.py     the process that a provider is timed in
-turns.py     workers taking turns           measure.py    clock, memory, and what machine this is
-report.py    tables and CSV                 committed.py  rows of CSV that are in the repository
-plan.py      points within a budget         commits.py    the same providers at two commits
-shared.py    tensors of all processes       arguments.py  what the commands' options share
-steps.py     training steps in processes    native.py     C++ programs of the sources in csrc/
+registry.py  types of an entry                  timing.py     providers taking turns
+process.py   the child that a provider runs in  shared.py     tensors of all children
+measure.py   clock, memory, machine             arguments.py  options that commands share
+report.py    tables of a run                    rows.py       rows of CSV
+plan.py      points within a budget             committed.py  rows in the repository
+commits.py   the same at two commits            native.py     C++ programs of csrc/
 """

@@ -1,10 +1,11 @@
-"""What the commands of this folder share in reading their arguments: one line, and exit code 2."""
+"""The options that several commands share: a bad argument is one line and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,99 +13,161 @@ import torch
 
 from benchmarks.harness.measure import free_memory
 from benchmarks.harness.registry import DEVICES, DTYPES, Op, Shape
+from benchmarks.harness.rows import shape_text
+from benchmarks.harness.timing import Case
 
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+DEFAULT_ROUNDS = {"cpu": 5, "cuda": 20}
 LARGEST = (1 << 31) - 1  # number of a shape
 GIB = 1 << 30
 
 
 def by_device(defaults: Mapping[str, object]) -> str:
-    """What --help says of a default that differs."""
+    """Return how --help describes a default that depends on the device."""
     return f"default: {defaults['cpu']} on a CPU, {defaults['cuda']} on a GPU"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in names:
+            known = ", ".join(names)
+            raise argparse.ArgumentTypeError(f"expected one of {known}, got {text!r}")
+        return text
+
+    return read
 
 
-def complete_device(parser: Parser, args: argparse.Namespace) -> None:
-    """Checks and fills in --device and --dtype, and checks FASTRAG_BACKEND."""
-    from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device not in DEVICES:
-        parser.error(f"--device: expected {' or '.join(DEVICES)}, got {args.device!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: torch sees no CUDA device")
-    args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
-    if args.dtype not in DTYPES:
-        parser.error(f"--dtype: expected one of {', '.join(DTYPES)}, got {args.dtype!r}")
-    asked = os.environ.get(BACKEND_VARIABLE, "")
-    if asked and asked not in NAMES:
-        parser.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
+def at_least_one(text: str) -> int:
+    if not text.lstrip("-").isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
 
 
-def check_mode(parser: Parser, op: Op, mode: str) -> None:
-    if mode not in op.modes:
-        parser.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
-
-
-def shape_of(parser: Parser, op: Op, text: str) -> Shape:
-    """Reads a shape of the op, such as 2,5,32,512,50265."""
-    numbers = text.split(",")
-    if len(numbers) != len(op.dims) or not all(n.isascii() and n.isdigit() for n in numbers):
-        parser.error(f"--shape: expected {','.join(op.dims)}, got {text!r}")
-    shape = tuple(map(int, numbers))
-    if not all(0 < n <= LARGEST for n in shape):
-        parser.error(f"--shape: expected positive numbers, at most {LARGEST}, got {text!r}")
-    return shape
-
-
-def check_size(parser: Parser, args: argparse.Namespace, op: Op, mode: str, shape: Shape) -> None:
-    """That the op knows such sizes, and that what it reads and writes fits into memory.
-
-    A problem that is too large would have the system end processes, and not only ours.
-    """
+def positive(text: str) -> float:
     try:
-        least = op.bytes(mode, shape, DTYPES[args.dtype].itemsize)
-    except ValueError as error:
-        parser.error(f"--shape: {error}")
-    free = free_memory(torch.device(args.device))
-    if least > free:
-        parser.error(
-            f"--shape: expected inputs and outputs of at most {free / GIB:.1f} GiB, which are "
-            f"free, got {','.join(map(str, shape))} with {least / GIB:.1f}"
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `python -m benchmarks.NAME`, whose docstring is `about`."""
+
+    def __init__(self, name: str, about: str | None) -> None:
+        super().__init__(prog=f"benchmarks.{name}", description=(about or "").partition("\n")[0])
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+    def add_problem(self, *, several: bool = False) -> None:
+        """Add the options that say what is run: --shape, --mode, --dtype, --device."""
+        nargs = "+" if several else None
+        self.add_argument("--shape", nargs=nargs, help="such as 2,5,32,512,50265; default: sweep")
+        self.add_argument("--mode", "--marginal", nargs=nargs, help="of the op's modes")
+        self.add_argument(
+            "--dtype",
+            type=one_of(list(DTYPES)),
+            help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}",
         )
+        help_of_device = "cpu or cuda; default: cuda if there is one"
+        self.add_argument("--device", type=one_of(DEVICES), help=help_of_device)
 
+    def add_rounds(self) -> None:
+        help_of_rounds = f"turns that count; {by_device(DEFAULT_ROUNDS)}"
+        self.add_argument("--rounds", type=at_least_one, help=help_of_rounds)
 
-def names_of(parser: Parser, text: str | None, known: Sequence[str], what: str) -> list[str]:
-    """Reads names with commas between them, each once; all that are known without a text."""
-    if text is None:
-        return list(known)
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in known:
-            parser.error(f"{what} {name!r}; known: {', '.join(known)}")
-    return names
+    def add_csv(self) -> None:
+        self.add_argument("--csv", type=Path, help="file to add the rows to")
 
+    def complete(self, args: argparse.Namespace) -> None:
+        """Check the device and FASTRAG_BACKEND, and set the defaults that depend on the device."""
+        from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
 
-def check_csv(parser: Parser, path: Path | None, columns: Sequence[str]) -> None:
-    """That rows of these columns can be added to the file; before anything is measured."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        parser.error(f"--csv: {path.parent} is not a folder")
-    if path.is_dir():
-        parser.error(f"--csv: expected a file, got the folder {path}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        parser.error(f"--csv: {path} cannot be written")
-    if not path.is_file() or not path.stat().st_size:
-        return
-    text = path.read_bytes()
-    if text.partition(b"\n")[0] != ",".join(columns).encode() or not text.endswith(b"\n"):
-        parser.error(
-            f"--csv: rows are added to a file that has them, and {path} is not one of the columns "
-            f"{','.join(columns)}"
-        )
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            self.error("--device: torch sees no CUDA device")
+        args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
+        if "rounds" in args:
+            args.rounds = args.rounds or DEFAULT_ROUNDS[args.device]
+        asked = os.environ.get(BACKEND_VARIABLE, "")
+        if asked and asked not in NAMES:
+            self.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
+
+    def check_mode(self, op: Op, mode: str) -> None:
+        if mode not in op.modes:
+            self.error(f"{op.name} has no mode {mode!r}; modes: {', '.join(op.modes)}")
+
+    def shape(self, op: Op, text: str) -> Shape:
+        """Read a shape of the op, such as 2,5,32,512,50265."""
+        numbers = text.split(",")
+        if len(numbers) != len(op.dims) or not all(n.isascii() and n.isdigit() for n in numbers):
+            self.error(f"--shape: expected {','.join(op.dims)}, got {text!r}")
+        shape = tuple(map(int, numbers))
+        if not all(0 < n <= LARGEST for n in shape):
+            self.error(f"--shape: expected positive numbers, at most {LARGEST}, got {text!r}")
+        return shape
+
+    def check_size(self, args: argparse.Namespace, op: Op, mode: str, shape: Shape) -> None:
+        """Check that the op knows such sizes, and that inputs and outputs fit into memory.
+
+        A problem that is too large would make the system end processes, not only ours.
+        """
+        try:
+            least = op.bytes(mode, shape, DTYPES[args.dtype].itemsize)
+        except ValueError as error:
+            self.error(f"--shape: {error}")
+        free = free_memory(torch.device(args.device))
+        if least > free:
+            self.error(
+                f"--shape: expected inputs and outputs of at most {free / GIB:.1f} GiB, which are "
+                f"free, got {shape_text(shape)} with {least / GIB:.1f}"
+            )
+
+    def names(self, text: str | None, known: Sequence[str], what: str) -> list[str]:
+        """Read names separated by commas, each once; all that are known if there is no text."""
+        names = list(known) if text is None else list(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in known:
+                self.error(f"{what} {name!r}; known: {', '.join(known)}")
+        return names
+
+    def check_csv(self, path: Path | None, columns: Sequence[str]) -> None:
+        """Check that rows of these columns can be added to a file, before anything is measured."""
+        if path is None:
+            return
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            self.error(f"--csv: {path.parent} is not a folder")
+        if path.is_dir():
+            self.error(f"--csv: expected a file, got the folder {path}")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            self.error(f"--csv: {path} cannot be written")
+        text = path.read_bytes() if path.is_file() else b""
+        head = ",".join(columns)
+        if text and (text.partition(b"\n")[0] != head.encode() or not text.endswith(b"\n")):
+            self.error(f"--csv: expected a file with the columns {head}, got {path}")
+
+    def parse_cases(
+        self, argv: Sequence[str] | None, op: Op, known: Sequence[str], columns: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[Case]]:
+        """Add and read the options of a command about one op at one point.
+
+        Returns the arguments and a case for each provider that was asked for, of those `known`.
+        """
+        self.add_argument("--providers", help=f"some of {','.join(known)}; default: all")
+        self.add_problem()
+        self.add_csv()
+        args = self.parse_args(argv)
+        self.complete(args)
+        mode = args.mode or op.modes[0]
+        self.check_mode(op, mode)
+        names = self.names(args.providers, known, "no provider is called")
+        shape = op.sweep(args.device, mode)[0]
+        if args.shape:
+            shape = self.shape(op, args.shape)
+            self.check_size(args, op, mode, shape)
+        self.check_csv(args.csv, columns)
+        return args, [Case(op.name, name, mode, shape, args.dtype, args.device) for name in names]

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+from benchmarks.harness import rows
 from benchmarks.harness.measure import ROOT
 from benchmarks.harness.plan import by_importance
-from benchmarks.harness.registry import Op, Shape
-from benchmarks.harness.report import COLUMNS
-from benchmarks.harness.turns import OK
+from benchmarks.harness.process import OK
+from benchmarks.harness.registry import DTYPES, Op, Shape
+from benchmarks.harness.report import Comparison, Timing
+from benchmarks.harness.rows import COLUMNS, Row
 from benchmarks.ops import OPS
 
 RESULTS = ROOT / "benchmarks" / "results"
+STAGE = "stage"  # the column that benchmarks.stages adds
 Key = tuple[str, str, str, Shape]  # op, mode, dtype, shape
 
 
 @dataclass(frozen=True)
-class Timing:
-    """What one provider took."""
+class Group(Comparison):
+    """All providers that were timed at one point of an op in one run."""
 
-    provider: str
-    ms: float
-    mib: float | None
-    spread: tuple[float, float] | None = None  # p20 and p80, ms
-
-
-@dataclass(frozen=True)
-class Group:
-    """All providers that were timed at one point of an op, in one run."""
-
-    op: Op
-    mode: str
-    dtype: str
-    shape: Shape
-    rows: tuple[dict[str, str], ...]  # of the CSV
+    rows: tuple[Row, ...]  # of the CSV
 
     @property
     def key(self) -> Key:
@@ -45,67 +34,72 @@ class Group:
 
     @cached_property
     def timings(self) -> list[Timing]:
-        """Of those that were timed."""
-        return [
-            Timing(row["provider"], float(row["ms_p50"]), _number(row["peak_mib"]), _spread_of(row))
-            for row in self.rows
-            if row["status"] == OK
-        ]
+        return [_timing(row) for row in self.rows if row["status"] == OK]
 
     @property
     def run(self) -> tuple[str, str]:
-        """What is the same for all that one command timed."""
+        """What all rows of one command have in common."""
         return self.fact("commit"), self.fact("date")
 
     def fact(self, name: str) -> str:
-        """A column that says where or when: the same for all rows."""
+        """Return a column that is the same for all rows, such as a version or the date."""
         return self.rows[0][name]
 
-    @cached_property
-    def own(self) -> Timing | None:
-        """The first of ours: what a user gets there."""
-        return next(iter(self.of("ours")), None)
+    @property
+    def flops(self) -> float:
+        return self.op.flops(self.mode, self.shape)
 
-    @cached_property
-    def best_peer(self) -> Timing | None:
-        return min(self.of("peer"), key=lambda t: t.ms, default=None)
+    @property
+    def intensity(self) -> float:
+        """Flops for each byte that must move."""
+        return self.flops / self.op.bytes(self.mode, self.shape, DTYPES[self.dtype].itemsize)
 
-    @cached_property
-    def ceiling(self) -> Timing | None:
-        """The tightest one."""
-        return max(self.of("ceiling"), key=lambda t: t.ms, default=None)
+    @property
+    def dtype_words(self) -> list[str]:
+        """The dtype, unless the modes of the op are dtypes."""
+        return [] if self.dtype in self.op.modes else [self.dtype]
 
-    def of(self, kind: str) -> list[Timing]:
-        """In the order of the registry."""
-        by_name = {t.provider: t for t in self.timings}
-        return [by_name[name] for name in self.op.names(kind) if name in by_name]
 
-    def times_as_fast(self, other: Timing | None) -> float | None:
-        """How many times as long as ours the other one takes."""
-        return other.ms / self.own.ms if self.own and other else None
+def _timing(row: Row) -> Timing:
+    low, high, mib = (float(row[n]) if row[n] else None for n in ("ms_p20", "ms_p80", "peak_mib"))
+    spread = None if low is None or high is None else (low, high)
+    return Timing(row["provider"], float(row["ms_p50"]), mib, spread)
 
 
 def devices() -> list[str]:
-    """Names of the folders with results."""
+    """Return the names of the folders with results."""
     return sorted(folder.name for folder in RESULTS.iterdir() if any(folder.glob("*.csv")))
 
 
 def load_all(device: str) -> list[Group]:
-    """The groups of one device, of all runs; files of other columns are not of this kind."""
-    return list(_groups_of(device, COLUMNS))
+    """Return the groups of all runs on one device; files with other columns are left alone."""
+    return [g for file in _files(device) for g in groups_of(file)]
 
 
 def load(device: str) -> dict[Key, Group]:
-    """One group a point: of two runs the one that timed more providers, of equals the newer one."""
+    """Return one group for each point: the one with most providers, then the newest."""
     return _best(load_all(device))
 
 
-STAGE = "stage"  # the column that benchmarks.stages adds
-
-
 def load_stages(device: str) -> list[Group]:
-    """What `benchmarks.stages` wrote, likewise: of each provider a row for each stage."""
-    return list(_best(_groups_of(device, [*COLUMNS, STAGE])).values())
+    """Return likewise what `benchmarks.stages` wrote, which has a row for each stage."""
+    columns = [*COLUMNS, STAGE]
+    return list(_best(g for file in _files(device) for g in groups_of(file, columns)).values())
+
+
+def groups_of(file: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Group]:
+    """Yield the groups in a file, none if it has other columns."""
+    runs: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows.read(file):
+        if list(row) == list(columns) and row["op"] in OPS:
+            point = ("op", "mode", "dtype", "shape", "commit", "date", "device", "threads")
+            runs.setdefault(tuple(row[name] for name in point), []).append(row)
+    for (op, mode, dtype, shape, *_), found in runs.items():
+        yield Group(OPS[op], mode, dtype, tuple(map(int, shape.split(","))), tuple(found))
+
+
+def _files(device: str) -> list[Path]:
+    return sorted((RESULTS / device).glob("*.csv"))
 
 
 def _best(groups: Iterable[Group]) -> dict[Key, Group]:
@@ -118,73 +112,44 @@ def _best(groups: Iterable[Group]) -> dict[Key, Group]:
     return found
 
 
-def _groups_of(device: str, columns: Sequence[str]) -> Iterator[Group]:
-    for file in sorted((RESULTS / device).glob("*.csv")):
-        with file.open(newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines)
-            if reader.fieldnames == list(columns):
-                yield from _groups(reader)
-
-
-def _groups(rows: Iterable[dict[str, str]]) -> Iterator[Group]:
-    runs: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    point = ("op", "mode", "dtype", "shape", "commit", "date")
-    for row in rows:
-        if row["op"] in OPS:
-            runs.setdefault(tuple(row[name] for name in point), []).append(row)
-    for found in runs.values():
-        first = found[0]
-        shape = tuple(map(int, first["shape"].split(",")))
-        yield Group(OPS[first["op"]], first["mode"], first["dtype"], shape, tuple(found))
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
-
-
-def _spread_of(row: dict[str, str]) -> tuple[float, float] | None:
-    low, high = _number(row["ms_p20"]), _number(row["ms_p80"])
-    return None if low is None or high is None else (low, high)
-
-
 def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
-    """What was timed of the op's sweep and has one of ours, the most important first."""
+    """Return the points of the op's sweep that have one of ours, the most important first."""
     own = [g for g in groups.values() if g.op is op and g.own]
     device = "cuda" if own and own[0].fact("driver") else "cpu"
     order = {(p.mode, p.shape): i for i, p in enumerate(by_importance(op, device))}
-    return sorted(
-        (g for g in own if (g.mode, g.shape) in order), key=lambda g: order[g.mode, g.shape]
-    )
+    there = (g for g in own if (g.mode, g.shape) in order)
+    return sorted(there, key=lambda g: order[g.mode, g.shape])
 
 
 def along(groups: Iterable[Group], op: Op, dim: str) -> list[list[Group]]:
-    """The lines of a curve, in the op's first mode: three points at least, others fixed.
+    """Return the lines of a curve in the op's first mode, of at least three points each.
 
-    All of a line are of one run if there is one that has them, for a machine is faster in one
-    minute than in the next; what that one lacks is of the run that has most of the line, and so on.
+    The points of a line come from one run if a run has them all, since the machine is faster in one
+    minute than in the next; points that it lacks come from the run with most of the line, and so
+    on.
     """
     place = op.dims.index(dim)
     lines: dict[tuple[str, Shape], list[Group]] = {}
     for g in groups:
         if g.op is op and g.mode == op.modes[0] and g.own and g.shape in op.curves[dim]:
-            lines.setdefault((g.dtype, _without(g.shape, place)), []).append(g)
+            others = g.shape[:place] + g.shape[place + 1 :]
+            lines.setdefault((g.dtype, others), []).append(g)
     chosen = [_one_each(line) for line in lines.values()]
     return [line for line in chosen if len(line) >= 3]
 
 
 def _one_each(line: Sequence[Group]) -> list[Group]:
-    """Of groups at the same point, that of the run with most of them, then of the newest."""
+    """Return one group for each shape: that of the run with most groups, then of the newest."""
     runs = Counter(g.run for g in line)
     best = {g.shape: g for g in sorted(line, key=lambda g: (runs[g.run], g.fact("date")))}
     return [best[shape] for shape in sorted(best)]
 
 
-def _without(shape: Shape, place: int) -> Shape:
-    return shape[:place] + shape[place + 1 :]
+# ------------------------------------------------------------------------------------- tables
 
 
 def source(groups: Sequence[Group]) -> str:
-    """Device, versions, commits and days of what is shown."""
+    """Return device, versions, commits and days of what is shown."""
 
     def all_of(name: str, show: Callable[[str], str] = str) -> str:
         return ", ".join(dict.fromkeys(show(g.fact(name)) for g in groups))
@@ -197,39 +162,26 @@ def source(groups: Sequence[Group]) -> str:
     return " · ".join([*parts, all_of("date", lambda date: date[:10])])
 
 
-def point_text(g: Group) -> str:
-    """Such as `sequence 2,5,32,512,50265 float32`; where modes are storages, the mode says it."""
-    shape = ",".join(map(str, g.shape))
-    return " ".join([g.mode, shape, *dtype_words(g)])
-
-
-def dtype_words(g: Group) -> list[str]:
-    return [] if g.dtype in g.op.modes else [g.dtype]
-
-
-# ------------------------------------------------------------------------------------- tables
-
-
 def table(groups: Sequence[Group]) -> str:
-    """Markdown."""
+    """Return a table in Markdown."""
     heads = ["op", "mode", "shape", "fastrag, ms", "best peer, ms", "times as fast"]
     heads += ["ceiling, ms", "time over ceiling", "extra MiB", "of that peer"]
     lines = [heads]
     for g in groups:
         assert g.own is not None
-        over = None if g.ceiling is None else g.own.ms / g.ceiling.ms
+        peer, ceiling, faster = g.best_peer, g.tightest_ceiling, g.times_as_fast(g.best_peer)
         shape = f"{', '.join(g.op.dims)} = {', '.join(map(str, g.shape))}"
-        against = g.times_as_fast(g.best_peer)
-        cells = [f"`{g.op.name}`", " ".join([g.mode, *dtype_words(g)]), shape, in_ms(g.own)]
-        cells += [_named(g.best_peer), f"{against:.2f} ×" if against else "–", _named(g.ceiling)]
-        cells += [f"{over:.2f}" if over else "–", _mib(g.own), _mib(g.best_peer)]
+        cells = [f"`{g.op.name}`", " ".join([g.mode, *g.dtype_words]), shape, in_digits(g.own.ms)]
+        cells += [_named(peer), f"{faster:.2f} ×" if faster else "–", _named(ceiling)]
+        cells.append(f"{g.own.ms / ceiling.ms:.2f}" if ceiling else "–")
+        cells += ["–" if t is None or t.mib is None else f"{t.mib:.1f}" for t in (g.own, peer)]
         lines.append(cells)
     head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|---" * len(heads) + "|", *body])
 
 
 def not_won(points: Sequence[Group]) -> str:
-    """Where a peer is as fast as ours, or faster."""
+    """Return where a peer is as fast as ours, or faster."""
     against = [g for g in points if g.best_peer]
     lost = [g for g in against if (g.times_as_fast(g.best_peer) or 0.0) <= 1.0]
     won = len(against) - len(lost)
@@ -238,25 +190,18 @@ def not_won(points: Sequence[Group]) -> str:
         lines[0] += " The others:\n"
     for g in lost:
         assert g.own is not None and g.best_peer is not None
+        point = " ".join([g.mode, rows.shape_text(g.shape), *g.dtype_words])
         lines.append(
-            f"- `{g.op.name}` {point_text(g)}: {g.best_peer.provider} takes "
-            f"{in_ms(g.best_peer)} ms, fastrag {in_ms(g.own)}."
+            f"- `{g.op.name}` {point}: {g.best_peer.provider} takes "
+            f"{in_digits(g.best_peer.ms)} ms, fastrag {in_digits(g.own.ms)}."
         )
     return "\n".join(lines)
 
 
-def in_ms(timing: Timing) -> str:
-    return in_digits(timing.ms)
-
-
 def in_digits(x: float) -> str:
-    """Three at the least, and no exponent."""
+    """Return at least three digits, without an exponent."""
     return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def _named(timing: Timing | None) -> str:
-    return "–" if timing is None else f"{timing.provider} {in_ms(timing)}"
-
-
-def _mib(timing: Timing | None) -> str:
-    return "–" if timing is None or timing.mib is None else f"{timing.mib:.1f}"
+    return "–" if timing is None else f"{timing.provider} {in_digits(timing.ms)}"

@@ -1,4 +1,4 @@
-"""The clock, the memory above inputs and outputs, and what machine this is."""
+"""The clock, the memory above inputs and outputs, and facts about this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,20 +24,20 @@ Call = Callable[[], Sequence[Tensor]]
 # A turn lasts at least this long, so that a call of microseconds is not timed alone.
 TURN_SECONDS = 0.05
 MAX_CALLS = 1000
-# More than the second-level cache of any GPU so far: zeroed before each call there.
+# More than the second-level cache of any GPU so far; zeroed before each call on a GPU.
 CACHE_BYTES = 256 << 20
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the memory behind the tensors, shared memory once."""
+    """Return the bytes of the memory behind the tensors; shared memory counts once."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values())
 
 
 def extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Returns the peak of a call's memory above what was there before and what it returns.
+    """Return the peak of a call's memory above what was there before and what it returns.
 
-    On a CPU that is the resident set of this process; None where the system does not tell. What the
+    On a CPU that is the resident set of this process; None if the system does not tell. What the
     call keeps for the next one counts if this call is the first that needs it.
     """
     gc.collect()
@@ -47,36 +48,19 @@ def extra_bytes(call: Call, device: torch.device) -> int | None:
         returned = nbytes(call())
         torch.cuda.synchronize()
         return max(0, torch.cuda.max_memory_allocated() - before - returned)
-    _give_back_free_memory()
-    if not _forget_peak():
-        return None
-    before = _status("VmRSS")
-    returned = nbytes(call())
-    return max(0, _status("VmHWM") - before - returned)
-
-
-def _give_back_free_memory() -> None:
-    """Memory that malloc holds back would be used without being seen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _forget_peak() -> bool:
-    """Sets VmHWM back to VmRSS (proc(5), clear_refs)."""
+    with suppress(AttributeError):  # memory that malloc holds back would be used without a trace
+        ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (proc(5))
     except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int:
-    return _kilobytes("/proc/self/status", field)
+        return None
+    before = _kilobytes("/proc/self/status", "VmRSS")
+    returned = nbytes(call())
+    return max(0, _kilobytes("/proc/self/status", "VmHWM") - before - returned)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that may still be taken; infinite where the system does not tell."""
+    """Return the bytes that may still be taken; infinite if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -101,9 +85,9 @@ class Turn:
 
 
 def calls_per_turn(call: Call, device: torch.device) -> int:
-    """Returns how many calls make up a turn, from the time that one takes."""
+    """Return how many calls make up a turn, from the time that one takes."""
     seconds = one_turn(call, device, 1).wall / 1e3
-    if seconds < TURN_SECONDS:  # too short a look to be believed once
+    if seconds < TURN_SECONDS:  # too short for a single measurement
         seconds = min(seconds, *(one_turn(call, device, 1).wall / 1e3 for _ in range(3)))
     return max(1, min(MAX_CALLS, round(TURN_SECONDS / max(seconds, 1e-7))))
 
@@ -119,8 +103,10 @@ def one_turn(call: Call, device: torch.device, n_calls: int) -> Turn:
 
 
 def _cuda_turn(call: Call, n_calls: int) -> Turn:
-    """Memory is given back at the end, since all providers share the GPU, and taken by a first,
-    uncounted call."""
+    """Time calls by events, after a first call that takes the memory and does not count.
+
+    All providers share the GPU, so the memory is given back at the end.
+    """
     call()
     cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
     spans = []
@@ -141,37 +127,28 @@ def _cuda_turn(call: Call, n_calls: int) -> Turn:
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What a row of the CSV says about the machine and the versions, and when."""
+    """Return the columns of the CSV about the machine, the versions and the time."""
+    on_gpu = device.type == "cuda"
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": _device_name(device),
-        "driver": _driver() if device.type == "cuda" else "",
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
+        "driver": _output(*driver).partition("\n")[0] if on_gpu else "",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": commit(),
+        # "-dirty" if the checkout has changed since; "" without git
+        "commit": _output("git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=9"),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 
-def commit() -> str:
-    """The commit of this checkout, with "-dirty" if it has changed since; "" without git."""
-    return _output("git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=9")
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.partition("\n")[0]
 
 
 def _version(distribution: str) -> str:

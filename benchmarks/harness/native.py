@@ -1,4 +1,4 @@
-"""Programs of the C++ sources without Python: compiled with the flags of setup.py."""
+"""Programs made of the C++ sources without Python, compiled with the flags of setup.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILER = "g++"
 
 
 def compiler_version() -> str:
-    """The first line of what the compiler says of itself; "" if there is none."""
+    """Return the first line of what the compiler says about itself, "" if there is none."""
     if shutil.which(COMPILER) is None:
         return ""
     done = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True)

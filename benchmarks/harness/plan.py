@@ -1,4 +1,4 @@
-"""Which points a run times, in which order, and for which of them its budget is enough."""
+"""The points that a run times, their order, and which of them fit its budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from benchmarks.harness.registry import Op, Shape
 
-# What a point of an op that was not timed yet is taken to cost at the least.
+# Assumed least cost of a point of an op of which none was timed yet.
 FIRST_SECONDS = 60.0
 
 
@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
 
 def by_importance(op: Op, device: str) -> list[Point]:
-    """The op's sweep: its headlines, then all modes of one shape after the other."""
+    """Return the op's sweep: its headlines, then all modes of one shape after the other."""
     sweeps = ([Point(op, mode, shape) for shape in op.sweep(device, mode)] for mode in op.modes)
     sweep = [point for points in zip_longest(*sweeps) for point in points if point]
     headlines = [Point(op, mode, shape) for mode, shape in op.headlines]
@@ -30,7 +30,7 @@ def by_importance(op: Op, device: str) -> list[Point]:
 
 
 def in_turn(ops: Iterable[Op], device: str) -> list[Point]:
-    """The most important point of each op, then the second of each, and so on."""
+    """Return the most important point of each op, then the second of each, and so on."""
     each = (by_importance(op, device) for op in ops)
     return [point for point in chain.from_iterable(zip_longest(*each)) if point]
 
@@ -38,9 +38,9 @@ def in_turn(ops: Iterable[Op], device: str) -> list[Point]:
 class Budget:
     """Seconds for a whole run over `n_ops`.
 
-    A point is begun if the longest one of its op would still fit, or the longest of any where its
-    op has none; it may then take its op's share of what is left. So on a busy machine all ops have
-    fewer turns, and not the first one them all.
+    A point is started if the longest one of its op would still fit, or the longest of any op if its
+    own has none; it may then take its op's share of the time left. On a busy machine all ops have
+    fewer turns then, and the first one does not have them all.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Budget:
 
     @contextmanager
     def spent_on(self, op: Op) -> Iterator[float]:
-        """Yields the time after which turns should end."""
+        """Yield the time after which turns should end."""
         start = self.clock()
         yield start + (self.until - start) / self.n_ops
         self.longest[op.name] = max(self.longest.get(op.name, 0.0), self.clock() - start)

@@ -1,8 +1,8 @@
-"""What an entry of the benchmark registry is; the entries themselves are in benchmarks/ops/.
+"""The types of the benchmark registry, whose entries are in benchmarks/ops/.
 
-An operation (`Op`) makes inputs, knows the right answer, and has providers: ours, peers, and one
-ceiling that nothing can pass, such as the matrix products alone or a copy of as many bytes. The
-same entries serve `benchmarks.run`, the pytest face and the tests.
+An operation (`Op`) makes inputs, knows the right answer, and has providers: ours, peers, and
+ceilings that nothing can pass, such as the matrix products alone or a copy of as many bytes. The
+command, the pytest face and the tests use the same entries.
 """
 
 from __future__ import annotations
@@ -13,39 +13,38 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.harness.rows import shape_text
 from benchmarks.harness.shared import Spec
 
 Shape = tuple[int, ...]
+Outputs = tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+Prepare = Callable[[str, Any], Call]  # mode, problem -> what is timed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALF = ("bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
-# Relative error that passes whatever plain torch does: a peer may round more often than it, and a
-# gradient that is wrong is off by far more.
+# Relative error that always passes: a peer may round more often than plain torch, and a wrong
+# gradient is off by far more.
 FLOORS = {"float32": 3e-5, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
-def always() -> str:
-    return ""
+def directly(run: Callable[[str, Any], Outputs]) -> Prepare:
+    """Return the `prepare` of a provider that has nothing to prepare."""
+    return lambda mode, problem: partial(run, mode, problem)
 
 
-def unchanged(mode: str, problem: Any) -> Any:
-    return problem
-
-
-def no_memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
-    return 0, 0
-
-
-def needs(module: str) -> Callable[[], str]:
-    """Returns a test for an installed module: "" if it is there, else the reason."""
+def needs(*modules: str) -> Callable[[], str]:
+    """Return a test for installed modules: "" if all are there, else the reason."""
 
     def missing() -> str:
-        return "" if importlib.util.find_spec(module) else f"{module} is not installed"
+        absent = [name for name in modules if not importlib.util.find_spec(name)]
+        return f"{absent[0]} is not installed" if absent else ""
 
     return missing
 
@@ -54,32 +53,26 @@ def needs(module: str) -> Callable[[], str]:
 class Provider:
     """One way to do the operation.
 
-    `run(mode, problem)` returns the outputs that the operation names, gradients included. What it
-    gets for a problem is `setup(mode, problem)`, neither timed nor counted: an index of its own,
-    perhaps. `missing` gives the reason why it cannot run here, "" if it can. `compiles`: its first
-    call at a shape builds code, whose memory is not counted. `memory(mode, shape, device)` bounds
-    the bytes that its process keeps beside what is shared, and those that a call takes in addition.
+    `prepare(mode, problem)` is neither timed nor counted, and may build an index; it returns the
+    call that is. A call returns the outputs that the operation names, gradients included. `missing`
+    gives the reason why the provider cannot run here, "" if it can. `compiles`: the first call at a
+    shape builds code, whose memory is not counted. `memory(mode, shape, device)` bounds the bytes
+    that the process keeps in addition to what is shared, and those that a call takes.
     """
 
     name: str
-    run: Callable[[str, Any], tuple[Tensor, ...]]
+    prepare: Prepare
     about: str
     kind: str = "peer"  # or "ours" or "ceiling"; a ceiling has no outputs to check
     devices: tuple[str, ...] = DEVICES
     dtypes: tuple[str, ...] = tuple(DTYPES)
     modes: tuple[str, ...] = ()  # all
-    missing: Callable[[], str] = always
+    missing: Callable[[], str] = lambda: ""
     compiles: bool = False
-    setup: Callable[[str, Any], Any] = unchanged
-    memory: Callable[[str, Shape, torch.device], tuple[int, int]] = no_memory
-
-    def call(self, mode: str, problem: Any) -> Callable[[], tuple[Tensor, ...]]:
-        """Returns what is checked and timed."""
-        ready = self.setup(mode, problem)
-        return lambda: self.run(mode, ready)
+    memory: Callable[[str, Shape, torch.device], tuple[int, int]] = lambda *_: (0, 0)
 
     def why_not(self, device: str, dtype: str, mode: str) -> str:
-        """Returns the reason why this cannot run on such inputs here, "" if it can."""
+        """Return the reason why this cannot run on such inputs here, "" if it can."""
         if self.modes and mode not in self.modes:
             return f"is for {' and '.join(self.modes)} only, not for {mode}"
         if device not in self.devices:
@@ -91,34 +84,33 @@ class Provider:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio to be compared by eye with what was measured: ours against provider `against`.
+    """A ratio of ours to provider `against`, to be compared by eye with what was measured.
 
     Slower by at most `at_most`, or faster by at least `at_least`; `against` may be "best peer".
-    `where(mode, shape)`: where it is one.
     """
 
     against: str
     at_most: float | None = None
     at_least: float | None = None
-    where: Callable[[str, Shape], bool] = lambda mode, shape: True
+    where: Callable[[str, Shape], bool] = lambda mode, shape: True  # where it applies
 
 
 @dataclass(frozen=True)
 class Op:
-    """An operation: inputs, oracle, providers, and what it takes at the least."""
+    """An operation: inputs, oracle, providers, and the least work that it needs."""
 
     name: str
     about: str
     dims: tuple[str, ...]  # names of the numbers of a shape
     modes: tuple[str, ...]
-    outputs: tuple[str, ...]  # what providers return; a mode may return the first few
-    # shape, dtype, seed, device -> the inputs; they have a method to(dtype), the same numbers anew
+    outputs: tuple[str, ...]  # of a call; a mode may return only the first few
+    # shape, dtype, seed, device -> inputs with a method to(dtype), which keeps the numbers
     make: Callable[[Shape, torch.dtype, int, torch.device], Any]
-    # the same, with what is easy to get wrong, such as labels that do not count
+    # the same, with details that are easy to get wrong, such as labels that do not count
     make_checked: Callable[[Shape, torch.dtype, int, torch.device], Any]
-    oracle: Callable[[str, Any], tuple[Tensor, ...]]  # outputs, in the dtype of the inputs
+    oracle: Callable[[str, Any], Outputs]  # outputs, in the dtype of the inputs
     providers: tuple[Provider, ...]
-    ceiling: str  # name of the provider that nothing can pass; others of that kind may be beside it
+    ceiling: str  # provider that nothing can pass; there may be others of that kind
     checked: tuple[Shape, ...]  # the first one is tiny
     shapes: Mapping[str, tuple[Shape, ...]]  # device -> sweep
     small: Shape  # for pytest
@@ -128,19 +120,18 @@ class Op:
     # mode, shape, device -> bytes of workspace that ours may take, and the limit that bounds them
     workspace: Callable[[str, Shape, torch.device], tuple[int, int]] | None = None
     extra_memory: int | None = None  # bytes beyond inputs and outputs that ours may take
-    # (device, mode) -> sweep, where it is not that of the device
+    # (device, mode) -> sweep, if it is not that of the device
     mode_shapes: Mapping[tuple[str, str], tuple[Shape, ...]] = field(default_factory=dict)
-    # (mode, shape) of the sweep that say most, for a run that has not the time for all
+    # (mode, shape) of the sweep that say most, for a run with a budget
     headlines: tuple[tuple[str, Shape], ...] = ()
     # dimension -> shapes along it, at one or a few settings of the others
     curves: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
-    curve_providers: tuple[str, ...] = ()  # who is timed along a curve, unless told; empty: all
-    # provider, mode, problem, outputs -> what is wrong, where nearness to the oracle says little
-    check: Callable[[Provider, str, Any, tuple[Tensor, ...]], str] | None = None
+    curve_providers: tuple[str, ...] = ()  # timed along a curve by default; empty: all
+    # provider, mode, problem, outputs -> what is wrong, for outputs that have no small error
+    check: Callable[[Provider, str, Any, Outputs], str] | None = None
     # mode, shape -> tensors that all processes on a CPU need
     share: Callable[[str, Shape], Mapping[str, Spec]] | None = None
-    # Seconds of turns after which a provider takes no more: it is slow, and known to be.
-    patience: float = math.inf
+    patience: float = math.inf  # seconds of turns after which a slow provider takes no more
 
     def sweep(self, device: str, mode: str) -> tuple[Shape, ...]:
         return self.mode_shapes.get((device, mode), self.shapes[device])
@@ -152,17 +143,20 @@ class Op:
         return [p.name for p in self.providers if kind in (None, p.kind)]
 
 
-def ours(
-    backend: str, run: Callable[[str, Any], tuple[Tensor, ...]], about: str, **limits: Any
-) -> Provider:
-    """Returns the provider that runs fastrag on one backend, chosen by name.
+def ours(backend: str, prepare: Prepare, about: str, name: str = "", **limits: Any) -> Provider:
+    """Return the provider that runs fastrag on one backend, which also names it.
 
-    A user's own FASTRAG_BACKEND leaves only the provider of that name.
+    A user's own FASTRAG_BACKEND leaves only the provider of that backend.
     """
 
-    def on_backend(mode: str, problem: Any) -> tuple[Tensor, ...]:
-        with forced_backend(backend):
-            return run(mode, problem)
+    def on_backend(mode: str, problem: Any) -> Call:
+        call = prepare(mode, problem)
+
+        def forced() -> Outputs:
+            with forced_backend(backend):
+                return call()
+
+        return forced
 
     def missing() -> str:
         from fastrag.ops import backends
@@ -172,12 +166,12 @@ def ours(
             return f"{backends.BACKEND_VARIABLE}={asked} asks for another backend"
         return backends.why_not(backend)
 
-    return Provider(backend, on_backend, about, kind="ours", missing=missing, **limits)
+    return Provider(name or backend, on_backend, about, kind="ours", missing=missing, **limits)
 
 
 @contextlib.contextmanager
 def forced_backend(name: str) -> Iterator[None]:
-    """Within it every op of fastrag runs on backend `name`."""
+    """Run every op of fastrag on backend `name` within the context."""
     from fastrag.ops.backends import BACKEND_VARIABLE
 
     before = os.environ.get(BACKEND_VARIABLE)
@@ -194,36 +188,30 @@ def forced_backend(name: str) -> Iterator[None]:
 def error_of(
     op: Op, provider: Provider, mode: str, shape: Shape, dtype: str, device: torch.device
 ) -> str:
-    """Returns what is wrong with a provider's outputs at this shape, "" if nothing is.
+    """Return what is wrong with a provider's outputs at this shape, "" if nothing is.
 
-    The op's own check says so, if it has one. Else the yardstick is the oracle in float64 on the
-    same numbers: allowed is twice the norm and three times the largest error of plain torch in the
-    same dtype, plus a floor of that dtype.
+    The op's own check decides, if it has one. Otherwise the measure is the oracle in float64 on the
+    same numbers: the error may have twice the norm and three times the maximum of the error of
+    plain torch in the same dtype, plus a floor of that dtype.
     """
     from fastrag.testing import assert_close
 
     if provider.kind == "ceiling":
         return ""
     problem = op.make_checked(shape, DTYPES[dtype], 0, device)
-    found = provider.call(mode, problem)()
+    found = provider.prepare(mode, problem)()
     if op.check is not None:
         wrong = op.check(provider, mode, problem, found)
-        return wrong and f"{wrong} at {','.join(map(str, shape))}"
+        return wrong and f"{wrong} at {shape_text(shape)}"
     right = op.oracle(mode, problem.to(torch.float64))
     plain = op.oracle(mode, problem.to(DTYPES[dtype]))
     if len(found) != len(right):
         return f"{len(found)} outputs, expected {len(right)}"
+    limits: dict[str, Any] = {"norm": 2.0, "peak": 3.0, "floor": FLOORS[dtype]}
     for name, got, base, true in zip(op.outputs, found, plain, right, strict=False):
         try:
-            assert_close(
-                got.detach().double(),
-                base.detach().double(),
-                true.detach(),
-                norm=2.0,
-                peak=3.0,
-                floor=FLOORS[dtype],
-                name=name,
-            )
+            wide = got.detach().double(), base.detach().double(), true.detach()
+            assert_close(*wide, name=name, **limits)
         except AssertionError as error:
-            return f"{error} at {','.join(map(str, shape))}"
+            return f"{error} at {shape_text(shape)}"
     return ""

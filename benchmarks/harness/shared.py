@@ -1,7 +1,7 @@
-"""Tensors that the processes of a run share: made once by the parent, mapped by its workers.
+"""Tensors that the processes of a run share: the parent makes them once, its children map them.
 
-Each is a file without a name, in memory where the system has a place for that: it goes with the
-last process that holds it, however that one ends.
+Each is a file without a name, in memory if the system has a place for that. It disappears with the
+last process that holds it, however that process ends.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor to be made; `fill` writes it, when those named before it are there."""
+    """A tensor to be made; `fill` writes it after those named before it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: Callable[[Tensor], None]
 
 
-# Of this process: what it made or was handed, and the files behind what it made.
+# The tensors that this process made or was handed, and the files behind those that it made.
 _tensors: dict[str, Tensor] = {}
 _files: dict[str, BinaryIO] = {}
 
 
 def hold(specs: Mapping[str, Spec]) -> None:
-    """Makes what is not there yet, and lets go of what is no longer asked for."""
+    """Make the tensors that are missing and drop those that are no longer asked for."""
     for name in set(_files) - set(specs):
         del _tensors[name]
         _files.pop(name).close()
@@ -55,28 +55,28 @@ def find(name: str) -> Tensor | None:
 
 
 def descriptors() -> list[int]:
-    """What a worker has to inherit."""
+    """Return the files that a child has to inherit."""
     return [file.fileno() for file in _files.values()]
 
 
 def handles() -> dict[str, Any]:
-    """What a worker has to be told, as JSON has it."""
+    """Return what a child needs to know for `take`."""
     return {
-        name: [file.fileno(), list(_tensors[name].shape), str(_tensors[name].dtype)[6:]]
+        name: (file.fileno(), tuple(_tensors[name].shape), _tensors[name].dtype)
         for name, file in _files.items()
     }
 
 
 def take(handed: Mapping[str, Any]) -> None:
-    """Maps what the parent holds."""
-    # All pages at once: one that is first touched in a call would count as its time and memory.
+    """Map what the parent holds."""
+    # All pages at once: a page first touched in a call would count as its time and memory.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     for name, (descriptor, shape, dtype) in handed.items():
-        _tensors[name] = _mapped(descriptor, tuple(shape), getattr(torch, dtype), flags)
+        _tensors[name] = _mapped(descriptor, shape, dtype, flags)
 
 
 def _mapped(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype, flags: int) -> Tensor:
     memory = mmap.mmap(descriptor, math.prod(shape) * dtype.itemsize, flags=flags)
-    with suppress(AttributeError, OSError):  # advice, which not every system takes
+    with suppress(AttributeError, OSError):  # not every system takes this advice
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,35 +1,28 @@
-"""What stands between search and generator: tokens of passages, and contexts made of them.
+"""Between search and generator: tokens of passages, and contexts made of them.
 
 `gather`: the tokens of K passages for each of B questions, padded. `contexts`: passage and question
 laid out as the generator's input. fastrag tokenised the passages when the store was built; Hugging
-Face's `postprocess_docs` joins texts and tokenises them. It gets texts that are at hand: that its
-retriever fetches them from a data set and decodes the questions is not timed.
+Face's `postprocess_docs` joins texts and tokenises them. Its texts are at hand: fetching them from
+a data set and decoding the questions is not timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.harness.registry import Op, Provider, Shape, needs
+from benchmarks.harness.registry import Call, Op, Outputs, Provider, Shape, needs
 from benchmarks.ops import rag_step_corpus as texts
 from benchmarks.ops.rag_step_corpus import TEMPLATE
 
 GATHER, CONTEXTS = "gather", "contexts"
-ANSWER_WIDTH = 3  # of labels, at which nothing here looks
-STRIDE = 7919  # from one passage to the next; a prime, so that none comes twice
-
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-def no_retriever() -> str:
-    """transformers asks for the other two before it makes a RagRetriever."""
-    reasons = (needs(name)() for name in ("transformers", "datasets", "faiss"))
-    return next(filter(None, reasons), "")
+ANSWER_WIDTH = 3  # of labels, which are not used here
+STRIDE = 7919  # from one passage to the next; a prime, so that none is repeated
+SWEEP = ((16, 4, 280, 4000),)  # 64 passages of about 256 tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Problem:
     device: torch.device
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """Ids have no other dtype."""
+        """Return the same: ids have no other dtype."""
         return self
 
     @property
@@ -57,42 +50,31 @@ def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> P
     return Problem(shape, device)
 
 
-def oracle(mode: str, problem: Problem) -> tuple[Tensor, ...]:
-    """Ids and mask [B*K, L] of whole texts; or ids [B, K, L] and lengths [B, K] of passages."""
+def oracle(mode: str, problem: Problem) -> Outputs:
+    """Return ids and mask [B*K, L] of whole texts; or ids [B, K, L] and lengths [B, K]."""
     corpus, rows = problem.corpus(), problem.rows
     if mode == CONTEXTS:
         return corpus.contexts(rows)
     rendered = [TEMPLATE.render_passage(corpus.passages[row]) for row in rows.flatten().tolist()]
     encoded = texts.tokenizer()(rendered, add_special_tokens=False)["input_ids"]
     alone = [torch.tensor(ids, device=rows.device) for ids in encoded]
-    ids = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
     lengths = torch.tensor([len(ids) for ids in alone], device=rows.device)
-    return ids.view(*rows.shape, -1), lengths.view_as(rows)
+    return pad_sequence(alone, batch_first=True).view(*rows.shape, -1), lengths.view_as(rows)
 
 
-def check(provider: Provider, mode: str, problem: Problem, found: tuple[Tensor, ...]) -> str:
+def check(provider: Provider, mode: str, problem: Problem, found: Outputs) -> str:
     for name, got, right in zip(OP.outputs, found, oracle(mode, problem), strict=True):
         if not torch.equal(got, right):
             return f"{name}: {list(got.shape)}, not the {list(right.shape)} of the texts"
     return ""
 
 
-def call(mode: str, ready: Call) -> tuple[Tensor, ...]:
-    return ready()
-
-
 def with_fastrag(mode: str, problem: Problem) -> Call:
     from fastrag.data import RagCollator
-    from fastrag.index import PassageStore
     from fastrag.nn import ContextBuilder
 
     corpus, rows, tokenizer = problem.corpus(), problem.rows, texts.tokenizer()
-    store = PassageStore.build(
-        corpus.passages,
-        template=TEMPLATE,
-        question_tokenizer=tokenizer,
-        generator_tokenizer=tokenizer,
-    ).to(problem.device)
+    store = corpus.store().to(problem.device)
     if mode == GATHER:
         return lambda: store.gather(rows, "generator")
     batch = RagCollator(tokenizer, tokenizer, template=TEMPLATE)(corpus.questions)
@@ -100,7 +82,7 @@ def with_fastrag(mode: str, problem: Problem) -> Call:
     width = problem.shape[2]
     builder = ContextBuilder(TEMPLATE.bind(tokenizer, "seq2seq"), width)
 
-    def build() -> tuple[Tensor, ...]:
+    def build() -> Outputs:
         ids, lengths = store.gather(rows, "generator", max_length=width)
         built = builder.build(ids, lengths, *prompt)
         return built.ids, built.mask
@@ -127,7 +109,7 @@ def with_hugging_face(mode: str, problem: Problem) -> Call:
     docs = [{"title": [p.title for p in of], "text": [p.text for p in of]} for of in found]
     questions = [question.question for question in corpus.questions]
 
-    def postprocess() -> tuple[Tensor, ...]:
+    def postprocess() -> Outputs:
         made = retriever.postprocess_docs(docs, questions, "", n_docs, return_tensors="pt")
         return tuple(x.to(problem.device) for x in made)
 
@@ -139,38 +121,34 @@ def with_pad_sequence(mode: str, problem: Problem) -> Call:
     flat = zip(ids.flatten(0, 1).cpu(), lengths.flatten().tolist(), strict=True)
     tokenised = [row[:n].clone() for row, n in flat]
 
-    def pad() -> tuple[Tensor, ...]:
-        padded = torch.nn.utils.rnn.pad_sequence(tokenised, batch_first=True)
-        widths = torch.tensor([len(row) for row in tokenised])
-        return (
-            padded.view(*lengths.shape, -1).to(problem.device),
-            widths.view_as(lengths).to(problem.device),
-        )
+    def pad() -> Outputs:
+        padded = pad_sequence(tokenised, batch_first=True).view(*lengths.shape, -1)
+        widths = torch.tensor([len(row) for row in tokenised]).view_as(lengths)
+        return padded.to(problem.device), widths.to(problem.device)
 
     return pad
 
 
+def n_outputs(mode: str) -> int:
+    """Return how many outputs have B * K * L numbers."""
+    return 2 if mode == CONTEXTS else 1
+
+
 def with_copy(mode: str, problem: Problem) -> Call:
     n_questions, n_docs, width, _ = problem.shape
-    shape = n_questions * n_docs, width
-    n_tensors = 2 if mode == CONTEXTS else 1
-    # Into memory that is there, a tensor at a time: what it costs to get fresh pages, or to wake a
-    # thread for 300 kB, would be more than the copy, and could be passed.
+    shape = n_outputs(mode), n_questions * n_docs, width
+    # Into memory that exists, one tensor at a time: fetching new pages, or waking a thread for
+    # 300 kB, would cost more than the copy, and a provider could be faster.
     source, kept = (
-        [torch.ones(shape, dtype=torch.int64, device=problem.device) for _ in range(n_tensors)]
-        for _ in range(2)
+        torch.ones(shape, dtype=torch.int64, device=problem.device).unbind() for _ in range(2)
     )
     return lambda: tuple(to.copy_(x) for to, x in zip(kept, source, strict=True))
 
 
-def flops(mode: str, shape: Shape) -> float:
-    return 0.0
-
-
 def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
-    """Tokens of four bytes are read, of eight bytes written, with a mask as large."""
+    """Count tokens of four bytes that are read, and of eight that are written, mask included."""
     n_questions, n_docs, width, _ = shape
-    return float(n_questions * n_docs * width * (4 + 8 * (2 if mode == CONTEXTS else 1)))
+    return float(n_questions * n_docs * width * (4 + 8 * n_outputs(mode)))
 
 
 OP = Op(
@@ -183,30 +161,28 @@ OP = Op(
     make_checked=make,
     oracle=oracle,
     providers=(
-        Provider("copy", call, "a copy of the result", kind="ceiling", setup=with_copy),
-        Provider("fastrag", call, "PassageStore, ContextBuilder", kind="ours", setup=with_fastrag),
+        Provider("copy", with_copy, "a copy of the result", kind="ceiling"),
+        Provider("fastrag", with_fastrag, "PassageStore, ContextBuilder", kind="ours"),
         Provider(
             "pad-sequence",
-            call,
-            "torch: pad_sequence of tensors, a passage each",
+            with_pad_sequence,
+            "torch: pad_sequence of one tensor for each passage",
             modes=(GATHER,),
-            setup=with_pad_sequence,
         ),
         Provider(
             "hf",
-            call,
+            with_hugging_face,
             "RagRetriever.postprocess_docs of texts at hand",
             modes=(CONTEXTS,),
-            setup=with_hugging_face,
-            missing=no_retriever,
+            # transformers asks for the other two before it makes a RagRetriever
+            missing=needs("transformers", "datasets", "faiss"),
         ),
     ),
     ceiling="copy",
     checked=((3, 4, 41, 50),),
-    # 64 passages of about 256 tokens
-    shapes={"cpu": ((16, 4, 280, 4000),), "cuda": ((16, 4, 280, 4000),)},
+    shapes={"cpu": SWEEP, "cuda": SWEEP},
     small=(4, 4, 64, 500),
-    flops=flops,
+    flops=lambda mode, shape: 0.0,
     bytes=least_bytes,
     check=check,
 )

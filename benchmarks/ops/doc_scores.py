@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import Op, Provider, Shape, ours
+from benchmarks.harness.registry import Op, Outputs, Prepare, Provider, Shape, directly, ours
 from benchmarks.ops.heads import compiled
 
 FORWARD, BOTH = MODES = ("forward", "forward-backward")
@@ -21,7 +21,7 @@ class Problem:
     rows: Tensor  # [B, K]
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype, the query as a fresh leaf."""
+        """Return the same numbers in another dtype, the query as a new leaf."""
         query = self.query_emb.detach().to(dtype, copy=True).requires_grad_()
         return replace(self, query_emb=query, index_emb=self.index_emb.to(dtype))
 
@@ -41,13 +41,13 @@ def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> P
 Scores = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def with_scores(function: Scores) -> Callable[[str, Problem], tuple[Tensor, ...]]:
-    def run(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def with_scores(function: Scores) -> Callable[[str, Problem], Outputs]:
+    def run(mode: str, p: Problem) -> Outputs:
         with torch.set_grad_enabled(mode == BOTH):
             scores, log_prior = function(p.query_emb, p.index_emb, p.rows)
         if mode == FORWARD:
             return scores, log_prior
-        # Not the same for every k: the gradient of a log-softmax would be zero.
+        # Different for each k: otherwise the gradient of a log-softmax would be zero.
         upstream = torch.linspace(0.0, 1.0, log_prior.shape[1]).to(log_prior).expand_as(log_prior)
         dquery = torch.autograd.grad((scores, log_prior), p.query_emb, (upstream, upstream))
         return scores.detach(), log_prior.detach(), *dquery
@@ -63,8 +63,9 @@ def oracle(query_emb: Tensor, index_emb: Tensor, rows: Tensor) -> tuple[Tensor, 
     return scores, reference.log_prior(scores)
 
 
+@directly
 @with_scores
-def fastrag_scores(query_emb: Tensor, index_emb: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def fastrag(query_emb: Tensor, index_emb: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     import fastrag.functional as F
 
     return F.doc_scores(query_emb, index_emb, rows=rows, return_log_prior=True)
@@ -75,8 +76,9 @@ def batched_product(query_emb: Tensor, index_emb: Tensor, rows: Tensor) -> tuple
     return scores, scores.float().log_softmax(1)
 
 
-def copy(mode: str, p: Problem) -> tuple[Tensor, ...]:
-    """Reads and writes as many bytes as the op needs at the least."""
+@directly
+def copy(mode: str, p: Problem) -> Outputs:
+    """Read and write as many bytes as the op needs at least."""
     numel = p.rows.numel() * p.index_emb.shape[1] // (1 if mode == BOTH else 2)
     return (p.index_emb.view(-1)[:numel].clone(),)
 
@@ -87,9 +89,13 @@ def flops(mode: str, shape: Shape) -> float:
 
 
 def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
-    """The K vectors of each query; the backward reads them again."""
-    n_examples, n_passages, _, width = shape
-    return float(itemsize * n_examples * n_passages * width * (2 if mode == BOTH else 1))
+    """Return the bytes of the K vectors of each query; the backward reads them again."""
+    return itemsize * flops(mode, shape) / 2
+
+
+def peer(name: str, function: Scores, about: str, compiles: bool = False) -> Provider:
+    prepare: Prepare = directly(with_scores(function))
+    return Provider(name, prepare, about, compiles=compiles)
 
 
 OP = Op(
@@ -103,16 +109,11 @@ OP = Op(
     oracle=oracle,
     providers=(
         Provider("copy", copy, "a copy that moves as many bytes", kind="ceiling"),
-        ours("cpp", fastrag_scores, "fastrag, one pass in C++", devices=("cpu",)),
-        ours("triton", fastrag_scores, "fastrag, one Triton launch", devices=("cuda",)),
-        ours("torch", fastrag_scores, "fastrag in torch"),
-        Provider("bmm", with_scores(batched_product), "torch: gather, batched product"),
-        Provider(
-            "bmm-compile",
-            with_scores(compiled(batched_product)),
-            "torch.compile of bmm",
-            compiles=True,
-        ),
+        ours("cpp", fastrag, "fastrag, one pass in C++", devices=("cpu",)),
+        ours("triton", fastrag, "fastrag, one Triton launch", devices=("cuda",)),
+        ours("torch", fastrag, "fastrag in torch"),
+        peer("bmm", batched_product, "torch: gather, batched product"),
+        peer("bmm-compile", compiled(batched_product), "torch.compile of bmm", compiles=True),
     ),
     ceiling="copy",
     checked=((3, 4, 50, 17), (4, 5, 100, 768)),

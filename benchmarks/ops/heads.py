@@ -1,9 +1,9 @@
 """Peers of token_logp: log p(y_t | x, z_k, y_<t) from hidden states and head, with gradients.
 
 All have the signature hidden [B, K, T, H], weight [V, H], labels [B, T] -> [B, K, T]. Their value
-where a label is PAD does not matter: what is made of them masks it.
+at a label PAD does not matter, since it is masked later.
 
-What runs on a GPU only is written from the packages' documented signatures.
+Those that run only on a GPU are written from the packages' documented signatures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness.registry import HALF, needs
+from benchmarks.harness.registry import HALF, Prepare, Provider, needs, ours
 
 PAD = 0
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ def checkpointed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def autocast(head: Head) -> Head:
-    """The head under torch.autocast in the dtype of hidden: softmax in float32."""
+    """Return the head under torch.autocast in the dtype of hidden, with softmax in float32."""
 
     @functools.wraps(head)
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def autocast(head: Head) -> Head:
 
 
 def per_row(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Head:
-    """A head from a function of rows [R, H], weight and targets [R] that gives -log p, [R]."""
+    """Return the head of a function of rows [R, H], weight and targets [R] to -log p, [R]."""
 
     def run(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         targets = labels.unsqueeze(1).expand(hidden.shape[:3]).reshape(-1)
@@ -56,7 +56,7 @@ def per_row(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Head:
 
 @per_row
 def torch_linear_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    # By chunks where that pays: on a CPU they have so few rows that they take thirty times as long.
+    # In chunks on a GPU only: on a CPU they have so few rows that they take thirty times as long.
     options = torch.nn.LinearCrossEntropyOptions() if rows.is_cuda else None
     return nnf.linear_cross_entropy(
         rows, weight, targets, ignore_index=PAD, reduction="none", options=options
@@ -103,36 +103,8 @@ def no_liger_scaled() -> str:
     return "this liger_kernel has no scaled linear cross entropy"
 
 
-# name -> head, what it is, and the limits of a Provider
-HEADS: dict[str, tuple[Head, str, dict[str, Any]]] = {
-    "gather": (gather, "torch: logits, log_softmax, gather", {}),
-    "gather-checkpoint": (checkpointed, "the same under activation checkpointing", {}),
-    "gather-autocast": (autocast(gather), "the same under torch.autocast", {"dtypes": HALF}),
-    "linear-cross-entropy": (
-        torch_linear_cross_entropy,
-        "torch's linear_cross_entropy of each token",
-        {"missing": no_torch_linear_cross_entropy},
-    ),
-    "cce": (
-        cce,
-        "Cut Cross-Entropy of each token",
-        {"devices": ("cuda",), "dtypes": HALF, "missing": needs("cut_cross_entropy")},
-    ),
-    "liger": (
-        liger,
-        "Liger's fused linear cross entropy of each token",
-        {"devices": ("cuda",), "missing": needs("liger_kernel")},
-    ),
-    "liger-scaled": (
-        liger_scaled,
-        "Liger's fused linear scaled cross entropy",
-        {"devices": ("cuda",), "dtypes": ("bfloat16",), "missing": no_liger_scaled},
-    ),
-}
-
-
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one shape at a time, when it is first called."""
+    """Return torch.compile of a function for one shape at a time, built at its first call."""
 
     @functools.cache
     def build() -> Callable[..., Any]:
@@ -142,3 +114,51 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return build()(*args)
 
     return run
+
+
+def providers(
+    fastrag: Prepare, with_head: Callable[[Head], Prepare], about: str = ""
+) -> tuple[Provider, ...]:
+    """Return ours, and the peers that are made of a head; `about` says what is added to it."""
+
+    def peer(name: str, head: Head, what: str, **limits: Any) -> Provider:
+        return Provider(name, with_head(head), what + about, **limits)
+
+    on_gpu: dict[str, Any] = {"devices": ("cuda",)}
+    return (
+        ours("cpp", fastrag, "fastrag, passes in C++", devices=("cpu",), dtypes=("float32",)),
+        ours("triton", fastrag, "fastrag, passes in Triton", **on_gpu),
+        ours("torch", fastrag, "fastrag, passes of torch"),
+        peer("gather", gather, "torch: logits, log_softmax, gather"),
+        peer("gather-checkpoint", checkpointed, "the same under activation checkpointing"),
+        peer("gather-autocast", autocast(gather), "the same under torch.autocast", dtypes=HALF),
+        peer(
+            "linear-cross-entropy",
+            torch_linear_cross_entropy,
+            "torch's linear_cross_entropy of each token",
+            missing=no_torch_linear_cross_entropy,
+        ),
+        peer(
+            "cce",
+            cce,
+            "Cut Cross-Entropy of each token",
+            dtypes=HALF,
+            missing=needs("cut_cross_entropy"),
+            **on_gpu,
+        ),
+        peer(
+            "liger",
+            liger,
+            "Liger's fused linear cross entropy of each token",
+            missing=needs("liger_kernel"),
+            **on_gpu,
+        ),
+        peer(
+            "liger-scaled",
+            liger_scaled,
+            "Liger's fused linear scaled cross entropy",
+            dtypes=("bfloat16",),
+            missing=no_liger_scaled,
+            **on_gpu,
+        ),
+    )

@@ -6,15 +6,24 @@ labels of the timed problem all count, so that every provider has the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import HALF, Goal, Op, Provider, Shape, needs, ours
-from benchmarks.ops.heads import HEADS, PAD, Head, compiled, gather
+from benchmarks.harness.registry import (
+    HALF,
+    Goal,
+    Op,
+    Outputs,
+    Prepare,
+    Provider,
+    Shape,
+    directly,
+    needs,
+)
+from benchmarks.ops.heads import PAD, Head, compiled, gather, providers
 
 
 @dataclass
@@ -28,7 +37,7 @@ class Problem:
         return self.hidden, self.weight, self.doc_scores
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype, as fresh leaves."""
+        """Return the same numbers in another dtype, as new leaves."""
         wide = torch.promote_types(dtype, torch.float32)
         hidden, weight, scores = (
             x.detach().to(kind, copy=True).requires_grad_()
@@ -36,7 +45,7 @@ class Problem:
         )
         return replace(self, hidden=hidden, weight=weight, doc_scores=scores)
 
-    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, loss: Tensor) -> Outputs:
         return (loss.detach(), *torch.autograd.grad(loss, self.leaves()))
 
 
@@ -58,13 +67,13 @@ def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> P
 
 
 def make_checked(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
-    """The last label is ignored: Hugging Face's loss loses it anyway."""
+    """Return the same with the last label ignored, since Hugging Face's loss drops it anyway."""
     problem = make(shape, dtype, seed, device)
     problem.labels[:, -1] = PAD
     return problem
 
 
-def oracle(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def oracle(mode: str, p: Problem) -> Outputs:
     from fastrag import reference
 
     loss = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}[mode]
@@ -72,7 +81,8 @@ def oracle(mode: str, p: Problem) -> tuple[Tensor, ...]:
     return p.backward(nll.sum())
 
 
-def fastrag_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
+@directly
+def fastrag_loss(mode: str, p: Problem) -> Outputs:
     import fastrag.functional as F
 
     loss = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}[mode]
@@ -82,7 +92,7 @@ def fastrag_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
 
 
 def marginal(mode: str, token_logp: Tensor, doc_scores: Tensor, labels: Tensor) -> Tensor:
-    """[B, K, T] -> the loss summed over examples, in torch."""
+    """Return the loss of token_logp [B, K, T], summed over examples."""
     prior = doc_scores.log_softmax(1)
     counts = labels != PAD
     if mode == "token":
@@ -92,8 +102,9 @@ def marginal(mode: str, token_logp: Tensor, doc_scores: Tensor, labels: Tensor) 
     return -(prior + seq_logp).logsumexp(1).sum()
 
 
-def with_head(head: Head) -> Callable[[str, Problem], tuple[Tensor, ...]]:
-    def run(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def with_head(head: Head) -> Prepare:
+    @directly
+    def run(mode: str, p: Problem) -> Outputs:
         token_logp = head(p.hidden, p.weight, p.labels)
         return p.backward(marginal(mode, token_logp, p.doc_scores, p.labels))
 
@@ -109,11 +120,12 @@ def _gather_loss(
 _compiled_loss = compiled(_gather_loss)
 
 
-def gather_compiled(mode: str, p: Problem) -> tuple[Tensor, ...]:
+@directly
+def gather_compiled(mode: str, p: Problem) -> Outputs:
     return p.backward(_compiled_loss(mode, *p.leaves(), p.labels))
 
 
-def transformers_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def transformers_loss(mode: str, p: Problem) -> Outputs:
     from transformers.models.rag import modeling_rag
 
     n_passages = p.hidden.shape[1]
@@ -124,21 +136,23 @@ def transformers_loss(mode: str, p: Problem) -> tuple[Tensor, ...]:
     if mode == "token":
         kind = modeling_rag.RagTokenForGeneration
         stub.marginalize = lambda *args: kind.marginalize(stub, *args)
-    # get_nll shifts its targets left by one and fills up with a pad: the last label is lost to it.
+    # get_nll shifts its targets left by one and appends a pad, which drops the last label.
     target = torch.cat([p.labels.new_ones(len(p.labels), 1), p.labels[:, :-1]], 1)
     logits = p.hidden.flatten(0, 1) @ p.weight.t()
     return p.backward(kind.get_nll(stub, logits, p.doc_scores, target).sum())
 
 
-def transformers_autocast(mode: str, p: Problem) -> tuple[Tensor, ...]:
+@directly
+def transformers_autocast(mode: str, p: Problem) -> Outputs:
     with torch.autocast(p.hidden.device.type, dtype=p.hidden.dtype):
         return transformers_loss(mode, p)
 
 
-def gemms(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def products(p: Problem) -> Outputs:
+    """Return the gradients of hidden and weight if every gradient of a logit were the logit."""
     x, weight = p.hidden.detach().flatten(0, 2), p.weight.detach()
     if x.device.type == "cuda":
-        # A row pitch of 128 bytes: an odd vocabulary loses the fast products otherwise.
+        # Rows padded to 128 bytes: with an odd vocabulary the fast products cannot be used.
         z = x.new_empty(len(x), -(-len(weight) // 64) * 64)[:, : len(weight)]
         torch.mm(x, weight.t(), out=z)
         return z @ weight, z.t() @ x
@@ -158,19 +172,19 @@ def gemms(mode: str, p: Problem) -> tuple[Tensor, ...]:
 
 
 def flops(mode: str, shape: Shape) -> float:
-    """Three products: logits, d hidden, d weight."""
+    """Count three products: logits, d hidden, d weight."""
     n_examples, n_passages, n_tokens, width, vocab = shape
     return 6.0 * n_examples * n_passages * n_tokens * width * vocab
 
 
 def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
-    """hidden and weight are read, their gradients written; the rest is nothing beside them."""
+    """Count hidden and weight, which are read, and their gradients; the rest is negligible."""
     n_examples, n_passages, n_tokens, width, vocab = shape
     return 2.0 * itemsize * width * (n_examples * n_passages * n_tokens + vocab)
 
 
 def workspace_bytes(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
-    """The logits of all rows in float32, where the limit lets them be one chunk."""
+    """Return the logits of all rows in float32, or the limit if they are larger, and the limit."""
     from fastrag.ops import workspace
 
     n_examples, n_passages, n_tokens, _, vocab = shape
@@ -178,10 +192,7 @@ def workspace_bytes(mode: str, shape: Shape, device: torch.device) -> tuple[int,
     return min(4 * n_examples * n_passages * n_tokens * vocab, limit), limit
 
 
-PEERS = tuple(
-    Provider(name, with_head(head), f"{about}, marginal in torch", **limits)
-    for name, (head, about, limits) in HEADS.items()
-)
+CURVE_PROVIDERS = ("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger")
 
 OP = Op(
     name="marginal_loss",
@@ -193,17 +204,19 @@ OP = Op(
     make_checked=make_checked,
     oracle=oracle,
     providers=(
-        Provider("gemms", gemms, "the three products alone, no passes", kind="ceiling"),
-        ours("cpp", fastrag_loss, "fastrag, passes in C++", devices=("cpu",), dtypes=("float32",)),
-        ours("triton", fastrag_loss, "fastrag, passes in Triton", devices=("cuda",)),
-        ours("torch", fastrag_loss, "fastrag, passes of torch"),
-        *PEERS,
+        Provider(
+            "gemms",
+            directly(lambda mode, p: products(p)),
+            "the three products alone, no passes",
+            kind="ceiling",
+        ),
+        *providers(fastrag_loss, with_head, ", marginal in torch"),
         Provider(
             "gather-compile", gather_compiled, "torch.compile of gather and marginal", compiles=True
         ),
         Provider(
             "hf",
-            transformers_loss,
+            directly(transformers_loss),
             "the loss of transformers' RAG classes",
             missing=needs("transformers"),
         ),
@@ -251,7 +264,5 @@ OP = Op(
         # from a toy's to that of Llama 3.2, and beyond
         "V": tuple((2, 5, 32, 512, n) for n in (4096, 8192, 16384, 32768, 65536, 131072)),
     },
-    curve_providers=(
-        *("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger", "hf"),
-    ),
+    curve_providers=(*CURVE_PROVIDERS, "hf"),
 )

@@ -4,8 +4,8 @@
 
 Outputs: the loss (mean over label tokens), and the gradients of a weight in the question encoder's
 first layer, of the generator's embedding, which is its head too, and of a weight in its decoder's
-first layer. In the modes `-given` the passages of each question are given: there is no search, and
-Hugging Face gets the contexts ready-made.
+first layer. In the modes `-given` the passages of each question are given: nothing is searched, and
+Hugging Face gets finished contexts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from benchmarks.harness.registry import Op, Provider, Shape, needs
+from benchmarks.harness.registry import Op, Outputs, Prepare, Provider, Shape, needs
 from benchmarks.ops import rag_step_models as models
-from benchmarks.ops.rag_step_models import Parts, Problem, Step
+from benchmarks.ops.rag_step_models import Parts, Problem
 
 MODES = ("token", "sequence", "token-given", "sequence-given")
 GIVEN = tuple(mode for mode in MODES if mode.endswith("-given"))
-# Of the embedded data set's questions, in the mean, with <s> and </s>: for the count of FLOPs
+# Mean of the embedded data set's questions, with <s> and </s>: for the count of FLOPs.
 QUESTION_TOKENS = 12
 
 
@@ -30,12 +29,12 @@ def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> P
 
 
 def make_checked(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
-    """Answers of different lengths, none so short that Hugging Face's Sequence loses its prior."""
+    """Return answers of different lengths, all long enough for Hugging Face's Sequence."""
     return Problem(shape, dtype, seed, device, ragged=True)
 
 
-def oracle(mode: str, problem: Problem) -> tuple[Tensor, ...]:
-    """All in the open: contexts tokenised as texts, all logits, the equations of the paper."""
+def oracle(mode: str, problem: Problem) -> Outputs:
+    """Compute it literally: contexts tokenised as texts, all logits, the paper's equations."""
     from fastrag import reference
 
     parts = Parts(mode, problem)
@@ -64,24 +63,17 @@ def oracle(mode: str, problem: Problem) -> tuple[Tensor, ...]:
     return (loss.detach(), *torch.autograd.grad(loss, parts.watched()))
 
 
-def step(mode: str, ready: Step) -> tuple[Tensor, ...]:
-    return ready()
-
-
 @dataclass(frozen=True)
 class HuggingFace(Provider):
-    """Its retriever needs more than its loss does."""
+    """Hugging Face, whose retriever needs more packages than its loss."""
 
     def why_not(self, device: str, dtype: str, mode: str) -> str:
-        for module in () if mode in GIVEN else ("datasets", "faiss"):
-            reason = needs(module)()
-            if reason:
-                return reason
-        return super().why_not(device, dtype, mode)
+        reason = "" if mode in GIVEN else needs("datasets", "faiss")()
+        return reason or super().why_not(device, dtype, mode)
 
 
 def flops(mode: str, shape: Shape) -> float:
-    """Matrix products, forward and twice backward; embeddings, scores and search are left out."""
+    """Count matrix products, forward and twice backward, without embeddings, scores and search."""
     n_questions, n_docs, context_width, answer_width, width, _ = shape
     size = models.size_of(width)
     # of one token in one layer: four projections, two of the feed-forward net, twice attention
@@ -98,14 +90,14 @@ def flops(mode: str, shape: Shape) -> float:
 
 
 def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
-    """Weights and both moments of AdamW are read and written; the passages' vectors are read."""
+    """Count weights and AdamW's moments, read and written, and the passages' vectors, read."""
     width, n_passages = shape[4:]
     searched = 0 if mode in GIVEN else n_passages * models.size_of(width).dim
     return 4.0 * (6 * models.n_parameters(width) + searched)
 
 
 def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
-    """Weights, gradients and moments, vectors twice; what is computed, with room to spare."""
+    """Bound weights, gradients, moments and vectors twice, and generously what is computed."""
     n_questions, n_docs, context_width, answer_width, width, n_passages = shape
     size = models.size_of(width)
     n_contexts = n_questions * n_docs
@@ -114,54 +106,55 @@ def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
     return kept, 4 * (n_states + 6 * n_contexts * (answer_width + 1) * size.vocab)
 
 
-# The paper's K, short answers, passages of some four facts. Not more passages, for a process has to
-# tokenise them before its first step; the search is next to nothing of such a step (curve N).
+# The paper's K, short answers, passages of about four facts. No more passages, since a process has
+# to tokenise them before its first step, and the search is a negligible part of it (curve N).
 BASE = (4, 5, 64, 16, 256, 10_000)
-CURVES = {
-    "B": tuple((n, 5, 64, 16, 256, 10_000) for n in (1, 2, 4, 8)),
-    "K": tuple((4, n, 64, 16, 256, 10_000) for n in (1, 2, 5, 10)),
-    "L": tuple((4, 5, n, 16, 256, 10_000) for n in (64, 128, 256)),
-    "T": tuple((4, 5, 64, n, 256, 10_000) for n in (8, 16, 32, 64)),
-    "N": tuple((4, 5, 64, 16, 256, n) for n in (10_000, 30_000, 100_000)),
-}
+DIMS = ("B", "K", "L", "T", "H", "N")
+ALONG = {"B": (1, 2, 4, 8), "K": (1, 2, 5, 10), "L": (64, 128, 256), "T": (8, 16, 32, 64)}
+ALONG["N"] = (10_000, 30_000, 100_000)
+
+
+def along(dim: str) -> tuple[Shape, ...]:
+    place = DIMS.index(dim)
+    return tuple((*BASE[:place], n, *BASE[place + 1 :]) for n in ALONG[dim])
+
+
+def provider(
+    name: str, prepare: Prepare, about: str, of: type[Provider] = Provider, kind: str = "peer"
+) -> Provider:
+    return of(
+        name,
+        prepare,
+        about,
+        kind,
+        dtypes=("float32", "bfloat16"),
+        missing=needs("transformers"),
+        memory=memory,
+    )
+
 
 OP = Op(
     name="rag_step",
     about="a whole training step: encode, search, contexts, generator, loss, backward, AdamW",
-    dims=("B", "K", "L", "T", "H", "N"),
+    dims=DIMS,
     modes=MODES,
     outputs=("loss", "dquestion", "dembedding", "ddecoder"),
     make=make,
     make_checked=make_checked,
     oracle=oracle,
     providers=(
-        Provider(
+        provider(
             "generator",
-            step,
+            lambda mode, p: models.GeneratorStep(GIVEN[0], p),
             "forward and backward of the generator's body on the same contexts: no head, no loss",
             kind="ceiling",
-            dtypes=("float32", "bfloat16"),
-            setup=lambda mode, p: models.GeneratorStep(GIVEN[0], p),
-            missing=needs("transformers"),
-            memory=memory,
         ),
-        Provider(
-            "fastrag",
-            step,
-            "RagModel with FlatIndex and PassageStore",
-            kind="ours",
-            dtypes=("float32", "bfloat16"),
-            setup=models.FastragStep,
-            memory=memory,
-        ),
-        HuggingFace(
+        provider("fastrag", models.FastragStep, "RagModel, FlatIndex, PassageStore", kind="ours"),
+        provider(
             "hf",
-            step,
+            models.HfStep,
             "RagTokenForGeneration, RagSequenceForGeneration; RagRetriever on a flat faiss index",
-            dtypes=("float32", "bfloat16"),
-            setup=models.HfStep,
-            missing=needs("transformers"),
-            memory=memory,
+            of=HuggingFace,
         ),
     ),
     ceiling="generator",
@@ -177,6 +170,6 @@ OP = Op(
     flops=flops,
     bytes=least_bytes,
     patience=2.0,
-    curves=CURVES,
+    curves={dim: along(dim) for dim in ALONG},
     curve_providers=("fastrag", "hf"),
 )

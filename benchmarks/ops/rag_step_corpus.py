@@ -1,15 +1,15 @@
-"""What a training step reads: tokenizer, passages and questions, from the embedded data set.
+"""The input of a training step: tokenizer, passages and questions, from the embedded data set.
 
-Passages and answers are made so long that the longest context of a batch has exactly L tokens and
-every answer exactly T. Passage n starts with fact n and goes on with the facts behind it; where
-there are more passages than facts, the next ones leave out ever more facts in between. All is text:
-Hugging Face's retriever decodes questions and tokenises passages anew in every step.
+The longest context of a batch has exactly L tokens and every answer exactly T. Passage n starts
+with fact n and continues with the facts after it; if there are more passages than facts, the next
+ones leave out more and more facts in between. All is text, since Hugging Face's retriever decodes
+questions and tokenises passages in every step.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ def facts() -> Any:
 
 @functools.cache
 def tokenizer() -> Any:
-    """A byte-level BPE of the facts, which puts <s> and </s> around a text."""
+    """Return a byte-level BPE of the facts that puts <s> and </s> around a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,8 +73,19 @@ class Corpus:
     passages: list[Passage]
     questions: list[Question]
 
+    def store(self) -> Any:
+        """Return the passages as a PassageStore."""
+        from fastrag.index import PassageStore
+
+        return PassageStore.build(
+            self.passages,
+            template=TEMPLATE,
+            question_tokenizer=tokenizer(),
+            generator_tokenizer=tokenizer(),
+        )
+
     def contexts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""
+        """Return ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""
         whole = [
             TEMPLATE.render(TEMPLATE.render_passage(self.passages[row]), question.question)
             for question, of_question in zip(self.questions, rows.tolist(), strict=True)
@@ -87,14 +98,10 @@ class Corpus:
 def corpus(
     n_passages: int, n_questions: int, context_width: int, answer_width: int, ragged: bool
 ) -> Corpus:
-    """Returns texts whose contexts have at most `context_width` tokens, the longest exactly so.
+    """Return texts whose contexts have at most `context_width` tokens, the longest exactly so.
 
-    Args:
-        n_passages: N.
-        n_questions: B.
-        context_width: L, special tokens and question included.
-        answer_width: T, special tokens included.
-        ragged: answers get shorter from question to question.
+    The widths include special tokens, L also the question. `ragged`: answers get shorter from
+    question to question.
 
     Raises:
         ValueError: L or T leaves no room for a passage or an answer.
@@ -104,10 +111,8 @@ def corpus(
     room = context_width - 2 - n_tokens(DOC_SEP.rstrip()) - longest
     passages = [passage(n, room) for n in range(n_passages)]
     if not all(made.text for made in passages):
-        raise ValueError(
-            f"L: expected room for a passage beside questions of {longest} tokens, got "
-            f"{context_width}"
-        )
+        need = f"room for a passage and questions of {longest} tokens"
+        raise ValueError(f"L: expected {need}, got {context_width}")
     return Corpus(passages, questions)
 
 
@@ -115,37 +120,35 @@ def _questions(n_questions: int, answer_width: int, ragged: bool) -> list[Questi
     if answer_width < 3:
         raise ValueError(f"T: expected at least 3 tokens (<s>, answer, </s>), got {answer_width}")
     known = facts().questions["train"]
-    stride = max(1, len(known) // n_questions)  # of all kinds: neighbours ask the same thing
+    stride = max(1, len(known) // n_questions)  # neighbours ask the same
     made = []
     for i in range(n_questions):
         at = i * stride % len(known)
         words = (known[(at + 8 * j) % len(known)].answers[0] for j in range(answer_width))
         width = max(1, answer_width - 2 - (i if ragged else 0))
-        answer = _fit(_words(words), width, n_tokens)
+        answer = _fit(words, width, n_tokens)
         made.append(Question(str(i), known[at].question, (answer,)))
     return made
 
 
 def passage(n: int, room: int) -> Passage:
-    """Passage n, title and text together of `room` tokens."""
+    """Return passage n, whose title and text together have `room` tokens."""
     known = facts().passages
     turn, start = divmod(n, len(known))
     title = known[start].title
     texts = (known[(start + j * (1 + turn)) % len(known)].text for j in range(len(known)))
     # the text follows the title's separator
     left = room - n_tokens(title) - n_tokens(TITLE_SEP.rstrip())
-    return Passage(str(n), title, _fit(_words(texts), left, lambda word: n_tokens(" " + word)))
+    return Passage(str(n), title, _fit(texts, left, lambda word: n_tokens(" " + word)))
 
 
-def _words(texts: Iterator[str]) -> Iterator[str]:
-    for text in texts:
-        yield from text.split(" ")
+def _fit(texts: Iterator[str], width: int, first: Callable[[str], int]) -> str:
+    """Return words of exactly `width` tokens: as many as fit, then fillers.
 
-
-def _fit(words: Iterator[str], width: int, first: Any) -> str:
-    """Words of exactly `width` tokens: as many as fit, then fillers. `first` counts the first."""
+    `first` counts the tokens of the first word.
+    """
     taken: list[str] = []
-    for word in words:
+    for word in (word for text in texts for word in text.split(" ")):
         cost = n_tokens(" " + word) if taken else first(word)
         if cost > width:
             break

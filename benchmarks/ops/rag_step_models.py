@@ -1,7 +1,7 @@
 """A training step of fastrag, of Hugging Face, and of the generator alone, on the same problem.
 
-Models start from the same random weights: no package brings a BART or DPR of these sizes. There is
-no dropout, so that providers can be compared number by number.
+Models start from the same random weights, since no package contains a BART or DPR of these sizes.
+There is no dropout, so that the numbers of the providers can be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Size:
-    """Of the generator and the question encoder, which are equally wide."""
+    """The generator and the question encoder, which are equally wide."""
 
     layers: int  # of the generator's encoder, and of its decoder
     heads: int
@@ -32,47 +32,22 @@ class Size:
     question_layers: int
     question_vocab: int
     dim: int  # D of the passages' vectors
-    # Of a component of these: scores then vary by about two, so that the best passages share the
-    # prior, none with nearly all of it.
+    # Scale of the vectors: scores vary by about two, so that the best passages share the prior and
+    # none has nearly all of it.
     vector_scale: float
     init_std: float = 0.02  # of all weights
 
 
 # By H, the width.
 SIZES = {
-    # for the comparison with the oracle; an odd vocabulary, above that of the tokenizer, and large
-    # weights, with which the answer hangs on the passage: there is a gradient to the question
-    16: Size(
-        layers=1,
-        heads=2,
-        vocab=4099,
-        question_layers=1,
-        question_vocab=4099,
-        dim=24,
-        vector_scale=0.35,
-        init_std=0.3,
-    ),
-    # BART and DPR so small that two cores make a step in about a second: half the layers of
-    # bart-base, a third of the width, but the vocabularies of BART and BERT and DPR's D
-    256: Size(
-        layers=3,
-        heads=4,
-        vocab=50265,
-        question_layers=4,
-        question_vocab=30522,
-        dim=768,
-        vector_scale=0.25,
-    ),
+    # For the comparison with the oracle: an odd vocabulary, larger than that of the tokenizer, and
+    # large weights, with which the answer depends on the passage: the question has a gradient.
+    16: Size(1, 2, 4099, 1, 4099, dim=24, vector_scale=0.35, init_std=0.3),
+    # BART and DPR with which two cores take about a second for a step: half the layers of bart-base
+    # and a third of its width, but the vocabularies of BART and BERT and DPR's D.
+    256: Size(3, 4, 50265, 4, 30522, dim=768, vector_scale=0.25),
     # facebook/bart-base and DPR-base
-    768: Size(
-        layers=6,
-        heads=12,
-        vocab=50265,
-        question_layers=12,
-        question_vocab=30522,
-        dim=768,
-        vector_scale=0.08,
-    ),
+    768: Size(6, 12, 50265, 12, 30522, dim=768, vector_scale=0.08),
 }
 
 
@@ -86,45 +61,39 @@ def make_question_encoder(width: int) -> Any:
     from transformers import DPRConfig, DPRQuestionEncoder
 
     size = size_of(width)
-    return DPRQuestionEncoder(
-        DPRConfig(
-            vocab_size=size.question_vocab,
-            hidden_size=width,
-            num_hidden_layers=size.question_layers,
-            num_attention_heads=size.heads,
-            intermediate_size=4 * width,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=size.init_std,
-            pad_token_id=PAD,
-            projection_dim=0 if size.dim == width else size.dim,
-        )
+    config = DPRConfig(
+        vocab_size=size.question_vocab,
+        hidden_size=width,
+        num_hidden_layers=size.question_layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=size.init_std,
+        pad_token_id=PAD,
+        projection_dim=0 if size.dim == width else size.dim,
     )
+    return DPRQuestionEncoder(config)
 
 
 def make_generator(width: int) -> Any:
     from transformers import BartConfig, BartForConditionalGeneration
 
     size = size_of(width)
-    return BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=size.vocab,
-            d_model=width,
-            encoder_layers=size.layers,
-            decoder_layers=size.layers,
-            encoder_attention_heads=size.heads,
-            decoder_attention_heads=size.heads,
-            encoder_ffn_dim=4 * width,
-            decoder_ffn_dim=4 * width,
-            max_position_embeddings=1024,
-            dropout=0.0,
-            init_std=size.init_std,
-            bos_token_id=BOS,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            decoder_start_token_id=EOS,
-        )
+    each = {"layers": size.layers, "attention_heads": size.heads, "ffn_dim": 4 * width}
+    config = BartConfig(
+        vocab_size=size.vocab,
+        d_model=width,
+        max_position_embeddings=1024,
+        dropout=0.0,
+        init_std=size.init_std,
+        bos_token_id=BOS,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=EOS,
+        **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in each.items()},
     )
+    return BartForConditionalGeneration(config)
 
 
 @functools.cache
@@ -136,7 +105,7 @@ def n_parameters(width: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a step is to be made of; `Parts` makes it."""
+    """The description of a step, from which `Parts` is made."""
 
     shape: tuple[int, ...]  # B, K, L, T, H, N
     dtype: torch.dtype  # of 16 bits: float32 weights under torch.autocast
@@ -145,7 +114,7 @@ class Problem:
     ragged: bool = False
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype."""
+        """Return the same numbers in another dtype."""
         return replace(self, dtype=dtype)
 
     def autocast(self) -> torch.autocast:
@@ -154,12 +123,14 @@ class Problem:
 
 
 class Parts:
-    """Models, passages, vectors and batch of a problem, each made anew from its numbers.
+    """Models, passages, vectors and batch of a problem, made from its numbers.
 
-    Where the passages are given there are no more than those, B*K of them.
+    If the passages are given, there are only those, B*K of them.
     """
 
     def __init__(self, mode: str, problem: Problem) -> None:
+        from fastrag.data import RagCollator
+
         n_questions, n_docs, context_width, answer_width, width, n_passages = problem.shape
         self.marginal = mode.partition("-")[0]
         self.is_given = mode.endswith("-given")
@@ -183,33 +154,22 @@ class Parts:
         self.question_encoder, self.generator = (
             model.to(problem.device, wide).train() for model in models
         )
-        self.batch = {name: x.to(problem.device) for name, x in self._collated().items()}
-
-    def _collated(self) -> dict[str, Tensor]:
-        from fastrag.data import RagCollator
-
         tokenizer = texts.tokenizer()
-        return RagCollator(tokenizer, tokenizer, template=TEMPLATE)(self.corpus.questions)
+        batch = RagCollator(tokenizer, tokenizer, template=TEMPLATE)(self.corpus.questions)
+        self.batch = {name: x.to(problem.device) for name, x in batch.items()}
 
     def decoder_ids(self) -> Tensor:
-        """Start token and labels `[B, T + 1]`, padded with PAD."""
+        """Return start token and labels `[B, T + 1]`, padded with PAD."""
         labels = self.batch["labels"]
         start = labels.new_full((len(labels), 1), EOS)
         return torch.cat([start, labels.masked_fill(labels < 0, PAD)], 1)
 
     def watched(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Parameters whose gradients are compared: one at each end of the graph, one between."""
+        """Return parameters to compare gradients of: at both ends of the graph and in between."""
         layer = self.question_encoder.question_encoder.bert_model.encoder.layer[0]
-        decoder = self.generator.model.decoder.layers[0]
-        return (
-            layer.intermediate.dense.weight,
-            self.generator.model.shared.weight,
-            decoder.fc1.weight,
-        )
-
-
-def in_no_stage(name: str) -> AbstractContextManager[Any]:
-    return nullcontext()
+        generator = self.generator.model
+        decoder = generator.decoder.layers[0]
+        return layer.intermediate.dense.weight, generator.shared.weight, decoder.fc1.weight
 
 
 class Step:
@@ -221,12 +181,12 @@ class Step:
         self.problem = problem
         self.parts = Parts(mode, problem)
         self.model = self.make_model()
-        self.stage: Range = in_no_stage
+        self.stage: Range = lambda name: nullcontext()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, foreach=True)
         self._make_moments()
 
     def _make_moments(self) -> None:
-        """The first step would else be the only one whose backward has no moments beside it."""
+        """Make AdamW's moments: otherwise they would be missing in the first backward only."""
         group = self.optimizer.param_groups[0]
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -257,25 +217,19 @@ class Step:
 
 class FastragStep(Step):
     def make_model(self) -> Any:
-        from fastrag.index import FlatIndex, PassageStore
+        from fastrag.index import FlatIndex
         from fastrag.nn import RagModel, TextEncoder
 
         parts, tokenizer = self.parts, texts.tokenizer()
         device = self.problem.device
         index = FlatIndex(parts.vectors.shape[1], device=device)
         index.add(parts.vectors)
-        store = PassageStore.build(
-            parts.corpus.passages,
-            template=TEMPLATE,
-            question_tokenizer=tokenizer,
-            generator_tokenizer=tokenizer,
-        )
         return RagModel(
             TextEncoder(parts.question_encoder, pooling="pooler"),
             None,
             parts.generator,
             index,
-            store.to(device),
+            parts.corpus.store().to(device),
             n_docs=parts.n_docs,
             marginal=parts.marginal,
             template=TEMPLATE,
@@ -293,16 +247,13 @@ class FastragStep(Step):
 
 
 class HfStep(Step):
-    """Its labels begin with the start token, which its loss shifts away: one column more."""
+    """Labels begin with the start token, which the loss shifts away: one column more."""
 
     def make_model(self) -> Any:
         from transformers.models.rag import modeling_rag
 
         parts = self.parts
-        kind = {
-            "token": modeling_rag.RagTokenForGeneration,
-            "sequence": modeling_rag.RagSequenceForGeneration,
-        }[parts.marginal]
+        kind = getattr(modeling_rag, f"Rag{parts.marginal.title()}ForGeneration")
         model = kind(
             config=self._config(),
             question_encoder=parts.question_encoder,
@@ -333,34 +284,29 @@ class HfStep(Step):
         )
 
     def _retriever(self) -> Any:
-        from transformers import RagRetriever
-        from transformers.models.rag.retrieval_rag import CustomHFIndex
-
-        tokenizer = texts.tokenizer()
-        index = CustomHFIndex(self.parts.vectors.shape[1], self._dataset())
-        return RagRetriever(self._config(), tokenizer, tokenizer, index=index)
-
-    def _dataset(self) -> Any:
         import datasets
         import faiss
         import pyarrow as pa
+        from transformers import RagRetriever
+        from transformers.models.rag.retrieval_rag import CustomHFIndex
 
-        vectors = self.parts.vectors.cpu()
-        rows = pa.FixedSizeListArray.from_arrays(vectors.flatten().numpy(), vectors.shape[1])
-        passages = self.parts.corpus.passages
+        passages, vectors = self.parts.corpus.passages, self.parts.vectors.cpu()
+        width, tokenizer = vectors.shape[1], texts.tokenizer()
         table = {
             "title": [passage.title for passage in passages],
             "text": [passage.text for passage in passages],
-            "embeddings": rows,
+            "embeddings": pa.FixedSizeListArray.from_arrays(vectors.flatten().numpy(), width),
         }
         dataset = datasets.Dataset(pa.table(table))
         datasets.disable_progress_bars()
-        return dataset.add_faiss_index("embeddings", metric_type=faiss.METRIC_INNER_PRODUCT)
+        dataset.add_faiss_index("embeddings", metric_type=faiss.METRIC_INNER_PRODUCT)
+        index = CustomHFIndex(width, dataset)
+        return RagRetriever(self._config(), tokenizer, tokenizer, index=index)
 
     def output(self) -> Any:
         if not self.parts.is_given:
             return self.model(**self.question, **self.inputs)
-        # As its documentation puts it together where contexts are at hand.
+        # Computed as in its documentation for contexts that are at hand.
         query_emb = self.model.question_encoder(**self.question)[0]
         passage_emb = self.parts.vectors[self.parts.rows].to(query_emb.dtype)
         doc_scores = torch.bmm(query_emb.unsqueeze(1), passage_emb.transpose(1, 2)).squeeze(1)

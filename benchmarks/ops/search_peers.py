@@ -1,9 +1,9 @@
 """Peers of mips: exact search by inner product, k rows of a matrix for each query.
 
-Each is made from query_emb [B, D], index_emb [N, D] and k, and then called without arguments for
+Each is a function of query_emb [B, D], index_emb [N, D] and k that returns a call, which returns
 scores [B, k] and rows [B, k].
 
-What runs on a GPU only is written from the packages' documented signatures.
+Those that run only on a GPU are written from the packages' documented signatures.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import Shape, needs
+from benchmarks.harness.registry import Call, Shape, needs
 
 Answer = tuple[Tensor, Tensor]
-Ask = Callable[[], Answer]
-Make = Callable[[Tensor, Tensor, int], Ask]
+Make = Callable[[Tensor, Tensor, int], Call]
 
-# Rows that a search by chunks scores at a time, the fastest of some sizes; a GPU gets so many that
-# their scores are a gigabyte.
+# Rows of a chunk, the fastest of some sizes; on a GPU as many as have a gigabyte of scores.
 CHUNK_ROWS = 65536
 TILE_SCORES = 1 << 28
-# faiss goes query by query where B D is below a threshold, 128000 unless told; under this one it
+# faiss searches query by query if B D is below a threshold, by default 128000; with this one it
 # multiplies matrices for any batch.
 TUNED_THRESHOLD = 20
 FAISS_QUANTIZER = {torch.bfloat16: "QT_bf16", torch.float16: "QT_fp16"}
 
 
 def by_columns(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
-    """(X q^T).topk along its columns."""
+    """Take (X q^T).topk along its columns."""
     scores, rows = (index_emb @ query_emb.t()).topk(min(k, len(index_emb)), dim=0)
     return scores.t(), rows.t()
 
 
 def by_rows(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
-    """(q X^T).topk along its rows."""
+    """Take (q X^T).topk along its rows."""
     return (query_emb @ index_emb.t()).topk(min(k, len(index_emb)), dim=1)
 
 
 def by_rows_wide(query_emb: Tensor, index_emb: Tensor, k: int) -> Answer:
-    """The same with scores in float32, for a GPU."""
+    """Take the same of scores in float32, for a GPU."""
     scores = torch.mm(query_emb.to(index_emb.dtype), index_emb.t(), out_dtype=torch.float32)
     return scores.topk(min(k, len(index_emb)), dim=1)
 
@@ -54,13 +52,13 @@ def whole(top: Top) -> Make:
     return lambda query_emb, index_emb, k: lambda: top(query_emb, index_emb, k)
 
 
-def chunked(top: Top, n_rows: Callable[[int], int]) -> Make:
-    """The best of each chunk, then the best of those; n_rows(B) rows a chunk."""
+def chunked(top: Top, n_rows: Callable[[int], int] = lambda n_queries: CHUNK_ROWS) -> Make:
+    """Search chunks of n_rows(B) rows for the best of each, and then for the best of those."""
 
-    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
         size = n_rows(len(query_emb))
 
-        def ask() -> Answer:
+        def call() -> Answer:
             found = []
             for first in range(0, len(index_emb), size):
                 scores, rows = top(query_emb, index_emb[first : first + size], k)
@@ -69,17 +67,20 @@ def chunked(top: Top, n_rows: Callable[[int], int]) -> Make:
             scores, place = every_score.topk(k, dim=1)
             return scores, every_row.gather(1, place)
 
-        return ask
+        return call
 
     return make
 
 
-def by_numpy(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+by_tiles = chunked(by_rows_wide, lambda n_queries: TILE_SCORES // n_queries)
+
+
+def by_numpy(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     import numpy as np
 
     query, index = query_emb.numpy(), index_emb.numpy()
 
-    def ask() -> Answer:
+    def call() -> Answer:
         scores = query @ index.T
         rows = np.argpartition(scores, -k, axis=1)[:, -k:]
         best = np.take_along_axis(scores, rows, 1)
@@ -87,32 +88,32 @@ def by_numpy(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
         pair = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
         return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
 
-    return ask
+    return call
 
 
 def faiss_flat(threshold: int | None) -> Make:
-    """IndexFlatIP, which copies the rows."""
+    """Build an IndexFlatIP, which copies the rows."""
 
-    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
         import faiss
 
         if threshold is not None:
             faiss.cvar.distance_compute_blas_threshold = threshold
-        return _faiss_ask(faiss.IndexFlatIP(index_emb.shape[1]), query_emb, index_emb, k)
+        return _faiss_call(faiss.IndexFlatIP(index_emb.shape[1]), query_emb, index_emb, k)
 
     return make
 
 
-def faiss_quantizer(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
-    """IndexScalarQuantizer with the numbers of index_emb, which it stores as they are."""
+def faiss_quantizer(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
+    """Build an IndexScalarQuantizer, which stores the numbers of index_emb as they are."""
     import faiss
 
     kind = getattr(faiss.ScalarQuantizer, FAISS_QUANTIZER[index_emb.dtype])
     index = faiss.IndexScalarQuantizer(index_emb.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-    return _faiss_ask(index, query_emb, index_emb, k)
+    return _faiss_call(index, query_emb, index_emb, k)
 
 
-def _faiss_ask(index: Any, query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+def _faiss_call(index: Any, query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -120,14 +121,14 @@ def _faiss_ask(index: Any, query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
         index.add(index_emb[first : first + CHUNK_ROWS].float().numpy())
     query = query_emb.numpy()
 
-    def ask() -> Answer:
+    def call() -> Answer:
         scores, rows = index.search(query, k)
         return torch.from_numpy(scores), torch.from_numpy(rows)
 
-    return ask
+    return call
 
 
-def faiss_gpu(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+def faiss_gpu(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     import faiss
     import faiss.contrib.torch_utils  # lets faiss take tensors
 
@@ -145,18 +146,18 @@ def no_faiss_gpu() -> str:
     return "" if hasattr(faiss, "StandardGpuResources") else "this faiss is built for a CPU"
 
 
-def by_usearch(query_emb: Tensor, index_emb: Tensor, k: int) -> Ask:
+def by_usearch(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     from usearch.index import MetricKind, search
 
     query, index, n_threads = query_emb.numpy(), index_emb.numpy(), torch.get_num_threads()
 
-    def ask() -> Answer:
+    def call() -> Answer:
         found = search(index, query, k, MetricKind.IP, exact=True, threads=n_threads)
         # its distance is 1 - score
         scores = torch.from_numpy(1.0 - found.distances).view(len(query), k)
         return scores, torch.from_numpy(found.keys.astype("int64")).view(len(query), k)
 
-    return ask
+    return call
 
 
 def no_flashlib() -> str:
@@ -164,7 +165,7 @@ def no_flashlib() -> str:
 
 
 def takes_all_scores(copies: int) -> Callable[[str, Shape, torch.device], tuple[int, int]]:
-    """Memory of a search that holds scores of float32 for all rows, so many times."""
+    """Return the memory of a search that holds the float32 scores of all rows `copies` times."""
 
     def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
         n_rows, _, _, n_queries = shape

@@ -7,16 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import Op, Provider, Shape, ours
+from benchmarks.harness.registry import Op, Outputs, Prepare, Provider, Shape, directly
 from benchmarks.ops import marginal_loss
-from benchmarks.ops.heads import HEADS, PAD, Head, compiled, gather
+from benchmarks.ops.heads import PAD, Head, compiled, gather, providers
 from benchmarks.ops.marginal_loss import Problem
 
 FORWARD, BOTH = MODES = ("forward", "forward-backward")
 
 
-def outputs(mode: str, p: Problem, token_logp: Tensor) -> tuple[Tensor, ...]:
-    """The value, and the gradients of a sum whose weights differ from row to row."""
+def outputs(mode: str, p: Problem, token_logp: Tensor) -> Outputs:
+    """Return the value, and the gradients of a sum whose weights differ for each passage."""
     token_logp = torch.where((p.labels != PAD).unsqueeze(1), token_logp, 0.0)
     if mode == FORWARD:
         return (token_logp.detach(),)
@@ -25,15 +25,19 @@ def outputs(mode: str, p: Problem, token_logp: Tensor) -> tuple[Tensor, ...]:
     return (token_logp.detach(), *grads)
 
 
-def with_head(head: Head) -> Callable[[str, Problem], tuple[Tensor, ...]]:
-    def run(mode: str, p: Problem) -> tuple[Tensor, ...]:
+def run_of(head: Head) -> Callable[[str, Problem], Outputs]:
+    def run(mode: str, p: Problem) -> Outputs:
         with torch.set_grad_enabled(mode == BOTH):
             return outputs(mode, p, head(p.hidden, p.weight, p.labels))
 
     return run
 
 
-@with_head
+def with_head(head: Head) -> Prepare:
+    return directly(run_of(head))
+
+
+@run_of
 def oracle(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from fastrag import reference
 
@@ -47,14 +51,15 @@ def fastrag_token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     return F.token_logp(hidden, weight, labels, ignore_index=PAD)
 
 
-def gemms(mode: str, p: Problem) -> tuple[Tensor, ...]:
+@directly
+def gemms(mode: str, p: Problem) -> Outputs:
     if mode == BOTH:
-        return marginal_loss.gemms(mode, p)
+        return marginal_loss.products(p)
     return (p.weight.detach() @ p.hidden.detach().flatten(0, 2).t(),)
 
 
 def flops(mode: str, shape: Shape) -> float:
-    """The logits, or three products; who does not hold the logits until backward makes four."""
+    """Count the logits, or three products; a provider that does not keep the logits makes four."""
     return marginal_loss.flops(mode, shape) / (1 if mode == BOTH else 3)
 
 
@@ -73,19 +78,7 @@ OP = Op(
     oracle=oracle,
     providers=(
         Provider("gemms", gemms, "the products alone, logits held", kind="ceiling"),
-        ours(
-            "cpp",
-            fastrag_token_logp,
-            "fastrag, passes in C++",
-            devices=("cpu",),
-            dtypes=("float32",),
-        ),
-        ours("triton", fastrag_token_logp, "fastrag, passes in Triton", devices=("cuda",)),
-        ours("torch", fastrag_token_logp, "fastrag, passes of torch"),
-        *(
-            Provider(name, with_head(head), about, **limits)
-            for name, (head, about, limits) in HEADS.items()
-        ),
+        *providers(fastrag_token_logp, with_head),
         Provider(
             "gather-compile", with_head(compiled(gather)), "torch.compile of gather", compiles=True
         ),
@@ -98,7 +91,5 @@ OP = Op(
     bytes=least_bytes,
     workspace=marginal_loss.workspace_bytes,
     curves={"V": marginal_loss.OP.curves["V"]},
-    curve_providers=(
-        *("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger"),
-    ),
+    curve_providers=marginal_loss.CURVE_PROVIDERS,
 )

@@ -1,155 +1,144 @@
-"""Measured rates of an op under what the machine can do, from rows that `benchmarks.run` wrote.
+"""Measured rates of an op under the limits of the machine, from rows that `benchmarks.run` wrote.
 
     rate <= min(arithmetic ceiling, bandwidth ceiling * intensity)     intensity = flops / bytes
 
-Work and bytes are the least that the op needs (the registry's formulas), so that a provider that
-moves more shows below the line. Ceilings are rows too, of providers of kind "ceiling": the best of
-them counts. A point may be above the line: a small matrix comes from a cache, and `int8-float32`
-does most of its arithmetic on codes.
+Work and bytes are the least that the op needs (the registry's formulas), so a provider that moves
+more is further below the line. Ceilings are rows too, of providers of kind "ceiling"; the best one
+counts. A point may be above the line: a small matrix comes from a cache, and `int8-float32` does
+most of its arithmetic on codes.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+try:
+    import matplotlib as mpl
+except ImportError as error:
+    raise ImportError("figures need matplotlib: pip install 'fastrag[plots]'") from error
 
 mpl.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 - after the choice of a backend without a screen
 
-from benchmarks.harness.committed import RESULTS
+from benchmarks.harness.committed import RESULTS, Group, groups_of
 from benchmarks.harness.measure import ROOT
-from benchmarks.harness.registry import DTYPES, Op
+from benchmarks.harness.registry import Op
 
-# What each ceiling bounds.
-ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")
+ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")  # the limit that each ceiling shows
 OURS = {"cpp": "#0072B2", "triton": "#0072B2", "torch": "#56B4E9", "cpp-float32": "#009E73"}
 PEER = "#9a9a9a"
 MARKERS = "os^Dv<>p"
 # The same rows give the same bytes.
 STYLE = {"svg.hashsalt": "fastrag", "svg.fonttype": "path", "font.size": 9}
-METADATA: Mapping[str, Mapping[str, Any]] = {
-    ".svg": {"Date": None, "Creator": None},
+METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
 }
-
-Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Point:
     provider: str
     mode: str
-    shape: tuple[int, ...]
     intensity: float  # flops for each byte
     gflops: float
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best that a row showed; None where no row did."""
+    """The best rates that were measured; None if none was."""
 
     gflops: float | None
     gbps: float | None
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def groups_for(op: Op, path: Path | None) -> tuple[list[Group], list[Group]]:
+    """Return the groups of an op, and those of the other files in the folder, on that machine.
 
-
-def committed(op: Op) -> Path:
-    """Returns the results of the op in this checkout.
+    Without a path they are the committed ones.
 
     Raises:
-        ValueError: there are none, or those of several machines.
+        ValueError: there are no committed ones, or those of several machines.
     """
-    found = sorted(RESULTS.glob(f"*/{op.name}.csv"))
-    if len(found) != 1:
-        there = ", ".join(str(path.relative_to(ROOT)) for path in found) or "none"
-        raise ValueError(f"expected --csv, since results of {op.name} are: {there}")
-    return found[0]
-
-
-def beside(path: Path) -> list[dict[str, str]]:
-    """Rows of the other files in the folder, whose ceilings are of the same machine."""
+    if path is None:
+        found = sorted(RESULTS.glob(f"*/{op.name}.csv"))
+        if len(found) != 1:
+            there = ", ".join(str(path.relative_to(ROOT)) for path in found) or "none"
+            raise ValueError(f"expected --csv, since results of {op.name} are: {there}")
+        (path,) = found
     others = sorted(other for other in path.parent.glob("*.csv") if other.name != path.name)
-    return [row for other in others for row in rows_of(other)]
+    own = [g for g in groups_of(path) if g.op is op]
+    return own, [g for other in others for g in groups_of(other)]
 
 
-def points_of(rows: Sequence[Row], op: Op) -> list[Point]:
-    """Rows of the op, ceilings and providers that are no more not among them."""
-    known = {*op.names("ours"), *op.names("peer")}
-    found = []
-    for row in rows:
-        if row["provider"] not in known:
-            continue
-        shape = tuple(int(n) for n in row["shape"].split(","))
-        flops = op.flops(row["mode"], shape)
-        least = op.bytes(row["mode"], shape, DTYPES[row["dtype"]].itemsize)
-        rate = flops / (float(row["ms_p50"]) / 1e3) / 1e9
-        found.append(Point(row["provider"], row["mode"], shape, flops / least, rate))
-    return found
+def points_of(groups: Iterable[Group]) -> list[Point]:
+    """Return a point for each of ours and each peer that was timed."""
+    return [
+        Point(t.provider, g.mode, g.intensity, g.flops / (t.ms / 1e3) / 1e9)
+        for g in groups
+        for t in g.timings
+        if t.provider in (*g.op.names("ours"), *g.op.names("peer"))
+    ]
 
 
-def ceilings_of(rows: Sequence[Row], machine: Row) -> Ceilings:
-    """The highest rates of ceilings on the device and threads of `machine`, a row."""
-    same = [r for r in rows if r.get("status") == "ok" and _same_machine(r, machine)]
-    work = [1e3 * float(r["tflops"]) for r in same if r["provider"] in ARITHMETIC]
-    moved = [float(r["gbps"]) for r in same if r["provider"] in BANDWIDTH]
+def ceilings_of(groups: Iterable[Group], machine: Group) -> Ceilings:
+    """Return the highest rates of ceilings on the device and threads of `machine`."""
+    timed = [r for g in groups if _same(g, machine) for r in g.rows if r["status"] == "ok"]
+    work = [1e3 * float(r["tflops"]) for r in timed if r["provider"] in ARITHMETIC]
+    moved = [float(r["gbps"]) for r in timed if r["provider"] in BANDWIDTH]
     return Ceilings(max(work, default=None), max(moved, default=None))
 
 
-def _same_machine(row: Row, other: Row) -> bool:
-    return all(row[key] == other[key] for key in ("device", "threads"))
+def _same(group: Group, other: Group) -> bool:
+    return all(group.fact(name) == other.fact(name) for name in ("device", "threads"))
 
 
-def draw(rows: Sequence[Row], op: Op, path: Path, *, beside: Sequence[Row] = ()) -> list[Path]:
-    """Writes the roofline of an op as SVG and PNG, the same bytes for the same rows.
+def save(figure: Figure, path: Path, **options: Any) -> list[Path]:
+    """Write a figure as PNG and SVG, and return the files; the suffix of `path` is replaced."""
+    files = [path.with_suffix(suffix) for suffix in METADATA]
+    for file in files:
+        figure.savefig(file, metadata=METADATA[file.suffix], **options)
+    return files
+
+
+def draw(op: Op, groups: Sequence[Group], beside: Sequence[Group], path: Path) -> list[Path]:
+    """Write the roofline of an op, the same bytes for the same rows; see `figure_of`."""
+    figure = figure_of(op, groups, beside)
+    with mpl.rc_context(STYLE):
+        return save(figure, path, dpi=150)
+
+
+def figure_of(op: Op, groups: Sequence[Group], beside: Sequence[Group], source: str = "") -> Figure:
+    """Return the roofline of an op.
 
     Args:
-        rows: of `benchmarks.run --csv`; those of the first one's device and threads count.
-        op: whose rows are taken.
-        path: where to; its suffix is replaced.
-        beside: further rows, for ceilings that `rows` lack.
-
-    Returns:
-        The files.
+        op: the op.
+        groups: what was timed of it; only those on the first one's device and threads count.
+        beside: other groups, for ceilings that `groups` lack.
+        source: a line below the figure about the origin of the rows.
 
     Raises:
-        ValueError: no row of the op was timed.
+        ValueError: no group has a point.
     """
-    figure = figure_of(rows, op, beside=beside)
-    written = [path.with_suffix(suffix) for suffix in METADATA]
-    with mpl.rc_context(STYLE):
-        for target in written:
-            figure.savefig(target, metadata=dict(METADATA[target.suffix]), dpi=150)
-    return written
-
-
-def figure_of(
-    rows: Sequence[Row], op: Op, *, beside: Sequence[Row] = (), source: str = ""
-) -> Figure:
-    """What `draw` writes; `source` says below it where the rows are from."""
-    rows = [r for r in rows if r.get("op") == op.name and r.get("status") == "ok"]
-    machine = rows[0] if rows else {}
-    points = points_of([r for r in rows if _same_machine(r, machine)], op)
+    groups = [g for g in groups if _same(g, groups[0])]
+    points = points_of(groups)
     if not points:
         raise ValueError(f"expected rows of {op.name} that were timed, got none")
     if not any(p.gflops for p in points):
         raise ValueError(f"expected an op that computes, and {op.name} only moves bytes")
-    own, more = ceilings_of(rows, machine), ceilings_of(beside, machine)
+    own, more = ceilings_of(groups, groups[0]), ceilings_of(beside, groups[0])
     ceilings = Ceilings(
         more.gflops if own.gflops is None else own.gflops,
         more.gbps if own.gbps is None else own.gbps,
     )
+    title = f"{op.name}: measured rates under what the machine can do"
     with mpl.rc_context(STYLE):
-        title = f"{op.name}: measured rates under what the machine can do"
-        figure = _figure(points, ceilings, title if source else f"{title}, {machine['device']}")
+        figure = _figure(
+            points, ceilings, title + ("" if source else f", {groups[0].fact('device')}")
+        )
         if source:
             figure.supxlabel(source, x=0.01, ha="left", fontsize=6.5, color="#555555")
     return figure

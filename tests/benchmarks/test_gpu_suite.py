@@ -70,8 +70,8 @@ def isolated(
     records = run_isolated(
         command,
         "all",
-        deadline=time.monotonic() + seconds,
-        patience=3.0,
+        time.monotonic() + seconds,
+        patience=1.0,
         names=names,
         env={"ACT": json.dumps(act)},
     )
@@ -93,7 +93,7 @@ def test_one_process_does_it_all(child: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("crash", "code 139\ndoing"), ("hang", "nothing happened for 3 s"), ("lost", "lost")],
+    [("crash", "code 139\ndoing"), ("hang", "nothing happened for 1 s"), ("lost", "lost")],
 )
 def test_the_next_process_goes_on_behind_what_ended_the_last(
     child: Path, how: str, said: str
@@ -127,21 +127,21 @@ def test_records_are_told_while_the_process_runs(child: Path) -> None:
     run_isolated(
         lambda names: [sys.executable, str(child)],
         "all",
-        deadline=began + 3.0,
+        began + 1.5,
         patience=30.0,
         env={"ACT": json.dumps({"b": "hang"})},
         tell=lambda record: told.append((record.name, time.monotonic() - began)),
     )
-    assert [name for name, _ in told] == ["a", "b"] and told[0][1] < 2.5
+    assert [name for name, _ in told] == ["a", "b"] and told[0][1] < 1.2
 
 
 def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
     limits = {"patience": 5.0, "env": {"ACT": "{}"}}
     command = [sys.executable, str(child)]
     soon = time.monotonic() + 30
-    assert collect(command, "all", deadline=soon, **limits) == ["a", "b", "c", "d"]
+    assert collect(command, "all", soon, **limits) == ["a", "b", "c", "d"]
     child.write_text("import sys; sys.exit('no such package')")
-    found = collect(command, "all", deadline=soon, **limits)
+    found = collect(command, "all", soon, **limits)
     assert isinstance(found, Record) and found.bad and "no such package" in found.text
 
 
@@ -151,7 +151,7 @@ def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
         "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); "
         f"open({str(mark)!r}, 'w').write(str(p.pid)); print('said', flush=True); p.wait()"
     )
-    ended = run_limited([sys.executable, "-c", code], 1.0)
+    ended = run_limited([sys.executable, "-c", code], time.monotonic() + 1.0)
     assert ended.why and ended.output == "said\n" and ended.seconds < 10
     for _ in range(50):
         status = Path(f"/proc/{mark.read_text()}/status")
@@ -163,8 +163,8 @@ def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
 
 def test_a_command_that_says_nothing_more_is_ended() -> None:
     code = "import time; print('said', flush=True); time.sleep(60)"
-    ended = run_limited([sys.executable, "-c", code], 30.0, patience=3.0)
-    assert ended.why == "nothing happened for 3 s" and ended.output == "said\n"
+    ended = run_limited([sys.executable, "-c", code], time.monotonic() + 30.0, patience=1.0)
+    assert ended.why == "nothing happened for 1 s" and ended.output == "said\n"
 
 
 # What torch is to the plugin: a module whose synchronize fails for ever after a fault.
@@ -201,9 +201,11 @@ def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
         where = [f"{file}::{name.partition('::')[2]}" for name in names]
         return steps.pytest_command(where or [str(file)])
 
-    limits = {"deadline": time.monotonic() + 60, "patience": 30.0, "env": steps.PYTEST_ENV}
-    listed = collect(steps.pytest_command([str(file)], "--collect-only"), "file", **limits)
-    records = run_isolated(command, "file", **limits)
+    limits = {"patience": 30.0, "env": steps.PYTEST_ENV}
+    soon = time.monotonic() + 60
+    only = steps.pytest_command([str(file)], "--collect-only")
+    listed = collect(only, "file", soon, **limits)
+    records = run_isolated(command, "file", soon, **limits)
     assert listed == [record.name for record in records]
     short = {record.name.partition("::")[2]: record for record in records}
     assert {name: record.outcome for name, record in short.items()} == {
@@ -218,7 +220,7 @@ def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
     assert "CUDA is lost" in short["test_fault[b]"].text
     assert "two GPUs" in short["test_skipped"].text
     file.write_text("import no_such_package")
-    found = collect(steps.pytest_command([str(file)], "--collect-only"), "file", **limits)
+    found = collect(only, "file", soon, **limits)
     assert isinstance(found, Record) and found.bad and "no_such_package" in found.text
 
 
@@ -346,7 +348,7 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "said"),
     [
         (["--only", "test"], "no step is called 'test'"),
-        (["--budget-minutes", "0"], "--budget-minutes: expected a positive number"),
+        (["--budget-minutes", "0"], "--budget-minutes: expected more than 0"),
         (["--rounds", "0"], "--rounds: expected at least 1"),
         (["--out", __file__], "--out: expected a folder"),
     ],
@@ -437,8 +439,8 @@ def test_rows_that_were_written_are_kept(
 def test_a_benchmark_that_hangs_fails_early(tmp_path: Path) -> None:
     found = results(tmp_path)
     code = ROWS + "import time; print('timing it', flush=True); time.sleep(60)"
-    said = steps.benchmark(found, FakeBench(code, patience=3.0), time.monotonic() + 30.0)
-    assert said == "failed: nothing happened for 3 s, 1 rows, then: timing it"
+    said = steps.benchmark(found, FakeBench(code, patience=1.0), time.monotonic() + 30.0)
+    assert said == "failed: nothing happened for 1 s, 1 rows, then: timing it"
     assert found.broken == ["fake"] and len(found.rows) == 1
 
 

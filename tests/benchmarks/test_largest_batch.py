@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import largest_batch
+from benchmarks.harness import measure
 from benchmarks.harness.arguments import Parser
-from benchmarks.largest_batch import MOST, StepError, bytes_of, largest, peak_of_step
+from benchmarks.harness.timing import Case, peak_of_first_call
+from benchmarks.largest_batch import MOST, StepError, bytes_of, largest
 from benchmarks.ops.rag_step import OP
 
 TINY = OP.checked[0]
@@ -41,7 +42,7 @@ def test_it_ends_where_nothing_passes_the_budget() -> None:
 
 
 def test_budgets_have_units() -> None:
-    parser = Parser(prog="it")
+    parser = Parser("it", None)
     assert bytes_of(parser, "4GiB") == 4 * GIB and bytes_of(parser, "1.5KiB") == 1536
     for text in ("4", "4GB", "GiB", "-1GiB", "nanGiB", ""):
         with pytest.raises(SystemExit):
@@ -49,12 +50,12 @@ def test_budgets_have_units() -> None:
 
 
 def test_the_peak_of_a_step_is_gradients_and_what_leads_to_them() -> None:
-    case = ("fastrag", "token-given", (64, 4, 41, 7, 16, 8), "float32", "cpu")
+    case = Case("rag_step", "fastrag", "token-given", (32, 4, 41, 7, 16, 8), "float32", "cpu")
     try:
-        found = peak_of_step(*case)
+        found = peak_of_first_call(case)
     except OSError as error:
         pytest.skip(str(error))
-    logits = 4 * 64 * 4 * 7 * 4099
+    logits = 4 * 32 * 4 * 7 * 4099
     assert logits < found < logits + GIB // 8  # neither weights nor moments, which are small here
 
 
@@ -62,15 +63,16 @@ def test_what_does_not_fit_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr(largest_batch, "extra_bytes", full)
-    assert peak_of_step("fastrag", "token-given", TINY, "float32", "cpu") == math.inf
+    monkeypatch.setattr(measure, "extra_bytes", full)
+    case = Case("rag_step", "fastrag", "token-given", TINY, "float32", "cpu")
+    assert peak_of_first_call(case) == math.inf
 
 
 def test_rows_hold_the_batch_or_say_why_there_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def found(provider: str, args: argparse.Namespace) -> tuple[int, float]:
-        if provider == "hf":
+    def found(case: Case, budget: float) -> tuple[int, float]:
+        if case.provider == "hf":
             raise StepError("failed: its process ended")
         return 12, 3.0 * (1 << 20)
 

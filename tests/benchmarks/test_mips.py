@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import shared
-from benchmarks.harness.registry import Goal, error_of
+from benchmarks.harness.process import Process
+from benchmarks.harness.registry import Goal, directly, error_of
 from benchmarks.ops import OPS, mips
 
-ROOT = Path(__file__).resolve().parents[2]
 OP = OPS["mips"]
 CPU = torch.device("cpu")
 SHAPE = (200, 24, 3, 5)
@@ -79,7 +75,7 @@ def test_the_check_finds_what_is_wrong(
     change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], provider: str, said: str
 ) -> None:
     right = OP.provider(provider)
-    wrong = replace(right, run=lambda mode, ask: change(*right.run(mode, ask)))
+    wrong = replace(right, prepare=directly(lambda mode, p: change(*right.prepare(mode, p)())))
     found = error_of(OP, wrong, "float32", SHAPE, "float32", CPU)
     assert found.startswith(said) and bool(found) == bool(said)
 
@@ -87,7 +83,7 @@ def test_the_check_finds_what_is_wrong(
 def test_a_search_of_another_storage_is_wrong() -> None:
     """int8 codes of the checked problem stand for vectors that float32 does not have."""
     ours = OP.provider("torch")
-    wrong = replace(ours, setup=lambda mode, p: ours.setup("float32", p))
+    wrong = replace(ours, prepare=lambda mode, p: ours.prepare("float32", p))
     assert error_of(OP, wrong, "int8", SHAPE, "float32", CPU).startswith("scores: ")
 
 
@@ -106,9 +102,7 @@ def test_what_is_shared_is_what_a_process_would_make(mode: str) -> None:
 # ----------------------------------------------------------------------------------------- shared
 
 MAPS_AND_WRITES = """
-import json, sys
 from benchmarks.harness import shared
-shared.take(json.loads(sys.argv[1]))
 x = shared.find("x")
 assert x.tolist() == [[1.0, 2.0], [3.0, 4.0]], x
 x[0, 0] = 5.0
@@ -120,12 +114,9 @@ def test_another_process_maps_the_same_memory() -> None:
         out.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
 
     shared.hold({"x": shared.Spec((2, 2), torch.float32, fill)})
-    subprocess.run(
-        [sys.executable, "-c", MAPS_AND_WRITES, json.dumps(shared.handles())],
-        cwd=ROOT,
-        pass_fds=shared.descriptors(),
-        check=True,
-    )
+    with Process() as process:
+        assert process.ask(shared.take, shared.handles()) == ("ok", None)
+        assert process.ask(exec, MAPS_AND_WRITES) == ("ok", None)
     found = shared.find("x")
     assert found is not None and found[0, 0] == 5.0
 
@@ -169,13 +160,13 @@ def test_the_read_is_of_every_byte(
     data, _ = problem.stored(mode)
     if native:
         pytest.importorskip("fastrag._C", reason="the extension is not built")
-        (found,) = OP.provider("read").call(mode, problem)()
+        (found,) = OP.provider("read").prepare(mode, problem)()
         assert found == np.bitwise_xor.reduce(data.flatten().view(torch.uint8).numpy())
         return
     monkeypatch.setattr(mips, "no_extension", lambda: "hidden")
     numbers = data.flatten().view(torch.uint8)
     whole = numbers[: len(numbers) // 4 * 4].view(torch.float32).sum()
-    (found,) = OP.provider("read").call(mode, problem)()
+    (found,) = OP.provider("read").prepare(mode, problem)()
     assert torch.equal(found, whole) or bool(found.isnan() and whole.isnan())
 
 

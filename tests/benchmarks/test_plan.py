@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.harness import report, shared
+from benchmarks.harness import report, rows, shared
 from benchmarks.harness.measure import Turn
 from benchmarks.harness.plan import Budget, by_importance, in_turn
 from benchmarks.harness.registry import DEVICES, Op
-from benchmarks.harness.turns import Case, Result
+from benchmarks.harness.timing import Case, Result
 from benchmarks.ops import OPS
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
@@ -83,7 +82,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, n_points: int) -> Clock:
         if clock.now >= 50.0 * n_points:
             raise KeyboardInterrupt
         clock.now += 50.0
-        return [Result(case, extra_bytes=report.MIB, turns=[Turn(10.0, 20.0)]) for case in cases]
+        return [Result(case, extra_bytes=rows.MIB, turns=[Turn(10.0, 20.0)]) for case in cases]
 
     monkeypatch.setattr(run, "_time", fake)
     return clock
@@ -108,11 +107,11 @@ def test_what_did_not_fit_has_rows_too(
     n_timed = sum("not timed: budget" not in line for line in lines)
     assert n_timed == 7 and lines[0].startswith("  marginal_loss  token")
     assert "not timed: budget" in lines[-1]
-    rows = list(csv.DictReader(file.read_text().splitlines()))
-    assert {(r["op"], r["mode"], r["shape"]) for r in rows} == {
-        (p.op.name, p.mode, report.shape_text(p.shape)) for p in points
+    found = rows.read(file)
+    assert {(r["op"], r["mode"], r["shape"]) for r in found} == {
+        (p.op.name, p.mode, rows.shape_text(p.shape)) for p in points
     }
-    statuses = {r["status"] for r in rows}
+    statuses = {r["status"] for r in found}
     assert statuses == {"ok", "unavailable: not timed, the budget was spent"}
 
 
@@ -149,12 +148,14 @@ def test_an_overview_has_ours_the_best_peer_and_the_tightest_ceiling() -> None:
 
     def found(provider: str, milliseconds: float) -> Result:
         case = Case("mips", provider, "float32", shape, "float32", "cpu")
-        return Result(case, extra_bytes=3 * report.MIB, turns=[Turn(milliseconds, milliseconds)])
+        return Result(case, extra_bytes=3 * rows.MIB, turns=[Turn(milliseconds, milliseconds)])
 
     results = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
     broken = [Result(found("cpp", 1.0).case, "wrong: rows"), found("numpy", 13.0)]
     facts = {"device": "a machine", "threads": "2", "commit": "abc"}
-    title, _, line, other = report.overview([(op, results), (op, broken)], facts).splitlines()
+    title, _, line, other = report.overview(
+        [report.measured(op, found) for found in (results, broken)], facts
+    ).splitlines()
     assert title == "a machine, 2 threads, commit abc"
     point = ["mips", "float32", "float32", "1000,64,10,64"]
     assert line.split() == [*point, "10", "numpy", "13", "1.30", "fma", "8", "1.25", "3", "3"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import profile
-from benchmarks.harness.report import COLUMNS
+from benchmarks.harness import rows
 from benchmarks.ops import OPS
 from benchmarks.profiling import ncu, roofline
 
@@ -273,41 +272,35 @@ def test_compiled_kernels() -> None:
 # ------------------------------------------------------------------------------------ roofline
 
 
-def rows(op: str, **times: float) -> list[dict[str, str]]:
+def write(file: Path, op: str, device: str = "a machine", **times: float) -> Path:
     """Two rows of each provider, at shapes of different intensity, with these milliseconds."""
     found = []
     for provider, ms in times.items():
         for shape in ("1000,64,10,1", "1000,64,10,64"):
-            row = dict.fromkeys(COLUMNS, "") | {"op": op, "provider": provider, "shape": shape}
-            row |= {"mode": "float32", "dtype": "float32", "ms_p50": str(ms), "status": "ok"}
-            row |= {"device": "a machine", "threads": "2", "gbps": f"{10 / ms}"}
-            found.append(row | {"tflops": f"{0.3 / ms}"})
-    return found
+            row = {"op": op, "provider": provider, "shape": shape, "mode": "float32"}
+            row |= {"dtype": "float32", "ms_p50": str(ms), "status": "ok", "device": device}
+            found.append(row | {"threads": "2", "gbps": f"{10 / ms}", "tflops": f"{0.3 / ms}"})
+    rows.add(file, found)
+    return file
 
 
-def test_points_and_ceilings() -> None:
-    found = rows("mips", cpp=2.0, gone=1.0, read=0.5)
-    first, second = roofline.points_of(found, OPS["mips"])
-    assert (first.provider, first.shape) == ("cpp", (1000, 64, 10, 1))
+def test_points_and_ceilings(tmp_path: Path) -> None:
+    file = write(tmp_path / "mips.csv", "mips", cpp=2.0, gone=1.0, read=0.5)
+    write(file, "mips", "another", read=0.1, fma=0.1)
+    groups, beside = roofline.groups_for(OPS["mips"], file)
+    first, second = roofline.points_of(groups)
+    assert first.provider == "cpp" and not beside
     assert first.gflops == pytest.approx(2 * 1000 * 64 / 2e-3 / 1e9)
     assert second.gflops == pytest.approx(64 * first.gflops)
     assert second.intensity > first.intensity
-    ceilings = roofline.ceilings_of(found, found[0])
-    assert (ceilings.gflops, ceilings.gbps) == (None, 20.0)
-    elsewhere = [row | {"device": "another"} for row in rows("mips", read=0.1, fma=0.1)]
-    assert roofline.ceilings_of(found + elsewhere, found[0]) == ceilings
+    assert roofline.ceilings_of(groups, groups[0]) == roofline.Ceilings(None, 20.0)
 
 
 def test_a_roofline_is_the_same_each_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = tmp_path / "mips.csv"
-    for name, found in ((table, rows("mips", cpp=2.0, faiss=3.0, read=1.0)),
-                        (tmp_path / "loss.csv", rows("marginal_loss", gemms=1.0))):  # fmt: skip
-        with name.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(found)
+    table = write(tmp_path / "mips.csv", "mips", cpp=2.0, faiss=3.0, read=1.0)
+    write(tmp_path / "loss.csv", "mips", fma=1.0)
     written = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         args = ["--op", "mips", "--roofline", "--csv", str(table), "--out", str(folder)]

@@ -60,7 +60,7 @@ def test_passages_beyond_the_facts_are_other_passages() -> None:
 @pytest.mark.parametrize(
     ("place", "number", "said"),
     [
-        (2, 12, "L: expected room for a passage beside questions of"),
+        (2, 12, "L: expected room for a passage and questions of"),
         (3, 2, "T: expected at least 3 tokens (<s>, answer, </s>), got 2"),
         (4, 17, "H: expected one of 16, 256, 768, got 17"),
     ],

@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from benchmarks.harness import measure
-from benchmarks.harness.registry import DEVICES, Op, Provider, error_of, forced_backend, needs
-from benchmarks.harness.worker import Timed, reply_to
+from benchmarks.harness.process import Refusal
+from benchmarks.harness.registry import (
+    DEVICES,
+    Op,
+    Provider,
+    directly,
+    error_of,
+    forced_backend,
+    needs,
+)
+from benchmarks.harness.timing import Case, Timed
 from benchmarks.ops import OPS
 from fastrag.ops.backends import BACKEND_VARIABLE
 
@@ -80,11 +89,12 @@ def test_a_wrong_output_is_named(place: int) -> None:
     right = op.provider("gather")
 
     def wrong(mode: str, problem: Any) -> tuple[torch.Tensor, ...]:
-        found = list(right.run(mode, problem))
+        found = list(right.prepare(mode, problem)())
         found[place] = 1.001 * found[place]
         return tuple(found)
 
-    message = error_of(op, replace(right, run=wrong), "sequence", op.checked[0], "float32", CPU)
+    broken = replace(right, prepare=directly(wrong))
+    message = error_of(op, broken, "sequence", op.checked[0], "float32", CPU)
     assert message.startswith(f"{op.outputs[place]}: ")
 
 
@@ -93,11 +103,6 @@ def test_flops_and_bytes_of_the_loss() -> None:
     # 2*3*5 rows: three products of 2 * 30 * 7 * 11; hidden, weight and their gradients once
     assert op.flops("token", (2, 3, 5, 7, 11)) == 3 * 2 * 30 * 7 * 11
     assert op.bytes("token", (2, 3, 5, 7, 11), 2) == 2 * 2 * (30 * 7 + 11 * 7)
-
-
-def test_what_is_set_up_is_what_runs() -> None:
-    provider = Provider("it", lambda mode, x: (x,), "", setup=lambda mode, x: x + [mode])
-    assert provider.call("token", [1])() == ([1, "token"],)
 
 
 def test_the_backend_is_forced_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,32 +131,40 @@ def test_why_not_names_device_dtype_mode_and_package() -> None:
 # -------------------------------------------------------------------------- worker and memory
 
 
-def request(provider: str) -> dict[str, Any]:
-    case = {"op": "marginal_loss", "mode": "token", "shape": [2, 2, 3, 8, 50], "dtype": "float32"}
-    return {"do": "prepare", "provider": provider, "device": "cpu", "seed": 0, **case}
+def case(provider: str) -> Case:
+    return Case("marginal_loss", provider, "token", (2, 2, 3, 8, 50), "float32", "cpu")
+
+
+def instead_of_gather(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    op = OPS["marginal_loss"]
+    other = replace(op.provider("gather"), prepare=directly(run))
+    monkeypatch.setitem(OPS, op.name, replace(op, providers=(other,)))
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = OPS["marginal_loss"]
-    wrong = replace(
-        op.provider("gather"),
-        run=lambda mode, p: tuple(2 * x for x in op.provider("torch").run(mode, p)),
-    )
-    monkeypatch.setitem(OPS, op.name, replace(op, providers=(wrong,)))
-    timed = Timed()
-    assert reply_to(timed, request("gather"))["status"].startswith("wrong: loss: ")
-    assert reply_to(timed, {"do": "go"})["status"].startswith("failed: AttributeError")
+    right = OPS["marginal_loss"].provider("torch")
+    wrong = lambda mode, p: tuple(2 * x for x in right.prepare(mode, p)())  # noqa: E731
+    instead_of_gather(monkeypatch, wrong)
+    with pytest.raises(Refusal, match="^wrong: loss: "):
+        Timed(case("gather"))
+    with pytest.raises(Refusal, match="^unavailable: runs on cuda only, not on cpu$"):
+        Timed(replace(case("gather"), op="doc_scores", mode="forward", provider="triton"))
 
 
-def test_what_a_provider_raises_is_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(mode: str, problem: Any) -> tuple[torch.Tensor, ...]:
-        raise RuntimeError("two\nlines")
+def test_a_turn_is_the_calls_of_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    right = OPS["marginal_loss"].provider("gather")
 
-    op = OPS["marginal_loss"]
-    broken = replace(op.provider("gather"), run=fail)
-    monkeypatch.setitem(OPS, op.name, replace(op, providers=(broken,)))
-    reply = reply_to(Timed(), request("gather"))
-    assert reply == {"status": "failed: RuntimeError: two lines"}
+    def counted(mode: str, problem: Any) -> tuple[torch.Tensor, ...]:
+        calls.append(tuple(problem.hidden.shape))
+        return right.prepare(mode, problem)()
+
+    instead_of_gather(monkeypatch, counted)
+    timed = Timed(case("gather"))
+    calls.clear()
+    timed.n_calls = 7
+    turn = timed.turn()
+    assert calls == [(2, 2, 3, 8)] * 7 and turn.wall > 0.0
 
 
 def test_memory_is_what_stands_above_the_outputs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from benchmarks import run
-from benchmarks.harness import commits, report, turns
+from benchmarks.harness import commits, report, rows, timing
 from benchmarks.harness.measure import Turn
-from benchmarks.harness.turns import Case, Result
+from benchmarks.harness.process import Process
+from benchmarks.harness.timing import Case, Result
 from benchmarks.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +39,7 @@ def command(*args: str) -> list[str]:
 def result(provider: str, *milliseconds: float, status: str = "ok", mib: float = 1.0) -> Result:
     case = Case("marginal_loss", provider, "token", SHAPE, "float32", "cpu")
     found = [Turn(ms, 2 * ms) for ms in milliseconds]  # two threads
-    return Result(case, status, int(mib * report.MIB) if found else None, found)
+    return Result(case, status, int(mib * rows.MIB) if found else None, found)
 
 
 FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", "commit": "abc"}
@@ -55,7 +57,7 @@ FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", 
         (["--op", "marginal_loss", "--shape", "2,5,32"], ["B,K,T,H,V", "'2,5,32'"]),
         (["--op", "marginal_loss", "--shape", "2,5,0,8,9"], ["positive", "'2,5,0,8,9'"]),
         (["--op", "marginal_loss", "--dtype", "int8"], ["float32", "'int8'"]),
-        (["--op", "marginal_loss", "--device", "tpu"], ["cpu or cuda", "'tpu'"]),
+        (["--op", "marginal_loss", "--device", "tpu"], ["cpu, cuda", "'tpu'"]),
         (["--op", "marginal_loss", "--rounds", "0"], ["at least 1", "got 0"]),
         (["--op", "marginal_loss", "--csv", "/"], ["--csv", "a file", "folder /"]),
         (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
@@ -110,7 +112,7 @@ def test_an_unknown_backend_is_refused(
 
 def test_the_columns_of_the_csv(tmp_path: Path) -> None:
     row = report.row(OP, result("gather", 5.0, 1.0, 2.0, 3.0, 4.0), FACTS)
-    report.write_csv(tmp_path / "rows.csv", [row])
+    rows.write(tmp_path / "rows.csv", [row])
     text = (tmp_path / "rows.csv").read_text()
     assert text.splitlines()[0] == COLUMNS.replace(" ", ",")
     (found,) = csv.DictReader(text.splitlines())
@@ -126,10 +128,10 @@ def test_rows_are_added_to_those_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     for milliseconds in (1.0, 2.0):
         row = report.row(OP, result("torch", milliseconds), FACTS)
-        report.add_to_csv(file, [row])
+        rows.add(file, [row])
     with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert [row["ms_p50"] for row in rows] == ["1.0000", "2.0000"]
+        found = list(csv.DictReader(opened))
+    assert [row["ms_p50"] for row in found] == ["1.0000", "2.0000"]
     run._parse(["--op", "mips", "--csv", str(file)])  # which has the right columns
 
 
@@ -138,7 +140,9 @@ def test_a_provider_that_cannot_run_has_a_row() -> None:
     row = report.row(OP, found, FACTS)
     assert row["status"] == "unavailable: runs on cuda only, not on cpu"
     assert row["ms_p50"] == row["peak_mib"] == row["tflops"] == ""
-    assert "cce: unavailable: runs on cuda only" in report.table(OP, [found], FACTS)
+    assert "cce: unavailable: runs on cuda only" in report.table(
+        report.measured(OP, [found]), FACTS
+    )
 
 
 def test_ratios_of_the_table() -> None:
@@ -149,7 +153,7 @@ def test_ratios_of_the_table() -> None:
         result("hf", 44.0),
         result("cce", status="failed: its process ended with code -9"),
     ]
-    lines = report.table(OP, results, FACTS).splitlines()
+    lines = report.table(report.measured(OP, results), FACTS).splitlines()
     cells = {line.split()[0]: line.split() for line in lines}
     # p50, p20, p80, processor, / gemms, vs peer, MiB, GFLOP/s, GB/s, % of gemms
     assert cells["cpp"][1:8] == ["11", "11", "11", "22", "1.10", "2.00", "1"]
@@ -160,8 +164,10 @@ def test_ratios_of_the_table() -> None:
 
 
 def test_goals_stand_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(64 * report.MIB))
-    text = report.foot(OP, [result("gemms", 10.0), result("cpp", 11.0, mib=3), result("hf", 33.0)])
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(64 * rows.MIB))
+    text = report.foot(
+        report.measured(OP, [result("gemms", 10.0), result("cpp", 11.0, mib=3), result("hf", 33.0)])
+    )
     assert "time / gemms 1.10 (by processor time 1.10): at most 1.15" in text
     assert "times as fast as hf 3.00 (by processor time 3.00): at least 1.9" in text
     assert "times as fast as gather not timed" in text
@@ -173,14 +179,14 @@ def test_two_ceilings_have_a_column_each() -> None:
 
     def found(provider: str, milliseconds: float) -> Result:
         case = Case("mips", provider, "float32", shape, "float32", "cpu")
-        return Result(case, extra_bytes=33 * report.MIB, turns=[Turn(milliseconds, milliseconds)])
+        return Result(case, extra_bytes=33 * rows.MIB, turns=[Turn(milliseconds, milliseconds)])
 
     results = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
-    head, *lines = report.table(op, results, FACTS).splitlines()[1:]
+    head, *lines = report.table(report.measured(op, results), FACTS).splitlines()[1:]
     assert head.split()[-4:] == ["%", "read", "%", "fma"]
     cells = {line.split()[0]: line.split() for line in lines}
     assert cells["cpp"][-2:] == ["10", "80"]
-    text = report.foot(op, results)
+    text = report.foot(report.measured(op, results))
     assert "times as fast as fma 0.80 (by processor time 0.80): at least 0.9" in text
     assert "times as fast as best peer 1.30 (by processor time 1.30): at least 1.25" in text
     assert text.count("best peer") == 1 and "as read" not in text
@@ -196,84 +202,73 @@ def test_only_ours_breaks_the_run() -> None:
 # --------------------------------------------------------------------------------------- turns
 
 
-def test_turns_rotate_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[str, bool]] = []
+class FakeProcess:
+    """Answers as a provider of three seconds a turn, which passes at once on a clock of its own."""
 
-    class Fake:
-        first = spent = 0.0
+    said: list[str]
 
-        def __init__(self, case: Case) -> None:
-            self.result = Result(case)
+    def __init__(self, tree: Path | None) -> None:
+        self.name = ""
 
-        def prepare(self) -> None:
-            if self.result.case.provider == "hf":
-                self.result.status = "wrong: loss"
+    def __enter__(self) -> FakeProcess:
+        return self
 
-        def go(self, count: bool) -> None:
-            taken.append((self.result.case.provider, count))
+    def __exit__(self, *error: object) -> None:
+        self.said.append(f"{self.name} ends")
 
-    @contextmanager
-    def fake(case: Case, tree: Path | None) -> Iterator[Fake]:
-        yield Fake(case)
-
-    monkeypatch.setattr(turns, "started", fake)
-    turns.time_cases([result(name).case for name in ("cpp", "torch", "hf")], 2)
-    assert taken == [
-        *[("cpp", False), ("torch", False)],
-        *[("torch", True), ("cpp", True)],
-        *[("cpp", True), ("torch", True)],
-    ]
+    def ask(self, function: Any, *args: Any) -> tuple[str, Any]:
+        if function is timing.turn:
+            self.said.append(self.name)
+            Clock.now += 3.0
+            return "ok", Turn(3000.0, 6000.0)
+        self.name = args[1].provider
+        self.said.append(f"{self.name} begins")
+        first = 3.0 if self.name == "gather" else 0.5
+        return ("wrong: loss", None) if self.name == "hf" else ("ok", (1, first))
 
 
-class Slow:
-    """A worker whose turns take 3 seconds each, without taking them."""
-
-    def __init__(self, case: Case, ended: list[str]) -> None:
-        self.result, self.ended, self.spent = Result(case), ended, 0.0
-        self.first = 3.0 if case.provider == "hf" else 0.5
-
-    def prepare(self) -> None:
-        self.ended.append(f"{self.result.case.provider} begins")
-
-    def go(self, count: bool) -> None:
-        self.spent += 3.0
-        if count:
-            self.result.turns.append(Turn(3000.0, 6000.0))
+class Clock:
+    now = 0.0
 
 
-def slow_workers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    said: list[str] = []
-
-    @contextmanager
-    def fake(case: Case, tree: Path | None) -> Iterator[Slow]:
-        yield Slow(case, said)
-        said.append(f"{case.provider} ends")
-
-    monkeypatch.setattr(turns, "started", fake)
-    return said
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    FakeProcess.said = []
+    monkeypatch.setattr(timing, "Process", FakeProcess)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
+    for clock in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(timing.time, clock, lambda: Clock.now)
+    return FakeProcess.said
 
 
-def test_who_is_slow_takes_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_workers(monkeypatch)
-    cases = [result(name).case for name in ("cpp", "hf")]
+def cases_of(*providers: str) -> list[Case]:
+    return [result(name).case for name in providers]
+
+
+def test_turns_rotate_and_the_first_round_does_not_count(said: list[str]) -> None:
+    first, second, wrong = timing.time_cases(cases_of("torch", "gather-checkpoint", "hf"), 2)
+    names = ["torch", "gather-checkpoint"]
+    assert said[3:-3] == [*names, *names[::-1], *names]
+    assert (len(first.turns), len(second.turns), wrong.turns) == (2, 2, [])
+    assert wrong.status == "wrong: loss"
+
+
+def test_a_slow_provider_takes_fewer_turns(said: list[str]) -> None:
+    def n_turns(**limits: float) -> list[int]:
+        found = timing.time_cases(cases_of("torch", "gather"), 5, **limits)
+        return [len(result.turns) for result in found]
+
     # 3 seconds that do not count and 3 that do; the long first call of the other was its warm-up
-    assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=5.0)] == [1, 2]
-    assert [len(r.turns) for r in turns.time_cases(cases, 5, patience=0.0)] == [1, 1]
-    assert [len(r.turns) for r in turns.time_cases(cases, 5)] == [5, 5]
+    assert n_turns(patience=5.0) == [1, 2] and n_turns(patience=0.0) == [1, 1]
+    assert n_turns() == [5, 5]
+    assert n_turns(until=Clock.now) == [1, 1]  # past its time
 
 
-def test_past_its_time_a_run_gives_one_turn_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_workers(monkeypatch)
-    cases = [result(name).case for name in ("cpp", "hf")]
-    assert [len(r.turns) for r in turns.time_cases(cases, 5, until=0.0)] == [1, 1]
-
-
-def test_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = slow_workers(monkeypatch)
-    cases = [result(name).case for name in ("cpp", "hf")]
-    found = turns.time_cases(cases, 2, together=False)
-    assert said == ["cpp begins", "cpp ends", "hf begins", "hf ends"]
-    assert [r.case for r in found] == cases
+def test_one_process_at_a_time(said: list[str]) -> None:
+    found = timing.time_cases(cases_of("torch", "gather"), 1, together=False)
+    turns = ["begins", "", "", "ends"]
+    assert said == [f"{name} {turn}".strip() for name in ("torch", "gather") for turn in turns]
+    assert [r.case.provider for r in found] == ["torch", "gather"]
 
 
 @pytest.mark.parametrize(("free", "together"), [(7 << 30, True), (5 << 30, False)])
@@ -288,15 +283,20 @@ def test_all_processes_must_fit_into_memory(
     assert run._fit_together([result("hf").case])  # says nothing of its memory
 
 
-@pytest.mark.parametrize("first", ["asked", "gone"])
-def test_a_worker_that_dies_is_a_status(first: str) -> None:
-    case = result("gather").case
-    with turns.started(case, None) as worker:
-        os.killpg(worker.process.pid, signal.SIGKILL)
-        if first == "gone":
-            worker.process.wait()
-        worker.prepare()
-    assert worker.result.status == "failed: its process ended with code -9"
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    with Process() as process:
+        yield process
+
+
+def test_a_process_answers_fails_or_ends(process: Process) -> None:
+    assert process.ask(json.loads, "[1]") == ("ok", [1])
+    status, found = process.ask(json.loads, "[")
+    assert status.startswith("failed: JSONDecodeError: ") and found is None
+    assert process.ask(os.write, 2, b"said\n") == ("ok", 5)
+    assert process.ask(os.getsid, 0) == ("ok", process.child.pid)  # no Ctrl-C reaches it
+    for _ in range(2):
+        assert process.ask(os._exit, 3) == ("failed: its process ended with code 3: said", None)
 
 
 def test_end_to_end(tmp_path: Path) -> None:
@@ -315,11 +315,11 @@ def test_end_to_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "out.csv").read_text().splitlines()
-    rows = {row["provider"]: row for row in csv.DictReader(lines)}
-    assert list(rows) == ["torch", "bmm", "triton"]
+    found = {row["provider"]: row for row in csv.DictReader(lines)}
+    assert list(found) == ["torch", "bmm", "triton"]
     for name in ("torch", "bmm"):
-        assert rows[name]["status"] == "ok" and float(rows[name]["ms_p50"]) > 0
-    assert rows["triton"]["status"] == "unavailable: runs on cuda only, not on cpu"
+        assert found[name]["status"] == "ok" and float(found[name]["ms_p50"]) > 0
+    assert found["triton"]["status"] == "unavailable: runs on cuda only, not on cpu"
     assert "best peer: bmm" in done.stdout and "Traceback" not in done.stderr
 
 
@@ -385,7 +385,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, before: Result, now: Result) -> in
     pairs: Any = [commits.Pair(before, now)]
     monkeypatch.setattr(run, "checkout", fake)
     monkeypatch.setattr(run, "compare", lambda *args: pairs)
-    shape = report.shape_text(SHAPE)
+    shape = rows.shape_text(SHAPE)
     arguments = ["--op", "marginal_loss", "--base", "HEAD", "--device", "cpu", "--shape", shape]
     return run.main([*arguments, "--marginal", "token", "--providers", "torch"])
 
@@ -434,6 +434,13 @@ def test_the_other_commit_is_built_and_removed() -> None:
     with commits.checkout("HEAD") as tree:
         assert (tree / "fastrag" / "functional.py").exists()
         case = Case("doc_scores", "torch", "forward", (3, 4, 50, 17), "float32", "cpu")
+        with Process(tree) as process:
+            assert process.ask(eval, "__import__('fastrag').__file__") == (
+                "ok",
+                str(tree / "fastrag" / "__init__.py"),
+            )
+            assert process.ask(eval, "__import__('benchmarks').__file__")[1].startswith(str(ROOT))
+        assert list((tree / "fastrag").glob("_C*.so"))
         (pair,) = commits.compare([case], tree, 1)
         assert pair.before.ok and pair.now.ok, (pair.before.status, pair.now.status)
         where = subprocess.run(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import stages
-from benchmarks.harness import report, steps
+from benchmarks.harness import rows, timing
+from benchmarks.harness.process import Refusal
+from benchmarks.harness.timing import Case, Result
 from benchmarks.ops.rag_step import OP
-from benchmarks.stages import REST, STAGES, WHOLE, Clock, Timed
+from benchmarks.ops.rag_step_stages import REST, STAGES, WHOLE, Clock, StageTimes
 from fastrag import profiling
 
 TINY = OP.checked[0]
@@ -57,13 +55,17 @@ def test_a_stage_does_not_count_what_is_opened_within_it() -> None:
     assert clock.spent == {"generator": 1001.0, "loss": 10110.0}
 
 
+def case_of(provider: str, mode: str = "token") -> Case:
+    return Case("rag_step", provider, mode, TINY, "float32", "cpu")
+
+
 @pytest.mark.parametrize("mode", ["token", "sequence-given"])
 @pytest.mark.parametrize("provider", SEEN)
 def test_the_stages_are_the_step(provider: str, mode: str) -> None:
-    reason = OP.provider(provider).why_not("cpu", "float32", mode)
+    reason = case_of(provider, mode).why_not()
     if reason:
         pytest.skip(reason)
-    found = Timed(provider, mode, TINY, "float32", "cpu").turn()
+    found = StageTimes(case_of(provider, mode)).turn()
     expected = SEEN[provider]
     if mode.endswith("-given"):
         expected = expected - ({"search"} if provider == "fastrag" else {"search", "contexts"})
@@ -73,9 +75,9 @@ def test_the_stages_are_the_step(provider: str, mode: str) -> None:
 
 
 def test_a_step_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "error_of", lambda *args: "loss: norm of the error is 1")
-    with pytest.raises(ValueError, match=r"^wrong: loss: norm of the error is 1$"):
-        Timed("fastrag", "token-given", TINY, "float32", "cpu")
+    monkeypatch.setattr(timing, "error_of", lambda *args: "loss: norm of the error is 1")
+    with pytest.raises(Refusal, match=r"^wrong: loss: norm of the error is 1$"):
+        StageTimes(case_of("fastrag", "token-given"))
 
 
 TURNS = {
@@ -88,28 +90,31 @@ def test_rows_are_one_a_stage_or_say_why_there_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     why = "unavailable: datasets is not installed"
-    monkeypatch.setattr(
-        stages, "measure", lambda *args: (TURNS | {"hf": []}, {"fastrag": "ok", "hf": why})
-    )
+
+    def fake(cases: Sequence[Case], rounds: int, make: type) -> list[Result]:
+        assert make is StageTimes and rounds == 5
+        ours, theirs = cases
+        return [Result(ours, turns=TURNS["fastrag"]), Result(theirs, why)]
+
+    monkeypatch.setattr(stages, "time_cases", fake)
     file = tmp_path / "stages.csv"
     assert stages.main(["--csv", str(file)]) == 0
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert [(row["provider"], row["stage"], row["ms_p50"], row["status"]) for row in rows] == [
+    found = rows.read(file)
+    assert [(row["provider"], row["stage"], row["ms_p50"], row["status"]) for row in found] == [
         ("fastrag", "search", "1.0000", "ok"),
         ("fastrag", "loss", "4.0000", "ok"),
         ("fastrag", "rest", "1.0000", "ok"),
         ("fastrag", "whole", "8.0000", "ok"),
         ("hf", "", "", why),
     ]
-    assert rows[0]["op"] == "rag_step" and rows[0]["shape"] == report.shape_text(
-        OP.shapes["cpu"][0]
-    )
+    assert found[0]["op"] == "rag_step"
+    assert found[0]["shape"] == rows.shape_text(OP.shapes["cpu"][0])
     assert f"  hf: {why}" in capsys.readouterr().out
 
 
 def test_the_table_has_medians_and_shares() -> None:
-    lines = [line.split() for line in stages.table(TURNS).splitlines()]
+    results = [Result(case_of(name), turns=turns) for name, turns in TURNS.items()]
+    lines = [line.split() for line in stages.table(results).splitlines()]
     assert lines == [
         ["stage", "fastrag", "ms", "%", "hf", "ms", "%"],
         ["search", "1", "12", "2", "12"],
@@ -126,6 +131,7 @@ def test_the_table_has_medians_and_shares() -> None:
         (["--mode", "both"], "rag_step has no mode 'both'"),
         (["--shape", "1,2"], "--shape: expected B,K,L,T,H,N, got '1,2'"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (["--providers", ""], "no provider is called ''; known: fastrag, hf"),
         (["--csv", "/"], "--csv: expected a file, got the folder /"),
         (["--csv", "/nowhere/x.csv"], "--csv: /nowhere is not a folder"),
@@ -139,23 +145,3 @@ def test_bad_arguments_are_one_line(
         stages.main(argv)
     assert exit.value.code == 2
     assert said in capsys.readouterr().err
-
-
-def end_of_process() -> None:
-    os._exit(3)
-
-
-def test_a_process_answers_fails_or_ends() -> None:
-    with steps.Process() as process:
-        assert process.ask(json.loads, "[1]") == ("ok", [1])
-        status, found = process.ask(json.loads, "[")
-        assert status.startswith("failed: JSONDecodeError: ") and found is None
-        assert process.ask(end_of_process) == ("failed: its process ended with code 3", None)
-        assert process.ask(json.loads, "[1]") == ("failed: its process ended with code 3", None)
-    with steps.Process() as other:
-        os.kill(other.child.pid or 0, signal.SIGINT)  # as a terminal sends it to the whole group
-        assert other.ask(json.loads, "[1]") == ("ok", [1])
-    assert other.child.exitcode == 0
-    with pytest.raises(KeyboardInterrupt), steps.Process() as busy:
-        raise KeyboardInterrupt
-    assert busy.child.exitcode == -signal.SIGKILL
