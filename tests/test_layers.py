@@ -1,9 +1,10 @@
-"""Imports point downwards only: what is read at import time, layer by layer."""
+"""Imports point downwards only, layer by layer, and no modules import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,61 @@ def test_imports_point_downwards(layer: str) -> None:
         below = BELOW[layer] | OF_BACKEND.get(path.stem.partition("_")[0], set()) | {layer}
         above = imported(path) - below
         assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"
+
+
+# What a method imports when it is called, though it is built on the module itself.
+CALLED_FROM_BELOW = {("fastrag.nn.model", "fastrag.generation")}  # RagModel.generate
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by name, but for the root, which resolves names on first use."""
+    found = {f"fastrag.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
+    for path in (ROOT / "fastrag").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    del found["fastrag"]
+    return found
+
+
+def needed(node: ast.AST, known: Container[str]) -> set[str]:
+    """The modules that are imported anywhere in the code, in functions too; not for types alone."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        return set()
+    found = set()
+    if isinstance(node, ast.Import):
+        found = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        names = (f"{node.module}.{alias.name}" for alias in node.names)
+        found = {name if name in known else str(node.module) for name in names}
+    return found.union(*(needed(child, known) for child in ast.iter_child_nodes(node)))
+
+
+def circles(imports: dict[str, set[str]]) -> dict[str, set[str]]:
+    """What is left when modules that import none of the others, or that none imports, are gone."""
+    while True:
+        used = set().union(*imports.values())
+        left = {name: found & imports.keys() for name, found in imports.items() if name in used}
+        left = {name: found for name, found in left.items() if found}
+        if left == imports:
+            return left
+        imports = left
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    found = modules()
+    imports = {
+        name: needed(ast.parse(path.read_text(encoding="utf-8")), found) & found.keys() - {name}
+        for name, path in found.items()
+    }
+    for above, below in CALLED_FROM_BELOW:
+        assert below in imports[above], f"{above} no longer imports {below}: no exception"
+        imports[above].remove(below)
+    assert circles(imports) == {}
+
+
+def test_a_circle_is_found() -> None:
+    chain = {"top": {"a"}, "a": {"b"}, "b": {"c"}, "c": {"a", "leaf"}, "leaf": set()}
+    assert circles(chain) == {"a": {"b"}, "b": {"c"}, "c": {"a"}}
 
 
 def test_every_module_has_a_layer() -> None:

@@ -1,4 +1,4 @@
-"""What a warm training step costs in Python: files of the package entered, and calls of its code."""
+"""What a warm training step costs in Python: files of the package entered, and its calls."""
 
 from __future__ import annotations
 
