@@ -65,7 +65,11 @@ def train(
             patch.setattr(functional, "doc_scores", oracle_scores)
         else:
             # A preference: whatever else the model calls may have no such backend.
-            patch.setitem(backends._PREFERENCE, "cpu", (backend, "torch"))
+            first = backends._named(backend)
+            others = [each for each in backends._backends if each.name not in (backend, "torch")]
+            order = dict.fromkeys([first, backends._named("torch"), *others])
+            patch.setattr(backends, "_backends", list(order))
+            patch.setattr(type(first), "devices", None)
         for step in range(N_STEPS):
             batch = collate([asked[(3 * step + i) % len(asked)] for i in range(3)])
             optimizer.zero_grad()

@@ -124,7 +124,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     # Where a wheel comes from may stand in the one and not in the other.
     version = torch.__version__.partition("+")[0]
     assert found["packages"]["torch"].partition("+")[0] == version
-    assert set(found["backends"]) == set(backends.NAMES)
+    assert set(found["backends"]) == set(backends.names())
     fastest = "torch" if found["backends"]["cpp"] else "cpp"
     assert found["ops"]["marginal_nll"]["cpu"] == fastest
     assert set(found["ops"]) == {"doc_scores", "token_logp", "marginal_nll", "mips_topk"}

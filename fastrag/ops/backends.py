@@ -1,10 +1,17 @@
 """The backends of the operations: which exist, which can run here, and which one a call takes.
 
-Every op registers its implementations by name of backend; `choose` picks the first one in the
-device's order of preference that can run, and `load` imports it. The environment variable
-`FASTRAG_BACKEND` forces one backend for every op; if it cannot run, `choose` raises and says why.
-Nothing is probed before the first question, so importing fastrag touches neither CUDA nor triton
-nor the extension module fastrag._C.
+Every op registers its implementations by name of backend; `choose` picks the first backend that
+can run, and `load` imports its implementation. The environment variable `FASTRAG_BACKEND` forces
+one backend for every op; if it cannot run, `choose` raises and says why. Nothing is probed before
+the first question, so importing fastrag touches neither CUDA nor triton nor the extension module
+fastrag._C.
+
+A backend is a class, which comes before those that are already there:
+
+    class Mine(Backend, name="mine", implements={"doc_scores": "mine.kernels"}):
+        devices = ("cpu",)
+
+What an implementation has to offer is stated where the op registers its own.
 """
 
 from __future__ import annotations
@@ -27,9 +34,6 @@ BACKEND_VARIABLE = "FASTRAG_BACKEND"
 # Forces an instruction set of the C++ kernels, to test or compare them: scalar; avx2 or avx512 on
 # x86; neon, or dotprod that adds products of bytes to it, on ARM.
 ISA_VARIABLE = "FASTRAG_CPU_ISA"
-NAMES = ("torch", "cpp", "triton")
-# Fastest first. "torch" stands last everywhere: it runs wherever torch runs.
-_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")}
 _MIN_CAPABILITY = (8, 0)
 _CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -38,18 +42,51 @@ class BackendError(RuntimeError):
     """A backend was asked for that does not exist or cannot run here; the message says why."""
 
 
+class Backend:
+    """One way to run operations; a subclass with a name is a backend.
+
+    Attributes:
+        name: names it in `FASTRAG_BACKEND`.
+        devices: types of the devices on which it is chosen; None: all. Elsewhere it has to be
+            forced.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None = None
+
+    def __init_subclass__(cls, *, name: str, implements: Mapping[str, str] | None = None) -> None:
+        cls.name = name
+        _backends.insert(0, cls())
+        for op, home in (implements or {}).items():
+            register(op, **{name: home})
+
+    def why_not(self) -> str:
+        """Return why it cannot run on this machine; "" if it can."""
+        return ""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        """Return why it cannot take tensors of this device and dtype; "" if it can."""
+        return ""
+
+
+_backends: list[Backend] = []  # preferred first
 _implemented: dict[str, dict[str, str]] = {}  # op -> backend -> "module:attribute"
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, preferred ones first."""
+    return tuple(each.name for each in _backends)
+
+
 def register(op: str, **implementations: str) -> None:
-    """State where each backend keeps its implementation of `op`.
+    """State where backends keep their implementations of `op`.
 
     Args:
         op: name of the operation.
         implementations: name of a backend -> `"module"` or `"module:attribute"`, imported when it
             is chosen.
     """
-    _implemented[op] = implementations
+    _implemented.setdefault(op, {}).update(implementations)
 
 
 def implemented() -> dict[str, tuple[str, ...]]:
@@ -74,14 +111,12 @@ def why_not(name: str) -> str:
     Raises:
         BackendError: there is no backend of that name.
     """
-    if name not in NAMES:
-        raise BackendError(_unknown(name))
-    return _probe(name, name == "triton" and interpreting())
+    return _probe(_named(name), interpreting())
 
 
 def availability() -> dict[str, str]:
     """Return backend name -> reason why it cannot run here (empty: it can)."""
-    return {name: why_not(name) for name in NAMES}
+    return {name: why_not(name) for name in names()}
 
 
 def choose(
@@ -100,13 +135,14 @@ def choose(
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced:
-        reason = _refusal(_known(forced), op, device, dtype, unfit)
+        reason = _refusal(_forced(forced), op, device, dtype, unfit)
         if reason:
             raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
         return forced
-    for name in _PREFERENCE.get(device.type, ("torch",)):
-        if not _refusal(name, op, device, dtype, unfit):
-            return name
+    for backend in _backends:
+        here = backend.devices is None or device.type in backend.devices
+        if here and not _refusal(backend, op, device, dtype, unfit):
+            return backend.name
     raise BackendError(f"no backend can run {op} on {device}")
 
 
@@ -118,7 +154,7 @@ def check_forced() -> None:
         ValueError: `FASTRAG_CPU_ISA` names no instruction set of this machine and build.
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
-    if forced and (reason := why_not(_known(forced))):
+    if forced and (reason := why_not(_forced(forced).name)):
         raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run here: {reason}")
     if not why_not("cpp"):
         forced_isa()
@@ -150,58 +186,86 @@ def strided(matrix: Tensor) -> str:
     return ""
 
 
-def _known(forced: str) -> str:
-    if forced not in NAMES:
-        raise BackendError(f"{BACKEND_VARIABLE}: {_unknown(forced)}")
-    return forced
+def _named(name: str) -> Backend:
+    for backend in _backends:
+        if backend.name == name:
+            return backend
+    raise BackendError(f"no backend is called {name!r}; backends: {', '.join(names())}")
 
 
-def _unknown(name: str) -> str:
-    return f"no backend is called {name!r}; backends: {', '.join(NAMES)}"
+def _forced(name: str) -> Backend:
+    try:
+        return _named(name)
+    except BackendError as error:
+        raise BackendError(f"{BACKEND_VARIABLE}: {error}") from None
 
 
 def _refusal(
-    name: str,
+    backend: Backend,
     op: str,
     device: torch.device,
     dtype: torch.dtype | None,
     unfit: Mapping[str, Callable[[], str]] | None,
 ) -> str:
-    reason = _probe(name, name == "triton" and interpreting())
-    if reason:
+    name = backend.name
+    if reason := _probe(backend, interpreting()):
         return reason
     if name not in _implemented[op]:
         return f"{op} has no {name} implementation (it has: {', '.join(_implemented[op])})"
-    if name == "triton":
-        if device.type != "cuda" and not interpreting():
-            return f"triton needs CUDA tensors, got {device} (TRITON_INTERPRET=1 lifts this)"
-        if dtype == torch.float64:
-            return "the triton kernels compute in float32, got float64"
-    if name == "cpp":
-        if device.type != "cpu":
-            return f"cpp needs tensors on the CPU, got {device}"
-        if dtype == torch.float64:
-            return "the C++ kernels compute in float32, got float64"
+    if reason := backend.refusal(device, dtype):
+        return reason
     return unfit[name]() if unfit and name in unfit else ""
 
 
 @functools.cache
-def _probe(name: str, interpreted: bool) -> str:
-    if name == "torch":
-        return ""
-    if name == "cpp":
+def _probe(backend: Backend, interpreted: bool) -> str:
+    return backend.why_not()
+
+
+class _Torch(Backend, name="torch"):
+    """Plain torch, which runs wherever torch does and comes last."""
+
+
+class _Cpp(Backend, name="cpp"):
+    """The extension module fastrag._C."""
+
+    devices = ("cpu",)
+
+    def why_not(self) -> str:
         return _probe_extension()
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if interpreted:
+
+    def refusal(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        if device.type != "cpu":
+            return f"cpp needs tensors on the CPU, got {device}"
+        if dtype == torch.float64:
+            return "the C++ kernels compute in float32, got float64"
         return ""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < _MIN_CAPABILITY:
-        have, need = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
-        return f"compute capability {have} is below {need}"
-    return ""
+
+
+class _Triton(Backend, name="triton"):
+    """The kernels in fastrag.kernels."""
+
+    devices = ("cuda",)
+
+    def why_not(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if interpreting():
+            return ""
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < _MIN_CAPABILITY:
+            have, need = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
+            return f"compute capability {have} is below {need}"
+        return ""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype | None) -> str:
+        if device.type != "cuda" and not interpreting():
+            return f"triton needs CUDA tensors, got {device} (TRITON_INTERPRET=1 lifts this)"
+        if dtype == torch.float64:
+            return "the triton kernels compute in float32, got float64"
+        return ""
 
 
 def _probe_extension() -> str:
