@@ -31,7 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastrag.data import Question, RagCollator, read_passages, read_questions
+from fastrag.data import Question, read_passages, read_questions
 from fastrag.eval import EvalResult, bootstrap_interval, evaluate
 from fastrag.nn import RagModel
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, build_collator, build_model
@@ -131,13 +131,12 @@ def dev_questions(data: Path, limit: int) -> list[Question]:
 
 
 def measure(
-    model: RagModel, questions: list[Question], collator: RagCollator, config: RagConfig, title: str
+    model: RagModel, questions: list[Question], config: RagConfig, title: str
 ) -> dict[str, dict[str, Any]]:
     """Answer the questions and give every metric with its 95 % bootstrap interval."""
     result = evaluate(
         model,
         questions,
-        collator,
         batch_size=config.eval_batch_size,
         ks=RECALL_AT,
         max_new_tokens=config.eval_max_new_tokens,
@@ -175,15 +174,15 @@ def run(args: argparse.Namespace) -> None:
     """Measure, train, measure again."""
     config = make_config(args)
     model = build_model(config, resume=args.resume)
-    collator = build_collator(model, config)
-    trainer = RagTrainer(model, config, collator, list(read_questions(config.train_questions)))
+    training = list(read_questions(config.train_questions))
+    trainer = RagTrainer(model, config, build_collator(model, config), training)
     questions = dev_questions(args.data, args.eval_limit)
-    before = measure(model, questions, collator, config, "before")
+    before = measure(model, questions, config, "before")
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume)
     seconds = time.perf_counter() - start
     trainer.finish_index()
-    after = measure(model, questions, collator, config, "after")
+    after = measure(model, questions, config, "after")
     trainer.save_model()
     print_table(before, after)
     summary = {

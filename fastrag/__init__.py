@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         testing,
         train,
     )
+    from fastrag.data import RagProcessor
     from fastrag.freshness import IndexRefresher, RefreshPolicy
     from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore
     from fastrag.nn import (
@@ -58,6 +59,7 @@ __all__ = [
     "RagLoss",
     "RagModel",
     "RagOutput",
+    "RagProcessor",
     "Reader",
     "RefreshPolicy",
     "Retriever",
@@ -100,6 +102,7 @@ _SUBMODULES = frozenset(
 
 # public name -> the module that defines it
 _LAZY = {
+    "RagProcessor": "fastrag.data",
     "FaissIndex": "fastrag.index",
     "FlatIndex": "fastrag.index",
     "Hits": "fastrag.index",

@@ -99,8 +99,8 @@ def write_project(folder: Path, warmup_steps: int) -> None:
     if warmup_steps:
         warm_up_generator(model, data, settings)
     for name, part, tokenizer in (
-        ("minilm", model.question_encoder, model.question_tokenizer),
-        ("smollm2", model.generator, model.generator_tokenizer),
+        ("minilm", model.question_encoder, model.processor.question_tokenizer),
+        ("smollm2", model.generator, model.processor.generator_tokenizer),
     ):
         part.save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)

@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fastrag.data import Passage, Question, RagCollator, Template
+from fastrag.data import Passage, Question, RagCollator, RagProcessor, Template
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.nn import RagModel, TextEncoder
 
@@ -146,14 +146,19 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
 
 
+def processor(kind: Kind = "seq2seq", **settings: Any) -> RagProcessor:
+    """The processor of `rag_model(kind)`."""
+    tokenizers = {
+        "question_tokenizer": tokenizer("encoder"),
+        "generator_tokenizer": tokenizer(kind),
+    }
+    defaults = {"template": TEMPLATE, "kind": kind, "max_context": 32}
+    return RagProcessor(**tokenizers | defaults | settings)
+
+
 def store(kind: Kind = "seq2seq", n: int = 12) -> PassageStore:
     """`passages(n)`, tokenised for the encoder and for a kind of generator."""
-    return PassageStore.build(
-        passages(n),
-        template=TEMPLATE,
-        question_tokenizer=tokenizer("encoder"),
-        generator_tokenizer=tokenizer(kind),
-    )
+    return PassageStore.build(passages(n), processor(kind))
 
 
 def rag_model(
@@ -161,6 +166,7 @@ def rag_model(
     *,
     make_generator: Callable[[], Any] | None = None,
     n_passages: int = 12,
+    max_context: int = 32,
     shared: bool = False,
     fill_index: bool = True,
     seed: int = 0,
@@ -183,10 +189,8 @@ def rag_model(
         (make_generator or {"seq2seq": t5, "causal": llama}[kind])(),
         FlatIndex(passage_encoder.dim),
         store(kind, n_passages),
-        template=TEMPLATE,
-        question_tokenizer=tokenizer("encoder"),
-        generator_tokenizer=tokenizer(kind),
-        **{"n_docs": 3, "max_context": 32} | settings,
+        processor(kind, max_context=max_context),
+        **{"n_docs": 3} | settings,
     )
     if fill_index:
         model.refresh_index()
@@ -195,9 +199,7 @@ def rag_model(
 
 def collator(kind: Kind = "seq2seq", **settings: Any) -> RagCollator:
     """The collator that fits `rag_model(kind)`."""
-    return RagCollator(
-        tokenizer("encoder"), tokenizer(kind), template=TEMPLATE, kind=kind, **settings
-    )
+    return RagCollator(processor(kind), **settings)
 
 
 def batch(kind: Kind = "seq2seq", n: int = 4) -> dict[str, torch.Tensor]:

@@ -70,24 +70,14 @@ def check(provider: Provider, mode: str, problem: Problem, found: Outputs) -> st
 
 
 def with_fastrag(mode: str, problem: Problem) -> Call:
-    from fastrag.data import RagCollator
-    from fastrag.nn import ContextBuilder
-
-    corpus, rows, tokenizer = problem.corpus(), problem.rows, texts.tokenizer()
+    corpus, rows = problem.corpus(), problem.rows
+    processor = texts.processor(problem.shape[2])
     store = corpus.store().to(problem.device)
     if mode == GATHER:
         return lambda: store.gather(rows, "generator")
-    batch = RagCollator(tokenizer, tokenizer, template=TEMPLATE)(corpus.questions)
+    batch = processor.collate(corpus.questions)
     prompt = [batch[name].to(problem.device) for name in ("prompt_ids", "prompt_mask")]
-    width = problem.shape[2]
-    builder = ContextBuilder(TEMPLATE.bind(tokenizer, "seq2seq"), width)
-
-    def build() -> Outputs:
-        ids, lengths = store.gather(rows, "generator", max_length=width)
-        built = builder.build(ids, lengths, *prompt)
-        return built.ids, built.mask
-
-    return build
+    return lambda: processor.contexts(store, rows, *prompt)[:2]
 
 
 def with_hugging_face(mode: str, problem: Problem) -> Call:
@@ -162,7 +152,7 @@ OP = Op(
     oracle=oracle,
     providers=(
         Provider("copy", with_copy, "a copy of the result", kind="ceiling"),
-        Provider("fastrag", with_fastrag, "PassageStore, ContextBuilder", kind="ours"),
+        Provider("fastrag", with_fastrag, "PassageStore, RagProcessor", kind="ours"),
         Provider(
             "pad-sequence",
             with_pad_sequence,

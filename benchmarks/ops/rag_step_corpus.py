@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrag.data import Passage, Question, Template
+from fastrag.data import Passage, Question, RagProcessor, Template
 
 # Hugging Face's separators, as its retriever lays them out.
 TITLE_SEP, DOC_SEP = " / ", " // "
@@ -61,6 +61,13 @@ def tokenizer() -> Any:
     )
 
 
+def processor(max_context: int = 512) -> RagProcessor:
+    """Return a processor with one tokenizer for both sides and answers of any length."""
+    return RagProcessor(
+        tokenizer(), tokenizer(), template=TEMPLATE, max_answer=None, max_context=max_context
+    )
+
+
 @functools.cache
 def n_tokens(text: str) -> int:
     return len(tokenizer()(text, add_special_tokens=False)["input_ids"])
@@ -77,12 +84,7 @@ class Corpus:
         """Return the passages as a PassageStore."""
         from fastrag.index import PassageStore
 
-        return PassageStore.build(
-            self.passages,
-            template=TEMPLATE,
-            question_tokenizer=tokenizer(),
-            generator_tokenizer=tokenizer(),
-        )
+        return PassageStore.build(self.passages, processor())
 
     def contexts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids and mask `[B*K, L]` of passages and questions, tokenised as whole texts."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import rag_step_corpus as texts
-from benchmarks.ops.rag_step_corpus import BOS, EOS, PAD, TEMPLATE
+from benchmarks.ops.rag_step_corpus import BOS, EOS, PAD
 
 Range = Callable[[str], AbstractContextManager[Any]]
 LEARNING_RATE = 1e-5
@@ -129,7 +129,6 @@ class Parts:
     """
 
     def __init__(self, mode: str, problem: Problem) -> None:
-        from fastrag.data import RagCollator
 
         n_questions, n_docs, context_width, answer_width, width, n_passages = problem.shape
         self.marginal = mode.partition("-")[0]
@@ -154,8 +153,7 @@ class Parts:
         self.question_encoder, self.generator = (
             model.to(problem.device, wide).train() for model in models
         )
-        tokenizer = texts.tokenizer()
-        batch = RagCollator(tokenizer, tokenizer, template=TEMPLATE)(self.corpus.questions)
+        batch = texts.processor(context_width).collate(self.corpus.questions)
         self.batch = {name: x.to(problem.device) for name, x in batch.items()}
 
     def decoder_ids(self) -> Tensor:
@@ -220,7 +218,7 @@ class FastragStep(Step):
         from fastrag.index import FlatIndex
         from fastrag.nn import RagModel, TextEncoder
 
-        parts, tokenizer = self.parts, texts.tokenizer()
+        parts = self.parts
         device = self.problem.device
         index = FlatIndex(parts.vectors.shape[1], device=device)
         index.add(parts.vectors)
@@ -230,12 +228,9 @@ class FastragStep(Step):
             parts.generator,
             index,
             parts.corpus.store().to(device),
+            texts.processor(parts.context_width),
             n_docs=parts.n_docs,
             marginal=parts.marginal,
-            template=TEMPLATE,
-            question_tokenizer=tokenizer,
-            generator_tokenizer=tokenizer,
-            max_context=parts.context_width,
         ).train()
 
     def output(self) -> Any:

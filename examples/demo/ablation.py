@@ -44,13 +44,12 @@ from tqdm.auto import tqdm
 from examples.demo.system import (
     Settings,
     build_model,
-    make_collator,
     make_config,
     measure,
     warm_up_generator,
 )
 from fastrag import FlatIndex, PassageStore, RagModel
-from fastrag.data import DefaultDataset, Question, default_dataset
+from fastrag.data import DefaultDataset, Question, RagCollator, default_dataset
 from fastrag.eval import EvalResult
 from fastrag.train import RagTrainer
 from fastrag.train.run_folder import git_state
@@ -125,7 +124,7 @@ def frozen_start(start: Path) -> RagModel:
 def frozen_bm25(start: Path) -> RagModel:
     """BM25 in place of the encoders; generator and temperature learn."""
     model = RagModel.from_pretrained(start)
-    vocab_size = len(model.question_tokenizer)
+    vocab_size = len(model.processor.question_tokenizer)
     index = FlatIndex(vocab_size)
     index.add(bm25_vectors(model.passages, vocab_size))
     return RagModel(
@@ -134,14 +133,11 @@ def frozen_bm25(start: Path) -> RagModel:
         model.generator,
         index,
         model.passages,
+        model.processor,
         n_docs=model.n_docs,
         marginal=model.marginal,
         tau=1.0,
         learn_tau=True,
-        template=model.builder.template,
-        question_tokenizer=model.question_tokenizer,
-        generator_tokenizer=model.generator_tokenizer,
-        max_context=model.max_context,
     )
 
 
@@ -200,7 +196,7 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     trainer = RagTrainer(
         model,
         config,
-        make_collator(model),
+        RagCollator(model.processor),
         training_questions(data, row, settings.seed),
     )
     begin = time.perf_counter()

@@ -35,14 +35,13 @@ from examples.demo.system import (
     START,
     Settings,
     build_model,
-    make_collator,
     make_config,
     measure,
     measure_without_gold,
     warm_up_generator,
 )
 from fastrag import RagModel
-from fastrag.data import DefaultDataset, Question, default_dataset
+from fastrag.data import DefaultDataset, Question, RagCollator, default_dataset
 from fastrag.eval import EvalResult, Prediction
 from fastrag.train import RagTrainer, TrainingInterrupted
 from fastrag.train.callbacks import CURVE_FILE, METRICS_FILE, read_metrics
@@ -126,7 +125,7 @@ def run(
     trainer = RagTrainer(
         model,
         config,
-        make_collator(model),
+        RagCollator(model.processor),
         data.questions["train"],
         data.questions["dev"],
     )

@@ -13,7 +13,7 @@ from transformers import set_seed
 from examples.demo.models import TEMPLATE, tiny_encoders, tiny_generator, train_tokenizers
 from examples.demo.warmup import warm_up
 from fastrag import FlatIndex, PassageStore, RagModel
-from fastrag.data import DefaultDataset, Question, RagCollator
+from fastrag.data import DefaultDataset, Question, RagProcessor
 from fastrag.eval import EvalResult, evaluate
 from fastrag.train import RagConfig
 
@@ -56,26 +56,24 @@ def build_model(data: DefaultDataset, settings: Settings) -> RagModel:
     tokenizers = train_tokenizers(data.passages, data.questions["train"])
     question_encoder, passage_encoder = tiny_encoders(len(tokenizers.retriever))
     generator = tiny_generator(tokenizers.generator)
-    passages = PassageStore.build(
-        data.passages,
+    processor = RagProcessor(
+        tokenizers.retriever,
+        tokenizers.generator,
         template=TEMPLATE,
-        question_tokenizer=tokenizers.retriever,
-        generator_tokenizer=tokenizers.generator,
+        max_answer=MAX_ANSWER,
+        max_context=128,
     )
     model = RagModel(
         question_encoder,
         passage_encoder,
         generator,
         FlatIndex(question_encoder.dim),
-        passages,
+        PassageStore.build(data.passages, processor),
+        processor,
         n_docs=settings.n_docs,
         marginal=settings.marginal,
         tau=settings.tau,
         learn_tau=True,
-        template=TEMPLATE,
-        question_tokenizer=tokenizers.retriever,
-        generator_tokenizer=tokenizers.generator,
-        max_context=128,
         train_passage_encoder=True,
         explore=settings.explore,
         explore_pool=settings.explore_pool,
@@ -91,23 +89,11 @@ def warm_up_generator(
     """Train the generator on clozes of the corpus (see `warmup`); returns the last loss."""
     return warm_up(
         model.generator,
-        model.generator_tokenizer,
+        model.processor.generator_tokenizer,
         data.passages,
         steps=settings.warmup_steps,
         seed=settings.seed,
         progress=progress,
-    )
-
-
-def make_collator(model: RagModel) -> RagCollator:
-    """The collator that fits the model's tokenizers."""
-    return RagCollator(
-        model.question_tokenizer,
-        model.generator_tokenizer,
-        template=TEMPLATE,
-        kind="seq2seq",
-        max_answer=MAX_ANSWER,
-        max_context=model.max_context,
     )
 
 
@@ -182,7 +168,6 @@ def measure(
     return evaluate(
         model,
         questions,
-        make_collator(model),
         batch_size=64,
         ks=(1, 5),
         max_new_tokens=MAX_ANSWER,

@@ -84,12 +84,10 @@ def _answer(
     model: RagModel, question: str, arguments: argparse.Namespace, *, several: bool
 ) -> None:
     from fastrag.eval import evaluate
-    from fastrag.train.build import collator_for
 
     result = evaluate(
         model,
         [{"id": "asked", "question": question}],
-        collator_for(model),
         ks=(model.n_docs,),
         max_new_tokens=arguments.max_new_tokens,
         progress=False,

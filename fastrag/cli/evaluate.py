@@ -70,14 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _answers(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
     from fastrag.eval import evaluate
-    from fastrag.train.build import collator_for
     from fastrag.train.load import write_predictions
     from fastrag.train.parts import load_questions
 
     result = evaluate(
         model,
         load_questions(arguments.questions),
-        collator_for(model),
         batch_size=arguments.batch_size,
         ks=arguments.k,
         limit=arguments.limit,

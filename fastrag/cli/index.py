@@ -67,19 +67,26 @@ def add(commands: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     quiet()
+    from fastrag.data import RagProcessor
     from fastrag.train import build, parts
 
+    encoder = parts.load_encoder(arguments.encoder, "encoder", "passage")
     tokenizer = parts.load_tokenizer(arguments.generator, "generator")
+    kind = parts.generator_kind(arguments.generator)
+    processor = RagProcessor.for_encoders(
+        None,
+        encoder,
+        parts.load_tokenizer(arguments.encoder, "encoder"),
+        tokenizer,
+        kind=kind,
+        template=parts.make_template(arguments.template, tokenizer, kind),
+        max_passage=arguments.max_passage or build.MAX_PASSAGE,
+    )
     index, _ = build.build_index(
         arguments.out,
         parts.load_passages(arguments.corpus),
-        parts.load_encoder(arguments.encoder, "encoder", "passage"),
-        template=parts.make_template(
-            arguments.template, tokenizer, parts.generator_kind(arguments.generator)
-        ),
-        encoder_tokenizer=parts.load_tokenizer(arguments.encoder, "encoder"),
-        generator_tokenizer=tokenizer,
-        max_passage=arguments.max_passage or build.MAX_PASSAGE,
+        encoder,
+        processor,
         batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=device_of(arguments),

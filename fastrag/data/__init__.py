@@ -1,16 +1,20 @@
-"""Data: corpus and question readers, templates, the collator, the embedded default set."""
+"""Data: corpus and question readers, templates, processor, collator, the embedded default set."""
 
 from fastrag.data.collator import RagCollator
+from fastrag.data.contexts import Contexts
 from fastrag.data.default import DefaultDataset, default_dataset
+from fastrag.data.processor import RagProcessor
 from fastrag.data.readers import Passage, Question, read_passages, read_questions
 from fastrag.data.templates import BoundTemplate, Template
 
 __all__ = [
     "BoundTemplate",
+    "Contexts",
     "DefaultDataset",
     "Passage",
     "Question",
     "RagCollator",
+    "RagProcessor",
     "Template",
     "default_dataset",
     "read_passages",

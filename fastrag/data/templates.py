@@ -14,13 +14,20 @@ comparing with the joint encoding.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastrag import manifests
 from fastrag.data.readers import Passage
-from fastrag.data.tokenization import encode_markup, encode_texts, special_frame
+from fastrag.data.tokenization import (
+    encode_markup,
+    encode_texts,
+    special_frame,
+    tokenizer_fingerprint,
+)
 from fastrag.messages import shown
 
 if TYPE_CHECKING:
@@ -362,9 +369,13 @@ class BoundTemplate:
             )
         return room
 
+    def passage_pieces(self, rendered: Sequence[str]) -> list[list[int]]:
+        """Return the ids of the pieces of rendered passages, no special tokens."""
+        return self._pieces["passage"](rendered)
+
     def passage_ids(self, passage: Passage) -> list[int]:
         """Ids of one passage's piece, no special tokens."""
-        return self._pieces["passage"]([self.template.render_passage(passage)])[0]
+        return self.passage_pieces([self.template.render_passage(passage)])[0]
 
     def question_ids(self, text: str) -> list[int]:
         """Ids of one question's piece, no special tokens."""
@@ -378,6 +389,24 @@ class BoundTemplate:
             value = self._wrap[0] + text.strip() + self._wrap[1]
             content = encode_texts(self._tokenizer, [value], target=True)[0]
         return [*self._answer_open, *content, *self._answer_close]
+
+
+def stream_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> str:
+    """Name how a stream of a PassageStore is tokenised; see `PassageStore.fingerprint`.
+
+    Args:
+        tokenizer: the stream's tokenizer.
+        template: the template of a generator stream; only what touches its passage slot counts.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    name = tokenizer_fingerprint(tokenizer)
+    if template is None:
+        return name
+    piece = template.passage_piece(tokenizer)
+    described = json.dumps([name, template.passage, piece.lead, piece.anchor])
+    return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
 
 
 def _check_kind(kind: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -164,3 +165,25 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     probes = encode_texts(tokenizer, _FINGERPRINT_TEXTS)
     digest = hashlib.sha256(json.dumps([vocab, frame, probes], ensure_ascii=False).encode("utf-8"))
     return digest.hexdigest()[:32]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Read a tokenizer from a local folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The tokenizer, or None if the folder holds none.
+
+    Raises:
+        ValueError: the folder holds one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
+        raise ValueError(f"{folder}: expected a readable tokenizer: {error}") from error

@@ -21,7 +21,7 @@ from fastrag.eval.retrieval import Judge
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from fastrag.data import Question, RagCollator
+    from fastrag.data import Question, RagProcessor
     from fastrag.nn import RagModel
 
 
@@ -78,7 +78,6 @@ class EvalResult:
 def evaluate(
     model: RagModel,
     questions: Sequence[Question | Mapping[str, Any]],
-    collator: RagCollator,
     *,
     batch_size: int = 16,
     ks: int | Sequence[int] = (1, 5),
@@ -98,9 +97,9 @@ def evaluate(
     recall; questions without answers are left out of EM and F1.
 
     Args:
-        model: the model; its training mode is restored afterwards.
+        model: the model, whose processor collates the questions; its training mode is restored
+            afterwards.
         questions: the questions.
-        collator: makes batches from questions, as in training.
         batch_size: questions per batch.
         ks: the k of recall@k, or one.
         limit: look at `choose_fixed(questions, limit)` of `fastrag.eval.batches` only.
@@ -116,10 +115,10 @@ def evaluate(
 
     Raises:
         ValueError: there is no question, one is malformed, batch_size, ks, limit or n_docs is not
-            positive, there is no decoding of this name, or the model has no generator_tokenizer.
+            positive, or there is no decoding of this name.
 
     Example:
-        >>> result = evaluate(model, questions, collator, ks=(1, 5))    # doctest: +SKIP
+        >>> result = evaluate(model, questions, ks=(1, 5))              # doctest: +SKIP
         >>> result.metrics["recall@5"], result.metrics["em"]             # doctest: +SKIP
     """
     chosen, ks = check_evaluated(questions, batch_size, ks, limit)
@@ -127,8 +126,6 @@ def evaluate(
         raise ValueError(f"n_docs: expected an integer >= 1 or None, got {n_docs}")
     from fastrag.nn.generators import evaluating
 
-    if model.generator_tokenizer is None:
-        raise ValueError("model: expected one with a generator_tokenizer to read answers, got None")
     n_docs = model.n_docs if n_docs is None else n_docs
     judge = Judge(model.passages)
     predictions: list[Prediction] = []
@@ -139,11 +136,11 @@ def evaluate(
         in_batches(chosen, batch_size, progress, description) as batches,
     ):
         for rows in batches:
-            batch = _to_device(_collated(rows, collator, loss), model)
+            batch = _to_device(_collated(rows, model.processor, loss), model)
             # one search serves recall, answer and loss: the best k are the first of the best k + 1
             found = _search(model, batch, max(*ks, n_docs, model.n_docs))
             generation: Any = model.generate(
-                **batch if n_docs == model.n_docs else _without_labels(batch),
+                **(batch if n_docs == model.n_docs else {**batch, "labels": None}),
                 marginal=marginal,
                 max_new_tokens=max_new_tokens,
                 rows=found[:, :n_docs],
@@ -163,22 +160,18 @@ def evaluate(
     return EvalResult(metrics=metrics, predictions=predictions)
 
 
-def _collated(questions: list[Question], collator: RagCollator, loss: bool) -> dict[str, Any]:
+def _collated(questions: list[Question], processor: RagProcessor, loss: bool) -> dict[str, Any]:
     """Collate a batch in which some questions may have no answers: their labels do not count."""
     answered = [i for i, question in enumerate(questions) if question.answers]
     if loss and len(answered) == len(questions):
-        return collator(questions)
-    batch = collator([replace(question, answers=()) for question in questions])
+        return processor.collate(questions)
+    batch = processor.collate([replace(question, answers=()) for question in questions])
     if loss and answered:
-        known = collator([questions[i] for i in answered])["labels"]
+        known = processor.collate([questions[i] for i in answered])["labels"]
         labels = known.new_full((len(questions), known.shape[1]), IGNORE_INDEX)
         labels[answered] = known
         batch["labels"] = labels
     return batch
-
-
-def _without_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("labels", "valid_rows")}
 
 
 def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
@@ -197,12 +190,11 @@ def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
 def _predictions(
     model: RagModel, questions: list[Question], generation: Any, rows: Tensor, judge: Judge
 ) -> list[Prediction]:
-    tokenizer: Any = model.generator_tokenizer
-    texts = tokenizer.batch_decode(generation.sequences, skip_special_tokens=True)
+    texts = model.processor.decode(generation.sequences)
     predictions = []
     for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
         answers = question.answers
-        text = texts[i].strip()
+        text = texts[i]
         support = int(generation.supporting_rows[i])
         ranking = judge.ranking(question, found)
         hits = ranking.hits

@@ -23,7 +23,7 @@ from fastrag.eval.metrics import has_words, ndcg_at, reciprocal_rank, words_of
 
 if TYPE_CHECKING:
     from fastrag.data import Question
-    from fastrag.data.collator import QuestionBatch
+    from fastrag.data.processor import QuestionBatch
     from fastrag.index import PassageStore
     from fastrag.nn.retriever import Retriever
 
@@ -115,7 +115,7 @@ class DenseRetriever:
 
     Args:
         retriever: encoder, index and passages.
-        question_batch: tokenises questions for the encoder; `RagCollator.question_batch`.
+        question_batch: tokenises questions for the encoder; `RagProcessor.question_batch`.
     """
 
     def __init__(self, retriever: Retriever, question_batch: QuestionBatch) -> None:

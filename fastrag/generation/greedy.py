@@ -104,7 +104,6 @@ class GreedySearch:
             `eos_token_id` or `generation_config` says what ends an answer.
         labels: `[B, T]` int64, padded with -100: compute their loss from the same reading of the
             contexts.
-        valid_rows: positions of counted labels, `[R]` int32, from the collator.
         loss_fn: the loss of the labels, required with them.
         on_progress: called with the share of the work that was done since the last call.
         logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer: as in transformers'
@@ -135,7 +134,6 @@ class GreedySearch:
         pad_id: int = 0,
         eos_id: int | None = None,
         labels: Tensor | None = None,
-        valid_rows: Tensor | None = None,
         loss_fn: RagLoss | None = None,
         on_progress: Callable[[float], None] | None = None,
         logits_processor: Sequence[Any] | None = None,
@@ -157,7 +155,6 @@ class GreedySearch:
         self.doc_scores = doc_scores
         self.rows = rows
         self.labels = labels
-        self.valid_rows = valid_rows
         self.loss_fn = loss_fn
         self.streamer = streamer
         self._logits_processor = _listed("logits_processor", logits_processor)
@@ -299,7 +296,6 @@ class GreedySearch:
             self.adapter.head(),
             self.labels,
             self.doc_scores,
-            valid_rows=self.valid_rows,
         ).loss
 
 

@@ -15,8 +15,7 @@ import torch
 
 from fastrag import manifests
 from fastrag.data.readers import Passage
-from fastrag.data.templates import Template
-from fastrag.data.tokenization import encode_framed, tokenizer_fingerprint
+from fastrag.data.templates import Template, stream_fingerprint
 from fastrag.index.inputs import usable_device
 from fastrag.index.storage import (
     ArrayStream,
@@ -32,6 +31,8 @@ from fastrag.ops import backends, checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fastrag.data.processor import RagProcessor
 
 FORMAT = "fastrag.PassageStore"
 VERSION = 1
@@ -62,15 +63,14 @@ class PassageStore:
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
+        >>> from fastrag.data import RagProcessor
         >>> vocabulary = {"?": 0, "Paris": 1, "capital": 2, "</s>": 3}
         >>> words = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
         >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
         >>> store = PassageStore.build(
         ...     [Passage("p1", "", "Paris"), Passage("p2", "", "capital Paris")],
-        ...     template=Template.default("causal"),
-        ...     question_tokenizer=tokenizer,
-        ...     generator_tokenizer=tokenizer,
+        ...     RagProcessor(tokenizer, tokenizer, kind="causal"),
         ... )
         >>> store.gather(torch.tensor([[1, 0, -1]]), "encoder")
         (tensor([[[2, 1], [1, 0], [0, 0]]]), tensor([[2, 1, 0]]))
@@ -101,63 +101,32 @@ class PassageStore:
     def build(
         cls,
         passages: Iterable[Passage],
+        processor: RagProcessor,
         *,
-        template: Template,
-        question_tokenizer: PreTrainedTokenizerBase,
-        generator_tokenizer: PreTrainedTokenizerBase,
         dir: str | os.PathLike[str] | None = None,
-        max_encoder_tokens: int | None = 256,
-        max_passage: int | None = None,
-        encoder_prefix: str = "",
         origin: Mapping[str, str] | None = None,
         progress: bool = False,
     ) -> Self:
-        """Tokenises a corpus, in bounded memory when a folder is given.
+        """Tokenise a corpus, in bounded memory when a folder is given.
 
         Args:
             passages: any iterable, read once; a list gives the progress bar a total.
-            template: joins title and text for both streams; its passage slot makes the generator's.
-            question_tokenizer: the encoders' tokenizer (one vocabulary for both encoders).
-            generator_tokenizer: the generator's.
+            processor: tokenizers, template, prefix and length.
             dir: write the store there, block by block, and map it; `None`: keep it in memory.
-            max_encoder_tokens: the encoder's stream is cut at this many tokens, special ones
-                included; `None`: uncut.
-            max_passage: the generator's stream is cut at this many tokens; `None`: uncut.
-            encoder_prefix: put before the joined text for the encoder (`"passage: "`).
             origin: where the passages came from, by name; kept as `origin`, also by `save`.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no passages, an empty text, an id twice (both rows named), a bad limit, or a
-                folder that cannot be written; nothing is left behind then.
+            ValueError: no passages, an empty text, an id twice (both rows named), a length that
+                leaves no room for text, or a folder that cannot be written; nothing is left behind
+                then.
         """
-        if max_passage is not None and max_passage < 1:
-            raise ValueError(f"max_passage: expected at least 1 token or None, got {max_passage}")
-        piece = template.passage_piece(generator_tokenizer)
-
-        def encode(batch: Sequence[Passage]) -> dict[str, list[list[int]]]:
-            rendered = [template.render_passage(passage) for passage in batch]
-            prefixed = [encoder_prefix + text for text in rendered]
-            return {
-                "encoder": encode_framed(question_tokenizer, prefixed, max_encoder_tokens),
-                "generator": [ids[:max_passage] for ids in piece(rendered)],
-            }
-
         manifest: dict[str, Any] = {
-            "template": template.to_dict(),
-            "streams": {
-                "encoder": {
-                    "fingerprint": stream_fingerprint(question_tokenizer),
-                    "max_tokens": max_encoder_tokens,
-                    "prefix": encoder_prefix,
-                },
-                "generator": {
-                    "fingerprint": stream_fingerprint(generator_tokenizer, template),
-                    "max_tokens": max_passage,
-                },
-            },
+            "template": processor.template.to_dict(),
+            "streams": processor.streams(),
             "origin": dict(origin or {}),
         }
+        encode = processor.tokenize
         if dir is None:
             sink = _MemorySink()
             _record(manifest, _write(passages, encode, sink, progress))
@@ -292,6 +261,11 @@ class PassageStore:
                 f"{self.fingerprint(stream)}, got {found}"
             )
 
+    @property
+    def prefix(self) -> str:
+        """The text put before each passage in the encoder's stream."""
+        return str(self._manifest["streams"]["encoder"]["prefix"])
+
     def max_tokens(self, stream: Stream) -> int:
         """Tokens of the longest passage of a stream."""
         _check_stream(stream)
@@ -339,24 +313,6 @@ class PassageStore:
             longest = self.max_tokens(stream)
             token_ids, lengths = _gather_torch(tokens, offsets, at, max_length, longest)
         return token_ids.to(rows.device), lengths.to(rows.device)
-
-
-def stream_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> str:
-    """What `PassageStore.fingerprint` is for a stream built with this tokenizer and template.
-
-    Args:
-        tokenizer: the stream's tokenizer.
-        template: the template of a generator stream; only what touches its passage slot counts.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    name = tokenizer_fingerprint(tokenizer)
-    if template is None:
-        return name
-    piece = template.passage_piece(tokenizer)
-    described = json.dumps([name, template.passage, piece.lead, piece.anchor])
-    return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
 
 
 def _gather_cpp(

@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastrag.nn.builder import BuiltContext, ContextBuilder
     from fastrag.nn.encoders import TextEncoder
     from fastrag.nn.generators import CausalAdapter, Seq2SeqAdapter, adapt_generator
     from fastrag.nn.heads import LMHead
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from fastrag.nn.sentence_encoder import SentenceEncoder
 
 _HOMES = {
-    "BuiltContext": "builder",
-    "ContextBuilder": "builder",
     "TextEncoder": "encoders",
     "CausalAdapter": "generators",
     "Seq2SeqAdapter": "generators",
@@ -42,9 +39,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
-    "BuiltContext",
     "CausalAdapter",
-    "ContextBuilder",
     "LMHead",
     "RagGeneration",
     "RagLoss",

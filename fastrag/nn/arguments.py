@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from fastrag.data.processor import RagProcessor
 from fastrag.messages import shown
 from fastrag.nn.heads import base_model
 from fastrag.ops import checks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fastrag.data.templates import BoundTemplate
-
-DEFAULT_CONTEXT = 512
+    from fastrag.index import PassageStore
+    from fastrag.nn.reader import Reader
 
 
 def check_numbers(
@@ -55,23 +53,6 @@ def no_model_folder(name: str, path: str | os.PathLike[str], holding: str = "") 
     )
 
 
-def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
-    """Raise ValueError unless `ids` are token ids `[B, S]` of a vocabulary.
-
-    The values are looked at on the CPU alone, where that costs no wait.
-    """
-    checks.check_integer(name, ids, "[B, S]")
-    unread = ids.device.type != "cpu" or torch.compiler.is_compiling()
-    if n_vocab is None or unread or ids.numel() == 0:
-        return
-    low, high = ids.aminmax()
-    if low < 0 or high >= n_vocab:
-        bad = int(low) if low < 0 else int(high)
-        raise ValueError(
-            f"{name}: expected token ids in [0, {n_vocab}), the model's vocabulary, got {bad}"
-        )
-
-
 def check_answers(labels: Tensor, n_questions: int | None = None) -> None:
     """Raise ValueError unless `labels` are `[B, T]` int64 with T of at least 1."""
     checks.check_tensor("labels", labels)
@@ -83,41 +64,54 @@ def check_answers(labels: Tensor, n_questions: int | None = None) -> None:
         )
 
 
-def bind_template(
-    template: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    kind: Any,
-) -> BoundTemplate:
-    """Return `template` (a Template, BoundTemplate or None: the default), bound to `tokenizer`."""
-    if hasattr(template, "literals"):
-        if template.kind != kind:
-            raise ValueError(f"template: expected one bound as {kind!r}, got {template.kind!r}")
-        return template
-    if template is not None and not hasattr(template, "bind"):
-        raise ValueError(f"template: expected a Template or None, got {type(template).__name__}")
-    if tokenizer is None:
-        raise ValueError("generator_tokenizer: expected a tokenizer to bind the template, got None")
-    from fastrag.data.templates import Template
+def check_processor(
+    processor: object,
+    reader: Reader,
+    encoders: dict[str, nn.Module | None],
+    passages: PassageStore,
+) -> None:
+    """Raise ValueError unless a processor belongs to a reader, to encoders and to passages.
 
-    return (template or Template.default(kind)).bind(tokenizer, kind)
-
-
-def context_limit(generator: nn.Module, kind: str, max_context: int | None) -> int:
-    """Return the generator's window, held against the positions that it has."""
-    config = getattr(base_model(generator), "config", None)
-    config = getattr(config, "encoder", None) or config  # EncoderDecoder: the encoder reads it
-    positions = getattr(config, "max_position_embeddings", None)
-    if max_context is None:
-        if positions is None:
-            return DEFAULT_CONTEXT
-        answer = min(64, positions // 4) if kind == "causal" else 0
-        return min(DEFAULT_CONTEXT, positions - answer)
-    if positions is not None and max_context > positions:
+    Args:
+        processor: the processor.
+        reader: the generator and its adapter.
+        encoders: the encoder that each prefix of the processor is for.
+        passages: the passages.
+    """
+    if not isinstance(processor, RagProcessor):
+        raise ValueError(f"processor: expected a RagProcessor, got {type(processor).__name__}")
+    if processor.kind != reader.kind:
+        raise ValueError(
+            f"processor: expected one of kind {reader.kind!r} as the generator is, got "
+            f"{processor.kind!r}"
+        )
+    n_vocab, largest = reader.adapter.n_vocab, processor.largest_id
+    if largest >= n_vocab:
+        raise ValueError(
+            f"processor: expected a generator_tokenizer of the generator's vocabulary, ids in "
+            f"[0, {n_vocab}), got one with id {largest}"
+        )
+    positions = _positions(reader.generator)
+    if positions is not None and processor.max_context > positions:
         raise ValueError(
             f"max_context: expected at most the generator's {positions} positions, got "
-            f"{max_context}"
+            f"{processor.max_context}"
         )
-    return max_context
+    for name, encoder in encoders.items():
+        own, prefix = getattr(encoder, "prefix", None), getattr(processor, name)
+        if own is not None and own != prefix:
+            raise ValueError(
+                f"processor: expected the encoder's {name} {shown(own)}, got {shown(prefix)}; "
+                f"RagProcessor.for_encoders takes both prefixes from the encoders"
+            )
+    processor.check(passages)
+
+
+def _positions(generator: nn.Module) -> int | None:
+    """Return how many positions a generator has for its context; None: no limit is known."""
+    config = getattr(base_model(generator), "config", None)
+    config = getattr(config, "encoder", None) or config  # EncoderDecoder: the encoder reads it
+    return getattr(config, "max_position_embeddings", None)
 
 
 def require_same_device(name: str, module: nn.Module, inputs: Tensor) -> None:

@@ -2,7 +2,7 @@
 
     question_encoder/   passage_encoder/ (unless shared)   generator/ (or a PEFT adapter)
     generator_base/ (only under an adapter whose base model has no name of its own)
-    index/ passages/ (if asked for)   rag_config.json   manifest.json
+    index/ passages/ (if asked for)   rag_config.json   processor.json   manifest.json
 
 Written by `FolderWriter`: whole or not at all. Nothing is pickled, nothing is downloaded. The
 manifest lists all files but those of index and passages, which have manifests of their own: for a
@@ -20,6 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrag import folders, manifests
+from fastrag.data.processor import CONFIG as PROCESSOR_CONFIG
+from fastrag.data.processor import RagProcessor
+from fastrag.data.templates import Template
+from fastrag.data.tokenization import load_tokenizer
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.generators import GeneratorAdapter
@@ -31,18 +35,15 @@ from fastrag.nn.sentence_encoder import CONFIG_NAME as SENTENCE_CONFIG
 from fastrag.nn.sentence_encoder import SentenceEncoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fastrag.nn.model import RagModel
     from fastrag.nn.retriever import Retriever
 
 FORMAT = "fastrag-model"
-VERSION = 2
+VERSION = 3
 CONFIG = "rag_config.json"
 _SETTINGS = (
     "n_docs",
     "marginal",
-    "max_context",
     "train_passage_encoder",
     "explore",
     "explore_pool",
@@ -59,7 +60,6 @@ _SAVED = record(
         "passage_encoder": one_of("own", "shared", "none"),
         "n_docs": integer(1),
         "marginal": one_of(*MARGINALS),
-        "max_context": integer(1),
         "train_passage_encoder": flag(),
         "explore": integer(),
         "explore_pool": optional(integer(1)),
@@ -69,7 +69,6 @@ _SAVED = record(
         "label_smoothing": number(0),
         "objective": text(),  # as RetrieverTerm knows it
         "tau_lm": number(above=0),
-        "template": record({}),  # as Template.from_dict reads it
         "index": record(
             {
                 "dim": integer(1),
@@ -79,6 +78,8 @@ _SAVED = record(
             }
         ),
     },
+    # of versions 1 and 2, which have no file of the processor
+    {"max_context": integer(1), "template": record({})},
     closed=True,
 )
 
@@ -125,10 +126,7 @@ def save_model(
             if encoder is not None:
                 encoder.save_pretrained(folder / name)
         kept = _save_generator(model.generator, folder, merge_adapter)
-        if model.question_tokenizer is not None:
-            model.question_tokenizer.save_pretrained(folder / "question_encoder")
-        if model.generator_tokenizer is not None:
-            model.generator_tokenizer.save_pretrained(folder / "generator")
+        model.processor.save_pretrained(folder)
         if include_index:
             model.index.save(folder / "index")
             model.passages.save(folder / "passages")
@@ -169,26 +167,22 @@ def _load_model(
     generator_class: type | None,
     overrides: dict[str, Any],
 ) -> RagModel:
-    from fastrag.data.templates import Template
-
     settings = _read_settings(folder, given_base=base_generator is not None)
     question_encoder = _load_encoder(folder / "question_encoder")
     passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
     if settings["passage_encoder"] == "own":
         passage_encoder = _load_encoder(folder / "passage_encoder")
     generator = _load_generator(folder, settings, base_generator, generator_class)
-    with manifests.named(folder / CONFIG):
-        template = Template.from_dict(settings["template"])
     arguments = {name: settings[name] for name in _SETTINGS}
     arguments |= {
         "tau": settings["tau"],
         "learn_tau": settings["learn_tau"],
         **{name: settings[name] for name in _LOSS_SETTINGS},
-        "template": template,
-        "question_tokenizer": _load_tokenizer(folder / "question_encoder"),
-        "generator_tokenizer": _load_tokenizer(folder / "generator"),
     }
     parts = (_load_index(folder, settings, index), _load_passages(folder, passages))
+    if "processor" not in overrides:
+        encoders = (question_encoder, passage_encoder)
+        arguments["processor"] = _load_processor(folder, settings, encoders, parts[1])
     try:
         model = cls(question_encoder, passage_encoder, generator, *parts, **(arguments | overrides))
     except ValueError as error:
@@ -201,26 +195,22 @@ def _load_model(
 
 def load_retriever(
     path: str | os.PathLike[str], index: Any, passages: Any
-) -> tuple[Retriever, PreTrainedTokenizerBase]:
-    """Read question encoder, tokenizer and index of the folder `path`, and nothing else.
+) -> tuple[Retriever, RagProcessor]:
+    """Read question encoder, processor and index of the folder `path`, but no generator.
 
     Raises:
-        ValueError: as `load_model`, or the folder holds no tokenizer of the question encoder.
+        ValueError: as `load_model`.
     """
     from fastrag.nn.retriever import Retriever
 
     folder = Path(path)
     settings = _read_settings(folder, given_base=True)
-    tokenizer = _load_tokenizer(folder / "question_encoder")
-    if tokenizer is None:
-        raise ValueError(f"{folder / 'question_encoder'}: expected a tokenizer, found none")
-    retriever = Retriever(
-        _load_encoder(folder / "question_encoder"),
-        None,
-        _load_index(folder, settings, index),
-        _load_passages(folder, passages),
-    )
-    return retriever.eval(), tokenizer
+    encoder = _load_encoder(folder / "question_encoder")
+    passages = _load_passages(folder, passages)
+    processor = _load_processor(folder, settings, (encoder, None), passages)
+    processor.check(passages)
+    retriever = Retriever(encoder, None, _load_index(folder, settings, index), passages)
+    return retriever.eval(), processor
 
 
 def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
@@ -242,7 +232,6 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.retriever.log_tau is not None,
         **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
-        "template": model.builder.template.template.to_dict(),
         "index": IndexReference.of(model.index)._asdict(),
     }
 
@@ -405,15 +394,25 @@ def load_whole(
     return model
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file
-        raise ValueError(f"{folder}: expected a readable tokenizer: {error}") from error
+def _load_processor(
+    folder: Path, settings: dict[str, Any], encoders: tuple[Any, Any], passages: Any
+) -> RagProcessor:
+    if (folder / PROCESSOR_CONFIG).exists():
+        return RagProcessor.from_pretrained(folder)
+    # versions 1 and 2 keep template and window in rag_config.json, prefixes with the encoders
+    tokenizers = [load_tokenizer(folder / part) for part in ("question_encoder", "generator")]
+    if None in tokenizers or not {"template", "max_context"} <= settings.keys():
+        raise ValueError(f"processor: expected a RagProcessor, as {folder} holds none")
+    with manifests.named(folder / CONFIG):
+        template = Template.from_dict(settings["template"])
+    return RagProcessor.for_encoders(
+        *encoders,
+        *tokenizers,
+        kind=settings["kind"],
+        template=template,
+        passage_prefix=passages.prefix,
+        max_context=settings["max_context"],
+    )
 
 
 def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from fastrag import manifests
 from fastrag.manifests import flag, integer, items, one_of, optional, record, table, text
 from fastrag.messages import shown
-from fastrag.nn.arguments import check_ids, no_model_folder
+from fastrag.nn.arguments import no_model_folder
 from fastrag.nn.quiet import without_bars
+from fastrag.ops import checks
 
 Pooling = Literal["cls", "mean", "last", "pooler"]
 Role = Literal["query", "passage"]
@@ -264,7 +265,7 @@ def check_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor | None) -
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    check_ids("input_ids", input_ids, _vocabulary_size(model))
+    checks.check_ids("input_ids", input_ids, _vocabulary_size(model))
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: expected the [B, S] shape of input_ids {list(input_ids.shape)}, "

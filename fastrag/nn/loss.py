@@ -122,7 +122,7 @@ class RagLoss(nn.Module):
             doc_scores: `[B, K]`, -inf at missing passages.
             normalizer: what "mean" divides by; default the counted tokens of this call.
             example_weight: `[B]` factors of the examples.
-            valid_rows: `[R]` int32, positions of counted labels, from the collator.
+            valid_rows: `[R]` int32, positions of counted labels, see `functional.rag_token_nll`.
 
         Returns:
             `RagLossOutput`.

@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastrag.data.contexts import Contexts
+from fastrag.data.processor import RagProcessor
 from fastrag.messages import shown
 from fastrag.nn.activation_checkpointing import ActivationCheckpointing
-from fastrag.nn.arguments import (
-    bind_template,
-    check_answers,
-    check_count,
-    check_ids,
-    context_limit,
-)
-from fastrag.nn.builder import BuiltContext, ContextBuilder
+from fastrag.nn.arguments import check_answers, check_count, check_processor
 from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.objectives import RetrieverTerm
@@ -29,9 +24,6 @@ from fastrag.nn.state import keep_one_name_per_tensor
 from fastrag.profiling import stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fastrag.data.templates import BoundTemplate, Template
     from fastrag.index import Hits, Index, PassageStore
 
 # Where RagModel's attributes of these names are: read and set there.
@@ -71,16 +63,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
         index: vectors of the passages, in the order of `passages`; may still be empty, see
             `refresh_index`.
         passages: the passages as token ids.
+        processor: tokenizers, template and lengths, those that `passages` was built with.
         n_docs: K, passages per question.
         marginal: "token" or "sequence".
         tau: temperature of the prior; None: 0.05 if both encoders normalise, else 1.
         learn_tau: train log tau along, from `tau` on.
-        template: a `Template`, or one already bound to the generator's tokenizer; None: the default
-            of the generator's kind.
-        question_tokenizer: kept for `save_pretrained`.
-        generator_tokenizer: needed unless `template` is bound; kept for `save_pretrained`.
-        max_context: longest generator input in tokens; passages are cut to fit; None: 512 or what
-            the generator's positions allow.
         train_passage_encoder: encode the K passages of a training step anew, with gradient. If
             not, its parameters are set to `requires_grad=False`, but for those that the question
             encoder has too (one encoder for both, or one model under two prefixes).
@@ -93,13 +80,16 @@ class RagModel(ActivationCheckpointing, nn.Module):
             generator alone ("replug") its parameters are set to `requires_grad=False`.
 
     Raises:
-        ValueError: index and passages of different length or width, numbers out of range, passages
-            tokenised for another generator, a generator that `adapt_generator` refuses.
+        ValueError: index and passages of different length or width, numbers out of range, a
+            processor of another kind, vocabulary, prefix or passage tokenizer, or with a longer
+            window than the generator has positions; a generator that `adapt_generator` refuses.
 
     Example:
+        >>> processor = RagProcessor(question_tokenizer, generator_tokenizer)  # doctest: +SKIP
+        >>> passages = PassageStore.build(corpus, processor)                   # doctest: +SKIP
         >>> model = RagModel(question_encoder, passage_encoder, generator, index, passages,
-        ...                  question_tokenizer=qt, generator_tokenizer=gt)     # doctest: +SKIP
-        >>> model(**collator(questions)).loss.backward()                        # doctest: +SKIP
+        ...                  processor)                                        # doctest: +SKIP
+        >>> model(**processor.collate(questions)).loss.backward()              # doctest: +SKIP
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: pass num_items_in_batch to forward
@@ -113,15 +103,12 @@ class RagModel(ActivationCheckpointing, nn.Module):
         generator: nn.Module,
         index: Index,
         passages: PassageStore,
+        processor: RagProcessor,
         *,
         n_docs: int = 5,
         marginal: str = "token",
         tau: float | None = None,
         learn_tau: bool = False,
-        template: Template | BoundTemplate | None = None,
-        question_tokenizer: PreTrainedTokenizerBase | None = None,
-        generator_tokenizer: PreTrainedTokenizerBase | None = None,
-        max_context: int | None = None,
         train_passage_encoder: bool = False,
         explore: int = 0,
         explore_pool: int | None = 256,
@@ -149,17 +136,12 @@ class RagModel(ActivationCheckpointing, nn.Module):
         self.loss_fn = RagLoss(marginal, objective, tau_lm=tau_lm, label_smoothing=label_smoothing)
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
-        self.question_tokenizer = question_tokenizer
-        self.generator_tokenizer = generator_tokenizer
-        self.builder = ContextBuilder(
-            bind_template(template, generator_tokenizer, self.reader.kind),
-            context_limit(generator, self.reader.kind, max_context),
-        )
-        if generator_tokenizer is not None:
-            bound = self.builder.template.template
-            passages.check_tokenizer("generator", generator_tokenizer, bound)
-        if question_tokenizer is not None:
-            passages.check_tokenizer("encoder", question_tokenizer)
+        self.processor = processor
+        encoders = {
+            "question_prefix": self.retriever.question_encoder,
+            "passage_prefix": self.retriever.passage_encoder,
+        }
+        check_processor(processor, self.reader, encoders, passages)
         keep_one_name_per_tensor(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -186,11 +168,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         return self.loss_fn.marginal
 
     @property
-    def max_context(self) -> int:
-        """Longest generator input, in tokens."""
-        return self.builder.max_context
-
-    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
@@ -202,7 +179,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         prompt_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        valid_rows: Tensor | None = None,
         rows: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         example_weight: Tensor | None = None,
@@ -215,7 +191,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prompt_ids: questions in the generator's vocabulary, `[B, S']` int64, right-padded.
             prompt_mask: `[B, S']`, 1 at tokens.
             labels: answers, `[B, T]` int64, padded with -100; None: retrieval only.
-            valid_rows: positions of counted labels, `[R]` int32, from the collator.
             rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
             num_items_in_batch: what the loss is divided by; default this batch's label tokens.
             example_weight: `[B]` factors of the examples in the loss.
@@ -243,7 +218,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
             retrieved.doc_scores,
             normalizer=num_items_in_batch,
             example_weight=example_weight,
-            valid_rows=valid_rows,
         )
         output["n_cut"] = context.n_cut
         return output
@@ -266,7 +240,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         n_docs: int | None = None,
         rows: Tensor | None = None,
         labels: Tensor | None = None,
-        valid_rows: Tensor | None = None,
         on_progress: Callable[[float], None] | None = None,
         **generate_kwargs: Any,
     ) -> RagGeneration:
@@ -288,7 +261,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
             rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
             labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
                 from the same reading of the contexts.
-            valid_rows: positions of counted labels, `[R]` int32, from the collator.
             on_progress: called with the share of the work that was done since the last call.
             generate_kwargs: arguments of transformers' `generate` (`logits_processor`,
                 `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `generation_config`,
@@ -327,14 +299,13 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 doc_scores,
                 rows,
                 max_new_tokens=max_new_tokens,
-                pad_id=self.builder.template.pad_id,
+                pad_id=self.processor.bound.pad_id,
                 # Training taught the template's end, which may differ from the generator's own.
-                eos_id=self.builder.template.eos_id,
+                eos_id=self.processor.bound.eos_id,
                 labels=labels,
-                valid_rows=valid_rows,
                 loss_fn=self.loss_fn,
                 on_progress=on_progress,
-                **{"tokenizer": self.generator_tokenizer, **generate_kwargs},
+                **{"tokenizer": self.processor.generator_tokenizer, **generate_kwargs},
             )
             return decoder(search)
 
@@ -344,7 +315,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
     def contexts(
         self, rows: Tensor, prompt_ids: Tensor | None, prompt_mask: Tensor | None = None
-    ) -> BuiltContext:
+    ) -> Contexts:
         """Join questions and their passages to the generator's inputs.
 
         Args:
@@ -353,19 +324,16 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prompt_mask: `[B, S']`, 1 at tokens.
 
         Returns:
-            `BuiltContext`.
+            `Contexts`.
 
         Raises:
             ValueError: no prompt, ids outside the vocabulary, or a question over the window.
         """
         if prompt_ids is None:
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
-        if prompt_mask is None:
-            prompt_mask = torch.ones_like(prompt_ids)
-        check_ids("prompt_ids", prompt_ids, self.reader.adapter.n_vocab)
         with stage("contexts"):
-            ids, lengths = self.passages.gather(rows, "generator", max_length=self.max_context)
-            return self.builder.build(ids, lengths, prompt_ids, prompt_mask)
+            passages = self.retriever.passages
+            return self.processor.contexts(passages, rows, prompt_ids, prompt_mask)
 
     def _checkpointed_parts(self) -> list[Any]:
         """The transformers models inside that train."""
@@ -450,4 +418,4 @@ class RagModel(ActivationCheckpointing, nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"marginal={self.marginal!r}, max_context={self.max_context}"
+        return f"marginal={self.marginal!r}, max_context={self.processor.max_context}"

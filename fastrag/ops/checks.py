@@ -255,3 +255,18 @@ def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | N
                 f"{factor}: expected a tensor without requires_grad, since int8 storage is not "
                 f"trained, got {show(given)} with requires_grad=True"
             )
+
+
+def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
+    """Raises ValueError unless `ids` are token ids [B, S] of a vocabulary.
+
+    The values are looked at on the CPU alone, where that costs no wait.
+    """
+    check_integer(name, ids, "[B, S]")
+    unread = not readable(ids) or torch.compiler.is_compiling()
+    if n_vocab is None or unread or ids.numel() == 0:
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= n_vocab:
+        bad = int(low) if low < 0 else int(high)
+        raise ValueError(f"{name}: expected token ids in [0, {n_vocab}), the vocabulary, got {bad}")

@@ -3,8 +3,8 @@
 A position is p = b * T + t. It has K rows hidden[b, :, t], one for each passage, which stay
 together so that a marginal over passages never crosses a chunk. On a CPU only positions whose label
 counts are visited. A GPU cannot be asked for their number without waiting, so there either
-`valid_rows` lists them (made on the host by the collator) or all B*T are visited; positions that do
-not count then have weight zero, and their hidden states are read as zero.
+`valid_rows` lists them (from a caller who has the labels on the host) or all B*T are visited;
+positions that do not count then have weight zero, and their hidden states are read as zero.
 """
 
 from __future__ import annotations

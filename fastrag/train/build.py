@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from fastrag import folders
-from fastrag.data import Passage, RagCollator, Template
+from fastrag.data import Passage, RagCollator, RagProcessor
 from fastrag.index import FlatIndex, Index, PassageStore
 from fastrag.index.encoding import encode_passages
 from fastrag.index.passages import FORMAT as PASSAGES_FORMAT
@@ -32,7 +32,7 @@ from fastrag.train.parts import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from fastrag.nn import RagModel, TextEncoder
 
@@ -47,11 +47,8 @@ def build_index(
     folder: str | os.PathLike[str],
     passages: Iterable[Passage],
     encoder: TextEncoder,
+    processor: RagProcessor,
     *,
-    template: Template,
-    encoder_tokenizer: PreTrainedTokenizerBase,
-    generator_tokenizer: PreTrainedTokenizerBase,
-    max_passage: int = MAX_PASSAGE,
     batch_size: int = 64,
     dtype: str = "float32",
     device: str | None = None,
@@ -64,10 +61,7 @@ def build_index(
         folder: where both go; it appears whole, and an older index in it stays until then.
         passages: the corpus.
         encoder: the passage encoder.
-        template: its passage piece goes to the generator.
-        encoder_tokenizer: the encoder's tokenizer.
-        generator_tokenizer: the generator's tokenizer.
-        max_passage: tokens at which the encoder's input is cut.
+        processor: tokenises the passages.
         batch_size: passages per encoder batch.
         dtype: how the index stores vectors, as for FlatIndex.
         device: where the encoder runs; None leaves it where it is.
@@ -89,11 +83,7 @@ def build_index(
     try:
         store = PassageStore.build(
             passages,
-            template=template,
-            question_tokenizer=encoder_tokenizer,
-            generator_tokenizer=generator_tokenizer,
-            max_encoder_tokens=min(max_passage, encoder.max_length or max_passage),
-            encoder_prefix=encoder.prefix,
+            processor,
             origin={**(origin or {}), "built": datetime.now(UTC).isoformat(timespec="seconds")},
             dir=staging / PASSAGES_FOLDER,
             progress=progress,
@@ -207,7 +197,22 @@ def build_model(
     generator: PreTrainedModel = load_generator(config.generator, config.lora, dtype)
     question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
     generator_tokenizer = load_tokenizer(config.generator, "generator")
-    template = make_template(config.template, generator_tokenizer, generator_kind(config.generator))
+    kind = generator_kind(config.generator)
+    processor = RagProcessor.for_encoders(
+        question_encoder,
+        passage_encoder,
+        question_tokenizer,
+        generator_tokenizer,
+        kind=kind,
+        template=make_template(config.template, generator_tokenizer, kind),
+        passage_tokenizer=(
+            load_tokenizer(passage_folder, "passage_encoder") if config.passage_encoder else None
+        ),
+        max_question=config.max_question,
+        max_passage=config.max_passage or MAX_PASSAGE,
+        max_answer=config.max_answer,
+        max_context=config.max_context,
+    )
     ready = config.index or (built if resume and built.is_dir() else None)
     found = None if ready is None else load_index(ready)
     if on_loaded is not None:
@@ -219,10 +224,7 @@ def build_model(
             built,
             load_passages(config.corpus or DEFAULT),
             passage_encoder,
-            template=template,
-            encoder_tokenizer=load_tokenizer(passage_folder, "passage_encoder"),
-            generator_tokenizer=generator_tokenizer,
-            max_passage=config.max_passage or MAX_PASSAGE,
+            processor,
             batch_size=config.encode_batch_size,
             dtype=config.index_dtype,
             origin={"encoder": passage_folder, "corpus": config.corpus or DEFAULT},
@@ -236,14 +238,11 @@ def build_model(
         generator,
         index,
         passages,
+        processor,
         n_docs=config.n_docs,
         marginal=config.marginal,
         tau=config.tau,
         learn_tau=config.learn_tau,
-        template=template,
-        question_tokenizer=question_tokenizer,
-        generator_tokenizer=generator_tokenizer,
-        max_context=config.max_context,
         train_passage_encoder=config.train_passage_encoder,
         explore=config.explore,
         explore_pool=config.explore_pool,
@@ -260,62 +259,17 @@ def build_model(
 
 
 def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
-    """Make the collator that fits a model.
+    """Make the collator of a run's training questions.
 
     Args:
-        model: the model; its tokenizers and template are used.
-        config: lengths and the choice of answers.
+        model: the model; its processor is used.
+        config: the choice of answers.
 
     Returns:
         The collator.
     """
-    return collator_for(
-        model,
-        max_question=config.max_question,
-        max_answer=config.max_answer,
-        max_context=config.max_context,
-        answer_choice=config.answer_choice,
-    )
-
-
-def collator_for(
-    model: RagModel,
-    *,
-    max_question: int | None = None,
-    max_answer: int | None = 64,
-    max_context: int | None = None,
-    answer_choice: str = "first",
-) -> RagCollator:
-    """Make a collator from a model alone, with the lengths given.
-
-    Args:
-        model: the model.
-        max_question: tokens at which the retriever's question is cut.
-        max_answer: answer tokens.
-        max_context: window of the generator; None takes the model's.
-        answer_choice: `first` or `random`.
-
-    Returns:
-        The collator.
-
-    Raises:
-        ValueError: the model has no tokenizers, or a length is out of range.
-    """
-    for name in ("question_tokenizer", "generator_tokenizer"):
-        if getattr(model, name) is None:
-            raise ValueError(f"{name}: expected a model that holds one, got None")
-    encoder: Any = model.question_encoder
-    return RagCollator(
-        model.question_tokenizer,
-        model.generator_tokenizer,
-        template=model.builder.template.template,
-        kind=model.builder.template.kind,
-        max_answer=max_answer,
-        max_context=max_context or model.max_context,
-        question_prefix=encoder.prefix,
-        max_question=_shortest(max_question, encoder.max_length),
-        answer_choice="random" if answer_choice == "random" else "first",
-    )
+    choice: Any = config.answer_choice
+    return RagCollator(model.processor, answer_choice=choice)
 
 
 def _warn_of_another_encoder(
@@ -335,7 +289,3 @@ def _warn_of_another_encoder(
             "it anew",
             stacklevel=3,
         )
-
-
-def _shortest(*lengths: int | None) -> int | None:
-    return min((length for length in lengths if length is not None), default=None)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrag.data.collator import QuestionBatch
+from fastrag.data.processor import QuestionBatch, shortest
 from fastrag.eval import DenseRetriever, EvalResult, RetrievalResult
 from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
@@ -30,8 +30,6 @@ from fastrag.train.parts import load_encoder, load_tokenizer
 from fastrag.train.run_folder import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from fastrag.index import Index, PassageStore
 
 MODEL_FOLDER = "model"
@@ -78,14 +76,14 @@ def load_retriever(
     path = _model_folder(folder)
     if (path / STATE).is_file():
         config = _config_of(path, index)
-        retriever, tokenizer = _from_parts(config.question_encoder, str(config.index))
-        read_encoder(retriever.question_encoder, path)
+        dense = _from_parts(config.question_encoder, str(config.index), config.max_question)
+        read_encoder(dense.retriever.question_encoder, path)
         if index is None:
-            read_index(retriever, path)
-    else:
-        vectors, passages = _index_of(path, index)
-        retriever, tokenizer = checkpoint.load_retriever(path, vectors, passages)
-    return _with_tokenizer(retriever, tokenizer)
+            read_index(dense.retriever, path)
+        return dense
+    vectors, passages = _index_of(path, index)
+    retriever, processor = checkpoint.load_retriever(path, vectors, passages)
+    return DenseRetriever(retriever, processor.question_batch)
 
 
 def open_retriever(
@@ -103,23 +101,22 @@ def open_retriever(
     Raises:
         ValueError: a folder cannot be read, or the index was built with another tokenizer or width.
     """
-    return _with_tokenizer(*_from_parts(encoder, index))
+    return _from_parts(encoder, index)
 
 
 def _from_parts(
-    encoder: str | os.PathLike[str], index: str | os.PathLike[str]
-) -> tuple[Retriever, PreTrainedTokenizerBase]:
+    encoder: str | os.PathLike[str],
+    index: str | os.PathLike[str],
+    max_question: int | None = None,
+) -> DenseRetriever:
     name = "question_encoder"
     question_encoder = load_encoder(encoder, name, "query")
+    tokenizer = load_tokenizer(encoder, name)
     vectors, passages = load_index(index)
-    retriever = Retriever(question_encoder, None, vectors, passages)
-    return retriever.eval(), load_tokenizer(encoder, name)
-
-
-def _with_tokenizer(retriever: Retriever, tokenizer: PreTrainedTokenizerBase) -> DenseRetriever:
-    retriever.passages.check_tokenizer("encoder", tokenizer)
-    encoder: Any = retriever.question_encoder
-    return DenseRetriever(retriever, QuestionBatch(tokenizer, encoder.prefix, encoder.max_length))
+    passages.check_tokenizer("encoder", tokenizer)
+    retriever = Retriever(question_encoder, None, vectors, passages).eval()
+    length = shortest(max_question, question_encoder.max_length)
+    return DenseRetriever(retriever, QuestionBatch(tokenizer, question_encoder.prefix, length))
 
 
 def _model_folder(folder: str | os.PathLike[str]) -> Path:

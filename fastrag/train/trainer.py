@@ -345,7 +345,6 @@ class RagTrainer(Trainer):
             self.last_evaluation = evaluate_model(
                 self.model,
                 questions,
-                self.data_collator.collator,
                 batch_size=self.args.eval_batch_size,
                 ks=self.eval_ks,
                 limit=self.eval_limit,
@@ -371,8 +370,8 @@ class RagTrainer(Trainer):
         Raises:
             ValueError: there are no questions.
         """
-        collator = self.data_collator.collator
-        retriever = DenseRetriever(self.model.retriever, collator.question_batch)
+        question_batch = self.model.processor.question_batch
+        retriever = DenseRetriever(self.model.retriever, question_batch)
         metrics: dict[str, float] = {}
         for prefix, questions in self._evaluated(eval_dataset, metric_key_prefix):
             start = time.perf_counter()

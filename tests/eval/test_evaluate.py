@@ -34,7 +34,7 @@ class _Perfect(torch.nn.Module):
 def perfect() -> RagModel:
     """A model that retrieves each person's passage first."""
     model = tiny.rag_model()
-    encoder = _Perfect(model.question_tokenizer, dim=len(tiny.NAMES))
+    encoder = _Perfect(model.processor.question_tokenizer, dim=len(tiny.NAMES))
     model.question_encoder = model.passage_encoder = encoder
     model.index = type(model.index)(encoder.dim)
     model.refresh_index()
@@ -42,22 +42,22 @@ def perfect() -> RagModel:
 
 
 def test_recall_by_passage_id(perfect: RagModel) -> None:
-    result = evaluate(perfect, tiny.questions(), tiny.collator(), ks=(1, 3), max_new_tokens=2)
+    result = evaluate(perfect, tiny.questions(), ks=(1, 3), max_new_tokens=2)
     assert result.metrics["recall@1"] == 1.0
     assert [each.hit_rank for each in result.predictions] == [0] * 12
     assert [each.retrieved[0] for each in result.predictions] == [f"p{i}" for i in range(12)]
     wrong = [Question(q.id, q.question, q.answers, positive_ids=("p0",)) for q in tiny.questions(4)]
-    result = evaluate(perfect, wrong, tiny.collator(), ks=1, max_new_tokens=2)
+    result = evaluate(perfect, wrong, ks=1, max_new_tokens=2)
     assert result.metrics["recall@1"] == 0.25
 
 
 def test_recall_counts_the_first_k(perfect: RagModel) -> None:
-    found = evaluate(perfect, tiny.questions(), tiny.collator(), ks=3, max_new_tokens=2)
+    found = evaluate(perfect, tiny.questions(), ks=3, max_new_tokens=2)
     second = [
         Question(q.id, q.question, q.answers, positive_ids=(p.retrieved[1],))
         for q, p in zip(tiny.questions(), found.predictions, strict=True)
     ]
-    result = evaluate(perfect, second, tiny.collator(), ks=(1, 2), max_new_tokens=2)
+    result = evaluate(perfect, second, ks=(1, 2), max_new_tokens=2)
     assert (result.metrics["recall@1"], result.metrics["recall@2"]) == (0.0, 1.0)
 
 
@@ -66,15 +66,14 @@ def test_recall_by_answer_text_when_no_positive_is_named(perfect: RagModel) -> N
         Question("a", "ada", answers=("RED",)),
         Question("b", "bob", answers=("likes red",)),
     ]
-    result = evaluate(perfect, questions, tiny.collator(), ks=(1,), max_new_tokens=2)
+    result = evaluate(perfect, questions, ks=(1,), max_new_tokens=2)
     assert [each.hit_rank for each in result.predictions] == [0, -1]
     assert result.metrics["recall@1"] == 0.5
 
 
 def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
     questions = tiny.questions()
-    collator = tiny.collator()
-    answered = evaluate(perfect, questions, collator, max_new_tokens=2).predictions
+    answered = evaluate(perfect, questions, max_new_tokens=2).predictions
     # accept what the model says for the first three, so that EM is not trivially 0
     known = [
         Question(q.id, q.question, ("no such colour", p.prediction or "red"), q.positive_ids)
@@ -82,7 +81,7 @@ def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
         else Question(q.id, q.question, ("no such colour",), q.positive_ids)
         for i, (q, p) in enumerate(zip(questions, answered, strict=True))
     ]
-    result = evaluate(perfect, known, collator, max_new_tokens=2)
+    result = evaluate(perfect, known, max_new_tokens=2)
     said = sum(bool(each.prediction) for each in answered[:3])
     assert result.metrics["em"] == said / 12
     assert result.metrics["em"] == sum(p.exact_match for p in result.predictions) / 12
@@ -93,9 +92,9 @@ def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
 def test_decoding_follows_the_marginal(marginal: str) -> None:
     model = tiny.rag_model(marginal=marginal, tau=0.1)
     settings: dict[str, Any] = {"max_new_tokens": 3, "progress": False}
-    found = evaluate(model, tiny.questions(4), tiny.collator(), **settings).predictions
+    found = evaluate(model, tiny.questions(4), **settings).predictions
     for asked in ("token", "sequence"):
-        other = evaluate(model, tiny.questions(4), tiny.collator(), marginal=asked, **settings)
+        other = evaluate(model, tiny.questions(4), marginal=asked, **settings)
         assert (other.predictions == found) == (asked == marginal)
     expected = model.eval().generate(**tiny.batch(), max_new_tokens=3)
     assert [each.log_prob for each in found] == pytest.approx(expected.scores.tolist(), rel=1e-5)
@@ -108,7 +107,6 @@ def test_the_batch_does_not_matter(kind: str) -> None:
         evaluate(
             model,
             tiny.questions(),
-            tiny.collator(kind),
             batch_size=size,
             max_new_tokens=3,
             loss=True,
@@ -136,15 +134,15 @@ def test_loss_is_that_of_all_questions_at_once() -> None:
     model.eval()
     with torch.no_grad():
         expected = float(model(**collator(questions)).loss)
-    result = evaluate(model, questions, collator, batch_size=5, max_new_tokens=1, loss=True)
+    result = evaluate(model, questions, batch_size=5, max_new_tokens=1, loss=True)
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
-    assert "loss" not in evaluate(model, questions, collator, max_new_tokens=1).metrics
+    assert "loss" not in evaluate(model, questions, max_new_tokens=1).metrics
 
 
 def test_questions_without_answers_or_positives() -> None:
     model = tiny.rag_model()
     questions = [{"id": "x", "question": "ada"}]
-    result = evaluate(model, questions, tiny.collator(), max_new_tokens=2, loss=True)
+    result = evaluate(model, questions, max_new_tokens=2, loss=True)
     assert result.metrics == {"n_questions": 1.0}
     [prediction] = result.predictions
     assert math.isnan(prediction.exact_match) and prediction.hit_rank is None
@@ -157,10 +155,10 @@ def test_some_questions_without_answers() -> None:
     questions = tiny.questions(5)
     bare = [Question(q.id, q.question) for q in questions[1:3]]
     mixed = [questions[0], *bare, *questions[3:]]
-    known = evaluate(model, [questions[0], *questions[3:]], tiny.collator(), **settings)
-    found = evaluate(model, mixed, tiny.collator(), **settings)
+    known = evaluate(model, [questions[0], *questions[3:]], **settings)
+    found = evaluate(model, mixed, **settings)
     assert found.metrics == pytest.approx(known.metrics | {"n_questions": 5.0}, rel=1e-5)
-    whole = evaluate(model, questions, tiny.collator(), **settings)
+    whole = evaluate(model, questions, **settings)
     said = [[each.prediction for each in result.predictions] for result in (found, whole)]
     assert said[0] == said[1]
 
@@ -174,12 +172,12 @@ def test_records_are_read_as_the_collator_reads_them() -> None:
         {**asked, "answer": "red"},
         {**asked, "answers": "red", "id": "third"},
     ]
-    result = evaluate(model, records, tiny.collator(), max_new_tokens=2, loss=True)
+    result = evaluate(model, records, max_new_tokens=2, loss=True)
     assert [each.answers for each in result.predictions] == [("red",)] * 3
     assert [each.id for each in result.predictions] == ["0", "1", "third"]
     assert "loss" in result.metrics and "em" in result.metrics
     with pytest.raises(ValueError, match=r"questions\[0\]: question: expected text, got nothing"):
-        evaluate(model, [{"answers": ["red"]}], tiny.collator())
+        evaluate(model, [{"answers": ["red"]}])
 
 
 def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,8 +191,8 @@ def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(type(model.index), "search", search)
     settings: dict[str, Any] = {"batch_size": 6, "max_new_tokens": 2, "loss": True}
-    few = evaluate(model, tiny.questions(), tiny.collator(), ks=(1,), **settings)
-    many = evaluate(model, tiny.questions(), tiny.collator(), ks=(1, 8), n_docs=2, **settings)
+    few = evaluate(model, tiny.questions(), ks=(1,), **settings)
+    many = evaluate(model, tiny.questions(), ks=(1, 8), n_docs=2, **settings)
     assert widths == [3, 3, 8, 8]
     assert few.metrics["loss"] == pytest.approx(many.metrics["loss"])
     assert [len(each.retrieved) for each in few.predictions] == [1] * 12
@@ -204,7 +202,7 @@ def test_one_search_serves_recall_answer_and_loss(monkeypatch: pytest.MonkeyPatc
 def test_random_state_and_training_mode_stay(perfect: RagModel) -> None:
     perfect.train()
     state = torch.get_rng_state()
-    evaluate(perfect, tiny.questions(4), tiny.collator(), max_new_tokens=2)
+    evaluate(perfect, tiny.questions(4), max_new_tokens=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in perfect.modules())
     assert all(parameter.grad is None for parameter in perfect.parameters())
@@ -225,7 +223,7 @@ def test_the_bar_says_seconds_a_question_and_moves_within_a_batch(
     model = tiny.rag_model("causal")  # shows bars of its own
     capsys.readouterr()
     monkeypatch.setattr(auto, "tqdm", lambda **settings: Bar(**settings, mininterval=0.0))
-    evaluate(model, tiny.questions(4), tiny.collator("causal"), loss=True)
+    evaluate(model, tiny.questions(4), loss=True)
     assert places[-1] == pytest.approx(4.0)
     assert len([place for place in places if 0.0 < place < 4.0]) >= 3
     assert places == sorted(places)
@@ -242,19 +240,15 @@ def test_choose_fixed() -> None:
 
 
 def test_rejects_bad_input(perfect: RagModel) -> None:
-    collator = tiny.collator()
     with pytest.raises(ValueError, match="questions: expected at least one question, got none"):
-        evaluate(perfect, [], collator)
+        evaluate(perfect, [])
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
-        evaluate(perfect, tiny.questions(), collator, batch_size=0)
+        evaluate(perfect, tiny.questions(), batch_size=0)
     with pytest.raises(ValueError, match="n_docs: expected an integer >= 1 or None, got 0"):
-        evaluate(perfect, tiny.questions(), collator, n_docs=0)
+        evaluate(perfect, tiny.questions(), n_docs=0)
     with pytest.raises(ValueError, match="ks: expected one or more integers >= 1"):
-        evaluate(perfect, tiny.questions(), collator, ks=())
+        evaluate(perfect, tiny.questions(), ks=())
     with pytest.raises(ValueError, match="ks: expected a whole number, got '5'"):
-        evaluate(perfect, tiny.questions(), collator, ks="5")
+        evaluate(perfect, tiny.questions(), ks="5")
     with pytest.raises(ValueError, match="ks: expected one or more integers >= 1, got .*0"):
-        evaluate(perfect, tiny.questions(), collator, ks=0)
-    perfect.generator_tokenizer = None
-    with pytest.raises(ValueError, match="generator_tokenizer"):
-        evaluate(perfect, tiny.questions(), collator)
+        evaluate(perfect, tiny.questions(), ks=0)

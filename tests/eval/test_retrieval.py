@@ -68,9 +68,9 @@ def test_measures_of_a_known_ranking() -> None:
 
 
 def test_dense_recall_is_that_of_evaluate() -> None:
-    model, collator = tiny.rag_model(), tiny.collator()
-    answered = evaluate(model, tiny.questions(), collator, ks=(1, 3), max_new_tokens=1)
-    retriever = DenseRetriever(model.retriever, collator.question_batch)
+    model = tiny.rag_model()
+    answered = evaluate(model, tiny.questions(), ks=(1, 3), max_new_tokens=1)
+    retriever = DenseRetriever(model.retriever, model.processor.question_batch)
     found = evaluate_retrieval(retriever, tiny.questions(), ks=(1, 3), progress=False)
     for k in (1, 3):
         assert found.metrics[f"gold-recall@{k}"] == answered.metrics[f"recall@{k}"]

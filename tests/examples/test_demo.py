@@ -18,7 +18,7 @@ from examples.demo import ablation, report
 from examples.demo.models import MASK, SEPARATOR, tiny_encoders, tiny_generator, train_tokenizers
 from examples.demo.questions import draw_six, read_six, six_questions
 from examples.demo.run import main, run
-from examples.demo.system import Settings, build_model, make_collator, measure_without_gold
+from examples.demo.system import Settings, build_model, measure_without_gold
 from examples.demo.warmup import make_cloze, salient_spans, warm_up
 from fastrag.data import DefaultDataset, Passage, default_dataset
 from fastrag.train.callbacks import read_metrics
@@ -119,14 +119,13 @@ def test_retriever_learns_without_labels(data: DefaultDataset, small: Settings) 
     """The loss reaches both encoders, and never reads `positive`."""
     model = build_model(data, small)
     questions = data.questions["train"][:8]
-    batch = make_collator(model)(questions)
+    batch = model.processor.collate(questions)
     assert set(batch) == {
         "input_ids",
         "attention_mask",
         "prompt_ids",
         "prompt_mask",
         "labels",
-        "valid_rows",
     }
     model.train()
     model(**batch).loss.backward()
@@ -223,7 +222,7 @@ def test_bm25_vectors_give_bm25_scores() -> None:
     bm25s = pytest.importorskip("bm25s")
     data = subset()
     model = build_model(data, Settings())
-    size = len(model.question_tokenizer)
+    size = len(model.processor.question_tokenizer)
     vectors = ablation.bm25_vectors(model.passages, size)
     ids, lengths = model.passages.gather(torch.arange(len(data.passages)), "encoder")
     corpus = [
@@ -231,7 +230,7 @@ def test_bm25_vectors_give_bm25_scores() -> None:
     ]
     bm25 = bm25s.BM25()
     bm25.index(corpus, show_progress=False)
-    query = make_collator(model)(data.questions["train"][:1])["input_ids"]
+    query = model.processor.collate(data.questions["train"][:1])["input_ids"]
     counts = ablation.WordCounts(size)(query, torch.ones_like(query))
     known = [str(i) for i in query[0].tolist() if str(i) in {w for words in corpus for w in words}]
     expected = torch.from_numpy(bm25.get_scores(known))

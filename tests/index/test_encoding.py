@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrag.data import Passage, Template
+from fastrag.data import Passage, RagProcessor
 from fastrag.index import PassageStore, encode_passages
 
 
@@ -28,9 +28,7 @@ class Encoder(torch.nn.Module):
 def store(encoder_tokenizer, generator_tokenizer):
     return PassageStore.build(
         [Passage(str(i), "", "river in Paris " * (1 + 7 * i % 5)) for i in range(11)],
-        template=Template.default("causal"),
-        question_tokenizer=encoder_tokenizer,
-        generator_tokenizer=generator_tokenizer,
+        RagProcessor(encoder_tokenizer, generator_tokenizer, kind="causal"),
     )
 
 

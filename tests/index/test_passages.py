@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrag.data import Passage, Template
+from fastrag.data import Passage, RagProcessor, Template
 from fastrag.index import PassageStore
 from fastrag.index import passages as passages_module
 from fastrag.ops import backends
@@ -22,13 +22,10 @@ TEMPLATE = Template.default("causal")
 @pytest.fixture
 def build(encoder_tokenizer, generator_tokenizer):
     def made(passages, **kwargs):
-        arguments = {
-            "template": TEMPLATE,
-            "question_tokenizer": encoder_tokenizer,
-            "generator_tokenizer": generator_tokenizer,
-            "max_encoder_tokens": 24,
-        }
-        return PassageStore.build(passages, **{**arguments, **kwargs})
+        settings = {"template": TEMPLATE, "kind": "causal", "max_passage": 24} | kwargs
+        own = {name: settings.pop(name) for name in ("dir", "origin") if name in settings}
+        processor = RagProcessor(encoder_tokenizer, generator_tokenizer, **settings)
+        return PassageStore.build(passages, processor, **own)
 
     return made
 
@@ -152,9 +149,7 @@ def check_gather(data, store, full):
 def property_store(encoder_tokenizer, generator_tokenizer):
     store = PassageStore.build(
         [Passage(str(i), "", "river " * (3**i)) for i in range(5)],
-        template=TEMPLATE,
-        question_tokenizer=encoder_tokenizer,
-        generator_tokenizer=generator_tokenizer,
+        RagProcessor(encoder_tokenizer, generator_tokenizer, kind="causal"),
     )
     return store, rows_of(store, "generator")
 
@@ -193,19 +188,17 @@ def test_the_checksum_names_the_content(build, passages, tmp_path):
     others = [
         build(passages[:-1]),
         build([*passages[:-1], Passage("another id", passages[-1].title, passages[-1].text)]),
-        build(passages, max_passage=1),
-        build(passages, encoder_prefix="river "),
+        build(passages, max_passage=9),
+        build(passages, passage_prefix="river "),
     ]
     assert len({checksum, *(each.checksum() for each in others)}) == 5
 
 
-def test_prefix_and_limits(build, passages, encoder_tokenizer, generator_tokenizer):
-    store = build(passages, encoder_prefix="river ", max_encoder_tokens=None, max_passage=3)
+def test_prefix_and_no_limit(build, passages, encoder_tokenizer):
+    store = build(passages, passage_prefix="river ", max_passage=None)
+    assert store.prefix == "river "
     text = "river " + TEMPLATE.render_passage(passages[4])
     assert rows_of(store, "encoder")[4] == encoder_tokenizer(text)["input_ids"]
-    assert store.max_tokens("generator") == 3
-    bound = TEMPLATE.bind(generator_tokenizer, "causal")
-    assert rows_of(store, "generator")[4] == bound.passage_ids(passages[4])[:3]
 
 
 def test_another_tokenizer_or_template_is_refused(store, encoder_tokenizer, generator_tokenizer):
@@ -268,7 +261,7 @@ def test_a_failed_build_keeps_the_old_store(build, passages, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_encoder_tokens": 2}, "max_length: expected more than the 2 special tokens"),
+        ({"max_passage": 2}, "max_passage: expected more than the tokenizer's 2 special tokens"),
         ({"max_passage": 0}, "max_passage: expected at least 1 token or None, got 0"),
     ],
 )

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3ForCausalLM
 
-from fastrag import FlatIndex, RagModel
+from fastrag import FlatIndex, RagModel, manifests
 from fastrag.nn import checkpoint
 from tests.architectures import GENERATORS, lora_generator
-from tests.tiny import batch, rag_model, same_weights
+from tests.tiny import TEMPLATE, batch, rag_model, same_weights
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def test_saved_folder_gives_the_same_loss(tmp_path, kind, shared):
     data = batch(kind)
     torch.testing.assert_close(again(**data).loss, model(**data).loss)
     same_weights(model, again)
-    for name in ("n_docs", "marginal", "max_context", "explore_tau"):
+    for name in ("n_docs", "marginal", "explore_tau"):
         assert getattr(again, name) == getattr(model, name)
-    assert again.builder.template.template == model.builder.template.template
-    words = again.generator_tokenizer
-    assert words.get_vocab() == model.generator_tokenizer.get_vocab()
+    assert again.processor.template == model.processor.template
+    words = again.processor.generator_tokenizer
+    assert words.get_vocab() == model.processor.generator_tokenizer.get_vocab()
 
 
 def test_folder_with_its_index(tmp_path):
@@ -306,3 +306,31 @@ def test_rejects_damaged_files(tmp_path, file):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=file.split("/")[0]):
         reload(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+def test_folders_without_a_processor_load(tmp_path: Path, kind: str) -> None:
+    """Format 2 kept template and window in rag_config.json and the lengths nowhere."""
+    model = rag_model(kind, tau=0.3).eval()
+    folder = tmp_path / "m"
+    model.save_pretrained(folder, include_index=True)
+    with pytest.raises(ValueError, match="processor.json: expected a part of a saved RagModel"):
+        (folder / "processor.json").unlink()
+        RagModel.from_pretrained(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["parts"].remove("processor.json")
+    manifest["version"] = 2
+    del manifest[manifests.SEAL]
+    manifests.write(folder / "manifest.json", manifests.sealed(manifest))
+    settings = json.loads((folder / "rag_config.json").read_text())
+    former = {"template": model.processor.template.to_dict(), "max_context": 32}
+    manifests.write(folder / "rag_config.json", {**settings, **former})
+    again = RagModel.from_pretrained(folder)
+    assert again(**batch(kind)).loss.equal(model(**batch(kind)).loss)
+    assert again.processor.max_context == 32 and again.processor.template == TEMPLATE
+    retriever, processor = checkpoint.load_retriever(folder, None, None)
+    assert len(retriever.passages) == 12 and processor.template == TEMPLATE
+    manifests.write(folder / "rag_config.json", settings)
+    with pytest.raises(ValueError, match=f"processor: expected a RagProcessor, as {folder} holds"):
+        RagModel.from_pretrained(folder)
+    assert RagModel.from_pretrained(folder, processor=model.processor).processor is model.processor

@@ -8,17 +8,21 @@ import warnings
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from fastrag import functional
-from fastrag.data import Passage
-from fastrag.index import FlatIndex
+from fastrag.data import Passage, Template
+from fastrag.index import FlatIndex, PassageStore
 from fastrag.nn import RagModel, TextEncoder
 from tests.tiny import (
+    T5,
     TEMPLATE,
     VOCAB,
     batch,
     collator,
     encoder,
+    passages,
+    processor,
     questions,
     rag_model,
     tokenizer,
@@ -34,7 +38,7 @@ def literal_loss(model, data, rows):
     scores = torch.einsum("bd,bkd->bk", query, vectors) / model.tau
     log_prior = scores.masked_fill(rows < 0, -torch.inf).log_softmax(dim=1)
     total, count = 0.0, 0
-    words = model.generator_tokenizer
+    words = model.processor.generator_tokenizer
     for b in range(len(rows)):
         labels = data["labels"][b][data["labels"][b] != -100]
         count += len(labels)
@@ -164,7 +168,6 @@ def test_all_labels_ignored_is_loss_zero():
     model = rag_model()
     data = batch()
     data["labels"] = torch.full_like(data["labels"], -100)
-    data.pop("valid_rows")
     loss = model(**data).loss
     loss.backward()
     assert loss == 0
@@ -177,7 +180,7 @@ def test_example_weight_and_retrieval_without_labels():
     data = batch()
     out = model(data["input_ids"], data["attention_mask"])
     assert out.loss is None and out.rows.shape == (4, 3)
-    first = {name: value[:1] for name, value in data.items() if name != "valid_rows"}
+    first = {name: value[:1] for name, value in data.items()}
     weighted = model(**data, example_weight=torch.tensor([1.0, 0, 0, 0]), num_items_in_batch=1)
     torch.testing.assert_close(weighted.loss, model(**first, num_items_in_batch=1).loss)
 
@@ -264,7 +267,9 @@ def test_flat_prior_warns_once():
 
 def test_cut_passages_are_counted_and_questions_kept():
     model = rag_model(max_context=6)
-    assert model.builder.n_literals + 1 + 3 == 7  # literals, question, passage: one too many
+    assert (
+        model.processor.bound.n_literal_tokens + 1 + 3 == 7
+    )  # literals, question, passage: one too many
     assert int(model(**batch()).n_cut) == 12
     assert int(rag_model(max_context=7)(**batch()).n_cut) == 0
 
@@ -353,14 +358,7 @@ def test_rejects_the_path_of_an_encoder(place):
     encoders = [model.question_encoder, model.passage_encoder]
     encoders[place] = "models/minilm"
     with pytest.raises(ValueError, match=f"^{name}: expected a module, such as .* got str$"):
-        RagModel(*encoders, model.generator, model.index, model.passages)
-
-
-def test_rejects_the_name_of_a_template():
-    model = rag_model()
-    parts = (model.question_encoder, None, model.generator, model.index, model.passages)
-    with pytest.raises(ValueError, match="^template: expected a Template or None, got str$"):
-        RagModel(*parts, template="plain", generator_tokenizer=model.generator_tokenizer)
+        RagModel(*encoders, model.generator, model.index, model.passages, model.processor)
 
 
 def test_rejects_index_of_another_size():
@@ -370,8 +368,7 @@ def test_rejects_index_of_another_size():
         "passage_encoder": model.passage_encoder,
         "generator": model.generator,
         "passages": model.passages,
-        "generator_tokenizer": tokenizer("seq2seq"),
-        "template": TEMPLATE,
+        "processor": model.processor,
     }
     short = FlatIndex(16)
     short.add(torch.randn(5, 16))
@@ -383,31 +380,46 @@ def test_rejects_index_of_another_size():
         RagModel(**parts, index=narrow)
     with pytest.raises(ValueError, match="index, passages: expected a FlatIndex .* got NoneType"):
         RagModel(**parts, index=None)
-    with pytest.raises(ValueError, match="generator_tokenizer: expected a tokenizer"):
-        RagModel(**{**parts, "generator_tokenizer": None}, index=model.index)
     with pytest.raises(ValueError, match="passage_encoder: expected a module to train, got None"):
         RagModel(
             **{**parts, "passage_encoder": None}, index=model.index, train_passage_encoder=True
         )
-    with pytest.raises(ValueError, match="template: expected one bound as 'seq2seq', got 'causal'"):
-        bound = TEMPLATE.bind(tokenizer("causal"), "causal")
-        RagModel(**{**parts, "template": bound}, index=model.index)
 
 
-def test_rejects_passages_of_another_tokenizer():
-    model = rag_model()
+def _with_processor(processor, **parts):
+    whole = rag_model()
+    parts = {
+        "question_encoder": whole.question_encoder,
+        "passage_encoder": whole.passage_encoder,
+        "generator": whole.generator,
+        "index": whole.index,
+        "passages": whole.passages,
+    } | parts
+    return RagModel(**parts, processor=processor)
+
+
+def test_rejects_a_processor_that_contradicts_a_part():
     other = tokenizer("seq2seq")
     other.add_tokens(["new"])
     with pytest.raises(ValueError, match="generator stream was built with another tokenizer"):
-        RagModel(
-            model.question_encoder,
-            model.passage_encoder,
-            model.generator,
-            model.index,
-            model.passages,
-            template=TEMPLATE,
-            generator_tokenizer=other,
+        _with_processor(processor(generator_tokenizer=other))
+    with pytest.raises(ValueError, match="encoder stream was built with another tokenizer"):
+        _with_processor(processor(passage_tokenizer=other))
+    with pytest.raises(ValueError, match="generator stream was built with another .* or template"):
+        _with_processor(processor(template=Template("{question} {passage}", passage="{text}")))
+    with pytest.raises(ValueError, match="^processor: expected one of kind 'seq2seq' .* 'causal'$"):
+        _with_processor(processor("causal"))
+    with pytest.raises(ValueError, match="^processor: expected a RagProcessor, got Template$"):
+        _with_processor(TEMPLATE)
+    with pytest.raises(ValueError, match=rf"ids in \[0, 9\), got one with id {VOCAB - 1}$"):
+        _with_processor(
+            processor(), generator=T5ForConditionalGeneration(T5Config(**T5 | {"vocab_size": 9}))
         )
+    prefixed = TextEncoder(encoder().model, normalize=True, prefix="query: ")
+    with pytest.raises(ValueError, match="the encoder's question_prefix 'query: ', got ''; Rag"):
+        _with_processor(processor(), question_encoder=prefixed)
+    with pytest.raises(ValueError, match="the processor's passage_prefix 'ada ' .*, got ''$"):
+        _with_processor(processor(passage_prefix="ada "), passage_encoder=None)
 
 
 def test_rejects_vectors_that_are_not_finite():
@@ -478,7 +490,6 @@ def test_rejects_bad_batches():
 @pytest.mark.parametrize("kind", KINDS)
 def test_rejects_shapes_dtypes_and_ids(kind, name, change, message):
     data = batch(kind)
-    data.pop("valid_rows")
     with pytest.raises(ValueError, match=message):
         rag_model(kind)(**{**data, name: change(data[name])})
 
@@ -499,14 +510,14 @@ def test_one_model_under_two_prefixes_still_trains():
     question_encoder = base.question_encoder
     passage_encoder = TextEncoder(question_encoder.model, normalize=True, prefix="passage: ")
     passage_encoder.own = torch.nn.Linear(2, 2)
+    prefixed = processor(passage_prefix="passage: ")
     model = RagModel(
         question_encoder,
         passage_encoder,
         base.generator,
         base.index,
-        base.passages,
-        template=TEMPLATE,
-        generator_tokenizer=tokenizer("seq2seq"),
+        PassageStore.build(passages(), prefixed),
+        prefixed,
     )
     assert all(parameter.requires_grad for parameter in question_encoder.parameters())
     assert not passage_encoder.own.weight.requires_grad
@@ -543,9 +554,8 @@ def test_encoders_of_your_own():
         base.generator,
         FlatIndex(16),
         base.passages,
+        base.processor,
         n_docs=3,
-        template=TEMPLATE,
-        generator_tokenizer=tokenizer("seq2seq"),
     )
     model.refresh_index()
     out = model(**batch())

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fastrag.nn import LMHead, RagModel, Reader
-from tests.tiny import batch, rag_model, t5
+from tests.tiny import VOCAB, batch, rag_model, t5
 
-VOCABULARY, WIDTH = 34, 16
+VOCABULARY, WIDTH = VOCAB, 16
 
 
 class Bigram(nn.Module):
@@ -48,11 +48,9 @@ def test_a_generator_from_outside_trains_through_its_adapter(tmp_path):
         bigram,
         whole.index,
         whole.passages,
+        whole.processor,
         n_docs=3,
-        generator_tokenizer=whole.generator_tokenizer,
-        template=whole.builder.template.template,
         adapter=BigramAdapter(bigram),
-        max_context=32,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     losses = []
@@ -63,7 +61,7 @@ def test_a_generator_from_outside_trains_through_its_adapter(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    asked = {name: x for name, x in batch().items() if name not in ("labels", "valid_rows")}
+    asked = {name: x for name, x in batch().items() if name != "labels"}
     with pytest.raises(
         ValueError, match="to generate with, got BigramAdapter, which can only train"
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastrag.data import RagProcessor
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.nn import RagModel, Retriever, SentenceEncoder
 from tests import tiny
@@ -39,12 +40,13 @@ def make(tmp_path):
 
 def rag_model(st) -> RagModel:
     """A RagModel with one SentenceTransformer for questions and passages."""
-    passages = PassageStore.build(
-        tiny.passages(),
+    processor = RagProcessor.for_encoders(
+        SentenceEncoder(st, "query"),
+        SentenceEncoder(st, "passage"),
+        st.tokenizer,
+        tiny.tokenizer("seq2seq"),
         template=tiny.TEMPLATE,
-        question_tokenizer=st.tokenizer,
-        generator_tokenizer=tiny.tokenizer("seq2seq"),
-        encoder_prefix=SentenceEncoder(st, "passage").prefix,
+        max_context=32,
     )
     torch.manual_seed(0)
     model = RagModel(
@@ -52,12 +54,9 @@ def rag_model(st) -> RagModel:
         st,
         tiny.t5(),
         FlatIndex(8),
-        passages,
+        PassageStore.build(tiny.passages(), processor),
+        processor,
         n_docs=3,
-        max_context=32,
-        template=tiny.TEMPLATE,
-        question_tokenizer=st.tokenizer,
-        generator_tokenizer=tiny.tokenizer("seq2seq"),
     )
     model.refresh_index()
     return model.train()
@@ -84,7 +83,7 @@ def test_trains_in_a_rag_model_and_loads_again(make, tmp_path):
     question, passage = model.question_encoder, model.passage_encoder
     assert question.model is passage.model and model.retriever.tau == 0.05
     assert (question.prefix, passage.prefix) == ("asked : ", "says : ")
-    data = tiny.collator(question_prefix=question.prefix)(tiny.questions(4))
+    data = model.processor.collate(tiny.questions(4))
     output = model(**data)
     output.loss.backward()
     for name in ("0.model.embeddings.word_embeddings.weight", "2.linear.weight"):

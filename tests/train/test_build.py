@@ -42,9 +42,7 @@ def build_index(folder: Path, n: int, seed: int = 0) -> tuple[Any, Any]:
         folder,
         tiny.passages(n),
         tiny.encoder(seed=seed),
-        template=tiny.TEMPLATE,
-        encoder_tokenizer=tiny.tokenizer("encoder"),
-        generator_tokenizer=tiny.tokenizer("seq2seq"),
+        tiny.processor(),
         progress=False,
     )
 
@@ -154,9 +152,7 @@ def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
         other,
         tiny.passages(5)[1:],
         tiny.encoder(),
-        template=tiny.TEMPLATE,
-        encoder_tokenizer=tiny.tokenizer("encoder"),
-        generator_tokenizer=tiny.tokenizer("seq2seq"),
+        tiny.processor(),
         progress=False,
     )
     shutil.rmtree(one / "passages")
@@ -172,13 +168,6 @@ def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
     index.astype("float16").save(other / "index")
     with pytest.raises(ValueError, match="other: expected the passages that the index was built"):
         build.load_index(other)
-
-
-def test_no_collator_without_tokenizers() -> None:
-    model = tiny.rag_model()
-    model.question_tokenizer = None
-    with pytest.raises(ValueError, match="^question_tokenizer: expected a model that holds one"):
-        build.collator_for(model)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +195,7 @@ def test_forced_choices_are_checked_before_the_corpus_is_encoded(
             tmp_path / "index",
             tiny.passages(2),
             encoder,
-            template=tiny.TEMPLATE,
-            encoder_tokenizer=tiny.tokenizer("encoder"),
-            generator_tokenizer=tiny.tokenizer("seq2seq"),
+            tiny.processor(),
             progress=False,
         )
     assert not (tmp_path / "index").exists()

@@ -1,7 +1,8 @@
-"""ContextBuilder against lists put together one by one."""
+"""join_contexts against lists joined one by one."""
 
 from __future__ import annotations
 
+import functools
 import random
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrag.nn import ContextBuilder
+from fastrag.data.contexts import join_contexts
 from tests.tiny import TEMPLATE, tokenizer
 
 ORDERS = [("passage", "question"), ("question", "passage")]
@@ -30,8 +31,8 @@ def built(template, max_context, passages, questions):
     shape = (len(passages), len(passages[0]))
     prompts, prompt_len = padded(questions)
     mask = (torch.arange(prompts.shape[1]) < prompt_len[:, None]).long()
-    builder = ContextBuilder(template, max_context)
-    return builder.build(flat.unflatten(0, shape), lengths.view(shape), prompts, mask)
+    passages = (flat.unflatten(0, shape), lengths.view(shape))
+    return join_contexts(template, max_context, *passages, prompts, mask)
 
 
 def expected(template, max_context, passages, questions):
@@ -98,28 +99,28 @@ def test_width_needs_no_values_off_the_cpu():
     template = SimpleNamespace(
         kind="seq2seq", slots=ORDERS[0], literals=((1,), (2,), (3,)), pad_id=0
     )
-    builder = ContextBuilder(template, 16)
+    join = functools.partial(join_contexts, template, 16)
     meta = torch.zeros(2, 3, 5, dtype=torch.int64, device="meta")
     prompts = torch.zeros(2, 4, dtype=torch.int64, device="meta")
-    context = builder.build(meta, meta[..., 0], prompts, prompts)
+    context = join(meta, meta[..., 0], prompts, prompts)
     assert context.ids.shape == context.mask.shape == (6, 12)
     wide = torch.zeros(2, 14, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"within max_context = 16, got 14 \+ 3 tokens"):
-        builder.build(meta, meta[..., 0], wide, wide)
+        join(meta, meta[..., 0], wide, wide)
 
 
 def test_rejects():
     template = SimpleNamespace(
         kind="causal", slots=ORDERS[0], literals=((1,), (2,), (3,)), pad_id=0
     )
-    with pytest.raises(ValueError, match="max_context: expected more than the template's 3 tokens"):
-        ContextBuilder(template, 3)
     with pytest.raises(
         ValueError, match=r"within max_context = 6, got 4 \+ 3 tokens \(example 1\)"
     ):
         built(template, 6, [[[5]], [[5]]], [[6], [6, 6, 6, 6]])
     with pytest.raises(ValueError, match=r"expected \[B, S\] with B = 1, got \[2, 1\]"):
-        ContextBuilder(template, 6).build(
+        join_contexts(
+            template,
+            6,
             torch.ones(1, 1, 1, dtype=torch.int64),
             torch.ones(1, 1, dtype=torch.int64),
             torch.ones(2, 1, dtype=torch.int64),
