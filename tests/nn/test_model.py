@@ -378,7 +378,7 @@ def test_rejects_index_of_another_size():
     narrow.add(torch.randn(12, 8))
     with pytest.raises(ValueError, match="index: expected vectors of width 16 .* got 8"):
         RagModel(**parts, index=narrow)
-    with pytest.raises(ValueError, match="index, passages: expected a FlatIndex .* got NoneType"):
+    with pytest.raises(ValueError, match="^index: expected an Index, such as .* got NoneType$"):
         RagModel(**parts, index=None)
     with pytest.raises(ValueError, match="passage_encoder: expected a module to train, got None"):
         RagModel(

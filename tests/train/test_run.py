@@ -40,7 +40,7 @@ def test_index_goes_where_the_config_says(
 
 def test_only_a_flat_index_is_streamed() -> None:
     model = tiny.rag_model()
-    model.index = object()
+    model.index = SimpleNamespace(search=None, dim=16)
     with pytest.raises(ValueError, match=r"index_device: expected 'auto' or 'cpu' .* got 'stream'"):
         run._place(model, "stream", GPU)
 
