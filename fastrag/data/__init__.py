@@ -1,9 +1,8 @@
 """Data: corpus and question readers, templates, processor, collator, the embedded default set."""
 
 from fastrag.data.collator import RagCollator
-from fastrag.data.contexts import Contexts
 from fastrag.data.default import DefaultDataset, default_dataset
-from fastrag.data.processor import RagProcessor
+from fastrag.data.processor import Contexts, RagProcessor
 from fastrag.data.readers import Passage, Question, read_passages, read_questions
 from fastrag.data.templates import BoundTemplate, Template
 

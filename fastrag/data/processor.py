@@ -12,20 +12,26 @@ token ids back into text.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrag import manifests
-from fastrag.data.contexts import Contexts, join_contexts
 from fastrag.data.readers import Passage, Question, to_question
 from fastrag.data.templates import KINDS, BoundTemplate, Kind, Template, stream_fingerprint
-from fastrag.data.tokenization import encode_framed, encode_texts, load_tokenizer, special_frame
+from fastrag.data.tokenization import (
+    QuestionBatch,
+    encode_framed,
+    frame_within,
+    load_tokenizer,
+    pad_ids,
+)
 from fastrag.manifests import integer, one_of, optional, record, text
 from fastrag.messages import shown
 from fastrag.ops import checks
@@ -55,49 +61,21 @@ _SAVED = record(
     },
     closed=True,
 )
-# transformers says "no limit" with 1e30.
-_NO_MAX_LENGTH = 10**9
 
 
-class QuestionBatch:
-    """Tokenise questions for the question encoder and pad them.
+class Contexts(NamedTuple):
+    """The generator's inputs for B questions with K passages each.
 
-    Args:
-        tokenizer: the question encoder's tokenizer.
-        prefix: text put before each question (`"query: "`).
-        max_question: longest question in tokens, special tokens included; a longer one is cut, its
-            special tokens stay. None: the tokenizer's `model_max_length`, if it states one.
-
-    Raises:
-        ValueError: the special tokens alone fill `max_question`.
+    Attributes:
+        ids: context token ids, `[B*K, L]` int64, the K contexts of a question next to each other;
+            padded on the left for a causal generator, on the right for a seq2seq one.
+        mask: `[B*K, L]` int64, 1 at tokens; every row has some.
+        n_cut: how many passages were cut, a 0-d int64 tensor on the device of the ids.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prefix: str = "",
-        max_question: int | None = None,
-    ) -> None:
-        if max_question is None and tokenizer.model_max_length < _NO_MAX_LENGTH:
-            max_question = tokenizer.model_max_length
-        self.tokenizer = tokenizer
-        self.prefix = prefix
-        self.max_question = max_question
-        pad = tokenizer.pad_token_id
-        self._pad = 0 if pad is None else pad
-        self._frame = _frame_within(tokenizer, "max_question", max_question)
-
-    def __call__(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask`, both `[B, S]` int64."""
-        before, after = self._frame
-        room = self.max_question
-        if room is not None:
-            room -= len(before) + len(after)
-        texts = [self.prefix + question.question.strip() for question in questions]
-        ids = encode_texts(self.tokenizer, texts)
-        framed = [[*before, *text_ids[:room], *after] for text_ids in ids]
-        input_ids, mask = pad_ids(framed, self._pad)
-        return {"input_ids": input_ids, "attention_mask": mask}
+    ids: Tensor
+    mask: Tensor
+    n_cut: Tensor
 
 
 class RagProcessor:
@@ -185,7 +163,7 @@ class RagProcessor:
             if not (value is None and optional_) and checks.whole(name, value) < 1:
                 or_none = " or None" if optional_ else ""
                 raise ValueError(f"{name}: expected at least 1 token{or_none}, got {shown(value)}")
-        _frame_within(self.passage_tokenizer, "max_passage", max_passage)
+        frame_within(self.passage_tokenizer, "max_passage", max_passage)
         self.question_batch = QuestionBatch(question_tokenizer, question_prefix, max_question)
         self.bound: BoundTemplate = self.template.bind(generator_tokenizer, kind)
         self.bound.window(max_context)
@@ -448,35 +426,103 @@ class RagProcessor:
         return self.bound.answer_ids(answer)[: self.max_answer]
 
 
-def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad lists of token ids on the right.
+def join_contexts(
+    template: BoundTemplate,
+    max_context: int,
+    passage_ids: Tensor,
+    passage_len: Tensor,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+) -> Contexts:
+    """Join the pieces of B questions with K passages each.
 
     Args:
-        sequences: B lists of ids.
-        pad_id: id of the padding.
+        template: a template bound to the generator's tokenizer.
+        max_context: longest context, in tokens.
+        passage_ids: `[B, K, Lp]` int64, right-padded.
+        passage_len: `[B, K]` int64; 0 for a missing passage, whose context is the template with the
+            question alone.
+        prompt_ids: `[B, S]` int64, the questions in the generator's vocabulary.
+        prompt_mask: `[B, S]`, 1 at tokens.
 
     Returns:
-        ids `[B, L]` and mask `[B, L]`, both int64; the mask comes from the lengths.
+        `Contexts`.
+
+    Raises:
+        ValueError: shapes disagree, or question and template are longer than `max_context` (off the
+            CPU, where reading a length would cost a wait, the width of `prompt_ids` counts as the
+            question's length).
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> template = SimpleNamespace(kind="causal", slots=("passage", "question"), pad_id=0,
+        ...                            literals=((1,), (2,), (3,)))
+        >>> passages, question = torch.tensor([[[7, 8, 9]]]), torch.tensor([[5]])
+        >>> contexts = join_contexts(
+        ...     template, 6, passages, torch.tensor([[3]]), question, torch.tensor([[1]]))
+        >>> contexts.ids, int(contexts.n_cut)
+        (tensor([[1, 7, 8, 2, 5, 3]]), 1)
     """
-    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
-    width = max(1, int(lengths.max()))
-    mask = torch.arange(width)[None, :] < lengths[:, None]
-    padded = torch.full(mask.shape, pad_id, dtype=torch.int64)
-    padded[mask] = torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64)
-    return padded, mask.to(torch.int64)
-
-
-def _frame_within(
-    tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None
-) -> tuple[list[int], list[int]]:
-    """Return the special tokens around a text; raise ValueError if they fill a limit."""
-    frame = special_frame(tokenizer)
-    n_frame = len(frame[0]) + len(frame[1])
-    if limit is not None and limit <= n_frame:
+    n_questions, n_docs, passage_width = passage_ids.shape
+    if prompt_ids.shape[0] != n_questions or prompt_mask.shape != prompt_ids.shape:
         raise ValueError(
-            f"{name}: expected more than the tokenizer's {n_frame} special tokens, got {limit}"
+            f"prompt_ids, prompt_mask: expected [B, S] with B = {n_questions}, got "
+            f"{list(prompt_ids.shape)} and {list(prompt_mask.shape)}"
         )
-    return frame
+    device = passage_ids.device
+    prompt_mask = prompt_mask.bool()
+    n_literals = sum(map(len, template.literals))
+    room = max_context - n_literals - prompt_mask.sum(dim=1)  # [B], tokens left for the passage
+    _check_room(room, n_literals, prompt_ids.shape[1], max_context)
+    kept = torch.minimum(passage_len, room.clamp(min=0)[:, None])  # [B, K]
+    slots = {
+        "passage": (passage_ids, torch.arange(passage_width, device=device) < kept[..., None]),
+        "question": (prompt_ids[:, None], prompt_mask[:, None]),
+    }
+    first, second, third = _on_device(template.literals, device)
+    pieces = (first, slots[template.slots[0]], second, slots[template.slots[1]], third)
+    # [B*K, W]: all pieces side by side, with their padding
+    tokens, present = (
+        torch.cat([x.expand(n_questions, n_docs, -1) for x in part], dim=2).flatten(0, 1)
+        for part in zip(*pieces, strict=True)
+    )
+    place = present.cumsum(dim=1)  # 1 for the first token of a context
+    total = place[:, -1:]
+    # On a GPU the longest row is not read; the shapes bound it.
+    width = int(total.max()) if device.type == "cpu" else min(max_context, tokens.shape[1])
+    column = torch.arange(width, device=device)
+    if template.kind == "causal":
+        place = place + (width - total)
+        mask = column >= width - total
+    else:
+        mask = column < total
+    # Column 0 receives the padding of all pieces and is dropped.
+    ids = tokens.new_full((len(tokens), width + 1), template.pad_id)
+    ids.scatter_(1, place.masked_fill(~present, 0), tokens)
+    return Contexts(ids[:, 1:], mask.long(), (kept < passage_len).sum())
+
+
+def _check_room(room: Tensor, n_literals: int, width: int, max_context: int) -> None:
+    """Raise ValueError if a question and the template are longer than the window."""
+    longest, example = width, ""
+    if room.device.type == "cpu" and len(room):
+        worst = int(room.argmin())
+        longest, example = max_context - n_literals - int(room[worst]), f" (example {worst})"
+    if longest + n_literals > max_context:
+        raise ValueError(
+            f"prompt_ids: expected question and template within max_context = {max_context}, got "
+            f"{longest} + {n_literals} tokens{example}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(
+    literals: tuple[tuple[int, ...], ...], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Ids and mask of each literal; cached, because a copy to a GPU in each step costs a wait."""
+    tensors = [torch.tensor(ids, dtype=torch.int64, device=device) for ids in literals]
+    return [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in tensors]
 
 
 def shortest(*lengths: int | None) -> int | None:

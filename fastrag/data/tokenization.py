@@ -14,10 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from fastrag.data.readers import Question
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
+# transformers says "no limit" with 1e30.
+_NO_MAX_LENGTH = 10**9
 # What a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces,
 # newlines, punctuation, a script without spaces. Tokenizers that agree on both agree.
 _FINGERPRINT_TEXTS = (
@@ -147,6 +154,78 @@ def encode_framed(
                 f"{type(tokenizer).__name__}, got {max_length}"
             )
     return [prefix + ids[:room] + suffix for ids in encode_texts(tokenizer, texts)]
+
+
+def frame_within(
+    tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None
+) -> tuple[list[int], list[int]]:
+    """Return the special tokens around a text; raise ValueError if they fill a limit."""
+    frame = special_frame(tokenizer)
+    n_frame = len(frame[0]) + len(frame[1])
+    if limit is not None and limit <= n_frame:
+        raise ValueError(
+            f"{name}: expected more than the tokenizer's {n_frame} special tokens, got {limit}"
+        )
+    return frame
+
+
+class QuestionBatch:
+    """Tokenise questions for the question encoder and pad them.
+
+    Args:
+        tokenizer: the question encoder's tokenizer.
+        prefix: text put before each question (`"query: "`).
+        max_question: longest question in tokens, special tokens included; a longer one is cut, its
+            special tokens stay. None: the tokenizer's `model_max_length`, if it states one.
+
+    Raises:
+        ValueError: the special tokens alone fill `max_question`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: str = "",
+        max_question: int | None = None,
+    ) -> None:
+        if max_question is None and tokenizer.model_max_length < _NO_MAX_LENGTH:
+            max_question = tokenizer.model_max_length
+        self.tokenizer = tokenizer
+        self.prefix = prefix
+        self.max_question = max_question
+        pad = tokenizer.pad_token_id
+        self._pad = 0 if pad is None else pad
+        self._frame = frame_within(tokenizer, "max_question", max_question)
+
+    def __call__(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask`, both `[B, S]` int64."""
+        before, after = self._frame
+        room = self.max_question
+        if room is not None:
+            room -= len(before) + len(after)
+        texts = [self.prefix + question.question.strip() for question in questions]
+        ids = encode_texts(self.tokenizer, texts)
+        framed = [[*before, *text_ids[:room], *after] for text_ids in ids]
+        input_ids, mask = pad_ids(framed, self._pad)
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad lists of token ids on the right.
+
+    Args:
+        sequences: B lists of ids.
+        pad_id: id of the padding.
+
+    Returns:
+        ids `[B, L]` and mask `[B, L]`, both int64; the mask comes from the lengths.
+    """
+    lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
+    width = max(1, int(lengths.max()))
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    padded = torch.full(mask.shape, pad_id, dtype=torch.int64)
+    padded[mask] = torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64)
+    return padded, mask.to(torch.int64)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

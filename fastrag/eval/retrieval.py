@@ -23,7 +23,7 @@ from fastrag.eval.metrics import has_words, ndcg_at, reciprocal_rank, words_of
 
 if TYPE_CHECKING:
     from fastrag.data import Question
-    from fastrag.data.processor import QuestionBatch
+    from fastrag.data.tokenization import QuestionBatch
     from fastrag.index import PassageStore
     from fastrag.nn.retriever import Retriever
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrag.data.contexts import Contexts
-from fastrag.data.processor import RagProcessor
+from fastrag.data.processor import Contexts, RagProcessor
 from fastrag.messages import shown
 from fastrag.nn.activation_checkpointing import ActivationCheckpointing
 from fastrag.nn.arguments import check_answers, check_count, check_processor

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrag.data.processor import QuestionBatch, shortest
+from fastrag.data.processor import shortest
+from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever, EvalResult, RetrievalResult
 from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrag.data.contexts import join_contexts
+from fastrag.data.processor import join_contexts
 from tests.tiny import TEMPLATE, tokenizer
 
 ORDERS = [("passage", "question"), ("question", "passage")]

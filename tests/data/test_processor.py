@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastrag import PassageStore, RagProcessor
 from fastrag.data import Passage, Question, RagCollator, Template
-from fastrag.data.processor import pad_ids
+from fastrag.data.tokenization import pad_ids
 
 QUESTIONS = [
     Question("q0", "where is Paris?", ("Paris is the capital", "France")),
