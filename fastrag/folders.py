@@ -97,12 +97,13 @@ def begin(target: Path, *, shared: bool = False) -> Path:
     return staging
 
 
-def commit(staging: Path, target: Path) -> None:
+def commit(staging: Path, target: Path, *, keep_old: bool = False) -> None:
     """Flush a staging folder to the disk and give it the target's name.
 
     Args:
         staging: what `begin` gave.
         target: the folder to appear; an existing one stays whole until the new one is complete.
+        keep_old: leave the folder that stood there aside, until `discard_old`.
 
     Raises:
         OSError: the system refuses; before the new folder is in, the old one stands as it did.
@@ -126,8 +127,19 @@ def commit(staging: Path, target: Path) -> None:
             if attempt == _ATTEMPTS or error.errno not in _TAKEN:
                 raise
     step("in", target)
-    _flush_folder(target.parent)
-    _delete(aside)
+    flush_folder(target.parent)
+    if not keep_old:
+        discard_old(target)
+
+
+def discard_old(target: Path) -> None:
+    """Delete the folder that `commit` replaced.
+
+    Args:
+        target: the folder that stands in its place.
+    """
+    target = _resolved(target)
+    _delete(_aside(target))
     step("done", target)
 
 
@@ -221,14 +233,19 @@ def flush_tree(folder: Path) -> None:
     """
     for path in folder.rglob("*"):
         if path.is_dir():
-            _flush_folder(path)
+            flush_folder(path)
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk.
+
+    Args:
+        folder: the folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from fastrag import terminal
 from fastrag.nn.retriever import Retrieved, Retriever
+from fastrag.train import checkpoints
 from fastrag.train.batches import ResumableCollator
 from fastrag.train.files import replacing
 from fastrag.train.signals import SignalGuard
@@ -110,6 +112,49 @@ class RefreshCallback(TrainerCallback):
                 found.doc_scores.detach(),
                 found.log_prior.detach(),
             )
+
+
+class CheckpointCallback(TrainerCallback):
+    """Complete each checkpoint that transformers has written, and restore the best one's index.
+
+    Args:
+        refresher: the refresher of the index that checkpoints hold.
+        keep: how many checkpoints to keep; None or 0 keeps all.
+    """
+
+    def __init__(self, refresher: IndexRefresher, keep: int | None) -> None:
+        self.refresher = refresher
+        self.keep = keep
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Finish the checkpoint and delete those beyond `keep`."""
+        ranks = PartialState()
+        ranks.wait_for_everyone()  # each rank writes its random state
+        if args.should_save:
+            run = Path(str(args.output_dir))
+            checkpoints.finish(run / f"checkpoint-{state.global_step}")
+            checkpoints.rotate(run, self.keep, state.best_model_checkpoint)
+        ranks.wait_for_everyone()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Load the index that the best checkpoint was evaluated with, if its model was loaded."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint)
+            checkpoints.check_files(best, checkpoints.MODEL_FILES)
+            checkpoints.read_index(self.refresher.retriever, best)
+            self.refresher.refreshed_at = state.global_step
 
 
 class SignalCallback(TrainerCallback):

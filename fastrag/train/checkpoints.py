@@ -1,17 +1,21 @@
-"""Checkpoint folders that appear whole or not at all.
+"""Checkpoint folders that are whole or do not count.
 
     checkpoint-120/
+      unfinished            while it is written; removed last of all
       model.safetensors     trained parameters and buffers of encoders, generator, temperature
       frozen.json           names, shapes and a fingerprint of the parameters that do not train
       index.json            version and checksum of the index, and how it is kept
-      index/                the index itself, when training changes it
+      index/                the index itself, if training changes it
+      refresher.pt          state of the IndexRefresher
       optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
       manifest.json         size and SHA-256 of every file; written last, checked before a resume
 
-A checkpoint is written into a hidden sibling folder and renamed at the end (`fastrag/folders.py`),
-so that a process killed while it saves leaves the checkpoint before. Parameters that do not train
-are not copied: a resumed run loads them from where the first run did, and the fingerprint tells
-when they differ.
+transformers writes its files one by one under the final name. So `begin` puts the mark `unfinished`
+into an empty folder of that name and sets an older one aside (`fastrag/folders.py`), and `finish`
+takes the mark away when every file is on the disk. A folder with the mark does not count as a
+checkpoint: if the process is killed while it saves, the next start deletes that folder and brings
+the older one back. Parameters that do not train are not copied. A resumed run loads them from the
+folders that the first run used, and the fingerprint tells when they differ.
 """
 
 from __future__ import annotations
@@ -23,8 +27,7 @@ import re
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - nothing is unpickled with it
@@ -35,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from fastrag import folders, manifests
 from fastrag.index import FlatIndex
@@ -54,6 +58,7 @@ from fastrag.manifests import (
 from fastrag.messages import reason
 
 if TYPE_CHECKING:
+    from fastrag.freshness import IndexRefresher
     from fastrag.nn import RagModel
     from fastrag.nn.retriever import Retriever
 
@@ -63,6 +68,8 @@ INDEX_REFERENCE = "retriever._extra_state"  # INDEX holds the index's version an
 FROZEN = "frozen.json"
 INDEX = "index.json"
 INDEX_FOLDER = "index"
+REFRESHER = "refresher.pt"
+UNFINISHED = "unfinished"
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
@@ -95,9 +102,15 @@ _STATE_FIELDS = record(
 _TENSORS = (".pt", ".pth", ".bin", ".safetensors")
 _FROZEN_FIELDS = table(record({"shape": items(integer()), "sha256": sha256()}))
 _INDEX_FIELDS = record(
-    {"version": integer(), "refreshed_at": integer(), "kept": one_of("whole", "reference")},
+    {"version": integer(), "kept": one_of("whole", "reference")},
     {"n_passages": integer(), "checksum": text()},
 )
+_TORCH_FILES = {
+    OPTIMIZER: "the optimiser state of this configuration",
+    SCHEDULER: "the optimiser state of this configuration",
+    SCALER: "the loss scaler of this configuration",
+    RANDOM_STATE: "the random state of a run on these devices",
+}
 # torch.load (restricted to tensors and plain values) and transformers raise these for bytes that
 # they did not write.
 _UNREADABLE = (
@@ -115,7 +128,7 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
         run_dir: the run folder; it need not exist.
 
     Returns:
-        Folders `checkpoint-<step>` that hold a trainer state, by step.
+        Folders `checkpoint-<step>` that hold a trainer state and are finished, by step.
 
     Example:
         >>> checkpoints("no/such/run")
@@ -127,9 +140,49 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     found = [
         (int(match.group(1)), path)
         for path in root.iterdir()
-        if (match := _NAME.match(path.name)) and (path / STATE).is_file()
+        if (match := _NAME.match(path.name)) and is_checkpoint(path)
     ]
     return [path for _, path in sorted(found)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint that was finished."""
+    return (folder / STATE).is_file() and not (folder / UNFINISHED).exists()
+
+
+def begin(folder: Path) -> None:
+    """Make the empty folder of a checkpoint, which does not count until `finish`.
+
+    Args:
+        folder: `checkpoint-<step>`; a checkpoint of that name is set aside.
+    """
+    _withdraw(folder)
+    staging = folders.begin(folder, shared=True)
+    (staging / UNFINISHED).touch()
+    folders.commit(staging, folder, keep_old=True)
+
+
+def finish(folder: Path) -> None:
+    """Complete a checkpoint, when all its files are written.
+
+    Args:
+        folder: what `begin` made. From now on it counts, and the one set aside is deleted.
+    """
+    write_manifest(folder)
+    folders.flush_tree(folder)
+    (folder / UNFINISHED).unlink()
+    folders.flush_folder(folder)
+    folders.step("finished", folder)
+    folders.discard_old(folder)
+
+
+def _withdraw(folder: Path) -> None:
+    """Delete an unfinished checkpoint and bring back the one that it was to replace."""
+    if (folder / UNFINISHED).exists():
+        spare = folders.staging_path(folder)  # first the name: deleting may be killed half way
+        folder.rename(spare)
+        shutil.rmtree(spare, ignore_errors=True)
+    folders.recover(folder)
 
 
 def require_no_checkpoints(run_dir: str | os.PathLike[str]) -> None:
@@ -197,23 +250,32 @@ def write_manifest(folder: Path) -> None:
 def check_files(folder: Path, only: Sequence[str] = ("*",)) -> None:
     """Refuse a checkpoint with a file that is not as it was written.
 
-    Every byte is read. A checkpoint without a manifest is accepted with a warning.
+    Every byte is read. A checkpoint without a manifest is accepted with a warning, if its files can
+    be read at all.
 
     Args:
         folder: the checkpoint.
         only: patterns of the files that matter.
 
     Raises:
-        ValueError: a file is missing, truncated or altered, or a file of tensors is not one that
-            the run wrote; it is named.
+        ValueError: the checkpoint was not finished; or a file is missing, truncated or altered, or
+            a file of tensors is not one that the run wrote; it is named.
     """
     path = folder / MANIFEST
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"{folder}: expected a whole checkpoint, got one whose save was interrupted"
+        )
     if not path.exists():
         warnings.warn(
             f"{folder}: this checkpoint has no {MANIFEST}, so altered files cannot be told; "
             "checkpoints that are saved now have one",
             stacklevel=2,
         )
+        for name, expected in _TORCH_FILES.items():
+            for file in folder.glob(name):
+                if any(fnmatch(name, each) for each in only):
+                    read_torch(file, expected)
         return
     manifest = manifests.read(path, _MANIFEST_FIELDS)
     listed = manifests.unsealed(path, manifest)["files"]
@@ -245,43 +307,31 @@ def check_state(folder: Path) -> None:
     """
     path = folder / STATE
     # not read as a manifest: the losses that it logs may be NaN
-    with reading(folder, "the state of a trainer", STATE):
+    try:
         state = TrainerState.load_from_json(str(path))
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: expected the state of a trainer: {reason(error)}") from error
     manifests.verify(path, vars(state), _STATE_FIELDS)
 
 
-@contextmanager
-def reading(folder: str | os.PathLike[str], expected: str, *names: str) -> Iterator[None]:
-    """Name the file of a checkpoint whose bytes a block could not make sense of.
+def read_torch(path: Path, expected: str) -> dict[str, Any]:
+    """Read a file of tensors and plain values.
 
     Args:
-        folder: the checkpoint.
-        expected: what the file should have been.
-        names: the files that the block loads, as transformers does: tensors and plain values.
+        path: the file.
+        expected: what it should be, for the error message.
 
     Raises:
-        ValueError: whatever the block raises for a damaged or foreign file.
+        ValueError: it is missing, damaged, or something else; it is named.
     """
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except _UNREADABLE as error:
-        path = _unreadable(Path(folder), names)
-        raise ValueError(f"{path}: expected {expected}: {reason(error)}") from error
-
-
-def _unreadable(folder: Path, names: Sequence[str]) -> Path:
-    """Return the first file that holds no state at all, or else the first that is there."""
-    there = [folder / name for name in names if (folder / name).is_file()]
-    for path in there if len(there) > 1 else ():
-        try:
+        with safe_globals():  # numpy's, of a random state
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except _UNREADABLE:
-            return path
-        if not isinstance(state, dict):
-            return path
-    return there[0] if there else folder
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: expected {expected}: {reason(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected {expected}: got a {type(state).__name__}")
+    return state
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -291,7 +341,7 @@ def _files(folder: Path) -> dict[str, Path]:
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
         if path.is_file()
-        and path != folder / MANIFEST
+        and path not in (folder / MANIFEST, folder / UNFINISHED)
         and (own not in path.parents or path == own / MANIFEST)
     }
 
@@ -305,8 +355,10 @@ def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
     """Delete what a killed process left half written, and bring back a checkpoint set aside.
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, in which no other process is writing.
     """
+    for path in Path(run_dir).glob("checkpoint-*"):
+        _withdraw(path)
     folders.clean(Path(run_dir), "checkpoint-*")
 
 
@@ -350,33 +402,36 @@ def write_weights(
     manifests.write(folder / FROZEN, frozen)
 
 
-def read_weights(model: nn.Module, folder: Path) -> None:
-    """Load what `write_weights` wrote into a model of the same configuration.
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Refuse a checkpoint that `write_weights` wrote of a model of another configuration.
 
     Args:
-        model: the model; unchanged when the checkpoint does not fit it.
+        model: the model.
         folder: the checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another configuration: a parameter is missing, has
-            another shape, or a parameter that does not train has other values; or the file is
-            damaged.
+        ValueError: a parameter is missing, has another shape, or is one that does not train and has
+            other values; or the file is damaged.
         OSError: a file cannot be read.
     """
     path = folder / WEIGHTS
     try:
-        stored = load_file(str(path), device="cpu")
+        with safe_open(str(path), framework="pt") as file:
+            stored = {
+                name: tuple(file.get_slice(name).get_shape())
+                for name in file.keys()  # noqa: SIM118, it is no mapping
+            }
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
     frozen = _frozen(model)
     wanted = {
-        name: tensor
+        name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
         if name not in frozen and name != INDEX_REFERENCE
     }
     for name in sorted(wanted.keys() | stored.keys()):
         theirs, ours = stored.get(name), wanted.get(name)
-        if theirs is None or ours is None or theirs.shape != ours.shape:
+        if theirs is None or theirs != ours:
             raise ValueError(
                 f"{path}: checkpoint of another configuration: {name} expected "
                 f"{_shape(ours)}, got {_shape(theirs)}"
@@ -388,7 +443,36 @@ def read_weights(model: nn.Module, folder: Path) -> None:
                 f"{folder / FROZEN}: the parameter {name}, which does not train, has other values "
                 "than in the run that wrote this checkpoint"
             )
-    model.load_state_dict(stored, strict=False)
+
+
+def read_weights(model: nn.Module, folder: Path) -> None:
+    """Load what `write_weights` wrote into a model of the same configuration.
+
+    Args:
+        model: the model; unchanged when the checkpoint does not fit it.
+        folder: the checkpoint.
+
+    Raises:
+        ValueError: as `check_weights`.
+        OSError: a file cannot be read.
+    """
+    check_weights(model, folder)
+    model.load_state_dict(load_file(str(folder / WEIGHTS), device="cpu"), strict=False)
+
+
+def forgive_frozen(model: nn.Module, incompatible: Any) -> None:
+    """Take the parameters that a checkpoint leaves out off the list of missing names.
+
+    A hook for `Module.register_load_state_dict_post_hook`, so that transformers does not warn.
+
+    Args:
+        model: the model that a state was loaded into.
+        incompatible: what `load_state_dict` is about to return.
+    """
+    left_out = {name for name, p in model.named_parameters() if not p.requires_grad}
+    left_out.add(INDEX_REFERENCE)
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if name not in left_out]
 
 
 def read_encoder(encoder: nn.Module, folder: Path) -> None:
@@ -416,7 +500,7 @@ def read_encoder(encoder: nn.Module, folder: Path) -> None:
         if name not in ours or ours[name].shape != tensor.shape:
             raise ValueError(
                 f"{path}: checkpoint of another configuration: {QUESTION_ENCODER}{name} expected "
-                f"{_shape(ours.get(name))}, got {_shape(tensor)}"
+                f"{_shape(ours[name].shape if name in ours else None)}, got {_shape(tensor.shape)}"
             )
     kept = {*manifests.read(folder / FROZEN, _FROZEN_FIELDS)}
     loaded = {ours[name].data_ptr() for name in stored}  # a tied tensor is stored under one name
@@ -424,26 +508,21 @@ def read_encoder(encoder: nn.Module, folder: Path) -> None:
         if QUESTION_ENCODER + name not in kept and tensor.data_ptr() not in loaded:
             raise ValueError(
                 f"{path}: checkpoint of another configuration: {QUESTION_ENCODER}{name} expected "
-                f"{_shape(tensor)}, got none"
+                f"{_shape(tensor.shape)}, got none"
             )
     encoder.load_state_dict(stored, strict=False)
 
 
-def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: int) -> None:
+def write_index(model: RagModel, folder: Path, *, changing: bool) -> None:
     """Write the index (when training changes it) or its checksum.
 
     Args:
         model: the model that owns the index.
         folder: the checkpoint.
         changing: whether training changes the index.
-        refreshed_at: step of the last refresh.
     """
     index = model.index
-    entry: dict[str, Any] = {
-        "version": int(index.version),
-        "n_passages": len(index),
-        "refreshed_at": refreshed_at,
-    }
+    entry: dict[str, Any] = {"version": int(index.version), "n_passages": len(index)}
     if changing:
         # a copy that shares the vectors: the folder is still to be renamed, and the index would
         # remember the path that it was saved to
@@ -454,15 +533,12 @@ def write_index(model: RagModel, folder: Path, *, changing: bool, refreshed_at: 
     manifests.write(folder / INDEX, entry)
 
 
-def read_index(model: RagModel | Retriever, folder: Path) -> int:
+def read_index(model: RagModel | Retriever, folder: Path) -> None:
     """Bring the model's index to the state in which the checkpoint was written.
 
     Args:
         model: the model that owns the index.
         folder: the checkpoint.
-
-    Returns:
-        The step of the last refresh.
 
     Raises:
         ValueError: a file of the checkpoint's index is missing or altered, or a frozen index has
@@ -476,14 +552,32 @@ def read_index(model: RagModel | Retriever, folder: Path) -> int:
         if isinstance(index, FlatIndex):
             where["search_device"] = index.search_device
         model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, verify=True, **where)
-        return int(entry["refreshed_at"])
+        return
     checksum = index.checksum()
     if checksum != entry.get("checksum"):
         raise ValueError(
             f"{path}: expected the index that the run started with, checksum "
             f"{entry.get('checksum')}, got {checksum}"
         )
-    return int(entry["refreshed_at"])
+
+
+def write_refresher(refresher: IndexRefresher, folder: Path) -> None:
+    """Write the state of a refresher into a checkpoint."""
+    torch.save(refresher.state_dict(), folder / REFRESHER)
+
+
+def read_refresher(refresher: IndexRefresher, folder: Path) -> None:
+    """Load what `write_refresher` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged, or the state of another policy.
+    """
+    path = folder / REFRESHER
+    state = read_torch(path, "the state of an IndexRefresher")
+    try:
+        refresher.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _frozen(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -505,5 +599,5 @@ def _frozen(model: nn.Module) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+def _shape(shape: Sequence[int] | None) -> str:
+    return "none" if shape is None else f"shape {tuple(shape)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -29,6 +30,7 @@ from fastrag.train.batches import ResumableCollator, count_label_tokens
 from fastrag.train.callbacks import (
     CURVE_FILE,
     METRICS_FILE,
+    CheckpointCallback,
     CurveCallback,
     MetricsFileCallback,
     RefreshCallback,
@@ -38,22 +40,21 @@ from fastrag.train.callbacks import (
 )
 from fastrag.train.checkpoints import (
     MODEL_FILES,
-    OPTIMIZER,
-    SCALER,
-    SCHEDULER,
     STATE,
+    begin,
     check_files,
     check_state,
+    check_weights,
     checkpoints,
+    forgive_frozen,
+    is_checkpoint,
     read_index,
-    read_weights,
-    reading,
+    read_refresher,
     remove_leftovers,
     require_no_checkpoints,
     require_training_state,
-    rotate,
     write_index,
-    write_manifest,
+    write_refresher,
     write_weights,
 )
 from fastrag.train.config import RagConfig
@@ -159,6 +160,13 @@ class RagTrainer(Trainer):
             int(setting(encode_batch_size, "encode_batch_size", 256)),
         )
         self.include_index = self.refresher.changing or (config is not None and not config.index)
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint: expected False, since RagTrainer itself saves a checkpoint "
+                "after SIGTERM, got True"
+            )
+        # transformers would delete old checkpoints before the new one is finished
+        keep, args.save_total_limit = args.save_total_limit, None
         args.remove_unused_columns = False
         if args.label_smoothing_factor:
             model.loss_fn.label_smoothing = args.label_smoothing_factor
@@ -181,6 +189,8 @@ class RagTrainer(Trainer):
             ],
             optimizers=optimizers,
         )
+        # First, so that the other callbacks of an event find a whole checkpoint, or the best index.
+        self.callback_handler.callbacks.insert(0, CheckpointCallback(self.refresher, keep))
         for callback in self.callback_handler.callbacks:
             # otherwise what is logged before training goes to the working directory
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
@@ -209,23 +219,29 @@ class RagTrainer(Trainer):
                 of it was altered; or a run starts where another one left checkpoints.
         """
         run = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            remove_leftovers(run)
+        self.accelerator.wait_for_everyone()
         checkpoint = self._resolve(resume_from_checkpoint)
         if checkpoint is None:
             require_no_checkpoints(run)
         else:
-            if not (self.args.save_only_model or self._sharded):
-                require_training_state(Path(checkpoint), self.args.world_size)
-            check_files(Path(checkpoint))
-            check_state(Path(checkpoint))
+            self._restore(checkpoint)
         if self.is_world_process_zero():
-            remove_leftovers(run)
             write_record(run, self.config)
+        loading = self.model.register_load_state_dict_post_hook(forgive_frozen)
         with SignalGuard() as guard:
             callback = SignalCallback(guard)
             self.add_callback(callback)
             try:
-                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                output = super().train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
+                )
+            except SafetensorError:  # of the best checkpoint: the one to resume from was checked
+                check_files(Path(str(self.state.best_model_checkpoint)), MODEL_FILES)
+                raise
             finally:
+                loading.remove()
                 self.remove_callback(callback)
                 for each in self.callback_handler.callbacks:
                     if isinstance(each, TerminalCallback):
@@ -233,7 +249,7 @@ class RagTrainer(Trainer):
         step = self.state.global_step
         if guard.received is not None and step < self.state.max_steps:
             folder = run / f"checkpoint-{step}"
-            saved = str(folder) if (folder / STATE).is_file() else None
+            saved = str(folder) if is_checkpoint(folder) else None
             raise TrainingInterrupted(guard.received, step, saved)
         return output
 
@@ -250,10 +266,18 @@ class RagTrainer(Trainer):
 
         Args:
             output_dir: the folder; None takes `model` in the run folder.
+            _internal_call: transformers sets it when it begins a checkpoint in `output_dir`.
         """
+        if _internal_call and output_dir is not None:
+            self._begin_checkpoint(Path(output_dir))
+            return
         self.finish_index()
-        target = output_dir or str(Path(self.args.output_dir) / MODEL_FOLDER)
-        super().save_model(target, _internal_call)
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            target = output_dir or Path(self.args.output_dir) / MODEL_FOLDER
+            model.save_pretrained(target, include_index=self.include_index)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of one micro-batch, as `transformers.Trainer` does."""
@@ -413,106 +437,57 @@ class RagTrainer(Trainer):
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write one checkpoint; its folder appears whole."""
-        run = Path(self._get_output_dir(trial=trial))
-        target = run / f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (run / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{best}")
-        self.store_flos()
+    def _begin_checkpoint(self, folder: Path) -> None:
+        """Write model, index and refresher; transformers writes the rest."""
         if self.args.should_save:
-            folders.begin(target, shared=True)
-        staging = folders.staging_path(target, shared=True)
+            begin(folder)
         self.accelerator.wait_for_everyone()
-        self._write_checkpoint(staging)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(staging)
-            folders.commit(staging, target)
-            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, folder: Path) -> None:
         state = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded else None
         if self.args.should_save:
             write_weights(self.model, folder, state)
-            write_index(
-                self.model,
-                folder,
-                changing=self.refresher.changing,
-                refreshed_at=self.refresher.refreshed_at,
-            )
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-        if self.args.should_save:
-            self._collect_callback_states()
-            self.state.save_to_json(str(folder / STATE))
+            write_index(self.model, folder, changing=self.refresher.changing)
+            write_refresher(self.refresher, folder)
+        # transformers appends to the list of callbacks of one class with each checkpoint, and fails
+        # for a callback that was not there before a resume
+        exportable = [
+            type(each).__name__
+            for each in [*self.callback_handler.callbacks, self.control]
+            if isinstance(each, ExportableState)
+        ]
+        self.state.stateful_callbacks = {
+            name: [] if exportable.count(name) > 1 else {} for name in exportable
+        }
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Check all of a checkpoint, and load what transformers does not: index and refresher."""
+        if not (self.args.save_only_model or self._sharded):
+            require_training_state(checkpoint, self.args.world_size)
+        check_files(checkpoint)
+        check_state(checkpoint)
+        check_weights(self.model, checkpoint)
+        read_refresher(self.refresher, checkpoint)
+        read_index(self.model, checkpoint)
 
     @property
     def _sharded(self) -> bool:
         """Whether ranks hold shards, which accelerate gathers and writes in files of its own."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def _collect_callback_states(self) -> None:
-        states: dict[str, Any] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {
-            name: found[0] if len(found) == 1 else found for name, found in states.items()
-        }
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        folder = Path(resume_from_checkpoint)
-        read_weights(self.model if model is None else model, folder)
-        self.refresher.refreshed_at = read_index(self.model, folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        expected = "the optimiser state of this configuration"
-        with reading(checkpoint or "", expected, OPTIMIZER, SCHEDULER):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with reading(checkpoint or "", "the loss scaler of this configuration", SCALER):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        expected = "the random state of a run on these devices"
-        with reading(checkpoint or "", expected, f"rng_state{rank}.pth"):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint with the index it was evaluated with."""
-        check_files(Path(self.state.best_model_checkpoint), MODEL_FILES)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-        self.refresher.refreshed_at = self.state.global_step
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(output_dir, include_index=self.include_index)
-
-    def _resolve(self, resume: str | bool | None) -> str | None:
+    def _resolve(self, resume: str | bool | None) -> Path | None:
         """Give the checkpoint folder to resume from; a run folder stands for its newest."""
         if resume is None or resume is False:
             return None
         folder = Path(self.args.output_dir if resume is True else resume)
         folders.recover(folder)
         if (folder / STATE).is_file():
-            return str(folder)
+            return folder
         remove_leftovers(folder)
         found = checkpoints(folder)
         if not found:
             raise ValueError(
                 f"resume_from_checkpoint: expected a checkpoint in {folder}, found none"
             )
-        return str(found[-1])
+        return found[-1]
 
 
 def _as_list(questions: Any) -> Any:

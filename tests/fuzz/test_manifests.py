@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path) -> None:
     folder.mkdir()
     model = tiny.rag_model()
     checkpoints.write_weights(model, folder)
-    checkpoints.write_index(model, folder, changing=False, refreshed_at=0)
+    checkpoints.write_index(model, folder, changing=False)
 
 
 def checkpoint_content(folder: Path) -> Any:

@@ -20,9 +20,9 @@ from tests import tiny
 
 WRITTEN = (
     *("model.safetensors", "frozen.json", "index.json", "index/manifest.json"),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+    *("refresher.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
 )
-PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+PICKLES = ("refresher.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def make_trainer(run: Path) -> RagTrainer:
@@ -168,14 +168,22 @@ def test_an_evaluated_checkpoint_is_checked(checkpoint: Path) -> None:
 
 
 def test_the_manifest_is_the_last_file_to_be_written(
-    run: tuple[RagTrainer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _ = run
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    trainer._write_checkpoint(folder)
-    before = {path for path in folder.rglob("*") if path.is_file()}
-    module.write_manifest(folder)
-    written = {path for path in folder.rglob("*") if path.is_file()} - before
-    assert written == {folder / module.MANIFEST}
-    manifests.unsealed(folder, json.loads((folder / module.MANIFEST).read_text()))
+    write, written = module.write_manifest, []
+
+    def files(folder: Path) -> set[str]:
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+    def spy(folder: Path) -> None:
+        before = files(folder)
+        write(folder)
+        written.append((folder, before, files(folder) - before))
+
+    monkeypatch.setattr(module, "write_manifest", spy)
+    make_trainer(tmp_path).train()
+    for folder, before, added in written:
+        assert added == {module.MANIFEST}
+        assert files(folder) == before - {module.UNFINISHED} | added
+        manifests.unsealed(folder, json.loads((folder / module.MANIFEST).read_text()))
+    assert [folder.name for folder, *_ in written] == ["checkpoint-2", "checkpoint-3"]

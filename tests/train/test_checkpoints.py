@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,37 +34,57 @@ def test_checkpoints_are_those_with_a_state(tmp_path: Path) -> None:
     ]
 
 
-SAVE = """
-import os, sys
-from pathlib import Path
-from fastrag import folders
-
-def die(event, args):
-    if event == "fastrag.folders" and args[0] == sys.argv[2]:
-        os._exit(9)
-
-sys.addaudithook(die)
-target = Path(sys.argv[1])
-staging = folders.begin(target, shared=True)
-(staging / "trainer_state.json").write_text("new")
-folders.commit(staging, target)
-"""
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it, and nothing tidies up behind it."""
 
 
-@pytest.mark.parametrize("step", ["open", "synced", "aside", "in", "done"])
+STEPS = ["open", "synced", "aside", "in", "manifest", "finished", "done"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("again", ["resumed", "another is written"])
-def test_killed_while_a_checkpoint_is_replaced(tmp_path: Path, step: str, again: str) -> None:
-    target = complete(tmp_path, 1)
-    command = [sys.executable, "-c", SAVE, str(target), step]
-    assert subprocess.run(command, check=False).returncode == 9
-    assert target.exists() == (step != "aside")
-    if again == "another is written":
-        folders.begin(target, shared=True)
-        assert (target / module.STATE).is_file()
+@pytest.mark.parametrize("before", ["one is there", "none is there"])
+def test_killed_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, again: str, before: str
+) -> None:
+    """The old one or the new one is whole, and neither where there was none."""
+    target = tmp_path / "checkpoint-1"
+    if before == "one is there":
+        complete(tmp_path, 1)
+    elif step == "aside":
+        pytest.skip("there is none to set aside")
+
+    def die(name: str, path: Path) -> None:
+        if name == step:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(folders, "step", die)
+        module.begin(target)
+        (target / module.STATE).write_text("new")
+        module.finish(target)
+    finished = step in ("finished", "done")
+    assert module.is_checkpoint(target) == (
+        finished or (before == "one is there" and step in ("open", "synced"))
+    )
+    if again == "another is written" and not finished:
+        module.begin(target)
+        assert module.checkpoints(tmp_path) == []
     module.remove_leftovers(tmp_path)
-    assert module.checkpoints(tmp_path) == [target]
-    assert (target / module.STATE).read_text() == ("new" if step in ("in", "done") else "{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    if before == "none is there" and not finished:
+        assert not list(tmp_path.iterdir())
+    else:
+        assert module.checkpoints(tmp_path) == [target]
+        assert (target / module.STATE).read_text() == ("new" if finished else "{}")
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_unfinished_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    module.begin(tmp_path / "checkpoint-1")
+    with pytest.raises(
+        ValueError, match="checkpoint-1: expected a whole checkpoint, got one whose"
+    ):
+        module.check_files(tmp_path / "checkpoint-1")
 
 
 def test_only_checkpoints_are_tidied_up(tmp_path: Path) -> None:
@@ -123,15 +141,15 @@ def test_weights_of_another_configuration(tmp_path: Path) -> None:
 
 def test_index_by_reference_and_whole(tmp_path: Path) -> None:
     model = tiny.rag_model()
-    module.write_index(model, tmp_path, changing=False, refreshed_at=7)
-    assert module.read_index(model, tmp_path) == 7
+    module.write_index(model, tmp_path, changing=False)
+    module.read_index(model, tmp_path)
     assert not (tmp_path / "index").exists()
     source = model.index.source
-    module.write_index(model, tmp_path, changing=True, refreshed_at=9)
+    module.write_index(model, tmp_path, changing=True)
     assert model.index.source == source  # the folder is renamed later
     expected = model.index.index_emb.clone()
     model.index.update(torch.tensor([0]), torch.ones(1, 16))
-    assert module.read_index(model, tmp_path) == 9
+    module.read_index(model, tmp_path)
     assert torch.equal(model.index.index_emb, expected)
 
 

@@ -49,7 +49,7 @@ def test_a_resumed_index_is_searched_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, loaded = tiny.rag_model(), {}
-    checkpoints.write_index(model, tmp_path, changing=True, refreshed_at=1)
+    checkpoints.write_index(model, tmp_path, changing=True)
     index, load = model.index, FlatIndex.load
 
     def spy(dir: Path, *, search_device: Any = None, **kwargs: Any) -> FlatIndex:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+import transformers
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import CallbackHandler
 
 from fastrag.data import Question
+from fastrag.freshness import RefreshPolicy
 from fastrag.nn import RagModel
 from fastrag.train import RagConfig, RagTrainer
 from fastrag.train.callbacks import read_metrics
@@ -306,6 +320,83 @@ def test_best_checkpoint_and_early_stopping(tmp_path: Path) -> None:
         "checkpoint-4",
         "checkpoint-8",
     ]
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "index"])
+def test_a_damaged_best_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    trainer = evaluating(tmp_path, [0.6, 0.5, 0.4])
+
+    class Damage(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6:
+                name = "index/vectors.npy" if damage == "index" else "model.safetensors"
+                path = tmp_path / "checkpoint-2" / name
+                whole = path.read_bytes()
+                last = b"" if damage == "cut" else bytes([whole[-1] ^ 1])
+                path.write_bytes(whole[:-1] + last)
+
+    trainer.add_callback(Damage())
+    with pytest.raises(ValueError, match=r"checkpoint-2/\S+: expected"):
+        trainer.train()
+
+
+def test_a_refresher_of_another_policy_does_not_go_on(tmp_path: Path) -> None:
+    resumable(tmp_path, joint=True).train()
+    other = resumable(tmp_path, joint=True)
+    other.refresher.policy = RefreshPolicy.parse("every:5")
+    index, version = other.model.index, other.model.index.version
+    message = r"refresher\.pt: state_dict: expected the state of 'every:5', got that of 'every:3'"
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=True)
+    assert other.model.index is index and index.version == version
+    (tmp_path / "checkpoint-10" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-10" / "refresher.pt").unlink()
+    with (
+        pytest.warns(UserWarning, match="no manifest"),
+        pytest.raises(ValueError, match=r"refresher\.pt: expected the state of an IndexRefresher"),
+    ):
+        resumable(tmp_path, joint=True).train(resume_from_checkpoint=True)
+
+
+def test_resuming_says_nothing_of_frozen_parameters(tmp_path: Path) -> None:
+    """transformers would warn of every parameter that a checkpoint leaves out."""
+    resumable(tmp_path, joint=False).train()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.trainer")
+    logger.addHandler(handler)
+    try:
+        resumable(tmp_path, joint=False).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    finally:
+        logger.removeHandler(handler)
+    assert not [line for line in lines if "missing keys" in line], lines
+
+
+def test_another_checkpointing_of_transformers_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, enable_jit_checkpoint=True)
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: expected False, since RagTrainer"):
+        RagTrainer(tiny.rag_model(), args, tiny.collator(), tiny.questions())
+
+
+def test_public_hooks_of_transformers_only() -> None:
+    """Underscored names of Trainer and of its callbacks are neither defined nor used."""
+    private = {
+        name
+        for each in (*Trainer.__mro__, TrainerState, TrainerControl, CallbackHandler)
+        for name in vars(each)
+        if name.startswith("_") and not name.startswith("__")
+    }
+    # what __init__ and the methods set on the instance
+    private |= set(re.findall(r"self\.(_[a-z]\w*)", inspect.getsource(transformers.trainer)))
+    assert {"_save_checkpoint", "_load_rng_state", "_created_lr_scheduler"} <= private
+    assert not private & {*vars(RagTrainer)}
+    for path in Path(inspect.getfile(RagTrainer)).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not private & used, (path, private & used)
 
 
 def test_early_stopping_of_a_config_counts_on_after_a_resume(tmp_path: Path) -> None:
