@@ -145,17 +145,17 @@ SEAMS = (
     ),
     Mistake(
         "a passage may push the end of the question out of the window",
-        "fastrag/nn/builder.py",
-        "(passage_ids.flatten(0, 1), torch.minimum(wanted, room))",
-        "(passage_ids.flatten(0, 1), torch.minimum(wanted, room + 1))",
-        "tests/nn/test_builder.py",
+        "fastrag/data/processor.py",
+        "torch.minimum(passage_len, room.clamp(min=0)[:, None])",
+        "torch.minimum(passage_len, room.clamp(min=0)[:, None] + 1)",
+        "tests/data/test_contexts.py",
     ),
     Mistake(
         "the end of an answer is no label",
-        "fastrag/data/collator.py",
+        "fastrag/data/processor.py",
         "return self.bound.answer_ids(answer)[: self.max_answer]",
         "return self.bound.answer_ids(answer)[:-1][: self.max_answer]",
-        "tests/data/test_collator.py",
+        "tests/data/test_processor.py",
     ),
     Mistake(
         "an answer's score leaves out the passage's probability",

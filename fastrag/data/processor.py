@@ -482,11 +482,10 @@ def join_contexts(
     }
     first, second, third = _on_device(template.literals, device)
     pieces = (first, slots[template.slots[0]], second, slots[template.slots[1]], third)
+    shape = (n_questions, n_docs, -1)
     # [B*K, W]: all pieces side by side, with their padding
-    tokens, present = (
-        torch.cat([x.expand(n_questions, n_docs, -1) for x in part], dim=2).flatten(0, 1)
-        for part in zip(*pieces, strict=True)
-    )
+    tokens = torch.cat([ids.expand(shape) for ids, _ in pieces], dim=2).flatten(0, 1)
+    present = torch.cat([mask.expand(shape) for _, mask in pieces], dim=2).flatten(0, 1)
     place = present.cumsum(dim=1)  # 1 for the first token of a context
     total = place[:, -1:]
     # On a GPU the longest row is not read; the shapes bound it.
