@@ -78,10 +78,15 @@ def test_even_slices() -> None:
             assert len(cut) == -(-total // limit)
 
 
+def _forget() -> None:
+    backends._probe.cache_clear()
+    backends._able.cache_clear()
+
+
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    backends._probe.cache_clear()
+    _forget()
     try:
         assert backends.why_not("torch") == ""
         assert backends.why_not("triton") in (
@@ -92,7 +97,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="FASTRAG_BACKEND=triton cannot run doc_scores: "):
             F.doc_scores(torch.ones(1, 2), torch.ones(1, 3, 2))
     finally:
-        backends._probe.cache_clear()
+        _forget()
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

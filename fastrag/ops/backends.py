@@ -139,10 +139,9 @@ def choose(
         if reason:
             raise BackendError(f"{BACKEND_VARIABLE}={forced} cannot run {op}: {reason}")
         return forced
-    for backend in _backends:
-        here = backend.devices is None or device.type in backend.devices
-        if here and not _refusal(backend, op, device, dtype, unfit):
-            return backend.name
+    for name in _able(tuple(_backends), device, dtype, interpreting()):
+        if name in _implemented[op] and not (unfit and name in unfit and unfit[name]()):
+            return name
     raise BackendError(f"no backend can run {op} on {device}")
 
 
@@ -215,6 +214,23 @@ def _refusal(
     if reason := backend.refusal(device, dtype):
         return reason
     return unfit[name]() if unfit and name in unfit else ""
+
+
+@functools.cache  # an operation of microseconds chooses too
+def _able(
+    backends: tuple[Backend, ...],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    interpreted: bool,
+) -> tuple[str, ...]:
+    """Return the names of those that are chosen on this device and can take this dtype."""
+    return tuple(
+        each.name
+        for each in backends
+        if (each.devices is None or device.type in each.devices)
+        and not _probe(each, interpreted)
+        and not each.refusal(device, dtype)
+    )
 
 
 @functools.cache
