@@ -12,6 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is loaded. Each core has a process, and a test of threads sets their number.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nothing is downloaded: a model that is neither a folder nor in the cache is refused at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -43,14 +42,6 @@ def check_count(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a whole number of at least 1."""
     if not (_is_whole(value) and value >= 1):
         raise ValueError(f"{name}: expected an integer >= 1, got {shown(value)}")
-
-
-def no_model_folder(name: str, path: str | os.PathLike[str], holding: str = "") -> str:
-    """Return the message of an argument that should name a model folder and does not."""
-    return (
-        f"{name}: expected a local model folder{holding}, got {shown(os.fspath(path))} (hub "
-        "models have to be downloaded first: hf download NAME --local-dir FOLDER)"
-    )
 
 
 def check_answers(labels: Tensor, n_questions: int | None = None) -> None:

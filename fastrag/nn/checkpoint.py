@@ -4,7 +4,7 @@
     generator_base/ (only under an adapter whose base model has no name of its own)
     index/ passages/ (if asked for)   rag_config.json   processor.json   manifest.json
 
-Written by `FolderWriter`: whole or not at all. Nothing is pickled, nothing is downloaded. The
+Written by `FolderWriter`: whole or not at all. Nothing is pickled. The
 manifest lists all files but those of index and passages, which have manifests of their own: for a
 missing one transformers and PEFT would take a default, or ask the hub.
 """
@@ -28,6 +28,7 @@ from fastrag.manifests import flag, integer, items, number, one_of, optional, re
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.generators import GeneratorAdapter
 from fastrag.nn.heads import base_model
+from fastrag.nn.hub import model_folder
 from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.loss import MARGINALS
 from fastrag.nn.quiet import without_bars
@@ -149,7 +150,7 @@ def load_model(
     Raises:
         ValueError: something is missing, unreadable or of another configuration; it is named.
     """
-    folder = Path(path)
+    folder = _saved_folder(path)
     return folders.read_whole(
         folder,
         lambda: _load_model(
@@ -193,6 +194,12 @@ def _load_model(
     return model.eval()
 
 
+def _saved_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a saved model, taken back if a kill left it aside."""
+    folders.recover(Path(path))
+    return model_folder("path", path, holding=" that save_pretrained wrote", whole=True)
+
+
 def load_retriever(
     path: str | os.PathLike[str], index: Any, passages: Any
 ) -> tuple[Retriever, RagProcessor]:
@@ -203,7 +210,7 @@ def load_retriever(
     """
     from fastrag.nn.retriever import Retriever
 
-    folder = Path(path)
+    folder = _saved_folder(path)
     settings = _read_settings(folder, given_base=True)
     encoder = _load_encoder(folder / "question_encoder")
     passages = _load_passages(folder, passages)
@@ -360,7 +367,7 @@ def load_whole(
 
     Args:
         loader: class with transformers' `from_pretrained`.
-        folder: a local Hugging Face folder.
+        folder: a Hugging Face folder, or a Hub id.
         dtype: of the weights; "auto": as they are stored.
         allow_unexpected: whether the folder may hold weights that the model does not have.
 
@@ -370,6 +377,7 @@ def load_whole(
     Raises:
         ValueError: a file cannot be read, or weights are missing, misshapen or left over.
     """
+    folder = model_folder("generator", folder)
     try:
         model, report = loader.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -380,7 +388,7 @@ def load_whole(
     if getattr(quantization, "quant_method", None) == "gguf":
         # transformers takes its plain weights for packed ones, and refuses to save them again
         raise ValueError(
-            f"{Path(folder) / 'config.json'}: expected no quantization_config of the GGUF that the "
+            f"{folder / 'config.json'}: expected no quantization_config of the GGUF that the "
             "weights come from, as they are not packed here; delete it"
         )
     wrong = ["missing_keys", "mismatched_keys", *([] if allow_unexpected else ["unexpected_keys"])]

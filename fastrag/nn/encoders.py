@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastrag import manifests
 from fastrag.manifests import flag, integer, items, one_of, optional, record, table, text
 from fastrag.messages import shown
-from fastrag.nn.arguments import no_model_folder
+from fastrag.nn.hub import model_folder
 from fastrag.nn.quiet import without_bars
 from fastrag.ops import checks
 
@@ -207,14 +207,14 @@ class TextEncoder(nn.Module):
         max_length: int | None = None,
         dtype: torch.dtype | str = torch.float32,
     ) -> TextEncoder:
-        """Read an encoder from a local folder; nothing is downloaded.
+        """Read an encoder from a folder, or else from the Hugging Face Hub.
 
         A folder that `save_pretrained` wrote and a sentence-transformers folder (modules.json,
         pooling, normalise, maximum length, prompts) are read as they stand. A plain Hugging Face
         folder gets mean pooling, or its own pooler for DPR models. Arguments override the folder.
 
         Args:
-            path: the folder.
+            path: the folder, or a Hub id.
             role: "query" or "passage": which prompt of a sentence-transformers folder is `prefix`.
             pooling: see the class.
             normalize: see the class.
@@ -229,9 +229,10 @@ class TextEncoder(nn.Module):
             ValueError: the folder cannot be read, holds weights of another configuration, or needs
                 a sentence-transformers module that does not exist here (it is named).
         """
-        folder = Path(path)
+        holding = " with config.json or modules.json"
+        folder = model_folder("path", path, holding=holding)
         if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
-            raise ValueError(no_model_folder("path", path, " with config.json or modules.json"))
+            raise ValueError(f"path: expected a model folder{holding}, got {shown(str(folder))}")
         settings = _read_settings(folder, role)
         given = {
             "pooling": pooling,

@@ -388,10 +388,10 @@ class RagModel(ActivationCheckpointing, nn.Module):
         generator_class: type | None = None,
         **overrides: Any,
     ) -> RagModel:
-        """Read a folder that `save_pretrained` wrote, in eval mode; nothing is downloaded.
+        """Read a folder that `save_pretrained` wrote, in eval mode.
 
         Args:
-            path: the folder.
+            path: the folder, or the Hub id of a repository that holds its files.
             index: the index; None: the one in the folder.
             passages: the passages; None: those in the folder.
             base_generator: the model that a PEFT adapter belongs on, if not found by its name.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastrag import manifests
 from fastrag.manifests import integer, one_of, record, text
 from fastrag.nn.encoders import Role, check_inputs, prompt_of_role
+from fastrag.nn.hub import model_folder
 from fastrag.nn.quiet import without_bars
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class SentenceEncoder(nn.Module):
         """Read a folder of sentence-transformers, with any modules that the library knows.
 
         Args:
-            path: the folder.
+            path: the folder, or a Hub id.
             role: "query" or "passage": which prompt is `prefix`, unless `save_pretrained` wrote it.
 
         Returns:
@@ -149,14 +150,15 @@ class SentenceEncoder(nn.Module):
             raise ValueError(
                 f"path: expected sentence-transformers to be installed to read {path}: {error}"
             ) from error
-        config, prefix = Path(path, CONFIG_NAME), None
+        folder = model_folder("path", path, holding=" with modules.json")
+        config, prefix = folder / CONFIG_NAME, None
         if config.is_file():
             prefix = manifests.read(config, _SETTINGS)["prefix"]
         try:
-            model = SentenceTransformer(os.fspath(path), device="cpu", local_files_only=True)
+            model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
         except Exception as error:  # each module of the folder has its own reader
             raise ValueError(
-                f"path: expected a readable folder of sentence-transformers {path}: {error}"
+                f"path: expected a readable folder of sentence-transformers {folder}: {error}"
             ) from error
         return cls(model, role, prefix=prefix).eval()
 

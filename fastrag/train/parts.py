@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastrag.data import (
@@ -82,10 +81,11 @@ def load_questions(source: str) -> list[Question]:
 def load_encoder(
     path: str | os.PathLike[str], name: str, role: Literal["query", "passage"]
 ) -> TextEncoder:
-    """Load an encoder from a local folder.
+    """Load an encoder from a folder or the Hub.
 
     Args:
-        path: a Hugging Face folder, one of sentence-transformers, or one of a `TextEncoder`.
+        path: a Hugging Face folder, one of sentence-transformers, or one of a `TextEncoder`; or the
+            Hub id of one.
         name: which setting it belongs to, for the error message.
         role: whose prompt of a sentence-transformers folder is its prefix.
 
@@ -96,8 +96,9 @@ def load_encoder(
         ValueError: the folder cannot be read.
     """
     from fastrag.nn import TextEncoder
+    from fastrag.nn.hub import model_folder
 
-    folder = _local_folder(name, path)
+    folder = model_folder(name, path)
     try:
         return TextEncoder.from_pretrained(folder, role=role)
     except ValueError as error:
@@ -109,10 +110,10 @@ def load_generator(
     lora: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Load a generator from a local folder, with LoRA adapters if asked.
+    """Load a generator from a folder or the Hub, with LoRA adapters if asked.
 
     Args:
-        path: a Hugging Face folder of a seq2seq or causal language model.
+        path: a Hugging Face folder, or the Hub id, of a seq2seq or causal language model.
         lora: `rank`, and optionally `alpha`, `dropout`, `targets`; the adapters are float32.
         dtype: of the model's own weights; None: float32.
 
@@ -131,7 +132,7 @@ def load_generator(
     try:
         model = load_whole(kind, path, dtype=dtype or torch.float32, allow_unexpected=True)
     except ValueError as error:
-        raise ValueError(f"generator: {_first_line(error)}") from error
+        raise ValueError(f"generator: {_first_line(error).removeprefix('generator: ')}") from error
     return model if lora is None else _with_lora(model, lora)
 
 
@@ -188,7 +189,9 @@ def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
-    folder = _local_folder(name, path)
+    from fastrag.nn.hub import model_folder
+
+    folder = model_folder(name, path)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -225,7 +228,9 @@ def make_template(
 def _generator_config(path: str | os.PathLike[str]) -> Any:
     from transformers import AutoConfig
 
-    folder = _local_folder("generator", path)
+    from fastrag.nn.hub import model_folder
+
+    folder = model_folder("generator", path)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -251,15 +256,6 @@ def _with_lora(model: Any, lora: dict[str, Any]) -> Any:
             task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
         ),
     )
-
-
-def _local_folder(name: str, path: str | os.PathLike[str]) -> Path:
-    from fastrag.nn.arguments import no_model_folder
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(no_model_folder(name, path))
-    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -80,7 +80,7 @@ def tear(path: Path) -> None:
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
-            "generator: expected a local model folder, got 'nix' (hub models have to be downloaded",
+            "generator: expected a model folder or a Hub id, got 'nix': there is no such folder",
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=holed"),
@@ -92,7 +92,7 @@ def tear(path: Path) -> None:
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "question_encoder=idx"),
-            "question_encoder: expected a local model folder with config.json",
+            "question_encoder: expected a model folder with config.json",
         ),
         (
             ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),

@@ -252,7 +252,7 @@ def test_damaged_encoders_are_named(
 
 def test_rejects_folders(tmp_path):
     model = rag_model()
-    with pytest.raises(ValueError, match="expected a fastrag-model folder"):
+    with pytest.raises(ValueError, match="path: expected a model folder that save_pretrained"):
         reload(model, tmp_path / "none")
     folder = tmp_path / "m"
     model.save_pretrained(folder)

@@ -111,7 +111,7 @@ def test_several_processes_are_told_how_to_resume(
     [
         ("em", '{"question": "ada", "positive": "p0"}', "questions with answers in .* 'em' on"),
         ("recall@1", '{"question": "ada"}', "questions with answers or positive passages in"),
-        ("recall@1", '{"question": "ada", "positive": "p0"}', "local model folder"),
+        ("recall@1", '{"question": "ada", "positive": "p0"}', "expected a model folder"),
     ],
 )
 def test_the_best_metric_can_be_measured(

@@ -1,0 +1,64 @@
+"""Model folders: a folder on disk, or else the snapshot of a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fastrag.messages import shown
+
+# Names that transformers and sentence-transformers read; repositories hold the weights in other
+# formats as well.
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.safetensors")
+_OTHER_RUNTIMES = ("onnx/*", "openvino/*", "original/*", "coreml/*")
+_HUB_ID = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?")
+
+
+def model_folder(
+    name: str, source: str | os.PathLike[str], *, holding: str = "", whole: bool = False
+) -> Path:
+    """Return the folder of a model, whose repository is downloaded if no folder has its name.
+
+    What was downloaded before is taken from the cache of huggingface_hub, which is all that is
+    asked in offline mode (HF_HUB_OFFLINE=1).
+
+    Args:
+        name: the argument that the source was given for.
+        source: a folder, or the id of a repository, such as "intfloat/e5-small-v2".
+        holding: what the message should say of the folder.
+        whole: download all files, and not those alone that hold models and tokenizers.
+
+    Raises:
+        ValueError: it is neither; the message says what was tried.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    expected = f"{name}: expected a model folder{holding} or a Hub id, got {shown(str(source))}"
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"{expected}: there is no such folder")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    def snapshot(allowed: tuple[str, ...] | None) -> Path:
+        files = [*allowed] if allowed else None
+        ignored = None if whole else [*_OTHER_RUNTIMES]
+        return Path(
+            huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=ignored)
+        )
+
+    try:
+        folder = snapshot(None if whole else _MODEL_FILES)
+        if not whole and not any(folder.rglob("*.safetensors")):
+            folder = snapshot((*_MODEL_FILES, "*.bin"))
+    except (OSError, HFValidationError) as error:
+        if huggingface_hub.constants.is_offline_mode():
+            why = "offline mode (HF_HUB_OFFLINE) forbids to ask the Hub"
+        else:
+            why = f"the Hub does not give it ({str(error).strip().partition(chr(10))[0]})"
+        raise ValueError(
+            f"{expected}: there is no such folder, no copy in the cache "
+            f"{huggingface_hub.constants.HF_HUB_CACHE}, and {why}"
+        ) from error
+    return folder
