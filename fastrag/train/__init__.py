@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         CurveCallback,
         MetricsFileCallback,
         RefreshCallback,
-        SignalCallback,
         TerminalCallback,
     )
     from fastrag.train.config import RagConfig
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from fastrag.train.optimizer import parameter_groups
     from fastrag.train.plots import plot_curve
     from fastrag.train.run import train_run
-    from fastrag.train.signals import TrainingInterrupted
+    from fastrag.train.signals import SignalCallback, TrainingInterrupted
     from fastrag.train.trainer import RagTrainer
 
 _HOMES = {
@@ -32,7 +31,7 @@ _HOMES = {
     "RagConfig": "config",
     "RagTrainer": "trainer",
     "RefreshCallback": "callbacks",
-    "SignalCallback": "callbacks",
+    "SignalCallback": "signals",
     "TerminalCallback": "callbacks",
     "TrainingInterrupted": "signals",
     "build_collator": "build",

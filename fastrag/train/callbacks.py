@@ -1,7 +1,6 @@
-"""Callbacks of a training run: index refresh, metrics file, curve, terminal lines, signals.
+"""Callbacks of a training run: index refresh, checkpoints, metrics file, curve, terminal lines.
 
-Each is an ordinary `transformers.TrainerCallback`; RagTrainer adds them, and they can be used
-with a plain `transformers.Trainer` as well.
+RagTrainer adds them. All but `CheckpointCallback` work under a plain `transformers.Trainer` too.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,17 +23,13 @@ from transformers.trainer_callback import ProgressCallback
 from fastrag import terminal
 from fastrag.nn.retriever import Retrieved, Retriever
 from fastrag.train import checkpoints
-from fastrag.train.batches import ResumableCollator
 from fastrag.train.files import replacing
-from fastrag.train.signals import SignalGuard
-from fastrag.train.statistics import StepStatistics
 
 if TYPE_CHECKING:
     from fastrag.freshness import IndexRefresher
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
-AGREE_EVERY = 8
 # Rates and speeds are in metrics.jsonl, and the bar shows the pace: the line has to fit 80 columns.
 _TRAINING_LINE = ("loss", "prior_entropy", "kl", "unique_passages", "passages_cut")
 _TEXTS: dict[str, Callable[[Any], str]] = {
@@ -155,103 +149,6 @@ class CheckpointCallback(TrainerCallback):
             checkpoints.check_files(best, checkpoints.MODEL_FILES)
             checkpoints.read_index(self.refresher.retriever, best)
             self.refresher.refreshed_at = state.global_step
-
-
-class SignalCallback(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once a signal has come.
-
-    Several ranks have to stop at the same step, whichever of them was signalled: they agree on it
-    every eighth step, since asking at each would make the host wait for the device.
-
-    Args:
-        guard: the guard that holds the signal.
-    """
-
-    def __init__(self, guard: SignalGuard) -> None:
-        self.guard = guard
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> TrainerControl:
-        """Ask for a log line, a checkpoint and the end of training; no evaluation."""
-        if args.world_size > 1:
-            stops = state.global_step % AGREE_EVERY == 0 and self._agree(args.device)
-        else:
-            stops = self.guard.received is not None
-        if stops:
-            control.should_log = True
-            control.should_save = True
-            control.should_evaluate = False
-            control.should_training_stop = True
-        return control
-
-    def _agree(self, device: torch.device) -> bool:
-        signum = torch.tensor(self.guard.received or 0, device=device)
-        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
-        agreed = int(signum)
-        if agreed:
-            self.guard.received = agreed
-        return agreed != 0
-
-
-class StepClockCallback(TrainerCallback):
-    """Times the steps and notes the rates for StepStatistics; tells the collator the epoch.
-
-    Args:
-        statistics: what the times go to.
-        collator: its `epoch` is set at the start of each epoch.
-    """
-
-    def __init__(self, statistics: StepStatistics, collator: ResumableCollator) -> None:
-        self.statistics = statistics
-        self.collator = collator
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Tell the collator."""
-        self.collator.epoch = int(state.epoch or 0)
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Start the clock."""
-        self.statistics.start_step()
-
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Note the retriever's rate of this step, before the schedule moves on."""
-        for group in optimizer.param_groups:
-            if group.get("part") == "retriever":
-                self.statistics.retriever_lr = group["lr"]
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Stop the clock."""
-        self.statistics.end_step()
 
 
 class MetricsFileCallback(TrainerCallback):

@@ -12,6 +12,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+AGREE_EVERY = 8
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -87,3 +91,44 @@ class SignalGuard:
         name = signal.Signals(signum).name
         # os.write: a buffered stream may not be entered twice, which a handler could do
         os.write(2, f"\n{name}: finishing this step and saving; again stops at once\n".encode())
+
+
+class SignalCallback(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once a signal has come.
+
+    Several ranks have to stop at the same step, whichever of them was signalled: they agree on it
+    every eighth step, since asking at each would make the host wait for the device.
+
+    Args:
+        guard: the guard that holds the signal.
+    """
+
+    def __init__(self, guard: SignalGuard) -> None:
+        self.guard = guard
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Ask for a log line, a checkpoint and the end of training; no evaluation."""
+        if args.world_size > 1:
+            stops = state.global_step % AGREE_EVERY == 0 and self._agree(args.device)
+        else:
+            stops = self.guard.received is not None
+        if stops:
+            control.should_log = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+        return control
+
+    def _agree(self, device: torch.device) -> bool:
+        signum = torch.tensor(self.guard.received or 0, device=device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        agreed = int(signum)
+        if agreed:
+            self.guard.received = agreed
+        return agreed != 0

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastrag.ops.positions import IGNORE_INDEX
+from fastrag.train.batches import ResumableCollator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,6 +122,62 @@ class StepStatistics:
             result["steps_per_second"] = self._steps / self._seconds
         self._reset()
         return result
+
+
+class StepClockCallback(TrainerCallback):
+    """Times the steps and notes the rates for StepStatistics; tells the collator the epoch.
+
+    Args:
+        statistics: what the times go to.
+        collator: its `epoch` is set at the start of each epoch.
+    """
+
+    def __init__(self, statistics: StepStatistics, collator: ResumableCollator) -> None:
+        self.statistics = statistics
+        self.collator = collator
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the collator."""
+        self.collator.epoch = int(state.epoch or 0)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the clock."""
+        self.statistics.start_step()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note the retriever's rate of this step, before the schedule moves on."""
+        for group in optimizer.param_groups:
+            if group.get("part") == "retriever":
+                self.statistics.retriever_lr = group["lr"]
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stop the clock."""
+        self.statistics.end_step()
 
 
 def _sums(scores: Tensor, log_posterior: Tensor, labels: Tensor | None) -> Tensor:

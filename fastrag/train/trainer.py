@@ -34,8 +34,6 @@ from fastrag.train.callbacks import (
     CurveCallback,
     MetricsFileCallback,
     RefreshCallback,
-    SignalCallback,
-    StepClockCallback,
     TerminalCallback,
 )
 from fastrag.train.checkpoints import (
@@ -62,8 +60,8 @@ from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.load import MODEL_FOLDER
 from fastrag.train.optimizer import MasterWeights, needs_masters, parameter_groups
 from fastrag.train.run_folder import write_record
-from fastrag.train.signals import SignalGuard, TrainingInterrupted
-from fastrag.train.statistics import StepStatistics
+from fastrag.train.signals import SignalCallback, SignalGuard, TrainingInterrupted
+from fastrag.train.statistics import StepClockCallback, StepStatistics
 
 if TYPE_CHECKING:
     from fastrag.data import Question, RagCollator

@@ -20,8 +20,7 @@ from typing import Any
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
-from fastrag.train import RagTrainer, TrainingInterrupted
-from fastrag.train.callbacks import SignalCallback
+from fastrag.train import RagTrainer, SignalCallback, TrainingInterrupted
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests import tiny  # noqa: E402
