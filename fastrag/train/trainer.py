@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.retrieval import recall
 from fastrag.freshness import IndexRefresher, RefreshPolicy
 from fastrag.profiling import stage
+from fastrag.train import checkpoints
 from fastrag.train.batches import ResumableCollator, count_label_tokens
 from fastrag.train.callbacks import (
     CURVE_FILE,
@@ -35,25 +36,6 @@ from fastrag.train.callbacks import (
     MetricsFileCallback,
     RefreshCallback,
     TerminalCallback,
-)
-from fastrag.train.checkpoints import (
-    MODEL_FILES,
-    STATE,
-    begin,
-    check_files,
-    check_state,
-    check_weights,
-    checkpoints,
-    forgive_frozen,
-    is_checkpoint,
-    read_index,
-    read_refresher,
-    remove_leftovers,
-    require_no_checkpoints,
-    require_training_state,
-    write_index,
-    write_refresher,
-    write_weights,
 )
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
@@ -218,16 +200,16 @@ class RagTrainer(Trainer):
         """
         run = Path(self.args.output_dir)
         if self.is_world_process_zero():
-            remove_leftovers(run)
+            checkpoints.remove_leftovers(run)
         self.accelerator.wait_for_everyone()
         checkpoint = self._resolve(resume_from_checkpoint)
         if checkpoint is None:
-            require_no_checkpoints(run)
+            checkpoints.require_no_checkpoints(run)
         else:
             self._restore(checkpoint)
         if self.is_world_process_zero():
             write_record(run, self.config)
-        loading = self.model.register_load_state_dict_post_hook(forgive_frozen)
+        loading = self.model.register_load_state_dict_post_hook(checkpoints.forgive_frozen)
         with SignalGuard() as guard:
             callback = SignalCallback(guard)
             self.add_callback(callback)
@@ -236,7 +218,9 @@ class RagTrainer(Trainer):
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
                 )
             except SafetensorError:  # of the best checkpoint: the one to resume from was checked
-                check_files(Path(str(self.state.best_model_checkpoint)), MODEL_FILES)
+                checkpoints.check_files(
+                    Path(str(self.state.best_model_checkpoint)), checkpoints.MODEL_FILES
+                )
                 raise
             finally:
                 loading.remove()
@@ -247,7 +231,7 @@ class RagTrainer(Trainer):
         step = self.state.global_step
         if guard.received is not None and step < self.state.max_steps:
             folder = run / f"checkpoint-{step}"
-            saved = str(folder) if is_checkpoint(folder) else None
+            saved = str(folder) if checkpoints.is_checkpoint(folder) else None
             raise TrainingInterrupted(guard.received, step, saved)
         return output
 
@@ -361,9 +345,8 @@ class RagTrainer(Trainer):
         Raises:
             ValueError: there are no questions.
         """
-        metrics: dict[str, float] = {}
-        for prefix, questions in self._evaluated(eval_dataset, metric_key_prefix):
-            start = time.perf_counter()
+
+        def answer(questions: Any, progress: bool) -> Mapping[str, float]:
             self.last_evaluation = evaluate_model(
                 self.model,
                 questions,
@@ -372,10 +355,11 @@ class RagTrainer(Trainer):
                 limit=self.eval_limit,
                 max_new_tokens=self.eval_max_new_tokens,
                 loss=True,
-                progress=self._shows_progress,
+                progress=progress,
             )
-            metrics |= self._report(prefix, self.last_evaluation.metrics, start)
-        return metrics
+            return self.last_evaluation.metrics
+
+        return self._measure(answer, eval_dataset, metric_key_prefix)
 
     def evaluate_retrieval(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
@@ -394,57 +378,53 @@ class RagTrainer(Trainer):
         """
         question_batch = self.model.processor.question_batch
         retriever = DenseRetriever(self.model.retriever, question_batch)
-        metrics: dict[str, float] = {}
-        for prefix, questions in self._evaluated(eval_dataset, metric_key_prefix):
-            start = time.perf_counter()
+
+        def rank(questions: Any, progress: bool) -> Mapping[str, float]:
             result = evaluate_retrieval(
-                retriever,
-                questions,
-                ks=self.eval_ks,
-                limit=self.eval_limit,
-                progress=self._shows_progress,
+                retriever, questions, ks=self.eval_ks, limit=self.eval_limit, progress=progress
             )
-            found = recall(result.rankings, self.eval_ks)
-            metrics |= self._report(prefix, found, start)
-        return metrics
+            return recall(result.rankings, self.eval_ks)
 
-    @property
-    def _shows_progress(self) -> bool:
-        return not self.args.disable_tqdm and self.is_world_process_zero()
+        return self._measure(rank, eval_dataset, metric_key_prefix)
 
-    def _evaluated(self, questions: Any, prefix: str) -> list[tuple[str, Any]]:
-        """Return the prefix and the questions of each set."""
+    def _measure(
+        self, measure: Callable[[Any, bool], Mapping[str, float]], questions: Any, prefix: str
+    ) -> dict[str, float]:
+        """Measure each set of questions, log the figures and tell the callbacks."""
         questions = self.eval_dataset if questions is None else questions
         if questions is None:
             raise ValueError("eval_dataset: expected questions, got none")
+        sets = {prefix: questions}
         if isinstance(questions, dict):
-            return [(f"{prefix}_{name}", part) for name, part in questions.items()]
-        return [(prefix, questions)]
-
-    def _report(self, prefix: str, values: Mapping[str, float], start: float) -> dict[str, float]:
-        """Log the measures of an evaluation that began at `start`, and tell the callbacks."""
-        seconds = time.perf_counter() - start
-        self.evaluation_seconds += seconds
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
-        metrics[f"{prefix}_runtime"] = round(seconds, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+            sets = {f"{prefix}_{name}": part for name, part in questions.items()}
+        progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        result: dict[str, float] = {}
+        for name, part in sets.items():
+            start = time.perf_counter()
+            values = measure(part, progress)
+            seconds = time.perf_counter() - start
+            self.evaluation_seconds += seconds
+            metrics = {f"{name}_{metric}": value for metric, value in values.items()}
+            metrics[f"{name}_runtime"] = round(seconds, 3)
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            result |= metrics
+        return result
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def _begin_checkpoint(self, folder: Path) -> None:
         """Write model, index and refresher; transformers writes the rest."""
         if self.args.should_save:
-            begin(folder)
+            checkpoints.begin(folder)
         self.accelerator.wait_for_everyone()
         state = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded else None
         if self.args.should_save:
-            write_weights(self.model, folder, state)
-            write_index(self.model, folder, changing=self.refresher.changing)
-            write_refresher(self.refresher, folder)
+            checkpoints.write_weights(self.model, folder, state)
+            checkpoints.write_index(self.model, folder, changing=self.refresher.changing)
+            checkpoints.write_refresher(self.refresher, folder)
         # transformers appends to the list of callbacks of one class with each checkpoint, and fails
         # for a callback that was not there before a resume
         exportable = [
@@ -459,12 +439,12 @@ class RagTrainer(Trainer):
     def _restore(self, checkpoint: Path) -> None:
         """Check all of a checkpoint, and load what transformers does not: index and refresher."""
         if not (self.args.save_only_model or self._sharded):
-            require_training_state(checkpoint, self.args.world_size)
-        check_files(checkpoint)
-        check_state(checkpoint)
-        check_weights(self.model, checkpoint)
-        read_refresher(self.refresher, checkpoint)
-        read_index(self.model, checkpoint)
+            checkpoints.require_training_state(checkpoint, self.args.world_size)
+        checkpoints.check_files(checkpoint)
+        checkpoints.check_state(checkpoint)
+        checkpoints.check_weights(self.model, checkpoint)
+        checkpoints.read_refresher(self.refresher, checkpoint)
+        checkpoints.read_index(self.model, checkpoint)
 
     @property
     def _sharded(self) -> bool:
@@ -477,10 +457,10 @@ class RagTrainer(Trainer):
             return None
         folder = Path(self.args.output_dir if resume is True else resume)
         folders.recover(folder)
-        if (folder / STATE).is_file():
+        if (folder / checkpoints.STATE).is_file():
             return folder
-        remove_leftovers(folder)
-        found = checkpoints(folder)
+        checkpoints.remove_leftovers(folder)
+        found = checkpoints.checkpoints(folder)
         if not found:
             raise ValueError(
                 f"resume_from_checkpoint: expected a checkpoint in {folder}, found none"
