@@ -94,33 +94,46 @@ def pooled_corpus(data: Path, pools: Sequence[Path], out: Path) -> Path:
 def make_config(args: argparse.Namespace) -> RagConfig:
     """Gather every setting of the run; it is saved as OUT/config.yaml."""
     args.out.mkdir(parents=True, exist_ok=True)
-    return RagConfig(
-        question_encoder=str(package_folder(*MINILM) / "model"),
-        generator=str(dequantise_smollm2(args.models / "smollm2-135m-instruct")),
-        corpus=str(pooled_corpus(args.data, args.pool, args.out)),
-        train_questions=str(find_file(args.data, "train")),
-        output_dir=str(args.out),
-        marginal=args.marginal,
-        n_docs=args.n_docs,
-        template=args.template,
-        lora={"rank": 16} if args.tuning == "lora" else None,
-        train_passage_encoder=args.refresh != "frozen",
-        refresh=args.refresh,
-        retriever_lr=args.retriever_lr,
-        generator_lr=args.generator_lr or (2e-4 if args.tuning == "lora" else 2e-5),
-        warmup=0.1,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        accumulation=args.accumulation,
-        precision=args.precision,
-        gradient_checkpointing=args.gradient_checkpointing,
-        max_context=args.max_context,
-        eval_batch_size=args.eval_batch_size,
-        eval_max_new_tokens=16,
-        log_steps=max(1, args.steps // 20),
-        save_steps=max(10, args.steps // 4),
-        seed=args.seed,
-        device="cpu" if args.cpu else "auto",
+    lora = args.tuning == "lora"
+    return RagConfig.from_dict(
+        {
+            "retriever": {
+                "question_encoder": str(package_folder(*MINILM) / "model"),
+                "n_docs": args.n_docs,
+                "train_passage_encoder": args.refresh != "frozen",
+                "learning_rate": args.retriever_lr,
+            },
+            "reader": {
+                "generator": str(dequantise_smollm2(args.models / "smollm2-135m-instruct")),
+                "lora": {"rank": 16 if lora else None},
+            },
+            "loss": {"marginal": args.marginal},
+            "data": {
+                "corpus": str(pooled_corpus(args.data, args.pool, args.out)),
+                "train_questions": str(find_file(args.data, "train")),
+                "template": args.template,
+                "max_context": args.max_context,
+            },
+            "refresh": {"policy": args.refresh},
+            "evaluation": {"max_new_tokens": 16},
+            "training": {
+                "output_dir": str(args.out),
+                "learning_rate": args.generator_lr or (2e-4 if lora else 2e-5),
+                "warmup_steps": 0.1,
+                "max_steps": args.steps,
+                "per_device_train_batch_size": args.batch_size,
+                "per_device_eval_batch_size": args.eval_batch_size,
+                "gradient_accumulation_steps": args.accumulation,
+                "gradient_checkpointing": args.gradient_checkpointing,
+                "bf16": args.precision == "bf16",
+                "fp16": args.precision == "fp16",
+                "logging_steps": max(1, args.steps // 20),
+                "save_strategy": "steps",
+                "save_steps": max(10, args.steps // 4),
+                "seed": args.seed,
+                "use_cpu": args.cpu,
+            },
+        }
     )
 
 
@@ -137,9 +150,9 @@ def measure(
     result = evaluate(
         model,
         questions,
-        batch_size=config.eval_batch_size,
+        batch_size=config.training.per_device_eval_batch_size,
         ks=RECALL_AT,
-        max_new_tokens=config.eval_max_new_tokens,
+        max_new_tokens=config.evaluation.max_new_tokens,
         description=title,
     )
     report = {}
@@ -174,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, train, measure again."""
     config = make_config(args)
     model = build_model(config, resume=args.resume)
-    training = list(read_questions(config.train_questions))
+    training = list(read_questions(config.data.train_questions))
     trainer = RagTrainer(model, config, build_collator(model, config), training)
     questions = dev_questions(args.data, args.eval_limit)
     before = measure(model, questions, config, "before")
@@ -190,13 +203,13 @@ def run(args: argparse.Namespace) -> None:
         "after": after,
         "n_questions": len(questions),
         "n_passages": len(model.passages),
-        "steps": config.steps,
+        "steps": config.training.max_steps,
         "train_seconds": round(seconds, 1),
         "device": str(trainer.args.device),
         "settings": {key: str(value) for key, value in vars(args).items() if key != "out"},
     }
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{config.steps} steps in {seconds:.0f} s on {trainer.args.device}")
+    print(f"\n{config.training.max_steps} steps in {seconds:.0f} s on {trainer.args.device}")
     print(f"figures in {args.out / 'summary.json'}")
 
 

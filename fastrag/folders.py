@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all.
+"""Folders that appear whole or not at all, and files that are replaced in one step.
 
     begin                        .index.tmp-host-71-9f3c52ab    empty, beside the target `index`
     (write into it)
@@ -24,7 +24,7 @@ import shutil
 import socket
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -238,6 +238,33 @@ def flush_tree(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(folder)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary sibling to write, which takes the file's name when the block ends.
+
+    A reader, or a process that is killed, sees the old file or the new one. After an error in the
+    block the old file stays and the sibling is removed. A symbolic link stays a link: the file that
+    it names is replaced.
+
+    Args:
+        path: the file to appear or to be replaced.
+
+    Yields:
+        The path to write to.
+
+    Example:
+        >>> with replacing("curve.txt") as temporary:            # doctest: +SKIP
+        ...     temporary.write_text("loss 0.5")
+    """
+    target = _resolved(Path(path))
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

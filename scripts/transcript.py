@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 COLUMNS = 80
-TRAIN = "steps={steps} eval_steps={eval_steps} log_steps={log_steps} eval_limit=60"
+TRAIN = (
+    " --training.max_steps {steps} --training.eval_steps {eval_steps}"
+    " --training.save_steps {eval_steps} --training.logging_steps {log_steps}"
+    " --evaluation.limit 60"
+)
 QUESTIONS = ("what is the capital of Peru?", "how dense is tungsten?")
 HEADER = """# Transcript
 
@@ -132,10 +136,9 @@ def commands(steps: int) -> list[str]:
         shlex.split(x, comments=True) for x in readme_block("sh", "fastrag train").splitlines()
     )
     lines = [shlex.join(words) for words in split if words]
-    settings = TRAIN.format(
+    overrides = TRAIN.format(
         steps=steps, eval_steps=max(1, steps // 2), log_steps=max(1, steps // 8)
     )
-    overrides = "".join(f" --set {each}" for each in settings.split())
     shown = [line + overrides if line.startswith("fastrag train") else line for line in lines]
     asked = " ".join(f'"{question}"' for question in QUESTIONS)
     return [*shown, "fastrag index info runs/index", f"fastrag ask --model runs/mine {asked}"]

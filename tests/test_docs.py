@@ -28,13 +28,14 @@ from transformers import RagConfig as HuggingFaceConfig
 from fastrag import cli
 from fastrag.terminal import columns
 from fastrag.train import RagConfig
+from fastrag.train.config import LossConfig
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 # Of a page's runs, what takes long: the text, and what it is here.
-SHORTER = {"steps=2000": "steps=4", "every:200": "every:2"}
+SHORTER = {'"max_steps": 2000': '"max_steps": 4', "every:200": "every:2"}
 WINDOW = 512  # tokens; what configs ask for by default
 
 
@@ -118,8 +119,8 @@ def test_readme_runs(folder: Path) -> None:
         assert isinstance(tensor, torch.Tensor)
         assert tensor.grad is not None and bool(tensor.grad.abs().sum() > 0), name
     assert names["trainer"].state.global_step == 4
-    assert (folder / names["config"].output_dir / "model").is_dir()
-    assert names["config"].marginal == RagConfig.marginal  # both ways in train one model
+    assert (folder / names["config"].training.output_dir / "model").is_dir()
+    assert names["config"].loss.marginal == LossConfig.marginal  # both ways in train one model
 
 
 def test_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +166,7 @@ def test_yaml_configs_are_valid() -> None:
     assert found
     for text in found:
         config = RagConfig.from_dict(yaml.safe_load(text))
-        assert (config.steps, config.marginal) == (2000, RagConfig.marginal)
+        assert (config.training.max_steps, config.loss.marginal) == (2000, LossConfig.marginal)
 
 
 def test_records_are_read(tmp_path: Path) -> None:
@@ -185,7 +186,9 @@ def test_commands_exist(command: list[str]) -> None:
     while "=" in command[0]:  # settings of the environment
         command = command[1:]
     name, *arguments = command
-    if name == "fastrag":
+    if name == "fastrag" and arguments[0] == "train":
+        assert cli.train.parser().parse_args(arguments[1:], defaults=False).config
+    elif name == "fastrag":
         assert cli.parser().parse_args(arguments).run
     elif name == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastrag import folders
+from fastrag.folders import replacing
 
 STEPS = ["open", "synced", "aside", "in", "done"]
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
@@ -22,6 +23,7 @@ SAVE = """
 import os, sys
 from pathlib import Path
 from fastrag import folders
+from fastrag.folders import replacing
 
 def die(event, args):
     if event == "fastrag.folders":
@@ -297,6 +299,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from fastrag import folders
+from fastrag.folders import replacing
 
 target = Path(sys.argv[1])
 for i in range(100):
@@ -316,3 +319,24 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     last = (target / "a").read_text()
     assert last in ("x99", "y99") and (target / "b").read_text() == last
     assert siblings(target) == ["f"]
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    target, link = tmp_path / "config.yaml", tmp_path / "here" / "config.yaml"
+    target.write_text("old")
+    link.symlink_to(Path("..", target.name))
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+        assert link.read_text() == "old"
+    assert link.is_symlink() and target.read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "here"]
+
+
+def test_an_error_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "config.yaml"
+    target.write_text("old")
+    with pytest.raises(KeyError), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["config.yaml"]

@@ -189,10 +189,10 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     before = measure(model, test, name="before", progress=False)
     out = start.parent / "run" / row.replace(", ", "-").replace(" ", "-")
     config = make_config(settings, out, start=start, progress=False)
-    config.eval_steps = None
-    config.marginal = model.marginal
+    config.training.eval_strategy, config.training.eval_steps = "no", None
+    config.loss.marginal = model.marginal
     if row in FROZEN:
-        config.refresh = "frozen"
+        config.refresh.policy = "frozen"
     trainer = RagTrainer(
         model,
         config,

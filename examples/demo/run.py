@@ -121,7 +121,7 @@ def run(
         model, state = prepare(data, settings, out, progress=progress)
 
     config = make_config(settings, out, progress=progress)
-    config.training["eval_on_start"] = not resume  # the curve begins before the first step
+    config.training.eval_on_start = not resume  # the curve begins before the first step
     trainer = RagTrainer(
         model,
         config,

@@ -41,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 after a user's mistake, 128 + n after signal n.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
+            if words[:1] == ["train"]:
+                return train.run(words[1:])
+            arguments = parser().parse_args(words)
             return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt as error:
         # TrainingInterrupted says which signal came and where the checkpoint is; its note says how

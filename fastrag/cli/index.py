@@ -161,8 +161,8 @@ def _dtype(text: str) -> str:
 
 def _template(text: str) -> str | dict[str, Any]:
     """Read a template as a config's `template` may state it."""
-    from fastrag.train.config import TEMPLATES
-    from fastrag.train.yaml_values import parse_yaml
+    from fastrag.data.templates import TEMPLATES
+    from fastrag.train.parsing import parse_yaml
 
     try:
         value = parse_yaml(text)

@@ -1,45 +1,66 @@
-"""`fastrag train`: train from a YAML config."""
+"""`fastrag train`: train from a YAML config and settings on the command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastrag.cli.output import print_metrics, quiet
 
+if TYPE_CHECKING:
+    import jsonargparse
+
+_PROG = "fastrag train"
+_USAGE = "%(prog)s [-h] [--resume [CHECKPOINT]] CONFIG [--SETTING VALUE ...]"
+_DESCRIPTION = (
+    "Train from a YAML config. Every setting of the file can be given as an option as well, for "
+    "example --retriever.n_docs 8."
+)
+_PRINT_CONFIG = "--print_config"
+_TRAINING_HELP = "--training.help"
+
 
 def add(commands: Any) -> None:
-    """Add the command to the parser's."""
-    train = commands.add_parser("train", help="train from a YAML config")
-    train.add_argument("config", help="YAML file of settings")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
-    )
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="CHECKPOINT",
-        help="continue the run in output_dir, from its newest or from this checkpoint",
-    )
-    train.set_defaults(run=run)
+    """List the command; `parser` reads its arguments, because it knows every setting."""
+    commands.add_parser("train", help="train from a YAML config", add_help=False)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(words: Sequence[str]) -> int:
+    """Train with the settings of a file and of the command line.
+
+    Args:
+        words: the arguments behind `fastrag train`.
+
+    Returns:
+        The exit status.
+    """
+    if _show_help(words):
+        return 0
     from fastrag.train.config import RagConfig
+    from fastrag.train.parsing import explained
 
-    config = RagConfig.load(arguments.config, arguments.set)
+    settings = [word for word in words if word != _PRINT_CONFIG]
+    try:
+        given = parser().parse_args(settings, defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        raise ValueError(explained(error, RagConfig)) from None
+    path, resume = given.pop("config"), given.pop("resume", False)
+    config = RagConfig.load(path, given)
+    if _PRINT_CONFIG in words:
+        print(config.to_yaml(), end="")
+        return 0
     quiet()
     from fastrag.train.distributed import leave_processes
     from fastrag.train.run import train_run
 
     try:
-        trainer = train_run(config, arguments.resume)
+        trainer = train_run(config, resume)
     except KeyboardInterrupt as error:
         if getattr(error, "checkpoint", None):
-            error.add_note(_resume_command(arguments))
+            error.add_note(_resume_command([each for each in words if each != "--resume"]))
         raise
     leave_processes(trainer)
     if not trainer.is_world_process_zero():
@@ -48,14 +69,70 @@ def run(arguments: argparse.Namespace) -> int:
         print_metrics(trainer.last_evaluation)
     state = trainer.state
     best = f" (of step {state.best_global_step}, the best by {config.best_metric})"
-    print(f"model: {config.output_dir}/model{best if state.best_model_checkpoint else ''}")
+    folder = config.training.output_dir
+    print(f"model: {folder}/model{best if state.best_model_checkpoint else ''}")
     return 0
 
 
-def _resume_command(arguments: argparse.Namespace) -> str:
-    settings = "".join(f" --set {each}" for each in arguments.set)
+def parser(*, every_field: bool = True) -> jsonargparse.ArgumentParser:
+    """Make the parser of the command's arguments.
+
+    Args:
+        every_field: add an option for every field of TrainingArguments, and not only for those
+            that `TrainingConfig` states.
+
+    Returns:
+        A jsonargparse parser.
+    """
+    from fastrag.train.config import RagConfig
+    from fastrag.train.parsing import add_settings, make_parser
+    from fastrag.train.training_config import TrainingConfig
+
+    made = make_parser(prog=_PROG, usage=_USAGE, description=_DESCRIPTION)
+    made.add_argument("config", metavar="CONFIG", help="YAML file of settings")
+    made.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=argparse.SUPPRESS,
+        metavar="CHECKPOINT",
+        help="continue the run in training.output_dir, from its newest or from this checkpoint",
+    )
+    made.add_argument(
+        _PRINT_CONFIG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the resolved settings as YAML and exit",
+    )
+    made.add_argument(
+        _TRAINING_HELP,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show every field of transformers.TrainingArguments and exit: all are accepted",
+    )
+    add_settings(made, RagConfig, set() if every_field else TrainingConfig.inherited())
+    return made
+
+
+def _show_help(words: Sequence[str]) -> bool:
+    """Print the help that is asked for, if any."""
+    if _TRAINING_HELP in words:
+        from fastrag.train.parsing import make_parser
+        from fastrag.train.training_config import TrainingConfig
+
+        fields = make_parser(prog=_PROG, usage=_USAGE)
+        fields.add_class_arguments(TrainingConfig, "training")
+        fields.print_help()
+        return True
+    if {"-h", "--help"} & set(words):
+        parser(every_field=False).print_help()
+        return True
+    return False
+
+
+def _resume_command(words: Sequence[str]) -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # as torchrun says
-    command = "fastrag train"
+    command = _PROG
     if processes != "1":
         command = f"torchrun --standalone --nproc-per-node {processes} -m fastrag.cli train"
-    return f"resume with: {command} {arguments.config}{settings} --resume"
+    return f"resume with: {command} {shlex.join(words)} --resume"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["seq2seq", "causal"]
 KINDS: tuple[Kind, ...] = ("seq2seq", "causal")
+TEMPLATES = ("plain", "chat")  # the words for `Template.default` and `Template.from_chat`
 _SLOTS = ("passage", "question")
 _FIELDS = manifests.record(
     {"context": manifests.text()},

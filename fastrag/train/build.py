@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -179,56 +179,64 @@ def build_model(
     from fastrag.nn import RagModel
     from fastrag.train.distributed import is_first_process, launched_processes
 
-    built = Path(config.output_dir) / INDEX_FOLDER
-    if config.index is None and not (resume and built.is_dir()) and launched_processes() > 1:
+    built = Path(config.training.output_dir) / INDEX_FOLDER
+    if (
+        config.retriever.index is None
+        and not (resume and built.is_dir())
+        and launched_processes() > 1
+    ):
         # every process would encode the corpus into the same folder
         raise ValueError(
-            "index: expected a folder from `fastrag index build` where several processes train, "
-            "got null"
+            "retriever.index: expected a folder from `fastrag index build` where several "
+            "processes train, got null"
         )
-    set_seed(config.seed)
-    passage_folder = config.passage_encoder or config.question_encoder
-    question_encoder = load_encoder(config.question_encoder, "question_encoder", "query")
+    set_seed(config.training.seed)
+    question_folder = config.retriever.question_encoder
+    passage_folder = config.retriever.passage_encoder or question_folder
+    question_encoder = load_encoder(question_folder, "question_encoder", "query")
     passage_encoder = load_encoder(passage_folder, "passage_encoder", "passage")
+    generator_folder = config.reader.generator
     dtype, stored = choose_dtype(config)
     if progress and stored not in (dtype, None) and is_first_process():
         said = [str(each).removeprefix("torch.") for each in (dtype, stored)]
-        tqdm.write(f"generator: {said[0]} weights, stored in {said[1]} (see generator_dtype)")
-    generator: PreTrainedModel = load_generator(config.generator, config.lora, dtype)
-    question_tokenizer = load_tokenizer(config.question_encoder, "question_encoder")
-    generator_tokenizer = load_tokenizer(config.generator, "generator")
-    kind = generator_kind(config.generator)
+        tqdm.write(f"generator: {said[0]} weights, stored in {said[1]} (see reader.dtype)")
+    generator: PreTrainedModel = load_generator(generator_folder, config.reader.lora, dtype)
+    question_tokenizer = load_tokenizer(question_folder, "question_encoder")
+    generator_tokenizer = load_tokenizer(generator_folder, "generator")
+    kind = generator_kind(generator_folder)
+    own_tokenizer = config.retriever.passage_encoder is not None
     processor = RagProcessor.for_encoders(
         question_encoder,
         passage_encoder,
         question_tokenizer,
         generator_tokenizer,
         kind=kind,
-        template=make_template(config.template, generator_tokenizer, kind),
+        template=make_template(config.data.template, generator_tokenizer, kind),
         passage_tokenizer=(
-            load_tokenizer(passage_folder, "passage_encoder") if config.passage_encoder else None
+            load_tokenizer(passage_folder, "passage_encoder") if own_tokenizer else None
         ),
-        max_question=config.max_question,
-        max_passage=config.max_passage or MAX_PASSAGE,
-        max_answer=config.max_answer,
-        max_context=config.max_context,
+        max_question=config.data.max_question,
+        max_passage=config.data.max_passage or MAX_PASSAGE,
+        max_answer=config.data.max_answer,
+        max_context=config.data.max_context,
     )
-    ready = config.index or (built if resume and built.is_dir() else None)
+    ready = config.retriever.index or (built if resume and built.is_dir() else None)
     found = None if ready is None else load_index(ready)
     if on_loaded is not None:
         on_loaded()
     if found is not None:
         index, passages = found
     else:
+        corpus = config.data.corpus or DEFAULT
         index, passages = build_index(
             built,
-            load_passages(config.corpus or DEFAULT),
+            load_passages(corpus),
             passage_encoder,
             processor,
-            batch_size=config.encode_batch_size,
-            dtype=config.index_dtype,
-            origin={"encoder": passage_folder, "corpus": config.corpus or DEFAULT},
-            device="cuda" if config.device == "auto" and torch.cuda.is_available() else None,
+            batch_size=config.refresh.batch_size,
+            dtype=config.retriever.index_dtype,
+            origin={"encoder": passage_folder, "corpus": corpus},
+            device="cuda" if not config.training.use_cpu and torch.cuda.is_available() else None,
             progress=progress,
         )
         passage_encoder.to("cpu")
@@ -239,22 +247,20 @@ def build_model(
         index,
         passages,
         processor,
-        n_docs=config.n_docs,
-        marginal=config.marginal,
-        tau=config.tau,
-        learn_tau=config.learn_tau,
-        train_passage_encoder=config.train_passage_encoder,
-        explore=config.explore,
-        explore_pool=config.explore_pool,
-        explore_tau=config.explore_tau,
-        label_smoothing=config.label_smoothing,
-        objective=config.objective,
-        tau_lm=config.tau_lm,
+        n_docs=config.retriever.n_docs,
+        marginal=config.loss.marginal,
+        tau=config.retriever.tau,
+        learn_tau=config.retriever.learn_tau,
+        train_passage_encoder=config.retriever.train_passage_encoder,
+        explore=config.retriever.explore,
+        explore_pool=config.retriever.explore_pool,
+        explore_tau=config.retriever.explore_tau,
+        label_smoothing=config.loss.label_smoothing,
+        objective=config.loss.objective,
+        tau_lm=config.loss.tau_lm,
     )
-    if config.index is not None and not resume:
+    if config.retriever.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return model
 
 
@@ -268,8 +274,7 @@ def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
     Returns:
         The collator.
     """
-    choice: Any = config.answer_choice
-    return RagCollator(model.processor, answer_choice=choice)
+    return RagCollator(model.processor, answer_choice=config.data.answer_choice)
 
 
 def _warn_of_another_encoder(

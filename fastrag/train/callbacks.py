@@ -21,9 +21,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from fastrag import terminal
+from fastrag.folders import replacing
 from fastrag.nn.retriever import Retrieved, Retriever
 from fastrag.train import checkpoints
-from fastrag.train.files import replacing
 
 if TYPE_CHECKING:
     from fastrag.freshness import IndexRefresher

@@ -1,8 +1,8 @@
-"""RagConfig: every setting of a training run, as one flat YAML file.
+"""RagConfig: all settings of a training run, nested by the part of the system they configure.
 
-An unknown key or a value out of range is an error that says what was expected, because a
-misspelt setting that is silently ignored costs a whole run. `RagConfig.save` writes the
-resolved settings, so that the run folder alone says how a model came to be.
+A misspelt name or a value out of range is an error before anything is loaded, because a setting
+that is silently ignored costs a whole run. `RagConfig.save` writes the resolved settings, so that
+the run folder alone says how a model was trained.
 """
 
 from __future__ import annotations
@@ -11,174 +11,83 @@ import dataclasses
 import math
 import os
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from fastrag.data.templates import TEMPLATES
+from fastrag.folders import replacing
 from fastrag.freshness import RefreshPolicy
-from fastrag.index.codec import DTYPES
-from fastrag.messages import clipped, shown
-from fastrag.nn.loss import MARGINALS
+from fastrag.messages import shown
 from fastrag.nn.objectives import objective_words
-from fastrag.train.files import replacing
-from fastrag.train.settings import coerce, override, read_yaml, require, require_word, unknown
+from fastrag.train.parsing import read_yaml, require, typed
+from fastrag.train.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What may differ when a run resumes: it changes how long and how a run is watched, not what it
-# trains.
+LEARNING_RATE = 5e-5
+LORA_LEARNING_RATE = 2e-4  # the update is a product of two small matrices, one initially zero
+ANSWER_METRICS = ("em", "f1", "loss")
+
+# Settings that a resumed run may change: they decide how long it trains, where it runs and how it
+# is watched, not what it trains. Of `training`, the fields that must not change are fewer.
 FREE_ON_RESUME = (
-    "output_dir",
-    "steps",
-    "epochs",
-    "eval_questions",
-    "eval_at_start",
-    "eval_steps",
-    "eval_limit",
-    "eval_ks",
-    "eval_batch_size",
-    "eval_max_new_tokens",
-    "best_metric",
-    "early_stopping",
-    "log_steps",
-    "save_steps",
-    "keep_checkpoints",
-    "encode_batch_size",
-    "report_to",
-    "device",
-    "index_device",
-    "training",
+    "retriever.index_device",
+    "data.eval_questions",
+    "refresh.batch_size",
+    "evaluation.",
 )
-PRECISIONS = ("fp32", "bf16", "fp16")
-GENERATOR_DTYPES = ("auto", "float32", "bfloat16")
-ANSWER_CHOICES = ("first", "random")
-EVALS_AT_START = ("retrieval", "full", "none")
-TEMPLATES = ("plain", "chat")
-BEST_METRICS = ("em", "f1", "loss")
-GENERATOR_LR = 5e-5
-LORA_LR = 2e-4  # the update is a product of two small matrices, one of which starts at zero
-POSITIVE = (
-    "n_docs",
-    "batch_size",
-    "accumulation",
-    "max_question",
-    "max_answer",
-    "max_context",
-    "eval_batch_size",
-    "eval_max_new_tokens",
-    "log_steps",
-    "encode_batch_size",
-)
-POSITIVE_OR_NONE = (
-    "max_passage",
-    "steps",
-    "eval_steps",
-    "eval_limit",
-    "save_steps",
-    "keep_checkpoints",
+BOUND_IN_TRAINING = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "seed",
+    "data_seed",
 )
 
 
 @dataclass
-class RagConfig:
-    """All settings of one training run.
-
-    Paths are taken relative to the working directory. Model parts are local folders: a Hugging
-    Face folder, a sentence-transformers folder (encoders only), or one written by fastrag.
+class RetrieverConfig:
+    """Encoders, index and search.
 
     Args:
-        question_encoder: folder of the question encoder.
-        generator: folder of the seq2seq or causal language model.
-        passage_encoder: folder of the passage encoder; None takes the question encoder's.
-        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set, which None
-            stands for. An `index` that is given has its own passages.
-        index: folder written by `fastrag index build`; None builds one in the run folder.
-        train_questions: questions file, or `default:<split>`.
-        eval_questions: questions for the evaluation during training; None evaluates nothing.
-        output_dir: run folder.
-        marginal: `token` or `sequence` (Lewis et al. 2020, sec. 2.1).
+        question_encoder: model folder or Hub id of the question encoder; required.
+        passage_encoder: that of the passage encoder; null takes the question encoder's.
+        index: folder written by `fastrag index build`; null builds one in the run folder.
+        index_dtype: how a new index stores vectors.
+        index_device: auto, where the model trains; cpu, in host memory; stream, in host memory and
+            searched where the model trains.
         n_docs: passages per question, K.
-        tau: temperature of the scores; None takes 1, or .05 for normalised encoders.
+        tau: temperature of the scores; null takes 1, or .05 for encoders that normalise.
         learn_tau: train the temperature.
         train_passage_encoder: encode the K passages of a step with gradient.
         explore: how many of the K passages are drawn from the softened prior in training.
-        explore_pool: how many candidates they are drawn from; None: all passages.
-        explore_tau: softening of the prior they are drawn from.
-        refresh: `frozen` or `every:<steps>`, when stored vectors are made anew.
-        retriever_lr: learning rate of both encoders and the temperature.
-        generator_lr: learning rate of the generator; None: 5e-5, or 2e-4 with `lora`.
-        weight_decay: AdamW's, on matrices only.
-        adam_betas: AdamW's two decay rates.
-        lr_scheduler: a schedule name of transformers.
-        lr_scheduler_kwargs: further settings of the schedule.
-        warmup: warm-up steps when >= 1, else their share of all steps.
-        max_grad_norm: gradient clipping; 0 switches it off.
-        label_smoothing: epsilon of the marginal loss, in [0, 1).
-        objective: `marginal`, `emdr2`, `pdist` or `replug`, see `fastrag.RagLoss`.
-        tau_lm: temperature of the generator's say about the passages, in `pdist` and `replug`.
-        steps: number of optimiser steps; None trains `epochs`.
-        epochs: passes over the questions when `steps` is None.
-        batch_size: questions per device and forward pass.
-        accumulation: forward passes per optimiser step.
-        precision: `fp32`, or autocast to `bf16` or `fp16`.
-        generator_dtype: how the generator's weights are kept: `float32`, `bfloat16` (the optimiser
-            then updates float32 copies), or `auto`: float32, but bfloat16 where LoRA leaves
-            weights as they are that are stored so, and precision is `bf16`.
-        gradient_checkpointing: recompute activations in the backward pass.
-        max_question: question tokens of the retriever, at which a longer question is cut.
-        max_passage: passage tokens of the passage encoder, at which a longer passage is cut when
-            the index is built; None: 256. An `index` that is given was cut when it was built.
-        max_answer: answer tokens.
-        max_context: window of the generator's input.
-        answer_choice: train on the `first` or a `random` answer.
-        template: `plain`, `chat`, or a mapping of a `Template`'s fields.
-        lora: None, or a mapping with `rank` and optionally `alpha`, `dropout`, `targets` (names of
-            layers, `all-linear`, or a regular expression for their paths).
-        eval_at_start: what to measure before training: `retrieval`, recall@k alone, which takes
-            seconds; `full`, answers and loss as well; or `none`.
-        eval_steps: evaluate every so many steps; None only before and after training.
-        eval_limit: evaluate on so many fixed questions; None on all.
-        eval_ks: the k of recall@k.
-        eval_batch_size: questions per evaluation batch.
-        eval_max_new_tokens: answer length in generation.
-        best_metric: metric that picks the best checkpoint, for example `em`; None keeps the last.
-        early_stopping: stop after so many evaluations without a better `best_metric`.
-        log_steps: log every so many steps.
-        save_steps: write a checkpoint every so many steps; None only after a signal. With
-            `best_metric`, checkpoints are written at the evaluations instead.
-        keep_checkpoints: how many checkpoints to keep besides the best; None keeps all.
-        encode_batch_size: passages per batch when the index is built or refreshed.
-        seed: seed of everything random.
-        report_to: where transformers reports to, for example [tensorboard]; None: TensorBoard if it
-            is installed.
-        device: `auto` or `cpu`.
-        index_dtype: how a new index stores vectors: float32, float16, bfloat16 or int8.
-        index_device: `auto`: index and passages where the model trains; `cpu`: on the host;
-            `stream`: on the host, a FlatIndex searched where the model trains.
-        training: further fields of transformers' TrainingArguments.
-
-    Raises:
-        ValueError: a value is out of range or of the wrong type.
-
-    Example:
-        >>> config = RagConfig(question_encoder="minilm", generator="smollm2")
-        >>> config.n_docs, config.refresh
-        (5, 'frozen')
+        explore_pool: how many candidates they are drawn from; null: all passages.
+        explore_tau: temperature that softens the prior they are drawn from.
+        learning_rate: learning rate of both encoders and the temperature.
     """
 
-    question_encoder: str
-    generator: str
+    question_encoder: str = ""
     passage_encoder: str | None = None
-    corpus: str | None = None
     index: str | None = None
-    train_questions: str = "default:train"
-    eval_questions: str | None = None
-    output_dir: str = "runs/rag"
-    marginal: str = "token"
+    index_dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    index_device: Literal["auto", "cpu", "stream"] = "auto"
     n_docs: int = 5
     tau: float | None = None
     learn_tau: bool = False
@@ -186,293 +95,437 @@ class RagConfig:
     explore: int = 0
     explore_pool: int | None = 256
     explore_tau: float = 1.0
-    refresh: str = "frozen"
-    retriever_lr: float = 2e-5
-    generator_lr: float | None = None
-    weight_decay: float = 0.0
-    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    lr_scheduler: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    warmup: float = 0.0
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    learning_rate: float = 2e-5
+
+
+@dataclass
+class LoraConfig:
+    """LoRA adapters on the generator.
+
+    Args:
+        rank: rank of the adapters; null: no LoRA, all weights train.
+        alpha: scale of the adapters; null: twice the rank.
+        dropout: dropout before the adapters.
+        targets: names of layers, all-linear, or a regular expression for their paths.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass
+class ReaderConfig:
+    """The generator.
+
+    Args:
+        generator: model folder or Hub id of the seq2seq or causal language model; required.
+        dtype: how its weights are kept: float32, bfloat16 (the optimiser then updates float32
+            copies), or auto: float32, except for weights stored in bfloat16 that LoRA leaves
+            unchanged, with training.bf16.
+        lora: LoRA adapters.
+    """
+
+    generator: str = ""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class LossConfig:
+    """The marginal likelihood, see `fastrag.RagLoss`.
+
+    Args:
+        marginal: token or sequence (Lewis et al. 2020, section 2.1).
+        objective: marginal, emdr2, pdist or replug.
+        tau_lm: temperature of the generator's distribution over passages, in pdist and replug.
+        label_smoothing: epsilon of label smoothing, in [0, 1).
+    """
+
+    marginal: Literal["token", "sequence"] = "token"
     objective: str = "marginal"
     tau_lm: float = 1.0
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 8
-    accumulation: int = 1
-    precision: str = "fp32"
-    generator_dtype: str = "auto"
-    gradient_checkpointing: bool = False
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """Corpus, questions, and how both are tokenised.
+
+    Args:
+        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set, which null
+            stands for. With retriever.index, the passages are those of the index.
+        train_questions: questions file, or default:<split>.
+        eval_questions: questions of the evaluation during training; null evaluates nothing.
+        template: plain, chat, or a mapping of the fields of a `Template`.
+        max_question: question tokens of the retriever; longer questions are cut.
+        max_passage: passage tokens of the passage encoder; longer passages are cut when the index
+            is built. null: 256. With retriever.index, passages were cut when it was built.
+        max_context: tokens of the generator's input.
+        max_answer: answer tokens.
+        answer_choice: train on the first or a random answer.
+    """
+
+    corpus: str | None = None
+    train_questions: str = "default:train"
+    eval_questions: str | None = None
+    template: dict[str, Any] | str = "plain"
     max_question: int = 64
     max_passage: int | None = None
-    max_answer: int = 32
     max_context: int = 512
-    answer_choice: str = "first"
-    template: str | dict[str, Any] = "plain"
-    lora: dict[str, Any] | None = None
-    eval_at_start: str = "retrieval"
-    eval_steps: int | None = None
-    eval_limit: int | None = 200
-    eval_ks: list[int] = field(default_factory=lambda: [1, 5])
-    eval_batch_size: int = 16
-    eval_max_new_tokens: int = 32
-    best_metric: str | None = None
+    max_answer: int = 32
+    answer_choice: Literal["first", "random"] = "first"
+
+
+@dataclass
+class RefreshConfig:
+    """When the vectors of the index are recomputed.
+
+    Args:
+        policy: frozen, or every:<steps>.
+        batch_size: passages per batch when the index is built or refreshed.
+    """
+
+    policy: str = "frozen"
+    batch_size: int = 64
+
+
+@dataclass
+class EvaluationConfig:
+    """What an evaluation measures.
+
+    Args:
+        at_start: what to measure before training: retrieval (recall@k, in seconds), full (answers
+            and loss as well), or none.
+        limit: evaluate on so many fixed questions; null: on all.
+        ks: the k of recall@k.
+        max_new_tokens: longest generated answer.
+        early_stopping: stop after so many evaluations without a better
+            training.metric_for_best_model; null: never.
+    """
+
+    at_start: Literal["retrieval", "full", "none"] = "retrieval"
+    limit: int | None = 200
+    ks: list[int] = field(default_factory=lambda: [1, 5])
+    max_new_tokens: int = 32
     early_stopping: int | None = None
-    log_steps: int = 10
-    save_steps: int | None = None
-    keep_checkpoints: int | None = 2
-    encode_batch_size: int = 64
-    seed: int = 0
-    report_to: list[str] | None = None
-    device: str = "auto"
-    index_dtype: str = "float32"
-    index_device: str = "auto"
-    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RagConfig:
+    """All settings of one training run.
+
+    Paths are relative to the working directory.
+
+    Args:
+        retriever: encoders, index and search.
+        reader: the generator.
+        loss: the marginal likelihood.
+        data: corpus, questions, and how both are tokenised.
+        refresh: when the vectors of the index are recomputed.
+        evaluation: what an evaluation measures.
+        training: the fields of transformers.TrainingArguments, with defaults of our own.
+
+    Raises:
+        ValueError: a value is out of range, or two settings contradict each other.
+
+    Example:
+        >>> config = RagConfig(RetrieverConfig("minilm"), ReaderConfig("smollm2"))
+        >>> config.retriever.n_docs, config.refresh.policy, config.training.learning_rate
+        (5, 'frozen', 5e-05)
+    """
+
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for each in dataclasses.fields(self):
-            setattr(self, each.name, coerce(each.name, getattr(self, each.name), hints[each.name]))
-        if self.generator_lr is None:
-            self.generator_lr = GENERATOR_LR if self.lora is None else LORA_LR
-        for name in POSITIVE:
-            require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
-        for name in (*POSITIVE_OR_NONE, "early_stopping"):
-            value = getattr(self, name)
-            require(name, value is None or value >= 1, "an integer >= 1 or null", value)
-        require_word("marginal", self.marginal, MARGINALS)
-        require_word("objective", self.objective, objective_words())
-        require_word("precision", self.precision, PRECISIONS)
-        require_word("generator_dtype", self.generator_dtype, GENERATOR_DTYPES)
-        # the loss scaler of fp16 looks for gradients where the float32 copies are
-        fits = (self.generator_dtype, self.precision) != ("bfloat16", "fp16")
-        require("generator_dtype", fits, "auto or float32 with precision fp16", "bfloat16")
-        require_word("answer_choice", self.answer_choice, ANSWER_CHOICES)
-        require_word("eval_at_start", self.eval_at_start, EVALS_AT_START)
-        require_word("device", self.device, ("auto", "cpu"))
-        require_word("index_dtype", self.index_dtype, DTYPES)
-        require_word("index_device", self.index_device, ("auto", "cpu", "stream"))
-        if isinstance(self.template, str):
-            require_word("template", self.template, TEMPLATES)
-        for name in ("retriever_lr", "generator_lr", "weight_decay", "max_grad_norm", "warmup"):
-            value = getattr(self, name)
-            require(name, math.isfinite(value) and value >= 0.0, "a number >= 0", value)
-        for name in ("tau_lm", "explore_tau", "epochs"):
-            _require_positive(name, getattr(self, name))
-        if self.tau is not None:
-            _require_positive("tau", self.tau, " or null")
-        pool = self.explore_pool
-        require(
-            "explore_pool",
-            pool is None or pool >= self.n_docs,
-            f"an integer >= n_docs = {self.n_docs} or null",
-            pool,
-        )
-        require(
-            "label_smoothing",
-            0.0 <= self.label_smoothing < 1.0,
-            "a number in [0, 1)",
-            self.label_smoothing,
-        )
-        require(
-            "explore",
-            0 <= self.explore <= self.n_docs,
-            f"an integer from 0 to n_docs = {self.n_docs}",
-            self.explore,
-        )
-        require(
-            "eval_ks", bool(self.eval_ks) and min(self.eval_ks) >= 1, "integers >= 1", self.eval_ks
-        )
-        fits = len(self.adam_betas) == 2 and all(0.0 <= beta < 1.0 for beta in self.adam_betas)
-        require("adam_betas", fits, "two numbers in [0, 1)", self.adam_betas)
-        require("seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1", self.seed)
-        RefreshPolicy.parse(self.refresh)
-        if self.lora is not None:
-            self.lora = _checked_lora(self.lora)
-        _check_best_metric(self.best_metric, self.eval_ks)
-        if self.index is not None:
-            self._require_none("corpus", "which has its own passages")
-            self._require_none("max_passage", "whose passages were cut when it was built")
-        if self.early_stopping is not None and self.best_metric is None:
-            raise ValueError(
-                "early_stopping: expected best_metric to be set as well, for example em; got null"
-            )
-        for name in ("eval_questions", "eval_steps"):
-            if self.best_metric is not None and getattr(self, name) is None:
-                raise ValueError(
-                    f"best_metric: expected {name} to be set when best_metric is "
-                    f"{shown(self.best_metric)}, got null"
-                )
+        if self.training.learning_rate is None:
+            lora = self.reader.lora.rank is not None
+            self.training.learning_rate = LORA_LEARNING_RATE if lora else LEARNING_RATE
+        self._check_retriever()
+        self._check_reader()
+        self._check_loss()
+        self._check_data()
+        try:
+            RefreshPolicy.parse(self.refresh.policy)
+        except ValueError as error:
+            raise ValueError(f"refresh.policy{str(error).removeprefix('refresh')}") from None
+        _require_count("refresh.batch_size", self.refresh.batch_size)
+        self.training.check()
+        self._check_evaluation()
 
-    def _require_none(self, name: str, why: str) -> None:
-        """Refuse a setting that a given index leaves nothing to say."""
+    def _check_retriever(self) -> None:
+        part = self.retriever
+        _require_text("retriever.question_encoder", part.question_encoder)
+        _require_count("retriever.n_docs", part.n_docs)
+        if part.tau is not None:
+            _require_positive("retriever.tau", part.tau, " or null")
+        within = f"an integer from 0 to n_docs = {part.n_docs}"
+        require("retriever.explore", 0 <= part.explore <= part.n_docs, within, part.explore)
+        pool = part.explore_pool
+        fits = pool is None or pool >= part.n_docs
+        at_least = f"an integer >= n_docs = {part.n_docs} or null"
+        require("retriever.explore_pool", fits, at_least, pool)
+        _require_positive("retriever.explore_tau", part.explore_tau)
+        rate = part.learning_rate
+        require("retriever.learning_rate", 0.0 <= rate < math.inf, "a number >= 0", rate)
+
+    def _check_reader(self) -> None:
+        part, lora = self.reader, self.reader.lora
+        _require_text("reader.generator", part.generator)
+        # the loss scaler of fp16 expects gradients in float16 or float32
+        fits = not (part.dtype == "bfloat16" and self.training.fp16)
+        require("reader.dtype", fits, "auto or float32 with training.fp16", part.dtype)
+        others = [each for each, value in vars(LoraConfig()).items() if vars(lora)[each] != value]
+        why = f", since reader.lora.{others[0]} is set" if others else " or null"
+        holds = (lora.rank is None and not others) or (lora.rank or 0) >= 1
+        require("reader.lora.rank", holds, f"an integer >= 1{why}", lora.rank)
+        if lora.alpha is not None:
+            _require_positive("reader.lora.alpha", lora.alpha, " or null")
         require(
-            name,
-            getattr(self, name) is None,
-            f"null with index = {shown(self.index)}, {why}",
-            getattr(self, name),
+            "reader.lora.dropout", 0.0 <= lora.dropout < 1.0, "a number in [0, 1)", lora.dropout
         )
+
+    def _check_loss(self) -> None:
+        part = self.loss
+        words = objective_words()
+        one_of = f"one of {', '.join(words)}"
+        require("loss.objective", part.objective in words, one_of, part.objective)
+        _require_positive("loss.tau_lm", part.tau_lm)
+        smooths = 0.0 <= part.label_smoothing < 1.0
+        require("loss.label_smoothing", smooths, "a number in [0, 1)", part.label_smoothing)
+
+    def _check_data(self) -> None:
+        part = self.data
+        known = isinstance(part.template, dict) or part.template in TEMPLATES
+        require("data.template", known, f"{', '.join(TEMPLATES)} or a mapping", part.template)
+        for name in ("max_question", "max_context", "max_answer"):
+            _require_count(f"data.{name}", getattr(part, name))
+        _require_count("data.max_passage", part.max_passage, nullable=True)
+        if self.retriever.index is not None:
+            given = f"null with retriever.index = {shown(self.retriever.index)}"
+            own = f"{given}, which has its own passages"
+            require("data.corpus", part.corpus is None, own, part.corpus)
+            cut = f"{given}, whose passages were cut when it was built"
+            require("data.max_passage", part.max_passage is None, cut, part.max_passage)
+
+    def _check_evaluation(self) -> None:
+        # transformers finds these mistakes at the first evaluation, which may be hours later
+        part, training = self.evaluation, self.training
+        _require_count("evaluation.limit", part.limit, nullable=True)
+        _require_count("evaluation.max_new_tokens", part.max_new_tokens)
+        _require_count("evaluation.early_stopping", part.early_stopping, nullable=True)
+        require("evaluation.ks", min(part.ks, default=0) >= 1, "integers >= 1", part.ks)
+        metric = training.metric_for_best_model
+        if metric is not None:
+            known = [*ANSWER_METRICS, *(f"recall@{k}" for k in sorted(part.ks))]
+            more = ""
+            if re.match(r"(eval_)?recall@\d+$", metric):
+                more = " (evaluation.ks says which k are measured)"
+            holds = metric.removeprefix("eval_") in known
+            one_of = f"one of {', '.join(known)}{more}"
+            require("training.metric_for_best_model", holds, one_of, metric)
+        asks = self.data.eval_questions is not None
+        no = "no without data.eval_questions"
+        strategy = training.eval_strategy
+        require("training.eval_strategy", asks or strategy == "no", no, strategy)
+        if part.early_stopping is not None:
+            best = training.load_best_model_at_end
+            true = "true with evaluation.early_stopping"
+            require("training.load_best_model_at_end", best, true, best)
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric that picks the best checkpoint, without transformers' prefix."""
+        if not self.training.load_best_model_at_end:
+            return None
+        return (self.training.metric_for_best_model or "loss").removeprefix("eval_")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RagConfig:
-        """Make a config from a mapping, refusing unknown keys.
+    def from_dict(cls, values: Mapping[str, Any]) -> RagConfig:
+        """Make a config from a nested mapping.
 
         Args:
-            values: setting names and values.
+            values: a mapping of settings for each section.
 
         Returns:
-            The validated config.
+            The config.
 
         Raises:
-            ValueError: an unknown key (the nearest known one is named), a missing key, or a value
-                out of range.
+            ValueError: a name is unknown (the error names the nearest known one), a value is of
+                another type or out of range, or two settings contradict each other.
 
         Example:
-            >>> RagConfig.from_dict({"question_encoder": "a", "generator": "b", "n_doc": 3})
+            >>> RagConfig.from_dict({"retriever": {"question_encoder": "a", "n_doc": 3}})
             Traceback (most recent call last):
-            ValueError: n_doc: unknown setting; did you mean n_docs?
+            ValueError: retriever.n_doc: unknown setting; did you mean retriever.n_docs?
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"values: expected a mapping of settings, got {shown(values)}")
-        known = {each.name: each for each in dataclasses.fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ValueError(unknown(key, known))
-        missing = [
-            name
-            for name, each in known.items()
-            if each.default is dataclasses.MISSING
-            and each.default_factory is dataclasses.MISSING
-            and name not in values
-        ]
-        if missing:
-            raise ValueError(f"{missing[0]}: expected a value, the config does not give one")
-        return cls(**values)
+        given = typed(cls, values)
+        if "lora" in given.get("reader", {}):
+            given["reader"]["lora"] = LoraConfig(**given["reader"]["lora"])
+        kinds = {each.name: each.default_factory for each in dataclasses.fields(cls)}
+        return cls(**{name: kinds[name](**section) for name, section in given.items()})  # type: ignore[operator]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], overrides: list[str] | None = None) -> RagConfig:
-        """Read a YAML config, with `key=value` overrides.
+    def load(
+        cls, path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+    ) -> RagConfig:
+        """Read a config from a YAML file.
 
         Args:
-            path: the YAML file.
-            overrides: strings such as `n_docs=8`; values are read as YAML. A dot reaches into a
-                mapping: `lora.rank=8`.
+            path: the file.
+            overrides: settings that take the place of the file's, nested as in `from_dict`.
 
         Returns:
-            The validated config.
+            The config.
 
         Raises:
-            ValueError: the file is not a YAML mapping, or a setting is wrong; the message starts
-                with the file's name.
+            ValueError: as `from_dict`; the message names the file.
             OSError: the file cannot be read.
 
         Example:
-            >>> RagConfig.load("train.yaml", ["steps=20"]).steps        # doctest: +SKIP
-            20
+            >>> RagConfig.load("train.yaml", {"retriever": {"n_docs": 8}})   # doctest: +SKIP
         """
-        values = read_yaml(path)
-        for word in overrides or []:
-            override(values, word)
+        values = _merged(read_yaml(path), overrides or {})
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from error
 
     def check_resumes(self, other: RagConfig, where: str) -> None:
-        """Check that a run with these settings may continue one with other settings.
+        """Check that a run with these settings continues a run with others.
 
         Args:
-            other: the settings that the run started with.
-            where: the file that they stand in, for the error message.
+            other: the settings that the run was started with.
+            where: the file they were read from, for the error message.
 
         Raises:
-            ValueError: a setting that decides what is trained differs.
+            ValueError: a setting differs that decides what is trained.
 
         Example:
-            >>> start = RagConfig("a", "b", n_docs=5)
-            >>> RagConfig("a", "b", n_docs=8).check_resumes(start, "runs/x/config.yaml")
+            >>> before = RagConfig.from_dict(
+            ...     {"retriever": {"question_encoder": "a"}, "reader": {"generator": "b"}}
+            ... )
+            >>> after = copy.deepcopy(before)
+            >>> after.retriever.n_docs = 8
+            >>> after.check_resumes(before, "runs/x/config.yaml")
             Traceback (most recent call last):
-            ValueError: n_docs: expected 5 as in runs/x/config.yaml, got 8
+            ValueError: retriever.n_docs: expected 5 as in runs/x/config.yaml, got 8
         """
-        for name, before in other.to_dict().items():
-            if name not in FREE_ON_RESUME and getattr(self, name) != before:
-                raise ValueError(
-                    f"{name}: expected {shown(before)} as in {where}, "
-                    f"got {shown(getattr(self, name))}"
-                )
+        bound = [f"training.{name}" for name in BOUND_IN_TRAINING]
+        then, now = (dict(_dotted(dataclasses.asdict(each))) for each in (other, self))
+        for name, before in then.items():
+            free = name.startswith(FREE_ON_RESUME)
+            if name.startswith("training."):
+                free = name not in bound
+            if not free:
+                require(name, now[name] == before, f"{shown(before)} as in {where}", now[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as a mapping of plain values.
+        """Return the settings as nested mappings of plain values.
+
+        Of `training`, the fields are those that `TrainingConfig` states and those that differ from
+        transformers' defaults.
 
         Returns:
-            A new dict in field order.
+            A new dict in the order of the fields.
 
         Example:
-            >>> RagConfig(question_encoder="a", generator="b").to_dict()["marginal"]
+            >>> RagConfig(RetrieverConfig("a"), ReaderConfig("b")).to_dict()["loss"]["marginal"]
             'token'
         """
-        return dataclasses.asdict(self)
+        sections = dataclasses.asdict(self)
+        return sections | {"training": self.training.written()}
+
+    def to_yaml(self) -> str:
+        """Return the settings as the text of a YAML file, see `to_dict`."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the resolved settings as YAML; the file is replaced in one step.
 
         Args:
-            path: file to write.
+            path: the file.
 
         Example:
-            >>> RagConfig(question_encoder="a", generator="b").save("c.yaml")  # doctest: +SKIP
+            >>> RagConfig(RetrieverConfig("a"), ReaderConfig("b")).save("c.yaml")  # doctest: +SKIP
         """
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+
+    def trainer_settings(self) -> dict[str, Any]:
+        """Return the settings of a RagTrainer that TrainingArguments does not have, by name."""
+        evaluation = self.evaluation
+        return {
+            "retriever_lr": self.retriever.learning_rate,
+            "generator_lr": self.training.learning_rate,
+            "refresh": self.refresh.policy,
+            "encode_batch_size": self.refresh.batch_size,
+            "eval_limit": evaluation.limit,
+            "eval_ks": evaluation.ks,
+            "eval_max_new_tokens": evaluation.max_new_tokens,
+            "early_stopping": evaluation.early_stopping,
+        }
 
     def training_arguments(self) -> TrainingArguments:
-        """Give the `transformers.TrainingArguments` that these settings stand for.
+        """Make the `transformers.TrainingArguments` of a run.
 
         Returns:
-            TrainingArguments; fields under `training` win over ours.
+            The arguments.
 
         Raises:
-            ValueError: a key or value under `training` is none of TrainingArguments, there is no
-                such schedule or it takes no such setting, or a reporter is not installed.
+            ValueError: TrainingArguments refuses a value, a schedule or a reporter is unknown, or
+                the device cannot compute in the precision.
 
         Example:
-            >>> args = RagConfig("a", "b", output_dir="runs/x", steps=5).training_arguments()
-            >>> args.max_steps, args.remove_unused_columns
-            (5, False)
+            >>> config = RagConfig(RetrieverConfig("a"), ReaderConfig("b"))
+            >>> args = config.training_arguments()
+            >>> args.learning_rate, args.remove_unused_columns
+            (5e-05, False)
         """
-        from fastrag.train.training_arguments import training_arguments
-
-        return training_arguments(self)
-
-
-def _check_best_metric(name: str | None, eval_ks: list[int]) -> None:
-    # transformers would find the mistake at the first evaluation, after hours perhaps
-    recalls = [f"recall@{k}" for k in sorted(eval_ks)]
-    if name is not None and name not in (*BEST_METRICS, *recalls):
-        expected = clipped(", ".join((*BEST_METRICS, *recalls)))
-        more = "; eval_ks says which k are measured" if re.match(r"recall@\d+$", name) else ""
-        raise ValueError(f"best_metric: expected one of {expected}, got {shown(name)}{more}")
+        stops = self.evaluation.early_stopping is not None
+        restores = self.training.restore_callback_states_from_checkpoint or stops
+        return self.training.arguments(
+            label_smoothing_factor=self.loss.label_smoothing,
+            restore_callback_states_from_checkpoint=restores,
+        )
 
 
-def _checked_lora(lora: dict[str, Any]) -> dict[str, Any]:
-    for key in lora:
-        if key not in ("rank", "alpha", "dropout", "targets"):
-            raise ValueError(unknown(key, ("rank", "alpha", "dropout", "targets"), "lora."))
-    hints = {"rank": int, "alpha": int | float, "dropout": float, "targets": str | list[str]}
-    require("lora.rank", lora.get("rank") is not None, "an integer >= 1", None)
-    values = {key: coerce(f"lora.{key}", lora[key], hints[key]) for key in hints if key in lora}
-    require("lora.rank", values["rank"] >= 1, "an integer >= 1", values["rank"])
-    _require_positive("lora.alpha", values.get("alpha", 1.0))
-    dropout = values.get("dropout", 0.0)
-    require("lora.dropout", 0.0 <= dropout < 1.0, "a number in [0, 1)", dropout)
-    # PEFT takes a text for a pattern of the whole path, which no name of a layer matches.
-    if re.fullmatch(r"[\w.]+", str(values.get("targets", ""))):
-        values["targets"] = [values["targets"]]
-    return values
+def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `overrides` in place of their namesakes, mapping by mapping."""
+    merged = dict(values)
+    for name, value in overrides.items():
+        below = merged.get(name)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _merged(below, value)
+        merged[name] = value
+    return merged
 
 
-def _require_positive(name: str, got: float, otherwise: str = "") -> None:
-    require(name, 0.0 < got < math.inf, f"a number > 0{otherwise}", got)
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in values.items():
+        if prefix in ("", "reader.") and isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _require_text(name: str, value: str) -> None:
+    require(name, bool(value), "a model folder or a Hub id", value)
+
+
+def _require_count(name: str, value: int | None, nullable: bool = False) -> None:
+    expected = "an integer >= 1 or null" if nullable else "an integer >= 1"
+    require(name, (value is None and nullable) or (value or 0) >= 1, expected, value)
+
+
+def _require_positive(name: str, value: float, otherwise: str = "") -> None:
+    require(name, 0.0 < value < math.inf, f"a number > 0{otherwise}", value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastrag.data.processor import shortest
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever, EvalResult, RetrievalResult
+from fastrag.folders import replacing
 from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
@@ -26,7 +27,6 @@ from fastrag.train.checkpoints import (
     read_weights,
 )
 from fastrag.train.config import RagConfig
-from fastrag.train.files import replacing
 from fastrag.train.parts import load_encoder, load_tokenizer
 from fastrag.train.run_folder import CONFIG_FILE
 
@@ -77,7 +77,8 @@ def load_retriever(
     path = _model_folder(folder)
     if (path / STATE).is_file():
         config = _config_of(path, index)
-        dense = _from_parts(config.question_encoder, str(config.index), config.max_question)
+        known = config.retriever
+        dense = _from_parts(known.question_encoder, str(known.index), config.data.max_question)
         read_encoder(dense.retriever.question_encoder, path)
         if index is None:
             read_index(dense.retriever, path)
@@ -158,9 +159,9 @@ def _config_of(path: Path, index: str | os.PathLike[str] | None) -> RagConfig:
     check_files(path, MODEL_FILES)
     config = RagConfig.load(saved)
     if index is not None:
-        config.index = os.fspath(index)
-    elif config.index is None:
-        config.index = str(path.parent / INDEX_FOLDER)
+        config.retriever.index = os.fspath(index)
+    elif config.retriever.index is None:
+        config.retriever.index = str(path.parent / INDEX_FOLDER)
     return config
 
 
@@ -181,7 +182,7 @@ def _index_of(
     if (path / INDEX_FOLDER).is_dir():
         return None, None  # part of the model folder
     saved = path.parent / CONFIG_FILE
-    if saved.is_file() and (known := RagConfig.load(saved).index) is not None:
+    if saved.is_file() and (known := RagConfig.load(saved).retriever.index) is not None:
         return load_index(known)
     raise ValueError(f"index: expected a folder from `fastrag index build`, {path} holds none")
 

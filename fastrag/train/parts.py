@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastrag.nn import TextEncoder
-    from fastrag.train.config import RagConfig
+    from fastrag.train.config import LoraConfig, RagConfig
 
 DEFAULT = "default"  # the embedded data set
 
@@ -107,14 +108,14 @@ def load_encoder(
 
 def load_generator(
     path: str | os.PathLike[str],
-    lora: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
     """Load a generator from a folder or the Hub, with LoRA adapters if asked.
 
     Args:
         path: a Hugging Face folder, or the Hub id, of a seq2seq or causal language model.
-        lora: `rank`, and optionally `alpha`, `dropout`, `targets`; the adapters are float32.
+        lora: settings of LoRA adapters, which are float32; None or a rank of None: no LoRA.
         dtype: of the model's own weights; None: float32.
 
     Returns:
@@ -133,7 +134,7 @@ def load_generator(
         model = load_whole(kind, path, dtype=dtype or torch.float32, allow_unexpected=True)
     except ValueError as error:
         raise ValueError(f"generator: {_first_line(error).removeprefix('generator: ')}") from error
-    return model if lora is None else _with_lora(model, lora)
+    return model if lora is None or lora.rank is None else _with_lora(model, lora, lora.rank)
 
 
 def generator_kind(path: str | os.PathLike[str]) -> Literal["seq2seq", "causal"]:
@@ -166,11 +167,12 @@ def choose_dtype(config: RagConfig) -> tuple[torch.dtype, torch.dtype | None]:
     """
     import torch
 
-    stored = getattr(_generator_config(config.generator), "dtype", None)
-    if config.generator_dtype != "auto":
-        return getattr(torch, config.generator_dtype), stored
+    stored = getattr(_generator_config(config.reader.generator), "dtype", None)
+    if config.reader.dtype != "auto":
+        return getattr(torch, config.reader.dtype), stored
     # nothing is lost: autocast multiplies in bfloat16, and the adapters are float32
-    kept = config.lora is not None and config.precision == "bf16" and stored == torch.bfloat16
+    adapters = config.reader.lora.rank is not None
+    kept = adapters and config.training.bf16 and stored == torch.bfloat16
     return torch.bfloat16 if kept else torch.float32, stored
 
 
@@ -239,20 +241,23 @@ def _generator_config(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _with_lora(model: Any, lora: dict[str, Any]) -> Any:
+def _with_lora(model: Any, lora: LoraConfig, rank: int) -> Any:
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
-        raise ValueError("lora: expected peft to be installed (pip install peft)") from None
+        raise ValueError("reader.lora: expected peft to be installed (pip install peft)") from None
     seq2seq = model.config.is_encoder_decoder
-    rank = lora["rank"]
+    targets = lora.targets
+    # PEFT takes a text for a pattern of the whole path, which no name of a layer matches
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]
     return get_peft_model(
         model,
         LoraConfig(
             r=rank,
-            lora_alpha=lora.get("alpha", 2 * rank),
-            lora_dropout=lora.get("dropout", 0.0),
-            target_modules=lora.get("targets", "all-linear"),
+            lora_alpha=2 * rank if lora.alpha is None else lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
             task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
         ),
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrag.train.files import replacing
+from fastrag.folders import replacing
 
 Entries = Sequence[dict[str, Any]]
 

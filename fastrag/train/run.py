@@ -39,14 +39,15 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
             or a part or file is not as expected.
         TrainingInterrupted: a signal came; its checkpoint is on disk.
     """
-    run = Path(config.output_dir)
+    run = Path(config.training.output_dir)
     if resume:
         _check_resumable(config, run)
     else:
         _check_new(run)
     arguments = config.training_arguments()  # its mistakes come before what takes long
-    questions = load_questions(config.train_questions)
-    eval_questions = load_questions(config.eval_questions) if config.eval_questions else None
+    asked = config.data.eval_questions
+    questions = load_questions(config.data.train_questions)
+    eval_questions = load_questions(asked) if asked else None
     if eval_questions is not None:
         _check_measured(config, eval_questions)
     writes = not resume and arguments.process_index == 0
@@ -55,13 +56,14 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         resume=bool(resume),
         on_loaded=(lambda: write_record(run, config)) if writes else None,
     )
-    model.retriever.move_index = config.index_device == "auto"
+    model.retriever.move_index = config.retriever.index_device == "auto"
     trainer = RagTrainer(model, config, build_collator(model, config), questions, eval_questions)
-    _place(model, config.index_device, trainer.args.device)
+    if config.retriever.index_device == "stream":
+        _stream(model, trainer.args.device)
     if eval_questions is not None and not resume:
-        if config.eval_at_start == "full":
+        if config.evaluation.at_start == "full":
             trainer.evaluate()
-        elif config.eval_at_start == "retrieval":
+        elif config.evaluation.at_start == "retrieval":
             trainer.evaluate_retrieval()
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
@@ -80,27 +82,24 @@ def _check_measured(config: RagConfig, questions: list[Question]) -> None:
     if metric is None:
         return
     recall = metric.startswith("recall@")
-    for each in choose_fixed(questions, config.eval_limit):
+    for each in choose_fixed(questions, config.evaluation.limit):
         if each.answers or (recall and each.positive_ids):
             return
     needed = "answers or positive passages" if recall else "answers"
     raise ValueError(
-        f"best_metric: expected questions with {needed} in {config.eval_questions} to measure "
-        f"{shown(metric)} on, got none"
+        f"training.metric_for_best_model: expected questions with {needed} in "
+        f"{config.data.eval_questions} to measure {shown(metric)} on, got none"
     )
 
 
-def _place(model: RagModel, index_device: str, device: torch.device) -> None:
-    if index_device == "auto":
-        model.index.to(device)
-        model.passages.to(device)
-    elif index_device == "stream":
-        if not isinstance(model.index, FlatIndex):
-            raise ValueError(
-                "index_device: expected 'auto' or 'cpu' with an index of kind "
-                f"{type(model.index).__name__}, got 'stream'"
-            )
-        model.index.to("cpu", search_device=device)
+def _stream(model: RagModel, device: torch.device) -> None:
+    """Search on `device` an index that stays in host memory."""
+    if not isinstance(model.index, FlatIndex):
+        raise ValueError(
+            "retriever.index_device: expected 'auto' or 'cpu' with an index of kind "
+            f"{type(model.index).__name__}, got 'stream'"
+        )
+    model.index.to("cpu", search_device=device)
 
 
 def _check_new(run: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastrag.train.files import replacing
+from fastrag.folders import replacing
 
 if TYPE_CHECKING:
     from fastrag.train.config import RagConfig

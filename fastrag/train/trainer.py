@@ -116,6 +116,7 @@ class RagTrainer(Trainer):
                 f"data_collator: expected a RagCollator, got {type(data_collator).__name__}"
             )
         config = args if isinstance(args, RagConfig) else None
+        configured = {} if config is None else config.trainer_settings()
         if isinstance(args, RagConfig):
             args = args.training_arguments()
         else:
@@ -123,7 +124,7 @@ class RagTrainer(Trainer):
             check_processes(args)
 
         def setting(given: Any, name: str, default: Any) -> Any:
-            return given if given is not None else getattr(config, name, default)
+            return given if given is not None else configured.get(name, default)
 
         self.config = config
         self.retriever_lr = float(setting(retriever_lr, "retriever_lr", args.learning_rate))
@@ -139,7 +140,9 @@ class RagTrainer(Trainer):
             setting(refresh, "refresh", "frozen"),
             int(setting(encode_batch_size, "encode_batch_size", 256)),
         )
-        self.include_index = self.refresher.changing or (config is not None and not config.index)
+        self.include_index = self.refresher.changing or (
+            config is not None and not config.retriever.index
+        )
         if getattr(args, "enable_jit_checkpoint", False):
             raise ValueError(
                 "enable_jit_checkpoint: expected False, since RagTrainer itself saves a checkpoint "
@@ -152,7 +155,7 @@ class RagTrainer(Trainer):
             model.loss_fn.label_smoothing = args.label_smoothing_factor
             args.label_smoothing_factor = 0.0  # Trainer's own smoother would need the logits
         run = Path(args.output_dir)
-        patience = getattr(config, "early_stopping", None)
+        patience = configured.get("early_stopping")
         super().__init__(
             model=model,
             args=args,

@@ -12,24 +12,27 @@ from typing import Any
 import yaml
 
 from tests import tiny
+from tests.settings import nested
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SETTINGS: dict[str, Any] = {
-    "question_encoder": "encoder",
-    "generator": "generator",
-    "index": "idx",
-    "train_questions": "questions.jsonl",
-    "eval_questions": "questions.jsonl",
-    "output_dir": "run",
-    "n_docs": 3,
-    "max_context": 64,
-    "steps": 6,
-    "eval_steps": 3,
-    "save_steps": 3,
-    "log_steps": 1,
-    "eval_max_new_tokens": 3,
-    "device": "cpu",
+    "retriever.question_encoder": "encoder",
+    "retriever.index": "idx",
+    "retriever.n_docs": 3,
+    "reader.generator": "generator",
+    "data.train_questions": "questions.jsonl",
+    "data.eval_questions": "questions.jsonl",
+    "data.max_context": 64,
+    "evaluation.max_new_tokens": 3,
+    "training.output_dir": "run",
+    "training.max_steps": 6,
+    "training.eval_strategy": "steps",
+    "training.eval_steps": 3,
+    "training.save_strategy": "steps",
+    "training.save_steps": 3,
+    "training.logging_steps": 1,
+    "training.use_cpu": True,
 }
 BUILD = ("index", "build", "--encoder", "encoder", "--generator", "generator", "--out", "new")
 
@@ -71,4 +74,4 @@ def write_files(folder: Path) -> None:
     for name, rows in (("corpus", passages), ("questions", questions)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
-    (folder / "train.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (folder / "train.yaml").write_text(yaml.safe_dump(nested(SETTINGS)))

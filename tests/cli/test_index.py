@@ -144,13 +144,13 @@ def test_index_of_codes(
     build = [*BUILD[:-1], "codes", "--corpus", "corpus.jsonl", "--dtype", "int8"]
     assert main(build) == 0
     assert FlatIndex.load(project / "codes" / "index").dtype == "int8"
-    train = ["train", "train.yaml", "--set", "steps=1", "--set", "index_dtype=int8"]
-    assert main([*train, "--set", "index=codes", "--set", "output_dir=on_codes"]) == 0
-    assert main([*train, "--set", "index=null", "--set", "output_dir=own_codes"]) == 0
+    train = ["train", "train.yaml", "--training.max_steps=1", "--retriever.index_dtype=int8"]
+    assert main([*train, "--retriever.index=codes", "--training.output_dir=on_codes"]) == 0
+    assert main([*train, "--retriever.index=null", "--training.output_dir=own_codes"]) == 0
     assert FlatIndex.load(project / "own_codes" / "index" / "index").dtype == "int8"
     capsys.readouterr()
     assert main(["ask", "--model", "own_codes", "--device", "cpu", "what?"]) == 0
-    assert main([*train, "--set", "index_dtype=int4"]) == 2
+    assert main([*train, "--retriever.index_dtype=int4"]) == 2
     assert "index_dtype: expected" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -164,8 +164,8 @@ def test_index_with_a_template_of_its_own(
     assert main([*build, "--template", template]) == 0
     store = PassageStore.load(project / "own" / "passages")
     assert store.gather(torch.tensor([0]), "encoder")[1].tolist() == [4]  # [CLS] ada likes [SEP]
-    train = ["train", "train.yaml", *("--set", "index=own", "--set", "steps=1")]
-    assert main([*train, "--set", "output_dir=own_run", "--set", f"template={template}"]) == 0
+    train = ["train", "train.yaml", "--retriever.index=own", "--training.max_steps=1"]
+    assert main([*train, "--training.output_dir=own_run", f"--data.template={template}"]) == 0
     capsys.readouterr()
-    assert main([*train, "--set", "output_dir=other_run"]) == 2
+    assert main([*train, "--training.output_dir=other_run"]) == 2
     assert "template" in capsys.readouterr().err.splitlines()[-1]

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from fastrag.cli import index, main
 from tests.cli.commands import BUILD, SETTINGS, fastrag
+from tests.settings import nested
 
 
 def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
     """Files with mistakes in them, by name."""
     texts = {
-        "unknown.yaml": yaml.safe_dump(SETTINGS | {"n_doc": 3}),
+        "unknown.yaml": yaml.safe_dump(nested(SETTINGS | {"n_doc": 3})),
         "cut.jsonl": '{"id": "a", "text": "x"}\n{"id": "b", "te\n',
         "twice.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
         "blank.jsonl": '{"id": "a", "text": " "}\n',
@@ -36,10 +37,10 @@ def damaged(project: Path, tmp_path: Path) -> dict[str, str]:
     for name, damage in (("holed", drop_a_weight), ("torn", tear)):
         shutil.copytree(project / "generator", tmp_path / name)
         damage(tmp_path / name / "model.safetensors")
-        paths[f"generator={name}"] = f"generator={tmp_path / name}"
+        paths[f"--reader.generator={name}"] = f"--reader.generator={tmp_path / name}"
     mute = tmp_path / "mute.jsonl"
     mute.write_text('{"id": "a", "question": "who?"}\n')
-    return paths | {"train_questions=mute": f"train_questions={mute}"}
+    return paths | {"mute": f"--data.train_questions={mute}"}
 
 
 def drop_a_weight(path: Path) -> None:
@@ -56,13 +57,19 @@ def tear(path: Path) -> None:
     ("arguments", "message"),
     [
         (("train", "none.yaml"), "none.yaml: no such file or directory"),
-        (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean n_docs?"),
-        (("train", "train.yaml", "--set", "n_docs=0"), "n_docs: expected an integer >= 1, got 0"),
-        (("train", "train.yaml"), "run holds checkpoints"),
-        (("train", "train.yaml", "--set", "output_dir=plain"), "the model of a finished run"),
-        (("train", "train.yaml", "--set", "best_metric=exact"), "recall@5, got 'exact'"),
+        (("train", "unknown.yaml"), "n_doc: unknown setting; did you mean retriever.n_docs?"),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "report_to=[nothing]"),
+            ("train", "train.yaml", "--retriever.n_docs=0"),
+            "n_docs: expected an integer >= 1, got 0",
+        ),
+        (("train", "train.yaml"), "run holds checkpoints"),
+        (("train", "train.yaml", "--training.output_dir=plain"), "the model of a finished run"),
+        (
+            ("train", "train.yaml", "--training.metric_for_best_model=exact"),
+            "recall@5, got 'exact'",
+        ),
+        (
+            ("train", "train.yaml", "--training.output_dir=o", "--training.report_to=[nothing]"),
             "report_to: expected reporters that are installed here",
         ),
         (
@@ -73,29 +80,29 @@ def tear(path: Path) -> None:
             ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "run"),
             "--out: expected a file in an existing folder, got run",
         ),
-        (("train", "train.yaml", "--resume", "--set", "n_docs=2"), "n_docs: expected 3 as in"),
+        (("train", "train.yaml", "--resume", "--retriever.n_docs=2"), "n_docs: expected 3 as in"),
         (
-            ("train", "train.yaml", "--resume", "--set", "output_dir=nix"),
+            ("train", "train.yaml", "--resume", "--training.output_dir=nix"),
             "nix/config.yaml is missing",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=nix"),
+            ("train", "train.yaml", "--training.output_dir=o", "--reader.generator=nix"),
             "generator: expected a model folder or a Hub id, got 'nix': there is no such folder",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=holed"),
+            ("train", "train.yaml", "--training.output_dir=o", "--reader.generator=holed"),
             "got missing_keys",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "generator=torn"),
+            ("train", "train.yaml", "--training.output_dir=o", "--reader.generator=torn"),
             "expected a readable generator",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "question_encoder=idx"),
+            ("train", "train.yaml", "--training.output_dir=o", "--retriever.question_encoder=idx"),
             "question_encoder: expected a model folder with config.json",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "index=encoder"),
+            ("train", "train.yaml", "--training.output_dir=o", "--retriever.index=encoder"),
             "index: expected a folder from `fastrag index build`",
         ),
         ((*BUILD, "--corpus", "cut.jsonl"), "cut.jsonl:2: "),
@@ -111,8 +118,8 @@ def tear(path: Path) -> None:
             "context: expected {question} exactly once",
         ),
         (
-            ("train", "train.yaml", "--set", "output_dir=o", "--set", "max_passage=64"),
-            "max_passage: expected null with index = 'idx'",
+            ("train", "train.yaml", "--training.output_dir=o", "--data.max_passage=64"),
+            "max_passage: expected null with retriever.index = 'idx'",
         ),
         ((*BUILD, "--corpus", "latin.jsonl"), "latin.jsonl:1: "),
         ((*BUILD[:-1], "encoder", "--corpus", "corpus.jsonl"), "encoder is neither"),
@@ -128,8 +135,11 @@ def tear(path: Path) -> None:
             ("ask", "--model", "run", "--device", "meta", "x"),
             "--device: expected one that computes",
         ),
-        (("train", "train.yaml", "--set", "lr=1"), "did you mean retriever_lr, generator_lr?"),
-        (("train", "bomb.yaml"), "expected at most 10000 values, got more"),
+        (
+            ("train", "train.yaml", "--lr=1"),
+            "did you mean retriever.learning_rate, training.learning_rate?",
+        ),
+        (("train", "bomb.yaml"), "expected no aliases, got one"),
         (
             (*BUILD, "--corpus", "twice.csv"),
             "twice.csv:1: expected distinct columns, got 'text' tw",
@@ -236,8 +246,8 @@ def test_questions_without_answers_do_not_train(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(project)
-    questions = damaged(project, tmp_path)["train_questions=mute"]
-    arguments = ["train", "train.yaml", "--set", f"output_dir={tmp_path}/run", "--set", questions]
+    questions = damaged(project, tmp_path)["mute"]
+    arguments = ["train", "train.yaml", f"--training.output_dir={tmp_path}/run", questions]
     assert main(arguments) == 2
     assert "expected questions with answers" in capsys.readouterr().err.splitlines()[-1]
 
@@ -291,7 +301,7 @@ def test_resume_from_a_damaged_checkpoint(
     shutil.copytree(project / "run", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-3" / name).write_bytes(content)
     (tmp_path / "run" / "checkpoint-3" / "manifest.json").unlink()  # which tells before it is read
-    resume = ("--resume", f"{tmp_path}/run/checkpoint-3", "--set", f"output_dir={tmp_path}/run")
+    resume = ("--resume", f"{tmp_path}/run/checkpoint-3", f"--training.output_dir={tmp_path}/run")
     assert main(["train", "train.yaml", *resume]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("fastrag: error: ") and "checkpoint-3" in line and message in line

@@ -21,6 +21,7 @@ from fastrag.nn import RagModel
 from fastrag.nn.outputs import RagGeneration
 from tests import tiny
 from tests.cli.terminal import COLUMNS, Terminal, shown, widest
+from tests.settings import options
 
 # A passage as people have them, longer than a line, of letters of every width; and one that would
 # colour the rest of the screen.
@@ -33,10 +34,16 @@ def test_no_line_is_wider_than_the_terminal(project: Path, monkeypatch: pytest.M
     rows = [{"id": p.id, "title": p.title, "text": LONG} for p in tiny.passages()]
     Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build = ("--corpus", "long.jsonl", "--encoder", "encoder", "--generator", "generator")
-    settings = ("output_dir=shown", "index=long", "max_context=32", "best_metric=em")
+    settings = {
+        "retriever.index": "long",
+        "data.max_context": 32,
+        "training.output_dir": "shown",
+        "training.load_best_model_at_end": "true",
+        "training.metric_for_best_model": "em",
+    }
     commands = [
         ("index", "build", *build, "--out", "long"),
-        ("train", "train.yaml", *(word for each in settings for word in ("--set", each))),
+        ("train", "train.yaml", *options(settings)),
         ("index", "info", "long"),
         ("evaluate", "--model", "shown", "--questions", "questions.jsonl"),
         ("ask", "--model", "shown", "ada"),
@@ -62,7 +69,13 @@ def test_help_and_info_fit_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    texts = [parser.format_help() for parser in parsers(cli.parser())]
+    texts = [parser.format_help() for parser in parsers(cli.parser()) if parser.add_help]
+    assert main(["train", "--training.help"]) == 0
+    assert "--training.fsdp " in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0
+    texts.append(capsys.readouterr().out)
+    assert "--retriever.n_docs" in texts[-1] and "--training.help" in texts[-1]
+    assert "--training.fsdp " not in texts[-1]
     assert main(["info"]) == 0
     texts.append(capsys.readouterr().out)
     assert len(texts) == 10 and max(map(widest, texts)) <= COLUMNS

@@ -20,6 +20,9 @@ from fastrag.train.checkpoints import checkpoints
 from fastrag.train.load import load_run
 from tests import tiny
 from tests.cli.commands import ENVIRONMENT, ROOT, SETTINGS, fastrag, torchrun
+from tests.settings import nested, options
+
+NO_EVALUATION = {"training.eval_strategy": "no", "training.eval_steps": "null"}
 
 
 def test_training_leaves_a_run_folder(project: Path) -> None:
@@ -40,13 +43,14 @@ def test_training_leaves_a_run_folder(project: Path) -> None:
     assert [each["step"] for each in entries if "eval_em" in each] == [3, 6, 6]
     assert [each["step"] for each in entries if "eval_recall@1" in each] == [0, 3, 6, 6]
     resolved = yaml.safe_load((project / "run" / "config.yaml").read_text())
-    assert resolved["n_docs"] == 3 and resolved["marginal"] == "token"
+    assert resolved["retriever"]["n_docs"] == 3 and resolved["loss"]["marginal"] == "token"
     assert len((project / "run" / "predictions.jsonl").read_text().splitlines()) == 12
 
 
 @pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_resume(project: Path) -> None:
-    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", "steps=100000"]
+    to = ["--training.output_dir", "cut", "--training.max_steps"]
+    command = ["train", "train.yaml", *to, "100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastrag.cli", *command],
         cwd=project,
@@ -65,13 +69,11 @@ def test_ctrl_c_exits_130_and_says_how_to_resume(project: Path) -> None:
     step = int(last.name.split("-")[1])
     assert err.splitlines()[-2:] == [
         f"fastrag: interrupted by SIGINT after step {step}; resume from cut/{last.name}",
-        "fastrag: resume with: fastrag train train.yaml --set output_dir=cut --set steps=100000 "
-        "--resume",
+        "fastrag: resume with: fastrag train train.yaml --training.output_dir cut "
+        "--training.max_steps 100000 --resume",
     ]
     assert "Traceback" not in err
-    steps = f"steps={step + 2}"
-    command = ["train", "train.yaml", "--set", "output_dir=cut", "--set", steps, "--resume"]
-    resumed = fastrag(project, *command)
+    resumed = fastrag(project, "train", "train.yaml", *to, str(step + 2), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     entries = read_metrics(project / "cut" / "metrics.jsonl")
     logged = [each["step"] for each in entries if "loss" in each]
@@ -84,18 +86,19 @@ def test_training_with_an_index_that_changes(
     """No prebuilt index, a passage encoder that trains, LoRA on the generator, resumed."""
     monkeypatch.chdir(project)
     settings = SETTINGS | {
-        "index": None,
-        "corpus": "corpus.jsonl",
-        "output_dir": "joint",
-        "train_passage_encoder": True,
-        "refresh": "every:2",
-        "lora": {"rank": 2},
-        "steps": 3,
-        "eval_questions": None,
+        "retriever.index": None,
+        "retriever.train_passage_encoder": True,
+        "reader.lora.rank": 2,
+        "data.corpus": "corpus.jsonl",
+        "data.eval_questions": None,
+        "refresh.policy": "every:2",
+        "training.output_dir": "joint",
+        "training.max_steps": 3,
+        **NO_EVALUATION,
     }
-    (project / "joint.yaml").write_text(yaml.safe_dump(settings))
+    (project / "joint.yaml").write_text(yaml.safe_dump(nested(settings)))
     assert main(["train", "joint.yaml"]) == 0
-    assert main(["train", "joint.yaml", "--resume", "--set", "steps=5"]) == 0
+    assert main(["train", "joint.yaml", "--resume", "--training.max_steps=5"]) == 0
     entries = read_metrics(project / "joint" / "metrics.jsonl")
     assert [each["step"] for each in entries if "loss" in each] == [1, 2, 3, 4, 5]
     capsys.readouterr()
@@ -112,8 +115,14 @@ def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
         "fastrag.train.plots.plot_curve", lambda entries, path: drawn.append(entries)
     )
     # of equal values the first is the best one: with every passage retrieved they all are
-    best = ("best_metric=recall@12", "eval_ks=[12]", "n_docs=12", "output_dir=best")
-    assert main(["train", "train.yaml", *(word for each in best for word in ("--set", each))]) == 0
+    best = {
+        "retriever.n_docs": 12,
+        "evaluation.ks": [12],
+        "training.load_best_model_at_end": "true",
+        "training.metric_for_best_model": "recall@12",
+        "training.output_dir": "best",
+    }
+    assert main(["train", "train.yaml", *options(best)]) == 0
     out = capsys.readouterr().out
     assert "step 0  recall@12 1.000\n" in out  # before training, when there is no bar yet
     assert "model: best/model (of step 3, the best by recall@12)" in out
@@ -122,8 +131,8 @@ def test_the_model_is_the_best_one_and_the_curve_that_of_the_run(
     assert by_step.keys() == {3, 6}
     assert entries[-1]["eval_best_loss"] == pytest.approx(by_step[3])
     assert entries[-1]["eval_best_loss"] != pytest.approx(by_step[6])
-    last = ("eval_steps=null", "save_steps=null", "output_dir=last")
-    assert main(["train", "train.yaml", *(word for each in last for word in ("--set", each))]) == 0
+    without = ("--training.eval_strategy=no", "--training.eval_steps=null")
+    assert main(["train", "train.yaml", *without, "--training.output_dir=last"]) == 0
     entries = read_metrics(project / "last" / "metrics.jsonl")
     assert [each["step"] for each in entries if "eval_em" in each] == [6]
     assert drawn[-1] == entries  # with the evaluation after training
@@ -136,13 +145,14 @@ def test_index_of_another_encoder_is_noticed(
     other = tiny.encoder(seed=5)
     other.save_pretrained("other")
     tiny.tokenizer("encoder").save_pretrained("other")
-    settings = ("question_encoder=other", "output_dir=foreign", "steps=1", "eval_questions=null")
-    command = ["train", "train.yaml", *(w for each in settings for w in ("--set", each))]
-    assert main(command) == 0
+    settings = {"retriever.question_encoder": "other", "training.max_steps": 1}
+    settings |= {"data.eval_questions": "null"} | NO_EVALUATION
+    command = ["train", "train.yaml", *options(settings)]
+    assert main([*command, "--training.output_dir=foreign"]) == 0
     assert (
         "index: its vectors are not those of the passage encoder other" in capsys.readouterr().err
     )
-    again = ("--set", "output_dir=known", "--set", "passage_encoder=encoder")
+    again = ("--training.output_dir=known", "--retriever.passage_encoder=encoder")
     assert main([*command, *again]) == 0
     assert "its vectors" not in capsys.readouterr().err
 
@@ -153,10 +163,11 @@ def test_the_command_of_the_guide_for_several_processes(
 ) -> None:
     """Two processes, half of the batch each, are one process with the whole batch."""
     monkeypatch.chdir(project)
-    parts = {key: value for key, value in SETTINGS.items() if key != "device"}
+    parts = {key: value for key, value in SETTINGS.items() if key != "training.use_cpu"}
     for name, size in (("one", 4), ("two", 2)):
-        settings = parts | {"output_dir": name, "batch_size": size, "generator_lr": 1e-2}
-        (project / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        settings = parts | {"training.output_dir": name, "training.learning_rate": 1e-2}
+        settings |= {"training.per_device_train_batch_size": size}
+        (project / f"{name}.yaml").write_text(yaml.safe_dump(nested(settings)))
     assert main(["train", "one.yaml"]) == 0
     guide = (ROOT / "docs" / "guide.md").read_text()
     command = re.search(r"^torchrun --standalone --nproc-per-node 2 (.*) config.yaml$", guide, re.M)

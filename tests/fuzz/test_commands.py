@@ -24,7 +24,13 @@ COMMANDS = [
 ]
 FLAGS = [
     *(
-        "--set",
+        "--retriever.n_docs",
+        "--retriever.tau",
+        "--evaluation.ks",
+        "--data.template",
+        "--training.lr_scheduler_kwargs.num_cycles",
+        "--training.n_docs",
+        "--print_config",
         "--resume",
         "--corpus",
         "--encoder",
@@ -38,8 +44,24 @@ FLAGS = [
 ]
 WORDS = [
     *("0", "-1", "5", "1.5", "9" * 20, "9" * 5000, "²", "٣", "1e3", "nan", "", " ", "x" * 10**4),
-    *("lr=1", "n_docs=", "=", "a.b.c=1", "n_docs=[1", "lora.r=8", "." * 100 + "=1", "eval_ks=5"),
-    *("n_docs=" + "9" * 5000, "tau=&a [*a]", "{context: a}", "{{", "&a [*a]", "!!int x", "chat"),
+    *(
+        "--lr=1",
+        "--retriever.n_docs=",
+        "=",
+        "--a.b.c=1",
+        "[1",
+        "--reader.lora.r=8",
+        "--" + "." * 100,
+    ),
+    *(
+        "--retriever.n_docs=" + "9" * 5000,
+        "--retriever.tau=&a [*a]",
+        "{context: a}",
+        "{{",
+        "&a [*a]",
+        "!!int x",
+        "chat",
+    ),
     *("cpu", "meta", "cuda:99999999999999999999", "cpu:-1", "\ud800", "a\nb", "é", "c.yaml", "."),
     *("bad.yaml", "deep.jsonl", "int4", "float32", "default:nix", "/", "/dev/null", "\x1b[31m"),
 ]
@@ -59,7 +81,9 @@ def test_any_words(
     """The files that the words name are not there or hold mistakes, so that nothing is computed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("n_docs: &a [*a]\n")
-    (tmp_path / "c.yaml").write_text("question_encoder: e\ngenerator: g\ntau: 0\n")
+    (tmp_path / "c.yaml").write_text(
+        "retriever: {question_encoder: e, tau: 0}\nreader: {generator: g}\n"
+    )
 
     @settings(derandomize=True, deadline=None, max_examples=examples)
     @given(LINES)

@@ -10,24 +10,25 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 
-from fastrag.train import RagConfig, RagTrainer, count_label_tokens
+from fastrag.train import RagTrainer, count_label_tokens
 from fastrag.train.distributed import leave_processes
 from tests import tiny
+from tests.settings import rag_config
 
 
 def trainer(folder: Path) -> RagTrainer:
-    config = RagConfig(
-        "encoder",
-        "generator",
-        output_dir=str(folder),
-        index="idx",
-        steps=3,
-        batch_size=2,
-        log_steps=1,
-        train_passage_encoder=True,
-        refresh="every:2",
-        report_to=[],
-        training={"disable_tqdm": True},
+    config = rag_config(
+        {
+            "retriever.index": "idx",
+            "retriever.train_passage_encoder": True,
+            "refresh.policy": "every:2",
+            "training.output_dir": str(folder),
+            "training.max_steps": 3,
+            "training.per_device_train_batch_size": 2,
+            "training.logging_steps": 1,
+            "training.report_to": [],
+            "training.disable_tqdm": True,
+        }
     )
     model = tiny.rag_model(train_passage_encoder=True)
     return RagTrainer(model, config, tiny.collator(), tiny.questions())

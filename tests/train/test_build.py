@@ -12,21 +12,22 @@ import torch
 from fastrag import folders
 from fastrag.index import FlatIndex
 from fastrag.ops import backends
-from fastrag.train import RagConfig, build
+from fastrag.train import build
 from tests import tiny
+from tests.settings import rag_config
 
 
 @pytest.mark.parametrize(
-    ("settings", "corpus"), [({}, "default"), ({"corpus": "own.jsonl"}, "own.jsonl")]
+    ("settings", "corpus"), [({}, "default"), ({"data.corpus": "own.jsonl"}, "own.jsonl")]
 )
 def test_which_passages_are_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], corpus: str
 ) -> None:
     tiny.save_parts(tmp_path)
     parts = {
-        "question_encoder": str(tmp_path / "encoder"),
-        "generator": str(tmp_path / "generator"),
-        "output_dir": str(tmp_path / "run"),
+        "retriever.question_encoder": str(tmp_path / "encoder"),
+        "reader.generator": str(tmp_path / "generator"),
+        "training.output_dir": str(tmp_path / "run"),
     }
 
     def asked(source: str) -> None:
@@ -34,7 +35,7 @@ def test_which_passages_are_encoded(
 
     monkeypatch.setattr(build, "load_passages", asked)
     with pytest.raises(LookupError, match=f"^{corpus}$"):
-        build.build_model(RagConfig.from_dict(parts | settings))
+        build.build_model(rag_config(parts | settings))
 
 
 def build_index(folder: Path, n: int, seed: int = 0) -> tuple[Any, Any]:

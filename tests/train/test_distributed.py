@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastrag.train import RagConfig, RagTrainer, build, distributed, training_arguments
+from fastrag.train import RagTrainer, build, distributed, training_config
 from tests import tiny
 from tests.cli.commands import torchrun
-
-PARTS: dict[str, Any] = {"question_encoder": "encoder", "generator": "generator"}
+from tests.settings import rag_config
 
 
 @pytest.mark.slow
@@ -21,35 +20,35 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", [False, True])
 def test_transformers_is_told_that_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, precision: str
+    monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    args = RagConfig(**PARTS, precision=precision).training_arguments()
-    assert args.use_cpu and args.bf16 == (precision == "bf16")
+    args = rag_config({"training.bf16": bf16}).training_arguments()
+    assert args.use_cpu and args.bf16 == bf16
 
 
 @pytest.mark.parametrize(
     ("device", "precision", "message"),
     [
-        ("cpu", "fp16", "^precision: expected fp32 or bf16 on a CPU, got 'fp16'$"),
-        ("gpu", "bf16", "^precision: expected fp32 or fp16 on a GPU without bfloat16, got 'bf16'$"),
+        ("cpu", "fp16", r"^training\.fp16: expected false on a CPU, got True$"),
+        ("gpu", "bf16", r"^training\.bf16: expected false on a GPU without bfloat16, got True$"),
     ],
 )
 def test_a_precision_that_the_device_lacks(
     monkeypatch: pytest.MonkeyPatch, device: str, precision: str, message: str
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: device == "gpu")
-    monkeypatch.setattr(training_arguments, "is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(training_config, "is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        RagConfig(**PARTS, precision=precision).training_arguments()
+        rag_config({f"training.{precision}": True}).training_arguments()
 
 
 def test_processes_that_would_not_train_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    args = rag_config({"training.output_dir": str(tmp_path)}).training_arguments()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="^WORLD_SIZE: expected 2 processes .*, got 1; start"):
         RagTrainer(tiny.rag_model(), args, tiny.collator(), tiny.questions())
@@ -62,7 +61,7 @@ def test_processes_that_would_not_train_together(
 
 
 def test_one_process_uses_one_gpu(tmp_path: Path) -> None:
-    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    args = rag_config({"training.output_dir": str(tmp_path)}).training_arguments()
     args._n_gpu = 4
     with pytest.warns(UserWarning, match="^one process trains on one GPU of 4; torchrun"):
         trainer = RagTrainer(tiny.rag_model(), args, tiny.collator(), tiny.questions())
@@ -71,8 +70,8 @@ def test_one_process_uses_one_gpu(tmp_path: Path) -> None:
 
 def test_several_processes_need_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="^index: expected a folder .* several processes train"):
-        build.build_model(RagConfig(**PARTS, output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"^retriever\.index: expected .* several processes train"):
+        build.build_model(rag_config({"training.output_dir": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("part", ["index", "passages"])
@@ -81,7 +80,7 @@ def test_other_passages_on_another_rank(
 ) -> None:
     model = tiny.rag_model()
     callback = distributed.SamePassagesCallback(model)
-    args = RagConfig(**PARTS, output_dir=str(tmp_path)).training_arguments()
+    args = rag_config({"training.output_dir": str(tmp_path)}).training_arguments()
     monkeypatch.setattr(type(args), "world_size", 2)
     checksum = getattr(model, part).checksum()
     unused: Any = None

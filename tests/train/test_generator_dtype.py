@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from fastrag.nn.checkpoint import load_whole
-from fastrag.train import RagConfig, RagTrainer, build_model
+from fastrag.train import RagTrainer, build_model
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.optimizer import MasterWeights
 from tests import tiny
+from tests.settings import rag_config
 
 BF16 = torch.bfloat16
 
@@ -31,9 +32,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     corpus = [{"id": p.id, "title": p.title, "text": p.text} for p in tiny.passages()]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(each) + "\n" for each in corpus))
     return {
-        "question_encoder": str(folder / "encoder"),
-        "generator": str(folder / "generator"),
-        "corpus": str(folder / "corpus.jsonl"),
+        "retriever.question_encoder": str(folder / "encoder"),
+        "reader.generator": str(folder / "generator"),
+        "data.corpus": str(folder / "corpus.jsonl"),
     }
 
 
@@ -46,12 +47,12 @@ def weight_of(model: Any) -> torch.Tensor:
     ("settings", "dtype", "said"),
     [
         ({}, torch.float32, "generator: float32 weights, stored in bfloat16 (see"),
-        ({"precision": "bf16"}, torch.float32, "generator: float32 weights"),
-        ({"generator_dtype": "bfloat16"}, BF16, ""),
-        ({"lora": {"rank": 2}}, torch.float32, "generator: float32 weights"),
-        ({"lora": {"rank": 2}, "precision": "bf16"}, BF16, ""),
+        ({"training.bf16": True}, torch.float32, "generator: float32 weights"),
+        ({"reader.dtype": "bfloat16"}, BF16, ""),
+        ({"reader.lora.rank": 2}, torch.float32, "generator: float32 weights"),
+        ({"reader.lora.rank": 2, "training.bf16": True}, BF16, ""),
         (
-            {"lora": {"rank": 2}, "precision": "bf16", "generator_dtype": "float32"},
+            {"reader.lora.rank": 2, "training.bf16": True, "reader.dtype": "float32"},
             torch.float32,
             "generator: float32 weights",
         ),
@@ -65,26 +66,28 @@ def test_dtype_is_chosen_and_said(
     dtype: torch.dtype,
     said: str,
 ) -> None:
-    model = build_model(RagConfig(**parts, output_dir=str(tmp_path), **settings))
+    model = build_model(rag_config(parts | {"training.output_dir": str(tmp_path)} | settings))
     frozen = {p.dtype for n, p in model.generator.named_parameters() if "lora_" not in n}
     adapters = {p.dtype for n, p in model.generator.named_parameters() if "lora_" in n}
-    assert frozen == {dtype} and adapters == ({torch.float32} if "lora" in settings else set())
+    assert frozen == {dtype} and adapters == (
+        {torch.float32} if "reader.lora.rank" in settings else set()
+    )
     out = capsys.readouterr().out
     assert out.startswith(said) and bool(out) == bool(said)
 
 
 def test_mistakes(parts: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^generator_dtype: expected one of auto, float32, bfl"):
-        RagConfig(**parts, generator_dtype="int8")
-    with pytest.raises(ValueError, match="^generator_dtype: expected auto or float32 with .*fp16"):
-        RagConfig(**parts, generator_dtype="bfloat16", precision="fp16")
-    shutil.copytree(parts["generator"], tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"^reader\.dtype: expected one of auto, float32, bfl"):
+        rag_config({"reader.dtype": "int8"})
+    with pytest.raises(ValueError, match=r"^reader\.dtype: expected auto or float32 with .*fp16"):
+        rag_config({"reader.dtype": "bfloat16", "training.fp16": True})
+    shutil.copytree(parts["reader.generator"], tmp_path / "packed")
     file = tmp_path / "packed" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gguf"}}))
-    packed = parts | {"generator": str(tmp_path / "packed")}
+    packed = parts | {"reader.generator": str(tmp_path / "packed")}
     with pytest.raises(ValueError, match=r"^generator: .*config.json: .* no quantization_config"):
-        build_model(RagConfig(**packed, output_dir=str(tmp_path / "run")))
+        build_model(rag_config(packed | {"training.output_dir": str(tmp_path / "run")}))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +105,9 @@ def test_bf16_that_a_cpu_emulates_is_said(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        RagConfig("encoder", "generator", precision="bf16", device="cpu").training_arguments()
-        RagConfig("encoder", "generator", device="cpu").training_arguments()
-    said = [str(each.message) for each in seen if str(each.message).startswith("precision: ")]
+        rag_config({"training.bf16": True, "training.use_cpu": True}).training_arguments()
+        rag_config({"training.use_cpu": True}).training_arguments()
+    said = [str(each.message) for each in seen if str(each.message).startswith("training.bf16: ")]
     assert len(said) == slow
 
 
@@ -139,35 +142,34 @@ def test_updates_that_a_weight_of_few_bits_loses_add_up() -> None:
 
 
 def trainer(folder: Path, **settings: Any) -> RagTrainer:
-    config = RagConfig(
-        "encoder",
-        "generator",
-        output_dir=str(folder),
-        steps=6,
-        batch_size=4,
-        log_steps=1,
-        save_steps=2,
-        keep_checkpoints=None,
-        generator_lr=1e-3,
-        report_to=[],
-        training={"disable_tqdm": True},
-        **settings,
-    )
+    training = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    config = rag_config({"training": training | settings})
     model = tiny.rag_model("causal", make_generator=lambda: tiny.llama().to(BF16))
     return RagTrainer(model, config, tiny.collator("causal"), tiny.questions())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bfloat16_weights_train_and_resume_to_the_bit(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bfloat16_weights_train_and_resume_to_the_bit(tmp_path: Path, bf16: bool) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first = trainer(whole, precision=precision)
+    first = trainer(whole, bf16=bf16)
     before = first.model.generator.model.embed_tokens.weight.detach().clone()
     first.train()
     assert first.model.generator.dtype == BF16
     assert not torch.equal(first.model.generator.model.embed_tokens.weight, before)
     shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", cut)
-    second = trainer(cut, precision=precision)
+    second = trainer(cut, bf16=bf16)
     second.train(resume_from_checkpoint=True)
     losses = [
         [each["loss"] for each in read_metrics(folder / "metrics.jsonl") if "loss" in each]

@@ -16,33 +16,50 @@ from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoint
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.load import load_run
 from tests import tiny
+from tests.settings import rag_config
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("index_device", "moved"),
-    [("auto", [(GPU, None)]), ("cpu", []), ("stream", [("cpu", GPU)])],
+    ("index_device", "moves", "streamed"),
+    [("auto", True, []), ("cpu", False, []), ("stream", False, [("cpu", torch.device("cpu"))])],
 )
 def test_index_goes_where_the_config_says(
-    monkeypatch: pytest.MonkeyPatch, index_device: str, moved: list[Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    index_device: str,
+    moves: bool,
+    streamed: list[Any],
 ) -> None:
+    """`auto` leaves the move to the module, which takes its index along."""
     model, said = tiny.rag_model(), []
 
-    def moves(self: FlatIndex, device: Any, *, search_device: Any = None) -> None:
+    def to(self: FlatIndex, device: Any, *, search_device: Any = None) -> None:
         said.append((device, search_device))
 
-    monkeypatch.setattr(FlatIndex, "to", moves)
-    monkeypatch.setattr(type(model.passages), "to", lambda self, device: None)
-    run._place(model, index_device, GPU)
-    assert said == moved
+    def construct(self: RagTrainer, *arguments: Any) -> None:
+        assert model.retriever.move_index == moves
+        self.args = SimpleNamespace(device=torch.device("cpu"))
+
+    def train(self: RagTrainer, **settings: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(FlatIndex, "to", to)
+    monkeypatch.setattr(run, "load_questions", lambda source: tiny.questions(2))
+    monkeypatch.setattr(run, "build_model", lambda config, **how: model)
+    monkeypatch.setattr(RagTrainer, "__init__", construct)
+    monkeypatch.setattr(RagTrainer, "train", train)
+    settings = {"retriever.index_device": index_device, "training.output_dir": str(tmp_path)}
+    with pytest.raises(InterruptedError):
+        run.train_run(rag_config(settings))
+    assert said == streamed
 
 
 def test_only_a_flat_index_is_streamed() -> None:
-    model = tiny.rag_model()
-    model.index = SimpleNamespace(search=None, dim=16)
+    model: Any = SimpleNamespace(index=object())
     with pytest.raises(ValueError, match=r"index_device: expected 'auto' or 'cpu' .* got 'stream'"):
-        run._place(model, "stream", GPU)
+        run._stream(model, GPU)
 
 
 def test_a_resumed_index_is_searched_where_it_was(
@@ -73,15 +90,16 @@ def test_one_process_writes_the_predictions(
     monkeypatch.setattr(RagTrainer, "train", lambda self, **kwargs: None)
     monkeypatch.setattr(RagTrainer, "save_model", lambda self: None)
     monkeypatch.setattr(RagTrainer, "is_world_process_zero", lambda self: first)
-    settings: Any = {"eval_questions": "some", "eval_max_new_tokens": 1, "device": "cpu"}
-    run.train_run(RagConfig("encoder", "generator", output_dir=str(tmp_path), **settings))
+    settings = {"data.eval_questions": "some", "evaluation.max_new_tokens": 1}
+    settings |= {"training.use_cpu": True, "training.output_dir": str(tmp_path)}
+    run.train_run(rag_config(settings))
     assert (tmp_path / "predictions.jsonl").is_file() == first
 
 
 def test_one_process_prints_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    RagConfig("encoder", "generator").save(tmp_path / "train.yaml")
+    rag_config().save(tmp_path / "train.yaml")
     other = SimpleNamespace(is_world_process_zero=lambda: False)
     monkeypatch.setattr(run, "train_run", lambda config, resume: other)
     assert main(["train", str(tmp_path / "train.yaml")]) == 0
@@ -91,7 +109,7 @@ def test_one_process_prints_the_end(
 def test_several_processes_are_told_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    RagConfig("encoder", "generator").save(tmp_path / "train.yaml")
+    rag_config().save(tmp_path / "train.yaml")
 
     def interrupted(config: RagConfig, resume: bool) -> None:
         raise TrainingInterrupted(2, 8, "run/checkpoint-8")
@@ -119,8 +137,14 @@ def test_the_best_metric_can_be_measured(
 ) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text(record + "\n")
-    settings: Any = {"eval_questions": str(asked), "eval_steps": 1, "best_metric": metric}
-    config = RagConfig("encoder", "generator", output_dir=str(tmp_path / "run"), **settings)
+    training = {
+        "output_dir": str(tmp_path / "run"),
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+    }
+    config = rag_config({"data.eval_questions": str(asked), "training": training})
     with pytest.raises(ValueError, match=message):
         run.train_run(config)
 
@@ -137,9 +161,10 @@ def test_settings_and_versions_come_before_what_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, measured: set[str]
 ) -> None:
     monkeypatch.setattr(run, "load_questions", lambda source: tiny.questions(4))
-    settings: Any = {"eval_questions": "some", "eval_max_new_tokens": 1, "eval_at_start": word}
-    settings |= {"device": "cpu", "steps": 1, "report_to": []}
-    config = RagConfig("encoder", "generator", output_dir=str(tmp_path / "run"), **settings)
+    evaluation = {"at_start": word, "max_new_tokens": 1}
+    training = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "max_steps": 1}
+    sections = {"evaluation": evaluation, "training": training | {"report_to": []}}
+    config = rag_config({"data.eval_questions": "some"} | sections)
     seen: list[set[str]] = []
 
     def build(config: RagConfig, *, resume: bool, on_loaded: Callable[[], None]) -> Any:

@@ -30,6 +30,7 @@ from fastrag.nn import RagModel
 from fastrag.train import RagConfig, RagTrainer
 from fastrag.train.callbacks import read_metrics
 from tests import tiny
+from tests.settings import rag_config
 
 JOINT: dict[str, Any] = {"train_passage_encoder": True, "explore": 1}
 
@@ -401,19 +402,27 @@ def test_public_hooks_of_transformers_only() -> None:
 
 def test_early_stopping_of_a_config_counts_on_after_a_resume(tmp_path: Path) -> None:
     def trainer(values: list[float], steps: int) -> RagTrainer:
-        config = RagConfig(
-            "encoder",
-            "generator",
-            output_dir=str(tmp_path),
-            steps=steps,
-            eval_questions="questions.jsonl",
-            eval_steps=2,
-            best_metric="em",
-            early_stopping=3,
-            eval_max_new_tokens=2,
-            device="cpu",
-            report_to=[],
-            training={"disable_tqdm": True, "lr_scheduler_type": "constant"},
+        training = {
+            "output_dir": str(tmp_path),
+            "max_steps": steps,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "em",
+            "lr_scheduler_type": "constant",
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        config = rag_config(
+            {
+                "data.eval_questions": "questions.jsonl",
+                "evaluation.early_stopping": 3,
+                "evaluation.max_new_tokens": 2,
+                "training": training,
+            }
         )
         model = tiny.rag_model()
         questions = tiny.questions()
@@ -488,17 +497,17 @@ def test_rejects_arguments_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_config_as_arguments(tmp_path: Path) -> None:
-    config = RagConfig(
-        "encoder",
-        "generator",
-        output_dir=str(tmp_path),
-        steps=2,
-        retriever_lr=1e-3,
-        generator_lr=2e-3,
-        refresh="every:2",
-        log_steps=1,
-        device="cpu",
-        training={"disable_tqdm": True},
+    config = rag_config(
+        {
+            "retriever.learning_rate": 1e-3,
+            "refresh.policy": "every:2",
+            "training.learning_rate": 2e-3,
+            "training.output_dir": str(tmp_path),
+            "training.max_steps": 2,
+            "training.logging_steps": 1,
+            "training.use_cpu": True,
+            "training.disable_tqdm": True,
+        }
     )
     model = tiny.rag_model(**JOINT)
     trainer = RagTrainer(model, config, tiny.collator(), tiny.questions())
