@@ -188,7 +188,7 @@ SEAMS = (
     Mistake(
         "a checkpoint's manifest is not checked",
         "fastrag/train/trainer.py",
-        "            check_files(Path(checkpoint))\n",
+        "        checkpoints.check_files(checkpoint)\n",
         "",
         "tests/train/test_checkpoint_files.py",
     ),
@@ -198,6 +198,27 @@ SEAMS = (
         "            self.index.replace(vectors)\n",
         "            pass\n",
         "tests/nn/test_model.py",
+    ),
+    Mistake(
+        "a policy whose refresh failed has moved on all the same",
+        "fastrag/freshness/refresher.py",
+        "            self.policy.load_state_dict(before)\n",
+        "",
+        "tests/freshness/test_refresher.py",
+    ),
+    Mistake(
+        "a checkpoint counts while it is written",
+        "fastrag/train/checkpoints.py",
+        "(folder / STATE).is_file() and not (folder / UNFINISHED).exists()",
+        "(folder / STATE).is_file()",
+        "tests/train/test_checkpoints.py",
+    ),
+    Mistake(
+        "label tokens are counted in the first micro-batch only",
+        "fastrag/train/batches.py",
+        'batch["labels"].ne(IGNORE_INDEX).sum() for batch in batches',
+        'batch["labels"].ne(IGNORE_INDEX).sum() for batch in batches[:1]',
+        "tests/train/test_optimizer.py",
     ),
 )
 MISTAKES = (*OPS, *SEAMS)

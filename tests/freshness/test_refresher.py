@@ -241,3 +241,31 @@ def test_a_policy_from_outside_trains(tmp_path: Path, trainer: str) -> None:
     assert (stored(made) != stale).any(1).all()
     last = stored(made)[8:]  # chosen in the last step, hence encoded after it
     torch.testing.assert_close(last, fresh(made)[8:])
+
+
+def test_a_policy_from_outside_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Its place in the cycle is in the checkpoint."""
+
+    def train(folder: str, resume: Path | None = None) -> RagTrainer:
+        args = TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=4,
+            save_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        made = tiny.rag_model(train_passage_encoder=True)
+        run = RagTrainer(made, args, tiny.collator(), tiny.questions(), refresh="roll:5")
+        run.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return run
+
+    whole = train("whole")
+    resumed = train("resumed", tmp_path / "whole" / "checkpoint-3")
+    assert resumed.refresher.state_dict() == whole.refresher.state_dict()
+    assert resumed.refresher.policy.state_dict() == {"next": 4 * 5 % N}
+    assert torch.equal(stored(resumed.model), stored(whole.model))
+    tiny.same_weights(resumed.model, whole.model)

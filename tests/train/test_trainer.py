@@ -22,7 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from fastrag.data import Question
 from fastrag.freshness import RefreshPolicy
@@ -374,6 +374,40 @@ def test_resuming_says_nothing_of_frozen_parameters(tmp_path: Path) -> None:
     finally:
         logger.removeHandler(handler)
     assert not [line for line in lines if "missing keys" in line], lines
+
+
+class Counter(TrainerCallback, ExportableState):
+    """A callback with a state, as EarlyStoppingCallback has one."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"name": self.name}, "attributes": {"steps": self.steps}}
+
+
+class Another(Counter):
+    """The same under another name."""
+
+
+def test_states_of_callbacks_are_those_of_the_last_step(tmp_path: Path) -> None:
+    """Also of two of one class, and of one that a resumed run has and the first had not."""
+    first = resumable(tmp_path, joint=False)
+    first.add_callback(Counter("a"))
+    first.add_callback(Counter("b"))
+    first.train()
+    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    states = [Counter.from_state(each) for each in saved["stateful_callbacks"]["Counter"]]
+    assert [(each.name, each.steps) for each in states] == [("a", 8), ("b", 8)]
+    second = resumable(tmp_path, joint=False)
+    second.add_callback(Another("c"))
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    saved = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["Another"]["attributes"] == {"steps": 2}
 
 
 def test_another_checkpointing_of_transformers_is_refused(tmp_path: Path) -> None:
