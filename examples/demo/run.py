@@ -7,7 +7,8 @@
 3. Joint training on questions and answers through the RAG marginal likelihood: the retriever is
    never told which passage is right, it learns from which passages make the answer likely.
 4. Evaluation on facts that were held out, with seen and unseen wordings, and with the right
-   passages deleted from the index: then nothing can be answered, so nothing was memorised.
+   passages deleted from the index: then nothing can be answered, so nothing was memorised. Answers
+   are decoded by the marginal of the training, RAG-Sequence by default.
 
 The run folder gets `summary.json`, `metrics.jsonl`, `curve.png`, the config and the trained model,
 which `fastrag ask` reads. Ctrl-C leaves a checkpoint; `--resume` goes on from there.

@@ -165,7 +165,11 @@ class GreedySearch:
         self._report = on_progress or (lambda share: None)
         self._label_states: list[tuple[Tensor, Tensor]] = []
         tokenizer = generate_kwargs.pop("tokenizer", None)
-        self._continues = not set(generate_kwargs) & set(_OWN_CACHE)
+        config = generate_kwargs.get("generation_config")
+        self._continues = not any(
+            name in generate_kwargs or getattr(config, name, None) is not None
+            for name in _OWN_CACHE
+        )
         self._handed_on = {
             name: generate_kwargs.pop(name)
             for name in ("synced_gpus", *_NEGATIVE_PROMPT)
@@ -415,10 +419,10 @@ def _greedy_config(
     own_pad, end = chosen.get("pad_token_id"), chosen.get("eos_token_id")
     ends = _as_list(own.eos_token_id) + _as_list(eos_id) if end is None else _as_list(end)
     config = copy.deepcopy(own if given is None else given)
-    config.update(**_GREEDY, **_PLAIN_OUTPUT, max_length=None)
-    unknown = config.update(**settings)
-    if unknown := sorted(set(unknown) - set(_GREEDY)):
-        raise ValueError(_unknown(unknown))
+    fixed = {name: value for values in _FIXED.values() for name, value in values.items()}
+    config.update(**fixed)
+    if unknown := config.update(**{n: v for n, v in settings.items() if n not in fixed}):
+        raise ValueError(_unknown(sorted(unknown)))
     config.update(
         max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
         pad_token_id=pad_id if own_pad is None else own_pad,

@@ -228,5 +228,11 @@ def test_refused_by_name(settings: dict[str, Any], message: str) -> None:
 
 def test_what_repeats_a_greedy_search_is_accepted() -> None:
     model = rag()
-    settings = {"num_beams": 1, "do_sample": False, "assistant_model": None, "output_scores": None}
+    model.generator.generation_config.num_beams = 3
+    settings = {
+        "num_beams": None,
+        "do_sample": False,
+        "assistant_model": None,
+        "output_scores": None,
+    }
     assert asked_of(model, **settings).sequences.equal(asked_of(model).sequences)

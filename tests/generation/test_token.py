@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DPRConfig, DPRQuestionEncoder
 
 from fastrag import functional
 from fastrag.generation import GreedySearch, MarginalLogits, rag_token
@@ -179,3 +180,30 @@ def test_beams_stay_equal_too() -> None:
     for answers in beams:
         assert answers.unflatten(0, (3, 3)).eq(answers[::3, None]).all()
     assert not beams[0].equal(beams[1])
+
+
+def test_equals_hugging_faces_rag_token() -> None:
+    rag = pytest.importorskip("transformers.models.rag")
+    adapter = adapted("t5_untied")
+    ids, mask, scores, rows = (each[: len(each) * 3 // 4] for each in case(adapter))
+    scores = torch.where(rows < 0, -1e4, scores)  # it has no missing passages
+    encoder = DPRQuestionEncoder(
+        DPRConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    own = adapter.model.config
+    config = rag.RagConfig.from_question_encoder_generator_configs(
+        encoder.config,
+        own,
+        n_docs=3,
+        vocab_size=own.vocab_size,
+        decoder_start_token_id=own.decoder_start_token_id,
+        **tiny.SPECIAL_IDS,
+    )
+    theirs = rag.RagTokenForGeneration(config, encoder, adapter.model).eval()
+    expected = theirs.generate(
+        context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=3
+    )[:, 1:]
+    search = GreedySearch(
+        adapter, ids, mask, scores, rows, max_new_tokens=expected.shape[1], pad_id=tiny.PAD
+    )
+    assert rag_token(search).sequences.equal(expected)
