@@ -12,6 +12,7 @@ load of the search straddles two lines. What lies between two rows is zero.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +52,9 @@ class Codec:
         """The dtype of what is stored."""
         return DTYPES[self.dtype]
 
-    @property
+    @functools.cached_property
     def arguments(self) -> dict[str, Tensor]:
-        """What the operations need to read the stored vectors: scale and offset, or nothing."""
+        """The arguments with which operations read the stored vectors: scale and offset, or none."""
         if self.scale is None or self.offset is None:
             return {}
         return {"scale": self.scale, "offset": self.offset}

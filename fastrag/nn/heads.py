@@ -105,8 +105,9 @@ class LiveHead:
         self()
 
     def __call__(self) -> LMHead:
-        weight, bias = _projection(self.module, architecture(self.model))
-        extra = getattr(base_model(self.model), "final_logits_bias", None)  # BART and its kin
+        base = base_model(self.model)
+        weight, bias = _projection(self.module, type(base).__name__)
+        extra = getattr(base, "final_logits_bias", None)  # BART and its kin
         if extra is not None:
             extra = extra.reshape(-1).to(weight.dtype)
             bias = extra if bias is None else bias + extra

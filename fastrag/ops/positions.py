@@ -92,7 +92,7 @@ def check_label_values(labels: Tensor, counted: Tensor, vocab_size: int) -> Tens
     Raises:
         ValueError: on a CPU if there is any; elsewhere if an earlier call found a fault.
     """
-    bad = _outside(labels, counted, vocab_size)
+    bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
     _raise_or_record((labels * bad, _label_error, vocab_size))
     return bad
 
@@ -109,7 +109,7 @@ def check_values(
     Raises:
         ValueError: on a CPU if a value is wrong; elsewhere if an earlier call found a fault.
     """
-    bad = _outside(labels, counted, vocab_size)
+    bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
     # The threshold keeps what is not at most the largest number: +inf and NaN.
     wrong_score = torch.threshold(scores, torch.finfo(scores.dtype).max, 0.0)
     # A bad label is not 0, which is in every vocabulary.
@@ -127,10 +127,6 @@ def check_values(
         if not torch.equal(valid_rows[valid_rows >= 0].long(), expected):
             raise ValueError(f"{_VALID_ROWS}, got these and others, or in another order")
     return bad, (wrong != 0).any(1)
-
-
-def _outside(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
-    return counted & (labels.clamp(0, vocab_size - 1) != labels)
 
 
 def _raise_or_record(*findings: late_errors.Finding) -> None:

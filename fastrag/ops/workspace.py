@@ -1,11 +1,12 @@
 """Vocabulary-sized memory: how large a chunk may be, and the buffer that outlives it on a CPU.
 
-There the first touch of fresh pages costs as much as several passes over them. So `take` hands out
-a buffer that a thread keeps from one chunk to the next, and `advise` asks for huge pages.
+On a CPU the first touch of fresh pages costs as much as several passes over them. So `take` gives
+a buffer that the thread keeps from one chunk to the next, and `advise` asks for huge pages.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -33,7 +34,7 @@ _kept = _Kept()
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Returns the limit in bytes: `FASTRAG_WORKSPACE_BYTES` if set, else the device's default.
+    """Return the limit in bytes: `FASTRAG_WORKSPACE_BYTES` if set, else the device's default.
 
     Raises:
         ValueError: the variable is not a positive whole number.
@@ -47,34 +48,35 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def rows_per_chunk(row_bytes: float, device: torch.device) -> int:
-    """Returns how many rows of `row_bytes` fit the workspace, at least one."""
+    """Return how many rows of `row_bytes` fit the workspace, at least one."""
     return max(1, int(workspace_bytes(device) // row_bytes))
 
 
 def even_slices(total: int, limit: int) -> list[slice]:
-    """Cuts range(total) into the fewest slices of at most `limit`, as equal as possible."""
+    """Cut range(total) into the fewest slices of at most `limit`, as equal as possible."""
     if total == 0:
         return []
     starts = range(0, total, math.ceil(total / math.ceil(total / limit)))
     return list(map(slice, starts, (*starts[1:], total)))
 
 
+@functools.cache
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype of the maths for inputs of `dtype`: float64 for float64, else float32."""
+    """Return the dtype of the maths for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Context in which autocast is off: the maths of an op has the dtype that the op chose."""
+    """Return a context without autocast: the maths of an op has the dtype that the op chose."""
     # Meta tensors have no autocast; only their shapes are computed.
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def take(numel: int) -> Tensor:
-    """Returns a flat float32 buffer on the CPU of at least `numel` numbers of unknown value.
+    """Return a flat float32 buffer on the CPU of at least `numel` numbers of unknown value.
 
-    It is the caller's alone until `give_back`; the thread keeps it then, so that the next chunk
-    finds its pages in place. Sizes go in powers of two up to the limit: batches differ.
+    It belongs to the caller until `give_back`. Then the thread keeps it, so that the next chunk
+    finds its pages mapped. Sizes are powers of two up to the limit, because batches differ.
     """
     kept, _kept.buffer = _kept.buffer, None
     if kept is not None and kept.numel() >= numel:
@@ -86,13 +88,13 @@ def take(numel: int) -> Tensor:
 
 
 def give_back(buffer: Tensor) -> None:
-    """Ends the use of a buffer from `take`; one larger than the limit is not kept."""
+    """End the use of a buffer from `take`; one larger than the limit is not kept."""
     if buffer.nbytes <= workspace_bytes(buffer.device):
         _kept.buffer = buffer
 
 
 def release() -> None:
-    """Frees the buffer that this thread keeps between chunks, if any; the next one is fresh.
+    """Free the buffer that this thread keeps between chunks, if any; the next one is fresh.
 
     Example:
         >>> from fastrag.ops import workspace
@@ -103,8 +105,8 @@ def release() -> None:
 
 
 def advise(fresh: Tensor) -> Tensor:
-    """Asks for huge pages under a large tensor that nobody has written yet, and returns it."""
-    # A subclass may have no memory at all, as the fake tensors of torch.compile.
+    """Ask for huge pages under a large tensor that has not been written yet, and return it."""
+    # A subclass may have no memory, as the fake tensors of torch.compile.
     plain = type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.is_contiguous()
     if plain and fresh.nbytes >= _ADVISED_BYTES and not backends.why_not("cpp"):
         from fastrag import _C
