@@ -420,6 +420,6 @@ def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         F.rag_token_nll(*p.args())
     monkeypatch.setenv("FASTRAG_BACKEND", "cuda")
     with pytest.raises(
-        RuntimeError, match="^FASTRAG_BACKEND: no backend is called 'cuda'; backends: torch, cpp, "
+        RuntimeError, match="^FASTRAG_BACKEND: no backend is called 'cuda'; backends: triton, cpp, "
     ):
         F.rag_token_nll(*p.args())
