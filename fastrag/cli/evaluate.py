@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _answers(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
     from fastrag.eval import evaluate
-    from fastrag.train.load import write_predictions
-    from fastrag.train.parts import load_questions
+    from fastrag.train.run_folder import write_predictions
+    from fastrag.train.sources import load_questions
 
     result = evaluate(
         model,
@@ -95,8 +95,9 @@ def _answers(arguments: argparse.Namespace) -> int:
 def _retrieval(arguments: argparse.Namespace) -> int:
     quiet()
     from fastrag.eval import BM25Retriever, evaluate_retrieval
-    from fastrag.train.load import load_retriever, open_retriever, write_predictions
-    from fastrag.train.parts import load_questions
+    from fastrag.train.models import load_retriever, open_retriever
+    from fastrag.train.run_folder import write_predictions
+    from fastrag.train.sources import load_questions
 
     retriever: DenseRetriever
     if arguments.encoder is not None:

@@ -68,23 +68,23 @@ def add(commands: Any) -> None:
 def _build(arguments: argparse.Namespace) -> int:
     quiet()
     from fastrag.data import RagProcessor
-    from fastrag.train import build, parts
+    from fastrag.train import indexing, sources
 
-    encoder = parts.load_encoder(arguments.encoder, "encoder", "passage")
-    tokenizer = parts.load_tokenizer(arguments.generator, "generator")
-    kind = parts.generator_kind(arguments.generator)
+    encoder = sources.load_encoder(arguments.encoder, "encoder", "passage")
+    tokenizer = sources.load_tokenizer(arguments.generator, "generator")
+    kind = sources.generator_kind(arguments.generator)
     processor = RagProcessor.for_encoders(
         None,
         encoder,
-        parts.load_tokenizer(arguments.encoder, "encoder"),
+        sources.load_tokenizer(arguments.encoder, "encoder"),
         tokenizer,
         kind=kind,
-        template=parts.make_template(arguments.template, tokenizer, kind),
-        max_passage=arguments.max_passage or build.MAX_PASSAGE,
+        template=sources.make_template(arguments.template, tokenizer, kind),
+        max_passage=arguments.max_passage or indexing.MAX_PASSAGE,
     )
-    index, _ = build.build_index(
+    index, _ = indexing.build_index(
         arguments.out,
-        parts.load_passages(arguments.corpus),
+        sources.load_passages(arguments.corpus),
         encoder,
         processor,
         batch_size=arguments.batch_size,
@@ -104,7 +104,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         n = len(Index.load(folder, verify=True))
         print(f"{arguments.folder}: {n} vectors, all checksums hold")
         return 0
-    from fastrag.train.build import load_index
+    from fastrag.train.indexing import load_index
 
     index, _ = load_index(folder.parent, verify=True)
     print(f"{arguments.folder}: {len(index)} passages, all checksums hold")

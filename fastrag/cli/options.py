@@ -46,7 +46,7 @@ def device_of(arguments: argparse.Namespace) -> str:
 
 def load_model(arguments: argparse.Namespace) -> RagModel:
     quiet()
-    from fastrag.train.load import load_run
+    from fastrag.train.models import load_run
 
     model = load_run(arguments.model, arguments.index)
     device = device_of(arguments)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastrag.train.batches import count_label_tokens
-    from fastrag.train.build import build_collator, build_index, build_model
     from fastrag.train.callbacks import (
         CurveCallback,
         MetricsFileCallback,
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
         TerminalCallback,
     )
     from fastrag.train.config import RagConfig
-    from fastrag.train.load import load_run
+    from fastrag.train.indexing import build_index
+    from fastrag.train.models import build_collator, build_model, load_run
     from fastrag.train.optimizer import parameter_groups
     from fastrag.train.plots import plot_curve
     from fastrag.train.run import train_run
@@ -34,11 +34,11 @@ _HOMES = {
     "SignalCallback": "signals",
     "TerminalCallback": "callbacks",
     "TrainingInterrupted": "signals",
-    "build_collator": "build",
-    "build_index": "build",
-    "build_model": "build",
+    "build_collator": "models",
+    "build_index": "indexing",
+    "build_model": "models",
     "count_label_tokens": "batches",
-    "load_run": "load",
+    "load_run": "models",
     "parameter_groups": "optimizer",
     "plot_curve": "plots",
     "train_run": "run",

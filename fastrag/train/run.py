@@ -12,12 +12,11 @@ from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
 from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
-from fastrag.train.build import build_collator, build_model
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
-from fastrag.train.load import MODEL_FOLDER, write_predictions
-from fastrag.train.parts import load_questions
-from fastrag.train.run_folder import CONFIG_FILE, write_record
+from fastrag.train.models import build_collator, build_model
+from fastrag.train.run_folder import CONFIG_FILE, MODEL_FOLDER, write_predictions, write_record
+from fastrag.train.sources import load_questions
 from fastrag.train.trainer import RagTrainer
 
 

@@ -1,12 +1,14 @@
-"""What a run folder records about where it was made: versions, device, state of the git tree."""
+"""The files of a run folder, and the record of where it was made: versions, device, git tree."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,12 @@ import torch
 from fastrag.folders import replacing
 
 if TYPE_CHECKING:
+    from fastrag.eval import EvalResult, RetrievalResult
     from fastrag.train.config import RagConfig
 
 CONFIG_FILE = "config.yaml"
+INDEX_FOLDER = "index"
+MODEL_FOLDER = "model"
 VERSIONS_FILE = "versions.json"
 PACKAGES = (
     "torch",
@@ -103,6 +108,21 @@ def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
         config.save(folder / CONFIG_FILE)
 
 
+def write_predictions(path: str | os.PathLike[str], result: EvalResult | RetrievalResult) -> None:
+    """Write one JSON object per question.
+
+    Args:
+        path: the file.
+        result: what `evaluate` or `evaluate_retrieval` returned.
+    """
+    from fastrag.eval import EvalResult
+
+    rows: Sequence[Any] = result.predictions if isinstance(result, EvalResult) else result.rankings
+    lines: Iterable[str] = (json.dumps(_plain(each)) + "\n" for each in rows)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
 def _git(folder: str | os.PathLike[str], *command: str) -> str | None:
     try:
         done = subprocess.run(
@@ -122,3 +142,11 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _plain(prediction: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(prediction)
+    return {
+        name: None if isinstance(value, float) and value != value else value
+        for name, value in values.items()
+    }

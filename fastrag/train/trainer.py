@@ -39,9 +39,8 @@ from fastrag.train.callbacks import (
 )
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
-from fastrag.train.load import MODEL_FOLDER
 from fastrag.train.optimizer import MasterWeights, needs_masters, parameter_groups
-from fastrag.train.run_folder import write_record
+from fastrag.train.run_folder import MODEL_FOLDER, write_record
 from fastrag.train.signals import SignalCallback, SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepClockCallback, StepStatistics
 

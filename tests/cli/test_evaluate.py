@@ -59,13 +59,13 @@ def test_retrieval_alone_loads_no_generator(
     model: str,
 ) -> None:
     from fastrag.nn import checkpoint
-    from fastrag.train import build
+    from fastrag.train import models
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a generator was loaded")
 
     monkeypatch.setattr(checkpoint, "_load_generator", refuse)
-    monkeypatch.setattr(build, "load_generator", refuse)
+    monkeypatch.setattr(models, "load_generator", refuse)
     monkeypatch.chdir(project)
     files = ("--questions", "questions.jsonl", "--out", "rankings.jsonl", "--device", "cpu")
     command = ["evaluate", "--retrieval-only", "--model", model, *files, "--k", "1", "12"]

@@ -17,7 +17,7 @@ import yaml
 from fastrag.cli import main
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.checkpoints import checkpoints
-from fastrag.train.load import load_run
+from fastrag.train.models import load_run
 from tests import tiny
 from tests.cli.commands import ENVIRONMENT, ROOT, SETTINGS, fastrag, torchrun
 from tests.settings import nested, options

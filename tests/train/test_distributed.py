@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrag.train import RagTrainer, build, distributed, training_config
+from fastrag.train import RagTrainer, build_model, distributed, training_config
 from tests import tiny
 from tests.cli.commands import torchrun
 from tests.settings import rag_config
@@ -71,7 +71,7 @@ def test_one_process_uses_one_gpu(tmp_path: Path) -> None:
 def test_several_processes_need_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^retriever\.index: expected .* several processes train"):
-        build.build_model(rag_config({"training.output_dir": str(tmp_path)}))
+        build_model(rag_config({"training.output_dir": str(tmp_path)}))
 
 
 @pytest.mark.parametrize("part", ["index", "passages"])

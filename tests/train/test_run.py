@@ -14,7 +14,7 @@ from fastrag.cli import main
 from fastrag.index import FlatIndex
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoints, run
 from fastrag.train.callbacks import read_metrics
-from fastrag.train.load import load_run
+from fastrag.train.models import load_run
 from tests import tiny
 from tests.settings import rag_config
 

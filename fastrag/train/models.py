@@ -1,26 +1,36 @@
-"""From a RagConfig to the objects that train: index, model, collator."""
+"""The model that a RagConfig describes, or that a run has left behind."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from fastrag import folders
-from fastrag.data import Passage, RagCollator, RagProcessor
-from fastrag.index import FlatIndex, Index, PassageStore
+from fastrag.data import RagCollator, RagProcessor
+from fastrag.data.processor import shortest
+from fastrag.data.tokenization import QuestionBatch
+from fastrag.eval import DenseRetriever
 from fastrag.index.encoding import encode_passages
-from fastrag.index.passages import FORMAT as PASSAGES_FORMAT
-from fastrag.index.storage import check_replaceable
-from fastrag.ops import backends
+from fastrag.messages import shown
+from fastrag.nn import RagModel, checkpoint
+from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
+from fastrag.nn.retriever import Retriever
+from fastrag.train.checkpoints import (
+    MODEL_FILES,
+    STATE,
+    check_files,
+    read_encoder,
+    read_index,
+    read_weights,
+)
 from fastrag.train.config import RagConfig
-from fastrag.train.parts import (
+from fastrag.train.indexing import MAX_PASSAGE, build_index, load_index
+from fastrag.train.run_folder import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER
+from fastrag.train.sources import (
     DEFAULT,
     choose_dtype,
     generator_kind,
@@ -34,118 +44,11 @@ from fastrag.train.parts import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fastrag.nn import RagModel, TextEncoder
+    from fastrag.index import Index, PassageStore
+    from fastrag.nn import TextEncoder
 
-INDEX_FOLDER = "index"
-PASSAGES_FOLDER = "passages"
-MAX_PASSAGE = 256  # tokens, where nobody says how many
 # How far a stored vector may point away from a fresh one: storage in half precision stays above.
 _SAME_ENCODER_COSINE = 0.99
-
-
-def build_index(
-    folder: str | os.PathLike[str],
-    passages: Iterable[Passage],
-    encoder: TextEncoder,
-    processor: RagProcessor,
-    *,
-    batch_size: int = 64,
-    dtype: str = "float32",
-    device: str | None = None,
-    origin: Mapping[str, str] | None = None,
-    progress: bool = True,
-) -> tuple[Index, PassageStore]:
-    """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
-
-    Args:
-        folder: where both go; it appears whole, and an older index in it stays until then.
-        passages: the corpus.
-        encoder: the passage encoder.
-        processor: tokenises the passages.
-        batch_size: passages per encoder batch.
-        dtype: how the index stores vectors, as for FlatIndex.
-        device: where the encoder runs; None leaves it where it is.
-        origin: names of the `encoder` and the `corpus`, which `fastrag index info` prints with the
-            date.
-        progress: show a progress bar.
-
-    Returns:
-        The index and the passages.
-
-    Raises:
-        ValueError: the corpus is empty or malformed, or the folder holds something else.
-        RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run here.
-    """
-    out = Path(folder)
-    _check_replaceable(out)
-    backends.check_forced()  # a search would tell, after the whole corpus is encoded
-    staging = folders.begin(out)
-    try:
-        store = PassageStore.build(
-            passages,
-            processor,
-            origin={**(origin or {}), "built": datetime.now(UTC).isoformat(timespec="seconds")},
-            dir=staging / PASSAGES_FOLDER,
-            progress=progress,
-        )
-        if device is not None:
-            encoder.to(device)
-        vectors = encode_passages(encoder, store, batch_size, progress=progress)
-        index = FlatIndex(vectors.shape[1], dtype)
-        index.add(vectors)
-        index.passages_checksum = store.checksum()
-        index.save(staging / INDEX_FOLDER)
-        _check_replaceable(out)  # what was put there meanwhile
-        folders.commit(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return load_index(out)
-
-
-def _check_replaceable(out: Path) -> None:
-    """Raise unless a folder is new, empty, or holds an index and its passages and nothing else."""
-    parts = {INDEX_FOLDER: Index.formats(), PASSAGES_FOLDER: (PASSAGES_FORMAT,)}
-    if out.exists() and not (out.is_dir() and {each.name for each in out.iterdir()} <= set(parts)):
-        raise ValueError(f"out: expected a new folder or an index to replace, {out} is neither")
-    for name, formats in parts.items():
-        check_replaceable(out / name, *formats)
-
-
-def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[Index, PassageStore]:
-    """Load what `build_index` wrote; another kind of index may have taken the place of its index.
-
-    Args:
-        folder: the folder.
-        verify: check every byte against the checksums.
-
-    Returns:
-        The index and the passages.
-
-    Raises:
-        ValueError: a part is missing or damaged, or the two are not of one build.
-    """
-    root = Path(folder)
-    return folders.read_whole(root, lambda: _read_index(root, verify))
-
-
-def _read_index(root: Path, verify: bool) -> tuple[Index, PassageStore]:
-    for part in (INDEX_FOLDER, PASSAGES_FOLDER):
-        if not (root / part).is_dir():
-            raise ValueError(
-                f"index: expected a folder from `fastrag index build`, {root / part} is missing"
-            )
-    index = Index.load(root / INDEX_FOLDER, verify=verify)
-    store = PassageStore.load(root / PASSAGES_FOLDER, verify=verify)
-    if len(index) != len(store):
-        raise ValueError(
-            f"{root}: expected index and passages of one length, got {len(index)} and {len(store)}"
-        )
-    if index.passages_checksum not in (None, store.checksum()):
-        raise ValueError(
-            f"{root}: expected the passages that the index was built with, checksum "
-            f"{index.passages_checksum}, got {store.checksum()}"
-        )
-    return index, store
 
 
 def build_model(
@@ -176,7 +79,6 @@ def build_model(
     import torch
     from transformers import set_seed
 
-    from fastrag.nn import RagModel
     from fastrag.train.distributed import is_first_process, launched_processes
 
     built = Path(config.training.output_dir) / INDEX_FOLDER
@@ -294,3 +196,141 @@ def _warn_of_another_encoder(
             "it anew",
             stacklevel=3,
         )
+
+
+def load_run(
+    folder: str | os.PathLike[str], index: str | os.PathLike[str] | None = None
+) -> RagModel:
+    """Load a model from a model folder, a run folder, or a checkpoint of a run.
+
+    Args:
+        folder: what `save_pretrained` wrote, a run folder (its `model` is taken), or one of its
+            checkpoints.
+        index: a folder from `fastrag index build`; None takes the one that belongs to the model.
+
+    Returns:
+        The model, in eval mode on the CPU.
+
+    Raises:
+        ValueError: the folder is none of these, or no index is to be found.
+    """
+    path = _model_folder(folder)
+    if (path / STATE).is_file():
+        return _load_checkpoint(path, index)
+    vectors, passages = _index_of(path, index)
+    return RagModel.from_pretrained(path, vectors, passages)
+
+
+def load_retriever(
+    folder: str | os.PathLike[str], index: str | os.PathLike[str] | None = None
+) -> DenseRetriever:
+    """Load the retriever of what `load_run` loads, without its generator.
+
+    Args:
+        folder: a model folder, a run folder, or a checkpoint of a run.
+        index: a folder from `fastrag index build`; None takes the one that belongs to the model.
+
+    Returns:
+        The retriever, in eval mode on the CPU.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    path = _model_folder(folder)
+    if (path / STATE).is_file():
+        config = _config_of(path, index)
+        known = config.retriever
+        dense = _from_parts(known.question_encoder, str(known.index), config.data.max_question)
+        read_encoder(dense.retriever.question_encoder, path)
+        if index is None:
+            read_index(dense.retriever, path)
+        return dense
+    vectors, passages = _index_of(path, index)
+    retriever, processor = checkpoint.load_retriever(path, vectors, passages)
+    return DenseRetriever(retriever, processor.question_batch)
+
+
+def open_retriever(
+    encoder: str | os.PathLike[str], index: str | os.PathLike[str]
+) -> DenseRetriever:
+    """Make a retriever of an encoder and an index.
+
+    Args:
+        encoder: the folder of the question encoder.
+        index: a folder from `fastrag index build`.
+
+    Returns:
+        The retriever, in eval mode on the CPU.
+
+    Raises:
+        ValueError: a folder cannot be read, or the index was built with another tokenizer or width.
+    """
+    return _from_parts(encoder, index)
+
+
+def _from_parts(
+    encoder: str | os.PathLike[str],
+    index: str | os.PathLike[str],
+    max_question: int | None = None,
+) -> DenseRetriever:
+    name = "question_encoder"
+    question_encoder = load_encoder(encoder, name, "query")
+    tokenizer = load_tokenizer(encoder, name)
+    vectors, passages = load_index(index)
+    passages.check_tokenizer("encoder", tokenizer)
+    retriever = Retriever(question_encoder, None, vectors, passages).eval()
+    length = shortest(max_question, question_encoder.max_length)
+    return DenseRetriever(retriever, QuestionBatch(tokenizer, question_encoder.prefix, length))
+
+
+def _model_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint or the saved model that a folder stands for."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            "model: expected a model, a run or a checkpoint, there is no folder "
+            f"{shown(str(folder))}"
+        )
+    if (path / STATE).is_file() or (path / MODEL_CONFIG).is_file():
+        return path
+    if not (path / MODEL_FOLDER / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"model: expected a model, a run or a checkpoint, {path} has no {MODEL_CONFIG}"
+        )
+    return path / MODEL_FOLDER
+
+
+def _config_of(path: Path, index: str | os.PathLike[str] | None) -> RagConfig:
+    """Return the settings of a checkpoint's run, with the index to load."""
+    saved = path.parent / CONFIG_FILE
+    if not saved.is_file():
+        raise ValueError(f"model: expected the run's settings beside the checkpoint in {saved}")
+    check_files(path, MODEL_FILES)
+    config = RagConfig.load(saved)
+    if index is not None:
+        config.retriever.index = os.fspath(index)
+    elif config.retriever.index is None:
+        config.retriever.index = str(path.parent / INDEX_FOLDER)
+    return config
+
+
+def _load_checkpoint(path: Path, index: str | os.PathLike[str] | None) -> RagModel:
+    config = _config_of(path, index)
+    model = build_model(config, progress=False, resume=True)
+    read_weights(model, path)
+    if index is None:
+        read_index(model, path)
+    return model.eval()
+
+
+def _index_of(
+    path: Path, index: str | os.PathLike[str] | None
+) -> tuple[Index | None, PassageStore | None]:
+    if index is not None:
+        return load_index(index)
+    if (path / INDEX_FOLDER).is_dir():
+        return None, None  # part of the model folder
+    saved = path.parent / CONFIG_FILE
+    if saved.is_file() and (known := RagConfig.load(saved).retriever.index) is not None:
+        return load_index(known)
+    raise ValueError(f"index: expected a folder from `fastrag index build`, {path} holds none")

@@ -12,7 +12,7 @@ import torch
 from fastrag import folders
 from fastrag.index import FlatIndex
 from fastrag.ops import backends
-from fastrag.train import build
+from fastrag.train import indexing, models
 from tests import tiny
 from tests.settings import rag_config
 
@@ -33,13 +33,13 @@ def test_which_passages_are_encoded(
     def asked(source: str) -> None:
         raise LookupError(source)
 
-    monkeypatch.setattr(build, "load_passages", asked)
+    monkeypatch.setattr(models, "load_passages", asked)
     with pytest.raises(LookupError, match=f"^{corpus}$"):
-        build.build_model(rag_config(parts | settings))
+        models.build_model(rag_config(parts | settings))
 
 
 def build_index(folder: Path, n: int, seed: int = 0) -> tuple[Any, Any]:
-    return build.build_index(
+    return indexing.build_index(
         folder,
         tiny.passages(n),
         tiny.encoder(seed=seed),
@@ -90,13 +90,13 @@ def test_foreign_files_beside_ours_survive(
         build_index(out, 3)
     assert snapshot(tmp_path) == before
     foreign.unlink()
-    encode = build.encode_passages
+    encode = indexing.encode_passages
 
     def slow(*arguments: Any, **settings: Any) -> Any:
         foreign.write_text("keep")
         return encode(*arguments, **settings)
 
-    monkeypatch.setattr(build, "encode_passages", slow)
+    monkeypatch.setattr(indexing, "encode_passages", slow)
     with pytest.raises(ValueError, match=rf"{part}: expected only files that .* got notes\.txt"):
         build_index(out, 3)
     assert snapshot(tmp_path) == before
@@ -118,7 +118,7 @@ def test_a_rebuild_between_the_two_reads(
 
     with monkeypatch.context() as patch:
         patch.setattr(folders, "step", act)
-        index, store = build.load_index(out)
+        index, store = indexing.load_index(out)
     new = rebuilt[0]
     assert index.checksum() == new[0].checksum() != old[0].checksum()
     assert store.checksum() == new[1].checksum() and len(index) == len(store) == n
@@ -141,7 +141,7 @@ def test_a_folder_that_is_always_replaced_is_an_error(
 
     monkeypatch.setattr(folders, "step", act)
     with pytest.raises(ValueError, match="out: expected a folder that is left alone while it is"):
-        build.load_index(out)
+        indexing.load_index(out)
     assert n_replaced >= 9
 
 
@@ -149,7 +149,7 @@ def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
     """Both have the same length and order, so only the checksum tells them apart."""
     one, other = tmp_path / "one", tmp_path / "other"
     index, _ = build_index(one, 4)
-    build.build_index(
+    indexing.build_index(
         other,
         tiny.passages(5)[1:],
         tiny.encoder(),
@@ -159,16 +159,16 @@ def test_passages_of_another_build_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(one / "passages")
     shutil.copytree(other / "passages", one / "passages")
     with pytest.raises(ValueError, match="one: expected the passages that the index was built"):
-        build.load_index(one)
+        indexing.load_index(one)
     # an index of another kind takes the place, whose vectors come from anywhere
     own = FlatIndex(index.dim)
     own.add(index.vectors(torch.arange(4)))
     own.save(one / "index")
-    assert len(build.load_index(one)[0]) == 4
+    assert len(indexing.load_index(one)[0]) == 4
     # and what is made from an index keeps what it belongs to
     index.astype("float16").save(other / "index")
     with pytest.raises(ValueError, match="other: expected the passages that the index was built"):
-        build.load_index(other)
+        indexing.load_index(other)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_forced_choices_are_checked_before_the_corpus_is_encoded(
     encoder: Any = model.passage_encoder
     monkeypatch.setattr(type(encoder), "forward", None)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        build.build_index(
+        indexing.build_index(
             tmp_path / "index",
             tiny.passages(2),
             encoder,
