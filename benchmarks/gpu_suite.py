@@ -1,39 +1,41 @@
-"""Everything that needs an NVIDIA GPU, in one command: tests, benchmarks, sanitizers, tuning.
+"""Run everything that needs an NVIDIA GPU: tests, benchmarks, sanitizers, tuning.
 
     python -m benchmarks.gpu_suite [--budget-minutes 8] [--out runs/gpu_suite] [--only tests mips]
 
 Needs a checkout, python3 with torch, triton, transformers and pytest, and no network. Every part
-runs in processes of its own with a limit of time, the most important first, and what is known is
-written at once; what did not fit the time is listed. Exit code: 0 if nothing failed and every test
-ran, 1 if not, 2 for a bad argument or a machine that cannot run this, 143 when it was ended before
-its time (130 by Ctrl-C), of which too the summary tells. docs/gpu.md has more.
+runs in processes of its own with a limit of time, the most important first; what is known is
+written at once, and what did not fit the time is listed. Exit code: 0 if nothing failed and every
+test ran, 1 if not, 2 for a bad argument or a machine that cannot run this, 143 when it was ended
+early (130 by Ctrl-C), with a summary all the same. docs/gpu.md has more.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu import plan, steps, summary
-from benchmarks.gpu.isolation import NOT_RUN, end_on_signals
-from benchmarks.gpu.plan import Step
+from benchmarks.gpu import steps, summary
+from benchmarks.gpu.isolation import NOT_RUN, end_on_signals, seconds_left, stopped
 from benchmarks.gpu.steps import Bench, Results
 from benchmarks.harness.arguments import Parser, at_least_one, positive
+from benchmarks.harness.registry import needs
+from benchmarks.ops import OPS
 
 DEFAULT_OUT = Path("runs/gpu_suite")
 NEEDED = ("torch", "triton", "transformers", "pytest")
-# Percentiles of fewer turns, where all has to fit some minutes.
+# Fewer turns if everything has to fit some minutes.
 FEW_ROUNDS, MANY_ROUNDS, MANY_FROM_MINUTES = 8, 20, 15
 TESTS_SHARE = 0.5
-# Of processes that compile, and share the memory of the GPU.
+LEAST_SHARE = 0.4  # a step that is not likely to be half done is not begun
+# Tests at a time: each process compiles, and all share the memory of the GPU.
 MOST_JOBS, CPUS_PER_JOB = 8, 2
 
 LOSS_SHAPES = ("8,5,64,1024,50265", "4,8,256,2048,128256", "8,10,128,1024,50265")
@@ -49,8 +51,82 @@ BENCHES: tuple[tuple[str, Bench, float], ...] = (
     ("rag_step", Bench("rag_step"), 90),
     ("sequence", Bench("marginal_loss", ("sequence",), LOSS_SHAPES, NEAR), 120),
 )
-# torch.compile on its way says nothing for minutes.
+# torch.compile is silent for minutes.
 PEERS = ("peers", Bench("marginal_loss", ("token",), LOSS_SHAPES[:1], patience=math.inf), 120)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of the suite.
+
+    `run(deadline)` returns the outcome in a line; the deadline is by time.monotonic(). `estimate`
+    and `most` are seconds. A step in the background takes no time from the others, and is waited
+    for at the end.
+    """
+
+    name: str
+    about: str
+    run: Callable[[float], str]
+    estimate: float
+    most: float
+    background: bool = False
+
+
+Done = tuple[str, str, float]  # name, outcome, seconds
+
+
+class Run:
+    """Runs steps one after another until `deadline`, and reports each."""
+
+    def __init__(self, deadline: float, changed: Callable[[Sequence[Done]], None]) -> None:
+        self.deadline, self.changed = deadline, changed
+        self.done: list[Done] = []
+        self.lock = threading.Lock()
+
+    def all(self, steps: Sequence[Step]) -> list[Done]:
+        threads = [
+            threading.Thread(target=self._one, args=(step,), daemon=True)
+            for step in steps
+            if step.background
+        ]
+        for thread in threads:
+            thread.start()
+        for step in steps:
+            if not step.background:
+                self._one(step)
+        for thread in threads:
+            thread.join()
+        return self.done
+
+    def _one(self, step: Step) -> None:
+        began, left = time.monotonic(), seconds_left(self.deadline)
+        if stopped.is_set():
+            how = "not run: the suite was stopped"
+        elif left < LEAST_SHARE * step.estimate:
+            how = f"not run: budget ({left:.0f} s left, about {step.estimate:.0f} needed)"
+        else:
+            try:
+                how = step.run(min(self.deadline, began + step.most))
+            except Exception as error:  # the other steps are worth running all the same
+                how = f"failed: {type(error).__name__}: {error}"
+        with self.lock:
+            self.done.append((step.name, how, time.monotonic() - began))
+            self.changed(self.done)
+
+
+def table(steps: Sequence[Step], budget: float) -> str:
+    """Return the plan in lines: which step would begin when, if the estimates are right."""
+    lines, at = [f"plan for {budget:.0f} s, most important first:"], 0.0
+    for step in steps:
+        fits = step.background or budget - at >= LEAST_SHARE * step.estimate
+        when = "beside" if step.background else f"{at:5.0f} s" if fits else "budget"
+        lines.append(
+            f"  {when:>7}  {step.name:<24} about {step.estimate:4.0f} s, at most "
+            f"{step.most:4.0f}  {step.about}"
+        )
+        if fits and not step.background:
+            at += min(step.estimate, budget - at)
+    return "\n".join(lines)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,8 +164,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def all_steps(results: Results, budget: float) -> list[Step]:
-    """The most important first."""
-    from benchmarks.ops import OPS
+    """Return the steps, the most important first."""
 
     def timed(name: str, bench: Bench, estimate: float) -> Step:
         about = " ".join(bench.command(results.rounds, Path("..."))[2:])
@@ -101,19 +176,14 @@ def all_steps(results: Results, budget: float) -> list[Step]:
         return Step(tool, f"compute-sanitizer --tool {tool}", run, estimate, 3.0 * estimate)
 
     named = {bench.op for _, bench, _ in BENCHES}
-    others = [(name, Bench(name), 90.0) for name in OPS if name not in named]
+    of_tests = min(180.0, TESTS_SHARE * budget), max(120.0, TESTS_SHARE * budget)
+    about_tests = "pytest -m gpu, a process for each function"
     return [
         Step("environment", "versions", partial(steps.environment, results), 15, 60),
         Step("build", "setup.py", partial(steps.build, results), 120, 600, background=True),
-        Step(
-            "tests",
-            "pytest -m gpu, a process for each function",
-            partial(steps.tests, results),
-            min(180.0, TESTS_SHARE * budget),
-            max(120.0, TESTS_SHARE * budget),
-        ),
+        Step("tests", about_tests, partial(steps.run_tests, results), *of_tests),
         *(timed(*bench) for bench in BENCHES if bench[1].op in OPS),
-        *(timed(*bench) for bench in others),
+        *(timed(name, Bench(name), 90.0) for name in OPS if name not in named),
         checked("memcheck", 90),
         checked("racecheck", 120),
         timed(*PEERS),
@@ -122,22 +192,18 @@ def all_steps(results: Results, budget: float) -> list[Step]:
 
 
 def missing() -> str:
-    """What this machine lacks, "" if nothing."""
-    for name in NEEDED:
-        if importlib.util.find_spec(name) is None:
-            return f"needs the package {name}"
+    """Return what this machine lacks, "" if nothing."""
     import torch
 
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU: torch sees no CUDA device"
-    return ""
+    reason = needs(*NEEDED)()
+    return reason or ("" if torch.cuda.is_available() else "torch sees no CUDA device")
 
 
-def _code(args: argparse.Namespace, done: Sequence[plan.Done]) -> int:
+def _code(args: argparse.Namespace, done: Sequence[Done]) -> int:
     results: Results = args.results
     records = [*results.tests, *(r for cases in results.sanitizer.values() for r in cases)]
     failed = any(record.bad for record in records) or bool(results.broken)
-    failed |= any(step.how.startswith("failed") for step in done)
+    failed |= any(how.startswith("failed") for _, how, _ in done)
     asked = any(step.name == "tests" for step in args.steps)
     unknown = not results.tests or any(r.outcome == NOT_RUN for r in results.tests)
     return int(failed or (asked and unknown))
@@ -151,20 +217,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cases.main([args.one_kernel])
     budget = 60 * args.budget_minutes
     if args.dry_run:
-        print(plan.table(args.steps, budget))
+        print(table(args.steps, budget))
         return 0
     reason = missing()
     if reason:
         print(f"benchmarks.gpu_suite: {reason}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "sanitizer.txt").unlink(missing_ok=True)
 
-    def changed(done: Sequence[plan.Done]) -> None:
+    def changed(done: Sequence[Done]) -> None:
         summary.write(args.results, done, complete=False)
-        print(f"{done[-1].name}: {done[-1].how} ({done[-1].seconds:.0f} s)", flush=True)
+        name, how, seconds = done[-1]
+        print(f"{name}: {how} ({seconds:.0f} s)", flush=True)
 
     with end_on_signals() as came:
-        done = plan.Run(time.monotonic() + budget, changed).all(args.steps)
+        done = Run(time.monotonic() + budget, changed).all(args.steps)
         print(summary.short(summary.write(args.results, done, complete=True)), flush=True)
     return 128 + came() if came() else _code(args, done)
 

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from fastrag.kernels import tuning
 
-    from benchmarks.gpu.tuning import JOBS, fits
+    from benchmarks.gpu.tuning import JOBS, fits, measure_job
     from benchmarks.harness.measure import facts
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -124,14 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(args.out, document(seen, arch, machine))  # at once: a later failure loses nothing
 
     with end_on_signals():
-        records = run_isolated(
-            lambda names: [sys.executable, "-m", "benchmarks.gpu.tuning", *names],
-            "tuning",
-            time.monotonic() + args.seconds,
-            patience=PATIENCE,
-            names=names,
-            tell=tell,
-        )
+        deadline = time.monotonic() + args.seconds
+        records = run_isolated(measure_job, names, deadline, patience=PATIENCE, tell=tell)
     found = document(records, arch, machine)
     _write(args.out, found)
     if args.install:

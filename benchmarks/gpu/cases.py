@@ -1,6 +1,6 @@
 """Every kernel at a small shape, through the ops that launch it, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.gpu.cases [NAME ...]
+    python -m benchmarks.gpu.cases [NAME ...]
 
 Nothing divides anything, so that every mask is at work. The tests check the answers.
 """
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.watch import cuda_error, each
+from benchmarks.gpu.isolation import FAILED, PASSED, cuda_error, piece
 
 HALF, FLOAT, INT8 = torch.bfloat16, torch.float32, torch.int8
 # compute-sanitizer, a process of its own, may take this long to print what it found in a case.
 SETTLE_SECONDS = 0.1
+ENV = {"FASTRAG_BACKEND": "triton"}  # the other backends launch torch's kernels
 HEAD_SHAPE = (2, 3, 5, 72, 1031)  # B, K, T, H, V
 
 
@@ -143,31 +144,34 @@ CASES: dict[str, Callable[[torch.device], object]] = {
 }
 
 
-def run(names: Sequence[str], device: torch.device) -> int:
-    """Return 1 if a case failed; stop where CUDA is lost."""
-
-    def one(name: str) -> str:
-        print(f"case: {name}", flush=True)
-        try:
-            CASES[name](device)
-        finally:
-            cuda_error()  # waits for the kernels
-            time.sleep(SETTLE_SECONDS)
-        return ""
-
-    return each(names, one)
+def run(name: str) -> tuple[str, str]:
+    """Run one case in a child of the suite; its name precedes what a sanitizer prints about it."""
+    print(f"case: {name}", flush=True)
+    try:
+        CASES[name](torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    finally:
+        cuda_error()  # waits for the kernels
+        time.sleep(SETTLE_SECONDS)
+    return PASSED, ""
 
 
 def main(names: Sequence[str]) -> int:
+    """Run cases in this process up to the first that loses CUDA; return 1 if one failed."""
     unknown = [name for name in names if name not in CASES]
     if unknown:
         print(f"no case is called {unknown[0]!r}; cases: {', '.join(CASES)}", file=sys.stderr)
         return 2
-    # The other backends launch torch's kernels.
-    os.environ.setdefault("FASTRAG_BACKEND", "triton")
+    os.environ.update(ENV)
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return run(names or list(CASES), device)
+    code = 0
+    for name in names or CASES:
+        outcome, text, lost = piece(run, name)
+        if outcome == FAILED:
+            print(f"failed: {name}: {text}", flush=True)
+            code = 1
+        if lost:
+            break
+    return code
 
 
 if __name__ == "__main__":

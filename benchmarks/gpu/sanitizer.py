@@ -15,7 +15,7 @@ library are its authors' business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from benchmarks.gpu.isolation import FAILED, PASSED, Record
@@ -37,15 +37,15 @@ _OURS = re.compile(r"\b_\w+_kernel\b")
 _COUNT = re.compile(r"^={9} \w+ SUMMARY: ([1-9]\d* .*)$", re.M)
 
 
-def command(program: str, tool: str, loop: Sequence[str]) -> list[str]:
-    """Return the command that runs `loop` under compute-sanitizer."""
+def wrapper(program: str, tool: str) -> list[str]:
+    """Return the beginning of a command that runs under compute-sanitizer."""
     words = [program, "--tool", tool, "--error-exitcode", str(CODE)]
     # Past its limit it stops printing, and whatever follows would look sound.
     words += ["--print-limit", "10000", "--show-backtrace", "no"]
     words += ["--target-processes", "application-only"]
     if tool == "memcheck":
         words += ["--report-api-errors", "no"]  # torch makes calls that may be refused
-    return [*words, *loop]
+    return words
 
 
 def reports(said: str) -> list[str]:

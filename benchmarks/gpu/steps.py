@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import sanitizer as tool_output
-from benchmarks.gpu import toolkit
+from benchmarks.gpu import summary, tests
 from benchmarks.gpu.isolation import (
     BUDGET,
-    FAILED,
-    NOT_RUN,
     PASSED,
     Record,
-    collect,
     run_isolated,
     run_limited,
     seconds_left,
 )
-from benchmarks.harness import rows as csv_rows
-from benchmarks.harness.measure import ROOT
+from benchmarks.harness import rows
+from benchmarks.harness.rows import Row
+from benchmarks.profiling import toolkit
 
-# A test may compile a dozen kernels before it says that it is done, and a benchmark prepares its
-# providers one after another before it times the first. What hangs costs the time of its own step.
+# A test may compile a dozen kernels, and a benchmark prepares its providers one after another
+# before it times the first. What hangs costs the time of its own step.
 PATIENCE = 150.0
-# Whatever else is installed there, tests run with pytest alone.
-PYTEST_ENV = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 QUERY = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,clocks.max.sm"
 QUERY += ",clocks.max.mem,power.draw,power.limit,temperature.gpu,ecc.mode.current,compute_mode"
 
@@ -65,25 +59,19 @@ class Results:
     rounds: int
     jobs: int
     tests: list[Record] = field(default_factory=list)
-    rows: list[dict[str, str]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     sanitizer: dict[str, list[Record]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)  # what else makes the suite fail
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-# ------------------------------------------------------------------------------ machine, extension
-
-
 def environment(results: Results, deadline: float) -> str:
+    collect = "import json; from fastrag.info import collect; print(json.dumps(collect()))"
     commands = {
         "nvidia-smi": ["nvidia-smi"],
         "gpu": ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv"],
         "nvcc": [toolkit.find("nvcc") or "nvcc", "--version"],
-        "fastrag": [
-            sys.executable,
-            "-c",
-            "import json; from fastrag.info import collect; print(json.dumps(collect()))",
-        ],
+        "fastrag": [sys.executable, "-c", collect],
     }
     found: dict[str, Any] = {}
     for name, command in commands.items():
@@ -105,11 +93,8 @@ def build(results: Results, deadline: float) -> str:
 
     An older one may lack functions that the package calls. No step on the GPU waits for it.
     """
-    ended = run_limited(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        deadline,
-        env={"FASTRAG_BUILD_EXT": "1"},
-    )
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    ended = run_limited(command, deadline, {"FASTRAG_BUILD_EXT": "1"})
     return "ok" if ended.code == 0 else f"failed: {_last_line(ended.output)}"
 
 
@@ -118,113 +103,59 @@ def _last_line(text: str) -> str:
     return lines[-1][:200] if lines else "it said nothing"
 
 
-# -------------------------------------------------------------------------------------------- tests
-
-
-def test_files() -> list[str]:
-    """Return the files with tests for a GPU: collecting others is slow and needs more packages."""
-    marked = re.compile(r"\bmark\.gpu\b")
-    found = (ROOT / "tests").rglob("test_*.py")
-    return sorted(str(p.relative_to(ROOT)) for p in found if marked.search(p.read_text()))
-
-
-def pytest_command(names: Sequence[str], *more: str) -> list[str]:
-    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.watch"]
-    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *plugins, *more, *names]
-
-
-def tests(results: Results, deadline: float) -> str:
+def run_tests(results: Results, deadline: float) -> str:
     """Run each function in processes of its own, some at a time: compilation takes most time."""
     # With little time left, a test that hangs is still recognised as one.
     patience = min(PATIENCE, 0.5 * seconds_left(deadline))
-    limits: dict[str, Any] = {"patience": patience, "env": PYTEST_ENV}
-
-    def look_into(file: str) -> list[str] | Record:
-        found: list[str] | Record = collect(
-            pytest_command([file], "--collect-only"), file, deadline, **limits
-        )
-        return found
-
-    path = results.out / "tests.txt"  # in its final form when all is done
-    path.unlink(missing_ok=True)
 
     def keep(record: Record) -> None:
-        with results.lock, path.open("a", encoding="utf-8") as file:
+        with results.lock:
             results.tests.append(record)
-            file.write(f"{record.outcome} {record.name}\n{record.text}".rstrip() + "\n")
+            summary.write_tests(results.out, results.tests)
 
-    def one(names: list[str]) -> list[Record]:
-        return run_isolated(pytest_command, names[0], deadline, names=names, tell=keep, **limits)
+    def one(names: Sequence[str]) -> None:
+        run_isolated(tests.run, names, deadline, patience=patience, env=tests.ENV, tell=keep)
 
+    files = run_isolated(tests.collect, tests.files(), deadline, patience=patience, env=tests.ENV)
+    names: list[str] = []
+    for record in files:
+        if record.outcome == PASSED:
+            names += json.loads(record.text)
+        else:
+            keep(record)
     with ThreadPoolExecutor(results.jobs) as pool:
-        found = list(pool.map(look_into, test_files()))
-        lost = [record for record in found if isinstance(record, Record)]
-        names = [name for part in found if isinstance(part, list) for name in part]
-        done = list(pool.map(one, in_turn(names)))
-    results.tests = lost + [record for records in done for record in records]
-    return _count(results.tests)
-
-
-def in_turn(names: Sequence[str]) -> list[list[str]]:
-    """Return the tests of each function, the files taking turns.
-
-    If the time is over before all of them ran, some of every file did.
-    """
-    files: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        function = name.partition("[")[0]
-        files.setdefault(name.partition("::")[0], {}).setdefault(function, []).append(name)
-    turns = zip_longest(*(functions.values() for functions in files.values()))
-    return [tests for turn in turns for tests in turn if tests]
-
-
-def _count(records: Sequence[Record]) -> str:
-    kinds = (PASSED, FAILED, "skipped", NOT_RUN)
-    counts = {kind: sum(record.outcome == kind for record in records) for kind in kinds}
-    word = "failed" if counts[FAILED] else "not all ran" if counts[NOT_RUN] else "ok"
-    return f"{word}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-
-
-# --------------------------------------------------------------------------------------- benchmarks
+        list(pool.map(one, tests.by_function(names)))
+    return summary.count(results.tests)
 
 
 def benchmark(results: Results, bench: Bench, deadline: float) -> str:
     path = results.out / "benchmarks.part.csv"  # of this step; it outlives the process
     path.unlink(missing_ok=True)
-    seconds = seconds_left(deadline)
     command = bench.command(results.rounds, path)
     if not bench.shapes:  # the most important first, and an end in time
-        command += ["--budget-minutes", f"{seconds / 60:.2f}"]
+        command += ["--budget-minutes", f"{seconds_left(deadline) / 60:.2f}"]
     ended = run_limited(command, deadline, patience=bench.patience)
-    rows = csv_rows.read(path) if path.exists() else []
-    results.rows += rows
+    found = rows.read(path) if path.exists() else []
+    results.rows += found
     if results.rows:
         columns = list(dict.fromkeys(name for row in results.rows for name in row))
-        csv_rows.write(results.out / "benchmarks.csv", results.rows, columns)
+        rows.write(results.out / "benchmarks.csv", results.rows, columns)
     path.unlink(missing_ok=True)
     if ended.why == BUDGET:
-        return f"cut off after {ended.seconds:.0f} s, {len(rows)} rows"
+        return f"cut off after {ended.seconds:.0f} s, {len(found)} rows"
     if ended.why:
         results.broken.append(bench.op)
-        return f"failed: {ended.why}, {len(rows)} rows, then: {_last_line(ended.output)}"
+        return f"failed: {ended.why}, {len(found)} rows, then: {_last_line(ended.output)}"
     if ended.code != 0:
         results.broken.append(bench.op)
-        told = "; ".join(_bad(rows)[:3]) or _last_line(ended.output)
-        return f"failed with code {ended.code}, {len(rows)} rows: {told}"
-    return f"ok: {len(rows)} rows"
-
-
-def _bad(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Return what went wrong according to the rows."""
-    fine = ("ok", "unavailable")
-    return [
-        f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
-        for row in rows
-        if (status := row.get("status", "")) and not status.startswith(fine)
-    ]
-
-
-# ---------------------------------------------------------------------------------------- sanitizer
+        bad = [
+            f"{row['provider']} {row['mode']} {row['shape']} {status[:160]}"
+            for row in found
+            if (status := row.get("status", "")) and not status.startswith(("ok", "unavailable"))
+        ]
+        told = "; ".join(bad[:3]) or _last_line(ended.output)
+        return f"failed with code {ended.code}, {len(found)} rows: {told}"
+    return f"ok: {len(found)} rows"
 
 
 def sanitizer(results: Results, tool: str, deadline: float) -> str:
@@ -232,51 +163,31 @@ def sanitizer(results: Results, tool: str, deadline: float) -> str:
     program = toolkit.find("compute-sanitizer")
     if program is None:
         return "not run: there is no compute-sanitizer"
-    from benchmarks.gpu.cases import CASES
+    from benchmarks.gpu import cases
 
-    log = results.out / f"sanitizer-{tool}.log"
+    outputs: list[str] = []
     records = run_isolated(
-        lambda names: tool_output.command(
-            program, tool, [sys.executable, "-m", "benchmarks.gpu.cases", *names]
-        ),
-        tool,
+        cases.run,
+        list(cases.CASES),
         deadline,
         patience=PATIENCE,
-        names=list(CASES),
-        env=tool_output.ENV,
-        log=log,
+        env={**tool_output.ENV, **cases.ENV},
+        wrapper=tool_output.wrapper(program, tool),
+        hear=outputs.append,
     )
-    said = log.read_text(errors="replace") if log.exists() else ""
-    log.unlink(missing_ok=True)
+    said = "\n".join(outputs)
     results.sanitizer[tool] = tool_output.attribute(records, said)
-    _write_sanitizer(results.out / "sanitizer.txt", results.sanitizer, said)
+    with (results.out / "sanitizer.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{tool}\n{summary.tests_text(results.sanitizer[tool])}\n")
+        file.write(f"what it said\n{said[-200_000:]}\n\n")
     more = tool_output.unexplained(results.sanitizer[tool], said)
-    return "; ".join(filter(None, (_count(results.sanitizer[tool]), more)))
-
-
-def _write_sanitizer(path: Path, by_tool: dict[str, list[Record]], said: str) -> None:
-    lines = []
-    for tool, records in by_tool.items():
-        lines.append(f"{tool}: {_count(records)}")
-        for record in records:
-            lines.append(f"  {record.outcome:<8} {record.seconds:6.1f} s  {record.name}")
-            lines += [f"      {line}" for line in record.text.splitlines() if record.bad]
-    before = path.read_text() if path.exists() else ""
-    kept = before.partition(_LOG)[2]
-    path.write_text("\n".join(lines) + f"\n\n{_LOG}{kept}\n{said[-200_000:]}")
-
-
-_LOG = "what the tool said\n"
-
-
-# ------------------------------------------------------------------------------------------- tuning
+    return "; ".join(filter(None, (summary.count(results.sanitizer[tool]), more)))
 
 
 def tune(results: Results, deadline: float) -> str:
-    seconds = seconds_left(deadline)
+    seconds = 0.9 * seconds_left(deadline)
     command = [sys.executable, "-m", "benchmarks.tune", "--out", str(results.out / "tuned.json")]
-    ended = run_limited([*command, "--seconds", f"{0.9 * seconds:.0f}"], deadline)
+    ended = run_limited([*command, "--seconds", f"{seconds:.0f}"], deadline)
     if ended.code != 0:
         (results.out / "tune.txt").write_text(ended.output)
-        return f"failed: {_last_line(ended.output)}"
-    return f"ok: {_last_line(ended.output)}"
+    return f"{'failed' if ended.code else 'ok'}: {_last_line(ended.output)}"

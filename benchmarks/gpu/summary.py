@@ -1,58 +1,45 @@
-"""What the suite writes down: tests.txt, tests.xml, summary.md, and the table at the end."""
+"""The files of the suite: tests.txt, tests.xml, summary.md, and the text printed at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.gpu.isolation import FAILED, PASSED, Record
-from benchmarks.gpu.plan import Done
-from benchmarks.gpu.steps import Results
+from benchmarks.gpu.isolation import FAILED, NOT_RUN, PASSED, SKIPPED, Record
+from benchmarks.harness.rows import Row
 
-# What a terminal, or a reply that is cut, still shows.
-MOST = 12_000
+MOST = 12_000  # characters that a terminal, or a reply that is cut, still shows
 FIRST_LINES = 6
-# XML 1.0 has no way to write these.
+# XML 1.0 cannot represent these.
 _UNWRITABLE = {i: None for i in range(32) if chr(i) not in "\t\n\r"}
 
 
-def write(results: Results, done: Sequence[Done], *, complete: bool) -> str:
-    """Writes what is known, and returns the summary; `complete` tells that nothing will follow."""
+def write(results: Any, steps: Sequence[tuple[str, str, float]], *, complete: bool) -> str:
+    """Write what the `steps.Results` hold, and return the summary.
+
+    `steps` are names, outcomes and seconds; `complete`: nothing will follow.
+    """
     with results.lock:
         records = list(results.tests)
-    if records:
-        (results.out / "tests.txt").write_text(tests_text(records), encoding="utf-8")
-        tests_xml(results.out / "tests.xml", records)
-    text = summary(results, done, records, complete=complete)
+        write_tests(results.out, records)
+    lines = ["# GPU suite" if complete else "# GPU suite (so far)", ""]
+    lines += [f"- {name}: {how} ({seconds:.0f} s)" for name, how, seconds in steps]
+    parts = ["\n".join(lines)]
+    for title, of in {"Failed tests": records, **results.sanitizer}.items():
+        bad = [_failure(record) for record in of if record.bad]
+        if bad:
+            parts.append(_block(title, "\n".join(bad)))
+    if results.rows:
+        parts.append(_block("Milliseconds", times(results.rows)))
+    text = "\n\n".join(parts) + "\n"
     (results.out / "summary.md").write_text(text, encoding="utf-8")
     return text
 
 
-def summary(
-    results: Results, done: Sequence[Done], records: Sequence[Record], *, complete: bool
-) -> str:
-    lines = ["# GPU suite" if complete else "# GPU suite (so far)", ""]
-    lines += [f"- {step.name}: {step.how} ({step.seconds:.0f} s)" for step in done]
-    parts = ["\n".join(lines)]
-    failures = [record for record in records if record.bad]
-    if failures:
-        parts.append("## Failed tests\n\n```\n" + "\n".join(map(_failure, failures)) + "\n```")
-    for tool, cases in results.sanitizer.items():
-        bad = [record for record in cases if record.bad]
-        if bad:
-            parts.append(f"## {tool}\n\n```\n" + "\n".join(map(_failure, bad)) + "\n```")
-    if results.rows:
-        parts.append("## Milliseconds\n\n```\n" + times(results.rows) + "\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def short(text: str) -> str:
-    """The text, or what fits of its beginning and its end, where the times are."""
-    if len(text) <= MOST:
-        return text
-    half = MOST // 2 - 20
-    return f"{text[:half]}\n[... more in summary.md ...]\n{text[-half:]}"
+def _block(title: str, text: str) -> str:
+    return f"## {title}\n\n```\n{text}\n```"
 
 
 def _failure(record: Record) -> str:
@@ -61,28 +48,43 @@ def _failure(record: Record) -> str:
     return "\n".join([record.name, *(f"    {line[:160]}" for line in told[:FIRST_LINES])])
 
 
-def times(rows: Sequence[dict[str, str]]) -> str:
-    """A line for each problem: providers with their medians, slower than the first by so much."""
-    by_problem: dict[tuple[str, ...], list[dict[str, str]]] = {}
+def short(text: str) -> str:
+    """Return the text, or as much of its beginning and of its end, with the times, as fits."""
+    if len(text) <= MOST:
+        return text
+    half = MOST // 2 - 20
+    return f"{text[:half]}\n[... more in summary.md ...]\n{text[-half:]}"
+
+
+def count(records: Sequence[Record]) -> str:
+    kinds = (PASSED, FAILED, SKIPPED, NOT_RUN)
+    counts = {kind: sum(record.outcome == kind for record in records) for kind in kinds}
+    word = "failed" if counts[FAILED] else "not all ran" if counts[NOT_RUN] else "ok"
+    return f"{word}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+
+
+def times(rows: Sequence[Row]) -> str:
+    """Return a line for each problem: the medians, and their ratios to the first provider."""
+    by_problem: dict[str, list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("op", "mode", "dtype", "shape"))
+        key = " ".join(row[name] for name in ("op", "mode", "dtype", "shape"))
         by_problem.setdefault(key, []).append(row)
     lines = []
     for key, group in by_problem.items():
         first = next((float(row["ms_p50"]) for row in group if row["ms_p50"]), 0.0)
         cells = []
         for row in group:
+            said = row["status"][:60]
             if row["ms_p50"]:
                 ms = float(row["ms_p50"])
-                cells.append(f"{row['provider']} {ms:.4g} ({ms / first:.2f})")
-            else:
-                cells.append(f"{row['provider']} {row['status'][:60]}")
-        lines.append(f"{' '.join(key)}: {', '.join(cells)}")
+                said = f"{ms:.4g} ({ms / first:.2f})"
+            cells.append(f"{row['provider']} {said}")
+        lines.append(f"{key}: {', '.join(cells)}")
     return "\n".join(lines)
 
 
 def tests_text(records: Sequence[Record]) -> str:
-    """Failures first, with their text; then every test with its outcome."""
+    """Return failures with their text, and then every test with its outcome."""
     failures = [f"FAILED {r.name}\n{r.text}\n" for r in records if r.bad]
     others = [
         f"{r.outcome:<8} {r.seconds:7.2f} s  {r.name}"
@@ -92,8 +94,11 @@ def tests_text(records: Sequence[Record]) -> str:
     return "\n".join([*failures, *others]) + "\n"
 
 
-def tests_xml(path: Path, records: Sequence[Record]) -> None:
-    """The form of JUnit, which pytest itself writes only when it comes to its end."""
+def write_tests(out: Path, records: Sequence[Record]) -> None:
+    """Write tests.txt, and tests.xml in the form of JUnit."""
+    if not records:
+        return
+    (out / "tests.txt").write_text(tests_text(records), encoding="utf-8")
     suite = ElementTree.Element(
         "testsuite",
         name="gpu",
@@ -116,4 +121,4 @@ def tests_xml(path: Path, records: Sequence[Record]) -> None:
             text = record.text.translate(_UNWRITABLE)
             message = text.splitlines()[-1][:200] if text else record.outcome
             ElementTree.SubElement(case, tag, message=message).text = text
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    ElementTree.ElementTree(suite).write(out / "tests.xml", encoding="utf-8", xml_declaration=True)

@@ -1,16 +1,13 @@
-"""The child's side of benchmarks.tune: times the candidates of some kernels in their regimes.
-
-    python -m benchmarks.gpu.tuning [JOB ...]
+"""The jobs of benchmarks.tune: the candidates of a kernel in a regime, timed in a child.
 
 Each candidate must first give the right answer at a small shape. Those that do take turns at a real
-one; what was found goes to the recorder, as JSON, when a job is done.
+one.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +17,7 @@ from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning
 from fastrag.kernels.mips_rescore import group_size
 from torch import Tensor
 
-from benchmarks.gpu.watch import cuda_error, each
+from benchmarks.gpu.isolation import PASSED, cuda_error
 from benchmarks.harness import measure
 from fastrag.ops import triton_mips
 from fastrag.ops.triton_chunks import padded
@@ -282,20 +279,9 @@ def _bound(problem: Problem, candidate: Any) -> Callable[[], Outputs]:
     return lambda: problem.call(candidate)
 
 
-def main(names: Sequence[str]) -> int:
-    device = torch.device("cuda")
-
-    def one(name: str) -> str:
-        torch.manual_seed(0)
-        try:
-            return json.dumps(run(JOBS[name], device))
-        finally:
-            if not cuda_error():
-                torch.cuda.empty_cache()
-
-    each(names or list(JOBS), one)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def measure_job(name: str) -> tuple[str, str]:
+    """Run a job in a child of benchmarks.tune; return what was found as JSON."""
+    torch.manual_seed(0)
+    found = json.dumps(run(JOBS[name], torch.device("cuda")))
+    torch.cuda.empty_cache()
+    return PASSED, found

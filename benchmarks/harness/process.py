@@ -1,10 +1,10 @@
 """A child process that runs functions for its parent, one at a time.
 
-    python -m benchmarks.harness.process FD [CHECKOUT]
+    python -m benchmarks.harness.process FD [MODULE [CHECKOUT]]
 
-FD is an inherited socket; `multiprocessing.connection` carries functions and replies. With CHECKOUT
-the child imports fastrag from there, while the benchmarks stay those of this folder. The child ends
-when the socket closes, so it never outlives its parent.
+FD is an inherited socket; `multiprocessing.connection` carries functions and replies. MODULE is
+imported at the start. With CHECKOUT fastrag comes from there, while the benchmarks stay those of
+this folder. The child ends when the socket closes, so it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks.harness import shared
 from benchmarks.harness.measure import ROOT
 
 OK = "ok"
+POLL_SECONDS = 0.1
 
 
 class Refusal(Exception):
@@ -34,24 +35,41 @@ class Refusal(Exception):
 
 
 class Process:
-    """A child that lives as long as the context; `tree` is the checkout to take fastrag from."""
+    """A child that lives as long as the context.
 
-    def __init__(self, tree: Path | None = None) -> None:
-        self.tree = tree
+    Args:
+        tree: the checkout to take fastrag from, by default this one.
+        module: what to import at the start, while other children do the same, and not at the first
+            request, when they wait.
+        wrapper: the beginning of the command, such as a debugger.
+        env: variables in addition to those of this process.
+    """
+
+    def __init__(
+        self,
+        tree: Path | None = None,
+        *,
+        module: str = "sys",
+        wrapper: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tree, self.module, self.wrapper, self.env = tree, module, wrapper, env or {}
 
     def __enter__(self) -> Process:
         here, there = socket.socketpair()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
         command = [sys.executable, "-m", "benchmarks.harness.process", str(there.fileno())]
-        # A session of its own: everything the child starts ends with it, and Ctrl-C reaches only
-        # the parent.
+        command += [self.module, *([str(self.tree)] if self.tree else [])]
+        # A process group of its own: everything the child starts ends with it, and Ctrl-C reaches
+        # only the parent. The session is that of the parent: its end is the child's end as well.
         self.child = subprocess.Popen(
-            command + ([str(self.tree)] if self.tree else []),
+            [*self.wrapper, *command],
             cwd=ROOT,
+            env={**os.environ, **self.env},
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
-            start_new_session=True,
+            process_group=0,
             pass_fds=[there.fileno(), *shared.descriptors()],
         )
         there.close()
@@ -64,22 +82,38 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.child.poll() is None:
-            os.killpg(self.child.pid, signal.SIGKILL)
-        self.child.wait()
+        self.kill()
         self.pipe.close()
         self.log.close()
 
-    def ask(self, function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
-        """Return "ok" and the result of the function, or the reason why there is none, and None."""
+    def kill(self) -> None:
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+
+    def output(self) -> str:
+        """Return what the child has printed."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace").strip()
+
+    def ask(
+        self, function: Callable[..., Any], *args: Any, why_end: Callable[[], str] = lambda: ""
+    ) -> tuple[str, Any]:
+        """Return "ok" and the result of the function, or the reason why there is none, and None.
+
+        `why_end` is called from time to time; the child is killed for the reason that it returns.
+        """
         with suppress(EOFError, OSError):
             self.pipe.send((function, args))
+            while not self.pipe.poll(POLL_SECONDS):
+                reason = why_end()
+                if reason:
+                    self.kill()
+                    return f"failed: {reason}", None
             reply: tuple[str, Any] = self.pipe.recv()
             return reply
         code = self.child.wait()
-        self.log.seek(0)
-        said = self.log.read().decode(errors="replace").strip().splitlines()
-        last = f": {said[-1][:200]}" if said else ""
+        last = "".join(f": {line[:200]}" for line in self.output().splitlines()[-1:])
         return f"failed: its process ended with code {code}{last}", None
 
 
@@ -93,13 +127,12 @@ def reply_to(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, 
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
 
 
-def main(descriptor: str, tree: str = "") -> None:
+def main(descriptor: str, module: str = "sys", tree: str = "") -> None:
     # Inductor's pool of processes would compile while another provider takes its turn.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if tree:
         sys.path.insert(0, tree)
-    # Import now, while other children do the same, and not at the first request, when they wait.
-    importlib.import_module("benchmarks.ops")
+    importlib.import_module(module)
     with suppress(EOFError, OSError), Connection(int(descriptor)) as pipe:
         while True:
             pipe.send(reply_to(*pipe.recv()))

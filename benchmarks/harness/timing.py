@@ -146,7 +146,7 @@ class Worker:
         if reason:
             self.result.status = f"unavailable: {reason}"
         else:
-            self.process = stack.enter_context(Process(tree))
+            self.process = stack.enter_context(Process(tree, module="benchmarks.ops"))
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.result.status != OK:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import toolkit
+from benchmarks.profiling import toolkit
 
 _TIME = "gpu__time_duration.sum"
 _BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")

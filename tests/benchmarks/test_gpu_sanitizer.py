@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import sanitizer, toolkit
+from benchmarks.gpu import cases, sanitizer, steps
 from benchmarks.gpu.isolation import Record
+from benchmarks.gpu.steps import Results
+from benchmarks.profiling import toolkit
 
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -116,9 +120,33 @@ def test_kernels_are_known_by_their_names() -> None:
 
 
 def test_options_are_those_of_the_tool() -> None:
-    words = [sanitizer.command("tool", name, ["python"]) for name in ("memcheck", "racecheck")]
-    assert [line[-1] for line in words] == ["python", "python"]
+    words = [sanitizer.wrapper("tool", name) for name in ("memcheck", "racecheck")]
+    assert [line[0] for line in words] == ["tool", "tool"]
     assert ["--report-api-errors" in line for line in words] == [True, False]
+
+
+TOOL = """#!/bin/sh
+while [ "$1" != {python} ]; do shift; done
+echo ========= COMPUTE-SANITIZER
+"$@"
+echo ========= ERROR SUMMARY: 1 error
+"""
+
+
+def test_cases_run_under_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it prints after the last case is heard too."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        TOOL.replace("python ]", f"{sys.executable} ]").format(python=sys.executable)
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(toolkit, "find", lambda name: str(program))
+    monkeypatch.setattr(cases, "CASES", {"no such case": None})
+    said = steps.sanitizer(Results(tmp_path, 1, 1), "memcheck", time.monotonic() + 60)
+    assert said == "failed: 1 failed"
+    text = (tmp_path / "sanitizer.txt").read_text()
+    assert "KeyError: 'no such case'" in text and "case: no such case" in text
+    assert text.rstrip().endswith("ERROR SUMMARY: 1 error")
 
 
 def test_programs_are_found_beside_the_path(

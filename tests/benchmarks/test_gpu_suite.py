@@ -9,140 +9,77 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import cases, steps, summary
-from benchmarks.gpu.isolation import Record, collect, run_isolated, run_limited
-from benchmarks.gpu.plan import Done, Run, Step
+from benchmarks.gpu import cases, steps, summary, tests
+from benchmarks.gpu.isolation import Record, run_isolated, run_limited
 from benchmarks.gpu.steps import Results
+from benchmarks.gpu_suite import Run, Step
+from tests.benchmarks import pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A child that does its pieces as their names say.
-CHILD = """
-import json, os, sys, time
-def say(**fields):
-    with open(os.environ["FASTRAG_RECORDS"], "a") as file:
-        file.write(json.dumps(fields) + "\\n")
-names = [name for name in sys.argv[1:] if name != "--collect-only"] or ["a", "b", "c", "d"]
-act = json.loads(os.environ["ACT"])
-say(names=names)
-if "--collect-only" in sys.argv:
-    sys.exit()
-for name in names:
-    say(start=name)
-    print("doing", name, flush=True)
-    how = act.get(name, "")
-    if how == "crash":
-        os._exit(139)
-    if how == "hang":
-        time.sleep(60)
-    say(end=name, outcome="failed" if how == "lost" else "passed", seconds=0.0, text=how)
-    if how == "lost":
-        sys.exit(2)
-"""
-
-
-@pytest.fixture
-def child(tmp_path: Path) -> Path:
-    path = tmp_path / "child.py"
-    path.write_text(CHILD)
-    return path
-
 
 def isolated(
-    child: Path, act: dict[str, str], seconds: float = 30.0, names: Sequence[str] = ()
-) -> tuple[list[Record], list[list[str]]]:
-    """The records, and the pieces that each process was asked for."""
-    asked: list[list[str]] = []
-
-    def command(pieces: Sequence[str]) -> list[str]:
-        asked.append(list(pieces))
-        return [sys.executable, str(child), *pieces]
-
+    act: dict[str, str], seconds: float = 60.0, **options: Any
+) -> tuple[dict[str, Record], list[str]]:
+    """Return the records of pieces a, b, ..., and what each process printed."""
+    outputs: list[str] = []
     records = run_isolated(
-        command,
-        "all",
+        pieces.act,
+        list("abcdefg"),
         time.monotonic() + seconds,
         patience=1.0,
-        names=names,
         env={"ACT": json.dumps(act)},
+        hear=outputs.append,
+        **options,
     )
-    return records, asked
-
-
-def outcomes(records: Sequence[Record]) -> dict[str, str]:
-    return {record.name: record.outcome for record in records}
+    return {record.name: record for record in records}, outputs
 
 
 # ---------------------------------------------------------------------------------------- isolation
 
 
-def test_one_process_does_it_all(child: Path) -> None:
-    records, asked = isolated(child, {})
-    assert outcomes(records) == dict.fromkeys("abcd", "passed")
-    assert asked == [[]]
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [("crash", "code 139\ndoing"), ("hang", "nothing happened for 1 s"), ("lost", "lost")],
-)
-def test_the_next_process_goes_on_behind_what_ended_the_last(
-    child: Path, how: str, said: str
-) -> None:
-    records, asked = isolated(child, {"b": how, "d": how})
-    assert outcomes(records) == {"a": "passed", "b": "failed", "c": "passed", "d": "failed"}
-    assert asked == [[], ["c", "d"]]
-    assert said in records[1].text
-
-
-def test_what_the_time_does_not_allow_is_listed(child: Path) -> None:
-    records, _ = isolated(child, {"b": "hang"}, seconds=0.6)
-    assert [record.text.endswith("while it ran") for record in records[1:]] == [True, False, False]
-    assert outcomes(records) == {"a": "passed", "b": "not run", "c": "not run", "d": "not run"}
-    assert isolated(child, {}, seconds=-1.0)[0] == [Record("all", "not run", 0.0, records[2].text)]
-
-
-def test_a_process_that_does_not_start_ends_the_matter(child: Path) -> None:
-    child.write_text("import sys; sys.exit('no such package')")
-    records, asked = isolated(child, {})
-    assert outcomes(records) == {"all": "failed"} and len(asked) == 1
-    assert "ended with code 1" in records[0].text and "no such package" in records[0].text
-    records, asked = isolated(child, {}, names=["x", "y"])
-    assert outcomes(records) == {"x": "failed", "y": "failed"} and len(asked) == 1
-
-
-def test_records_are_told_while_the_process_runs(child: Path) -> None:
-    """Whoever is stopped from outside has kept what was done."""
-    told: list[tuple[str, float]] = []
-    began = time.monotonic()
-    run_isolated(
-        lambda names: [sys.executable, str(child)],
-        "all",
-        began + 1.5,
-        patience=30.0,
-        env={"ACT": json.dumps({"b": "hang"})},
-        tell=lambda record: told.append((record.name, time.monotonic() - began)),
+def test_the_next_process_continues_after_what_ended_the_last() -> None:
+    told: list[tuple[str, str]] = []
+    found, outputs = isolated(
+        {"b": "crash", "d": "hang", "e": "raise", "f": "lost"},
+        tell=lambda record: told.append((record.name, record.outcome)),
     )
-    assert [name for name, _ in told] == ["a", "b"] and told[0][1] < 1.2
+    good, bad = dict.fromkeys("acg", "passed"), dict.fromkeys("bdef", "failed")
+    assert {name: record.outcome for name, record in found.items()} == good | bad
+    assert told == [(name, record.outcome) for name, record in found.items()]
+    assert found["a"].text == "said by a"
+    assert "code 139: doing b" in found["b"].text
+    assert "nothing happened for 1 s\ndoing c\ndoing d" in found["d"].text
+    assert found["e"].text == "ValueError: no"
+    assert "CUDA is lost to this process: RuntimeError: an illegal" in found["f"].text
+    assert outputs == ["doing a\ndoing b", "doing c\ndoing d", "doing e\ndoing f", "doing g"]
 
 
-def test_what_cannot_be_collected_is_a_record(child: Path) -> None:
-    limits = {"patience": 5.0, "env": {"ACT": "{}"}}
-    command = [sys.executable, str(child)]
-    soon = time.monotonic() + 30
-    assert collect(command, "all", soon, **limits) == ["a", "b", "c", "d"]
-    child.write_text("import sys; sys.exit('no such package')")
-    found = collect(command, "all", soon, **limits)
-    assert isinstance(found, Record) and found.bad and "no such package" in found.text
+def test_what_the_time_does_not_allow_is_listed() -> None:
+    found, outputs = isolated({}, seconds=-1.0)
+    assert {record.outcome for record in found.values()} == {"not run"} and outputs == []
+    found, _ = isolated({"b": "hang"}, seconds=0.3)  # in which no process is ready
+    assert [record.text for record in found.values()] == [
+        "the time was over while it ran",
+        *["the time was over"] * 6,
+    ]
+    assert {record.outcome for record in found.values()} == {"not run"}
+
+
+def test_a_process_that_does_not_start_fails_each_piece() -> None:
+    found, outputs = isolated({}, wrapper=[sys.executable, "-c", "exit('no such package')"])
+    assert all(record.bad for record in found.values()) and len(found) == 7
+    assert "ended with code 1: no such package" in found["a"].text and len(outputs) == 7
 
 
 def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
@@ -167,61 +104,48 @@ def test_a_command_that_says_nothing_more_is_ended() -> None:
     assert ended.why == "nothing happened for 1 s" and ended.output == "said\n"
 
 
-# What torch is to the plugin: a module whose synchronize fails for ever after a fault.
 TESTS = """
-import sys, types
 import pytest
+import torch
 
 pytestmark = getattr(pytest.mark, 'gpu')
-fault = []
 
 def synchronize():
-    if fault:
-        raise RuntimeError("an illegal memory access was encountered")
-
-cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
-sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    raise RuntimeError("an illegal memory access was encountered")
 
 def test_good(): pass
 def test_wrong(): assert 1 == 2
-@pytest.mark.parametrize("what", ["two words", "b"])
-def test_fault(what): fault.append(what)
-def test_after(): assert not fault
+@pytest.mark.parametrize("what", ["two words"])
+def test_fault(what):
+    torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), synchronize
 @pytest.mark.skip(reason="needs two GPUs")
 def test_skipped(): pass
 """
 
 
-def test_pytest_goes_on_after_a_fault(tmp_path: Path) -> None:
-    """A fault that no test sees is that of the test which made it, and of no other."""
-    file = tmp_path / "test_some_gpu.py"
+def test_tests_continue_after_a_fault(tmp_path: Path) -> None:
+    """A fault that no test sees belongs to the test which caused it, and to no other."""
+    file, broken = tmp_path / "test_some_gpu.py", tmp_path / "test_broken_gpu.py"
     file.write_text(TESTS)
-
-    def command(names: Sequence[str]) -> list[str]:  # which are from the folder of the project
-        where = [f"{file}::{name.partition('::')[2]}" for name in names]
-        return steps.pytest_command(where or [str(file)])
-
-    limits = {"patience": 30.0, "env": steps.PYTEST_ENV}
-    soon = time.monotonic() + 60
-    only = steps.pytest_command([str(file)], "--collect-only")
-    listed = collect(only, "file", soon, **limits)
-    records = run_isolated(command, "file", soon, **limits)
-    assert listed == [record.name for record in records]
-    short = {record.name.partition("::")[2]: record for record in records}
+    broken.write_text("import no_such_package")
+    limits: dict[str, Any] = {"patience": 30.0, "env": tests.ENV | {"TRITON_INTERPRET": "1"}}
+    soon = time.monotonic() + 120
+    listed, lost = run_isolated(tests.collect, [str(file), str(broken)], soon, **limits)
+    assert lost.bad and "no_such_package" in lost.text
+    names = [f"{file}::{name.partition('::')[2]}" for name in json.loads(listed.text)]
+    assert len(names) == 4 and listed.outcome == "passed"
+    found = run_isolated(tests.run, [*names, f"{file}::test_none"], soon, **limits)
+    short = {record.name.partition("::")[2]: record for record in found}
     assert {name: record.outcome for name, record in short.items()} == {
         "test_good": "passed",
         "test_wrong": "failed",
         "test_fault[two words]": "failed",
-        "test_fault[b]": "failed",
-        "test_after": "passed",
         "test_skipped": "skipped",
+        "test_none": "failed",
     }
     assert "assert 1 == 2" in short["test_wrong"].text
-    assert "CUDA is lost" in short["test_fault[b]"].text
+    assert "CUDA is lost" in short["test_fault[two words]"].text
     assert "two GPUs" in short["test_skipped"].text
-    file.write_text("import no_such_package")
-    found = collect(only, "file", soon, **limits)
-    assert isinstance(found, Record) and found.bad and "no_such_package" in found.text
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -245,7 +169,7 @@ def test_steps_fail_alone_and_fit_the_time() -> None:
             beside,
         ]
     )
-    how = {done.name: done.how for done in found}
+    how = {name: outcome for name, outcome, _ in found}
     assert how["breaks"] == "failed: OSError: no such program"
     assert how["too long"].startswith("not run: budget (5 s left, about 100 needed)")
     assert how["limited"] == "0.5" and how["beside"] == "ok"
@@ -254,25 +178,23 @@ def test_steps_fail_alone_and_fit_the_time() -> None:
 
 def test_some_of_every_file_come_first() -> None:
     names = ["a::f[1]", "a::f[2]", "a::g", "a::h", "b::f", "c::f", "c::g[x::y]"]
-    first, *rest = steps.in_turn(names)
+    first, *rest = tests.by_function(names)
     assert first == ["a::f[1]", "a::f[2]"]
     assert rest == [["b::f"], ["c::f"], ["a::g"], ["c::g[x::y]"], ["a::h"]]
 
 
 # The suite with tests of which the second hangs, and no step that needs a GPU.
 SUITE = """
-import os, sys
+import json, os, sys
 from benchmarks import gpu_suite
-from benchmarks.gpu import steps
-child, out = sys.argv[1:]
+from benchmarks.gpu import tests
+from tests.benchmarks import pieces
 os.environ["ACT"] = '{"b": "hang"}'
 gpu_suite.missing = lambda: ""
-steps.test_files = lambda: ["all"]
-def command(names, *more):
-    return [sys.executable, child, *more, *(name for name in names if name != "all")]
-steps.pytest_command = command
-steps.in_turn = lambda names: [names]
-sys.exit(gpu_suite.main(["--only", "tests", "mips", "--out", out]))
+tests.files = lambda: []
+tests.by_function = lambda names: [["a", "b", "c"]]
+tests.run = pieces.act
+sys.exit(gpu_suite.main(["--only", "tests", "mips", "--out", sys.argv[1]]))
 """
 
 
@@ -300,20 +222,18 @@ def of_session(leader: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_is_known_outlives_the_suite(
-    child: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_what_is_known_outlives_the_suite(tmp_path: Path, number: signal.Signals) -> None:
     """Ended from outside in a test that hangs: what ended before it is kept, and no child stays."""
     out = tmp_path / "out"
     suite = subprocess.Popen(
-        [sys.executable, "-c", SUITE, str(child), str(out)],
+        [sys.executable, "-c", SUITE, str(out)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        wait_for(lambda: "passed a" in read(out / "tests.txt"))
+        wait_for(lambda: "passed" in read(out / "tests.txt"))
         suite.send_signal(number)
         said, _ = suite.communicate(timeout=20)
     finally:
@@ -328,7 +248,7 @@ def test_what_is_known_outlives_the_suite(
     assert not left
     assert suite.returncode == 128 + number
     assert (out / "summary.md").read_text() in said
-    assert "tests: not all ran: 1 passed, 3 not run" in said
+    assert "tests: not all ran: 1 passed, 2 not run" in said
     assert "mips: not run: the suite was stopped" in said
 
 
@@ -371,7 +291,7 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_files_are_found_by_their_mark() -> None:
-    found = steps.test_files()
+    found = tests.files()
     kernels = {f"tests/kernels/test_{name}_gpu.py" for name in ("doc_scores", "losses", "mips")}
     assert kernels <= set(found)
     assert all(Path(name).name.startswith("test_") for name in found)
@@ -448,11 +368,10 @@ def test_cases_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     """In the interpreter one that costs it little."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTRAG_BACKEND", "triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert cases.run(["doc_scores gathered"], device) == 0
-    assert "failed" not in capsys.readouterr().out
+    assert cases.main(["doc_scores gathered"]) == 0
+    assert capsys.readouterr().out == "case: doc_scores gathered\n"
     monkeypatch.setitem(cases.CASES, "breaks", lambda device: torch.zeros(2)[3])
-    assert cases.run(["breaks"], device) == 1
+    assert cases.main(["breaks"]) == 1
     assert "failed: breaks: IndexError" in capsys.readouterr().out
     assert gpu_suite.main(["--one-kernel", "nope"]) == 2
 
@@ -473,7 +392,7 @@ def test_what_is_written(tmp_path: Path) -> None:
          "status": status}
         for p, ms, status in (("read", "2.0", "ok"), ("triton", "3.0", "ok"), ("x", "", "wrong: y"))
     ]  # fmt: skip
-    text = summary.write(found, [Done("tests", "failed: 1", 3.0)], complete=True)
+    text = summary.write(found, [("tests", "failed: 1", 3.0)], complete=True)
     assert text == (tmp_path / "summary.md").read_text()
     assert "- tests: failed: 1 (3 s)" in text
     assert "tests/a_gpu.py::test_bad\n    E   assert 1 == 2" in text
@@ -504,7 +423,7 @@ def test_the_exit_code(
         found.tests = records
         return how
 
-    monkeypatch.setattr(steps, "tests", fake)
+    monkeypatch.setattr(steps, "run_tests", fake)
     monkeypatch.setattr(gpu_suite, "missing", lambda: "")
     handler = signal.getsignal(signal.SIGTERM)
     assert gpu_suite.main(["--only", "tests", "--out", str(tmp_path / "out")]) == code

@@ -207,7 +207,7 @@ class FakeProcess:
 
     said: list[str]
 
-    def __init__(self, tree: Path | None) -> None:
+    def __init__(self, tree: Path | None, module: str) -> None:
         self.name = ""
 
     def __enter__(self) -> FakeProcess:
