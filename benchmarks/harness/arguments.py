@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 
     def complete(self, args: argparse.Namespace) -> None:
         """Check the device and FASTRAG_BACKEND, and set the defaults that depend on the device."""
-        from fastrag.ops.backends import BACKEND_VARIABLE, NAMES
+        from fastrag.ops.backends import BACKEND_VARIABLE, names
 
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -93,8 +93,8 @@ class Parser(argparse.ArgumentParser):
         if "rounds" in args:
             args.rounds = args.rounds or DEFAULT_ROUNDS[args.device]
         asked = os.environ.get(BACKEND_VARIABLE, "")
-        if asked and asked not in NAMES:
-            self.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(NAMES)}")
+        if asked and asked not in names():
+            self.error(f"{BACKEND_VARIABLE}: no backend is called {asked!r}; {', '.join(names())}")
 
     def check_mode(self, op: Op, mode: str) -> None:
         if mode not in op.modes:

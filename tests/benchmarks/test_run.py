@@ -104,7 +104,7 @@ def test_an_unknown_backend_is_refused(
     monkeypatch.setenv("FASTRAG_BACKEND", "tourch")
     with pytest.raises(SystemExit):
         run.main(["--op", "marginal_loss"])
-    assert "'tourch'; torch, cpp, triton" in capsys.readouterr().err
+    assert "'tourch'; triton, cpp, torch" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ rows and tables
@@ -294,7 +294,7 @@ def test_a_process_answers_fails_or_ends(process: Process) -> None:
     status, found = process.ask(json.loads, "[")
     assert status.startswith("failed: JSONDecodeError: ") and found is None
     assert process.ask(os.write, 2, b"said\n") == ("ok", 5)
-    assert process.ask(os.getsid, 0) == ("ok", process.child.pid)  # no Ctrl-C reaches it
+    assert process.ask(os.getpgid, 0) == ("ok", process.child.pid)  # no Ctrl-C reaches it
     for _ in range(2):
         assert process.ask(os._exit, 3) == ("failed: its process ended with code 3: said", None)
 
