@@ -106,7 +106,7 @@ class LiveHead:
 
     def __call__(self) -> LMHead:
         base = base_model(self.model)
-        weight, bias = _projection(self.module, type(base).__name__)
+        weight, bias = _projection(_output_module(base), type(base).__name__)
         extra = getattr(base, "final_logits_bias", None)  # BART and its kin
         if extra is not None:
             extra = extra.reshape(-1).to(weight.dtype)
@@ -123,18 +123,7 @@ class LiveHead:
     @property
     def module(self) -> nn.Module:
         """The output projection, in whatever adapter layer it is wrapped."""
-        module = base_model(self.model).get_output_embeddings()
-        if module is None:
-            raise ValueError(
-                f"generator: expected a model with a language-model head, got "
-                f"{architecture(self.model)}, whose get_output_embeddings() is None"
-            )
-        if isinstance(module, nn.Embedding):  # FSMT: the input embedding serves as the head
-            raise ValueError(
-                f"generator: expected an output projection module, got {architecture(self.model)}, "
-                f"which computes its logits from an nn.Embedding"
-            )
-        return module
+        return _output_module(base_model(self.model))
 
     @contextmanager
     def capture(self, replace: Tensor | None = None) -> Iterator[list[Tensor]]:
@@ -172,6 +161,22 @@ class LiveHead:
             yield seen
         finally:
             handle.remove()
+
+
+def _output_module(base: Any) -> nn.Module:
+    """Return the output projection of a transformers model."""
+    module: nn.Module | None = base.get_output_embeddings()
+    if module is None:
+        raise ValueError(
+            f"generator: expected a model with a language-model head, got {type(base).__name__}, "
+            f"whose get_output_embeddings() is None"
+        )
+    if isinstance(module, nn.Embedding):  # FSMT: the input embedding serves as the head
+        raise ValueError(
+            f"generator: expected an output projection module, got {type(base).__name__}, which "
+            f"computes its logits from an nn.Embedding"
+        )
+    return module
 
 
 def declared_heads(model: Any) -> list[LiveHead]:

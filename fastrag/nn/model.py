@@ -208,11 +208,12 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if labels is None:
             return output
         context = self.contexts(retrieved.hits.rows, prompt_ids, prompt_mask)
+        reader = self.reader
         with stage("generator"):
-            hidden = self.reader(context.ids, context.mask, labels)  # [B, K, T, H]
+            hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
         output["loss"], output["log_posterior"] = self.loss_fn(
             hidden,
-            self.reader.head(),
+            reader.head(),
             labels,
             retrieved.doc_scores,
             normalizer=num_items_in_batch,
