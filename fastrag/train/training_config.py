@@ -68,12 +68,12 @@ class TrainingConfig(TrainingArguments):
     num_train_epochs: float = 3.0
     max_steps: int = -1
     learning_rate: float | None = None
-    logging_steps: float = 10
+    logging_steps: int | float = 10
     logging_nan_inf_filter: bool = False
     eval_strategy: str = "no"
-    eval_steps: float | None = None
+    eval_steps: int | float | None = None
     save_strategy: str = "no"
-    save_steps: float = 500
+    save_steps: int | float = 500
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
@@ -134,6 +134,8 @@ class TrainingConfig(TrainingArguments):
             "0, since loss.label_smoothing says it",
             self.label_smoothing_factor,
         )
+        resumed = self.resume_from_checkpoint
+        _require("resume_from_checkpoint", resumed is None, "null, since --resume says it", resumed)
         _require("remove_unused_columns", not self.remove_unused_columns, "false", True)
 
     def arguments(self, **forced: Any) -> TrainingArguments:

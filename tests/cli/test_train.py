@@ -47,6 +47,24 @@ def test_training_leaves_a_run_folder(project: Path) -> None:
     assert len((project / "run" / "predictions.jsonl").read_text().splitlines()) == 12
 
 
+def test_print_config_is_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed can be trained from, and has the option in place of the file's value."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"retriever.question_encoder": "e", "reader.generator": "g", "retriever.tau": 2}
+    Path("c.yaml").write_text(yaml.safe_dump(nested(settings)))
+    words = ["train", "--training.learning_rate", "1e-4", "c.yaml", "--print_config"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["training"]["learning_rate"], values["retriever"]["tau"]) == (1e-4, 2)
+    Path("c.yaml").write_text(printed)
+    assert main(["train", "c.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert {each.name for each in tmp_path.iterdir()} == {"c.yaml"}
+
+
 @pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_resume(project: Path) -> None:
     to = ["--training.output_dir", "cut", "--training.max_steps"]

@@ -151,7 +151,7 @@ def test_what_is_saved_of_training() -> None:
         ),
         (
             {"data.eval_questions": "q", "training.eval_steps": 5},
-            "training.eval_strategy: expected steps, since eval_steps is 5.0, got 'no'",
+            "training.eval_strategy: expected steps, since eval_steps is 5, got 'no'",
         ),
         ({"training.save_steps": 5}, "training.save_strategy: expected steps, since save_steps is"),
         (
@@ -160,6 +160,10 @@ def test_what_is_saved_of_training() -> None:
         ),
         ({"training.metric_for_best_model": "recall@7"}, ".* says which k are measured.*recall@7'"),
         ({"training.remove_unused_columns": True}, "training.remove_unused.*: expected false, got"),
+        (
+            {"training.resume_from_checkpoint": "c"},
+            "training.resume_.*: expected null, since --res",
+        ),
         ({"training.max_stepz": 3}, "training.max_stepz: unknown .* mean training.max_steps"),
         (
             {"training.accelerator_config": 1},
