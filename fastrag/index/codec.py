@@ -54,7 +54,7 @@ class Codec:
 
     @functools.cached_property
     def arguments(self) -> dict[str, Tensor]:
-        """The arguments with which operations read the stored vectors: scale and offset, or none."""
+        """Arguments with which operations read stored vectors: scale and offset, or none."""
         if self.scale is None or self.offset is None:
             return {}
         return {"scale": self.scale, "offset": self.offset}
