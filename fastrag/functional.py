@@ -152,10 +152,9 @@ def doc_scores(
             # Only a GPU gets here with such a row; NaN as in the op, not a fault.
             passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
     scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau), scale, offset)
-    wanted = return_log_prior
-    if type(wanted) is not bool:
-        wanted = checks.flag("return_log_prior", wanted)
-    return (scores, log_prior) if wanted else scores
+    if return_log_prior is True:
+        return scores, log_prior
+    return (scores, log_prior) if checks.flag("return_log_prior", return_log_prior) else scores
 
 
 def token_logp(
