@@ -15,9 +15,9 @@ from fastrag.data.processor import shortest
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever
 from fastrag.index.encoding import encode_passages
-from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
+from fastrag.nn.hub import model_folder
 from fastrag.nn.retriever import Retriever
 from fastrag.train.checkpoints import (
     MODEL_FILES,
@@ -227,7 +227,7 @@ def load_retriever(
     """Load the retriever of what `load_run` loads, without its generator.
 
     Args:
-        folder: a model folder, a run folder, or a checkpoint of a run.
+        folder: a model folder or its Hub id, a run folder, or a checkpoint of a run.
         index: a folder from `fastrag index build`; None takes the one that belongs to the model.
 
     Returns:
@@ -284,13 +284,8 @@ def _from_parts(
 
 
 def _model_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint or the saved model that a folder stands for."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(
-            "model: expected a model, a run or a checkpoint, there is no folder "
-            f"{shown(str(folder))}"
-        )
+    """Return the checkpoint or the saved model that a folder, or else a Hub id, stands for."""
+    path = model_folder("model", str(folder), holding=", a run, a checkpoint", whole=True)
     if (path / STATE).is_file() or (path / MODEL_CONFIG).is_file():
         return path
     if not (path / MODEL_FOLDER / MODEL_CONFIG).is_file():

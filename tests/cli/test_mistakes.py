@@ -233,10 +233,11 @@ def test_ctrl_c_while_arguments_are_parsed(
 def test_a_process_ends_with_that_code_and_line(project: Path) -> None:
     done = fastrag(project, "ask", "--model", "nowhere", "x")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == (
-        "fastrag: error: model: expected a model, a run or a checkpoint, there is no "
-        "folder 'nowhere'\n"
+    assert done.stderr.startswith(
+        "fastrag: error: model: expected a model folder, a run, a checkpoint or a Hub id, got "
+        "'nowhere': there is no such folder, no copy in the cache "
     )
+    assert done.stderr.count("\n") == 1
 
 
 def test_questions_without_answers_do_not_train(

@@ -12,7 +12,8 @@ from transformers import T5ForConditionalGeneration
 from fastrag import RagModel, TextEncoder
 from fastrag.nn.checkpoint import load_whole
 from fastrag.nn.hub import model_folder
-from tests.tiny import batch, encoder, rag_model, same_weights, t5
+from fastrag.train import sources
+from tests.tiny import batch, encoder, rag_model, same_weights, t5, tokenizer
 
 
 @pytest.fixture
@@ -49,6 +50,21 @@ def test_encoder_and_generator_by_id(cache):
     same_weights(load_whole(T5ForConditionalGeneration, "generator"), generator)
     encoder(seed=4).save_pretrained("org/encoder")  # a folder of that name goes first
     same_weights(TextEncoder.from_pretrained("org/encoder"), encoder(seed=4))
+
+
+def test_the_parts_of_a_config_by_id(cache):
+    generator = t5()
+    generator.save_pretrained(cached(cache, "org/generator"))
+    tokenizer("seq2seq").save_pretrained(cache / "models--org--generator/snapshots" / ("a" * 40))
+    expected = encoder()
+    expected.save_pretrained(cached(cache, "org/encoder"))
+    same_weights(sources.load_encoder("org/encoder", "question_encoder", "query"), expected)
+    same_weights(sources.load_generator("org/generator"), generator)
+    assert sources.generator_kind("org/generator") == "seq2seq"
+    read = sources.load_tokenizer("org/generator", "generator")
+    assert read.get_vocab() == tokenizer("seq2seq").get_vocab()
+    with pytest.raises(ValueError, match="^generator: expected a model folder or a Hub id, got"):
+        sources.load_generator("org/none")
 
 
 def test_a_saved_model_by_id(cache, tmp_path):
