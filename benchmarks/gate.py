@@ -164,7 +164,7 @@ def allocations() -> Counts:
         op = OPS[name]
         ours = op.provider(op.names("ours")[0])
         problem = op.make(op.checked[0], torch.float32, 0, torch.device("cpu"))
-        call = ours.call(mode, problem)
+        call = ours.prepare(mode, problem)
         for _ in range(WARM_CALLS):
             call()
         sizes = _allocated(call)
