@@ -411,6 +411,7 @@ class RagConfig:
             ValueError: a setting differs that decides what is trained.
 
         Example:
+            >>> import copy
             >>> before = RagConfig.from_dict(
             ...     {"retriever": {"question_encoder": "a"}, "reader": {"generator": "b"}}
             ... )
