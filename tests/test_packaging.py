@@ -28,7 +28,8 @@ from fastrag.ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 BASE_REQUIREMENTS = {
     "accelerate",
-    "matplotlib",
+    "docstring-parser",
+    "jsonargparse",
     "numpy",
     "pyyaml",
     "safetensors",
@@ -37,7 +38,7 @@ BASE_REQUIREMENTS = {
     "transformers",
     "triton",
 }
-EXTRAS = {"bench", "datasets", "demo", "faiss", "peft", "serve", "tensorboard", "test"}
+EXTRAS = {"bench", "datasets", "demo", "faiss", "peft", "plots", "serve", "tensorboard", "test"}
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
