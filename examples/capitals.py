@@ -1,4 +1,4 @@
-"""What the short examples share: capitals of the embedded data set, and a RagModel that finds them.
+"""Shared by the short examples: capitals of the embedded data set, and a RagModel that finds them.
 
 Each example is run with two models, which are folders or Hub ids:
 

@@ -53,7 +53,7 @@ class Bench:
 
 @dataclass
 class Results:
-    """What is known so far; every step adds its results."""
+    """Results of the steps that have run; each step adds its own."""
 
     out: Path
     rounds: int

@@ -38,7 +38,7 @@ class Group(Comparison):
 
     @property
     def run(self) -> tuple[str, str]:
-        """What all rows of one command have in common."""
+        """Values that all rows of one command share."""
         return self.fact("commit"), self.fact("date")
 
     def fact(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What was timed at one point: who won, as a table for a person, and as rows of CSV."""
+"""Timings at one point: the comparison, a table to read, and rows of CSV."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Result:
 
 
 class Taker(Protocol):
-    """What takes the turns in the process of a provider: ready when it is made."""
+    """Take the turns in the process of a provider; ready as soon as it is made."""
 
     extra: int | None  # bytes of a call
     seconds: float  # of the first call

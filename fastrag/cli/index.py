@@ -67,7 +67,7 @@ def add(commands: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     quiet()
-    from fastrag.data import RagProcessor
+    from fastrag.data.processor import MAX_PASSAGE, RagProcessor
     from fastrag.train import indexing, sources
 
     encoder = sources.load_encoder(arguments.encoder, "encoder", "passage")
@@ -80,7 +80,7 @@ def _build(arguments: argparse.Namespace) -> int:
         tokenizer,
         kind=kind,
         template=sources.make_template(arguments.template, tokenizer, kind),
-        max_passage=arguments.max_passage or indexing.MAX_PASSAGE,
+        max_passage=arguments.max_passage or MAX_PASSAGE,
     )
     index, _ = indexing.build_index(
         arguments.out,

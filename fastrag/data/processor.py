@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 AnswerChoice = Literal["first", "random"]
 CONFIG = "processor.json"
+MAX_PASSAGE = 256  # tokens of a passage, unless another length is asked for
 FOLDERS = {
     "question_tokenizer": "question_encoder",
     "passage_tokenizer": "passage_encoder",
@@ -132,7 +133,7 @@ class RagProcessor:
         max_question: int | None = None,
         max_prompt: int | None = None,
         max_answer: int | None = 64,
-        max_passage: int | None = 256,
+        max_passage: int | None = MAX_PASSAGE,
         max_context: int = 512,
     ) -> None:
         self.question_tokenizer = question_tokenizer
@@ -178,7 +179,7 @@ class RagProcessor:
         generator_tokenizer: PreTrainedTokenizerBase,
         *,
         max_question: int | None = None,
-        max_passage: int | None = 256,
+        max_passage: int | None = MAX_PASSAGE,
         **settings: Any,
     ) -> RagProcessor:
         """Make a processor with the prefixes of two encoders and within their lengths.

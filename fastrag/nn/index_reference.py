@@ -33,7 +33,7 @@ _FIELDS = record(
 
 
 class IndexReference(NamedTuple):
-    """What names an index.
+    """The identity of an index.
 
     Attributes:
         dim: width D of its vectors.

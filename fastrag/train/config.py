@@ -193,7 +193,7 @@ class RefreshConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What an evaluation measures.
+    """Measures of an evaluation.
 
     Args:
         at_start: what to measure before training: retrieval (recall@k, in seconds), full (answers

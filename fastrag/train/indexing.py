@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fastrag.nn import TextEncoder
 
 PASSAGES_FOLDER = "passages"
-MAX_PASSAGE = 256  # tokens, where nobody says how many
 
 
 def build_index(

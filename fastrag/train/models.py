@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from fastrag.data import RagCollator, RagProcessor
-from fastrag.data.processor import shortest
+from fastrag.data.processor import MAX_PASSAGE, shortest
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever
 from fastrag.index.encoding import encode_passages
@@ -28,7 +28,7 @@ from fastrag.train.checkpoints import (
     read_weights,
 )
 from fastrag.train.config import RagConfig
-from fastrag.train.indexing import MAX_PASSAGE, build_index, load_index
+from fastrag.train.indexing import build_index, load_index
 from fastrag.train.run_folder import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER
 from fastrag.train.sources import (
     DEFAULT,
