@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastrag.data.processor import Contexts, RagProcessor
 from fastrag.messages import shown
@@ -147,11 +148,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
         owner = _OWNERS.get(name)
         if owner is not None:
             return getattr(getattr(self, owner), name)
-        if name == "config":  # transformers.Trainer asks for it when its own smoother is wanted
-            raise AttributeError(
-                "RagModel has no config; label smoothing is RagModel(label_smoothing=...), not "
-                "label_smoothing_factor of TrainingArguments, whose smoother needs logits"
-            )
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -165,6 +161,15 @@ class RagModel(ActivationCheckpointing, nn.Module):
     def marginal(self) -> str:
         """Which marginal likelihood is trained, "token" or "sequence"."""
         return self.loss_fn.marginal
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """What transformers.Trainer asks of a model: the outputs that it cannot join over batches.
+
+        The length T of the posterior [B, K, T] of a token model differs between batches.
+        """
+        ragged = ["log_posterior"] if self.marginal == "token" else []
+        return PreTrainedConfig(keys_to_ignore_at_inference=ragged)
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -25,6 +26,15 @@ class RagOutput(ModelOutput):
     rows: Tensor | None = None
     log_posterior: Tensor | None = None
     n_cut: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise ValueError(
+                "logits: expected a loss that needs none, because a RagModel never forms them; "
+                "label smoothing is RagModel(label_smoothing=...), not label_smoothing_factor of "
+                "TrainingArguments"
+            )
+        return super().__getitem__(key)
 
 
 @dataclass

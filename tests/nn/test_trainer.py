@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from fastrag.data import Question
 from tests.architectures import lora_generator
 from tests.tiny import CHECKPOINTING, batch, collator, questions, rag_model, same_weights
 
@@ -103,21 +104,24 @@ def test_gradient_checkpointing(tmp_path, kind):
     assert any(getattr(part, "gradient_checkpointing", False) for part in again.model.modules())
 
 
-def test_evaluates_with_metrics_of_the_users(tmp_path):
-    """What Trainer gathers of an output are tensors: of batches of 4, 4 and 1 questions."""
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_evaluates_with_metrics_of_the_users(tmp_path, marginal):
+    """Trainer joins outputs of 4, 4 and 1 questions, whose answers have 2, 2 and 3 tokens."""
     seen = []
-    run = trainer(rag_model(), tmp_path, per_device_eval_batch_size=4)
-    run.eval_dataset = questions(9)
+    run = trainer(rag_model(marginal=marginal), tmp_path, per_device_eval_batch_size=4)
+    run.eval_dataset = [*questions(8), Question("q8", "ida", ("gold plum",))]
     run.compute_metrics = lambda found: seen.append(found) or {"n": len(found.label_ids)}
     metrics = run.evaluate()
-    doc_scores, rows = seen[0].predictions[:2]
+    doc_scores, rows, *more = seen[0].predictions
     assert metrics["eval_n"] == 9 and doc_scores.shape == rows.shape == (9, 3)
-    assert (rows >= 0).all()
+    assert (rows >= 0).all() and run.model.config.to_json_string()  # TensorBoard logs it
+    assert [values.shape for values in more] == ([(9, 3)] if marginal == "sequence" else []) + [(3,)]
 
 
 def test_label_smoothing_of_the_trainer_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(AttributeError, match=r"RagModel\(label_smoothing="):
-        trainer(rag_model(), tmp_path, label_smoothing_factor=0.1)
+    run = trainer(rag_model(), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"RagModel\(label_smoothing="):
+        run.train()
 
 
 # PEFT
