@@ -145,6 +145,13 @@ class Index(abc.ABC):
             ValueError: not whole numbers, or (on the CPU) a row outside the index.
         """
 
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Return the vectors of rows, as `vectors` does, and the version that they were read in.
+
+        A kind that other threads may change reads both under one lock.
+        """
+        return self.vectors(rows), self.version
+
     def score(self, query_emb: Tensor, rows: Tensor, tau: float | Tensor = 1.0) -> Tensor:
         """Score rows against their question, with a gradient to the question.
 

@@ -127,16 +127,20 @@ class RowIndex(Index):
             version,
         )
 
-    @torch.no_grad()
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the stored vectors of rows; see `Index.vectors`.
 
         On a GPU a row outside the index gives NaN instead of an error, because raising would wait
         for the device.
         """
+        return self.gather(rows)[0]
+
+    @torch.no_grad()
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Return the vectors of rows and their version, read under one lock."""
         checks.check_integer("rows", rows)
         with stage("index/vectors"), self._lock.read():
-            return self._vectors_at(rows).to(rows.device)
+            return self._vectors_at(rows).to(rows.device), self._version
 
     def _vectors_at(self, rows: Tensor) -> Tensor:
         """Read rows, on the device of the tombstones. The caller holds the lock."""

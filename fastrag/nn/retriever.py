@@ -46,7 +46,8 @@ class Retrieved(NamedTuple):
 
     Attributes:
         query_emb: question vectors `[B, D]`, differentiable.
-        hits: the K passages of each question, in the version of the index that was searched.
+        hits: the K passages of each question, in the version of the index that was searched. The
+            scores of rows that the caller chose are `doc_scores` times tau.
         doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
         log_prior: log p(z|x) `[B, K]`, differentiable.
     """
@@ -184,16 +185,20 @@ class Retriever(nn.Module):
                 GPU, where looking would cost a wait, its scores are NaN instead), an empty index.
         """
         query_emb = self.encode_questions(input_ids, attention_mask)
+        hits = None
         if rows is None:
             hits = self._find(query_emb.detach(), self.n_docs if n_docs is None else n_docs)
+            rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
-            hits = self._take(query_emb.detach(), rows)
+            stored, version = self._take(rows, query_emb)
         fresh = self.train_passage_encoder and self.training
-        passage_emb = self.encode_rows(hits.rows) if fresh else cast(Tensor, hits.vectors)
+        passage_emb = self.encode_rows(rows) if fresh else stored
         with stage("score"):
             doc_scores, log_prior = functional.doc_scores(
-                query_emb, passage_emb, rows=hits.rows, tau=self.tau, return_log_prior=True
+                query_emb, passage_emb, rows=rows, tau=self.tau, return_log_prior=True
             )
+        if hits is None:
+            hits = Hits((doc_scores * self.tau).detach(), rows, stored, version)
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
         return Retrieved(query_emb, hits, doc_scores, log_prior)
@@ -333,8 +338,8 @@ class Retriever(nn.Module):
         self.search_seconds = time.perf_counter() - start
         return hits
 
-    def _take(self, query_emb: Tensor, rows: Tensor) -> Hits:
-        """Read the passages that the caller chose."""
+    def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
+        """Read the vectors of the rows that the caller chose, and their version."""
         checks.check_integer("rows", rows)
         if rows.dim() != 2 or rows.shape[0] != query_emb.shape[0]:
             raise ValueError(
@@ -342,10 +347,8 @@ class Retriever(nn.Module):
             )
         self._check_index()
         self.search_seconds = 0.0
-        version = self.index.version
-        taken = self.index.vectors(rows).to(query_emb.device)
-        scores = functional.doc_scores(query_emb, taken, rows=rows)
-        return Hits(scores, rows, taken, version)
+        vectors, version = self.index.gather(rows)
+        return vectors.to(query_emb.device), version
 
     def _search(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
         self._check_index()

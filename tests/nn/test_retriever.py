@@ -52,28 +52,59 @@ def test_gradients_are_those_of_the_version_that_was_searched(change, dtype, row
     assert torch.equal(question_gradient(model(), CHANGES[change], rows=rows), expected)
 
 
-def test_another_thread_may_update_all_the_time():
-    """Scores, vectors and gradient of each step agree, whichever version the search has met."""
+@pytest.mark.parametrize("rows", [None, torch.tensor([[0, 3, -1]] * 4)], ids=["searched", "given"])
+def test_another_thread_may_update_all_the_time(rows):
+    """Scores, vectors, version and gradient of a step agree, whichever version it has met."""
     torch.manual_seed(0)
-    model = rag_model(tau=1.0)
+    model = rag_model(tau=0.5)
+    versions = {model.index.version: model.index.vectors(torch.arange(N))}
     stop = threading.Event()
 
     def churn() -> None:
         while not stop.is_set():
-            update(model.index)
+            vectors = torch.randn(N, model.index.dim)
+            versions[model.index.version + 1] = vectors  # known before any step can meet it
+            model.index.update(torch.arange(N), vectors)
 
     writer = threading.Thread(target=churn)
     writer.start()
     try:
         for _ in range(50):
-            retrieved = model.retriever(batch()["input_ids"], batch()["attention_mask"])
+            retrieved = model.retriever(batch()["input_ids"], batch()["attention_mask"], rows)
             query, hits = retrieved.query_emb, retrieved.hits
-            (found,) = torch.autograd.grad(retrieved.doc_scores.sum(), query)
-            torch.testing.assert_close(found, hits.vectors.sum(1))
-            torch.testing.assert_close(hits.scores, retrieved.doc_scores.detach())
+            present = (hits.rows >= 0)[..., None]
+            (found,) = torch.autograd.grad(retrieved.doc_scores[present[..., 0]].sum(), query)
+            torch.testing.assert_close(found, hits.vectors.sum(1) / 0.5)
+            torch.testing.assert_close(hits.scores, retrieved.doc_scores.detach() * 0.5)
+            assert torch.equal(hits.vectors, versions[hits.version][hits.rows] * present)
     finally:
         stop.set()
         writer.join()
+
+
+def test_given_rows_are_scored_once_and_their_version_is_that_of_their_vectors(monkeypatch):
+    class Torn(FlatIndex):
+        """An index that changes each time that somebody has asked for its version."""
+
+        @property
+        def version(self) -> int:
+            found = super().version
+            update(self)
+            return found
+
+    model = rag_model()
+    index = Torn(16)
+    index.add(model.index.vectors(torch.arange(N)))
+    model.index, rows, calls = index, torch.tensor([[0, 3, 1]] * 4), []
+    score = functional.doc_scores
+    monkeypatch.setattr(
+        functional,
+        "doc_scores",
+        lambda *args, **options: calls.append(1) or score(*args, **options),
+    )
+    hits = model.retriever(batch()["input_ids"], batch()["attention_mask"], rows).hits
+    assert hits.version == index._version and len(calls) == 1
+    assert torch.equal(hits.vectors, index.vectors(rows))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

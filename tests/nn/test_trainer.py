@@ -115,7 +115,9 @@ def test_evaluates_with_metrics_of_the_users(tmp_path, marginal):
     doc_scores, rows, *more = seen[0].predictions
     assert metrics["eval_n"] == 9 and doc_scores.shape == rows.shape == (9, 3)
     assert (rows >= 0).all() and run.model.config.to_json_string()  # TensorBoard logs it
-    assert [values.shape for values in more] == ([(9, 3)] if marginal == "sequence" else []) + [(3,)]
+    assert [values.shape for values in more] == ([(9, 3)] if marginal == "sequence" else []) + [
+        (3,)
+    ]
 
 
 def test_label_smoothing_of_the_trainer_is_refused_with_the_way_out(tmp_path):
