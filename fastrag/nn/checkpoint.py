@@ -29,6 +29,7 @@ from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.generators import GeneratorAdapter
 from fastrag.nn.heads import base_model
 from fastrag.nn.hub import model_folder
+from fastrag.nn.index_reference import FIELDS as INDEX_FIELDS
 from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.loss import MARGINALS
 from fastrag.nn.quiet import without_bars
@@ -70,14 +71,7 @@ _SAVED = record(
         "label_smoothing": number(0),
         "objective": text(),  # as RetrieverTerm knows it
         "tau_lm": number(above=0),
-        "index": record(
-            {
-                "dim": integer(1),
-                "n_passages": integer(),
-                "checksum": optional(text()),
-                "source": optional(text()),
-            }
-        ),
+        "index": INDEX_FIELDS,
     },
     # of versions 1 and 2, which have no file of the processor
     {"max_context": integer(1), "template": record({})},
@@ -188,7 +182,7 @@ def _load_model(
         model = cls(question_encoder, passage_encoder, generator, *parts, **(arguments | overrides))
     except ValueError as error:
         name = str(error).partition(":")[0]
-        if name in overrides or name not in settings:
+        if name in overrides or name == "index" or name not in settings:
             raise
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     return model.eval()
@@ -438,10 +432,7 @@ def _load_index(folder: Path, settings: dict[str, Any], index: Any) -> Any:
             f"index: expected an index, such as Index.load reads from a folder, got "
             f"{type(index).__name__}"
         )
-    if index.dim != settings["index"]["dim"]:
-        raise ValueError(
-            f"index: expected vectors of width {settings['index']['dim']}, got {index.dim}"
-        )
+    IndexReference.of_record(settings["index"]).check(index, str(folder))
     return index
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from fastrag import manifests
 from fastrag.index.base import Index
 from fastrag.manifests import integer, optional, record, text
 
-_FIELDS = record(
+FIELDS = record(
     {
         "dim": integer(1),
         "n_passages": integer(),
-        "version": integer(),
         "checksum": optional(text()),
         "source": optional(text()),
     },
+    {"version": integer()},  # folders from before state dicts had a reference state none
     closed=True,
 )
 
@@ -84,27 +84,36 @@ class IndexReference(NamedTuple):
             fields = json.loads(bytes(packed.tolist()))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"index reference: expected JSON as [n] uint8: {error}") from error
-        manifests.verify(Path("index reference"), fields, _FIELDS)
-        return cls(**fields)
+        manifests.verify(Path("index reference"), fields, FIELDS)
+        return cls.of_record(fields)
 
-    def check(self, index: Index) -> None:
-        """Compare a state's reference with the index that its weights will search.
+    @classmethod
+    def of_record(cls, fields: dict[str, Any]) -> IndexReference:
+        """Return the reference that a record of `FIELDS` holds."""
+        return cls(**{"version": 0, **fields})
+
+    def check(self, index: Index, holder: str = "the state dict") -> None:
+        """Compare a saved reference with the index that the saved weights will search.
 
         Vectors of another width are an error. Other content gets a warning, because the caller may
         be about to encode the passages again, or mean to use the weights with other passages.
+
+        Args:
+            index: the present index.
+            holder: what holds the reference, for messages.
 
         Raises:
             ValueError: the index has vectors of another width.
         """
         if index.dim != self.dim:
             raise ValueError(
-                f"index: expected vectors of width {self.dim}, as the index of the state dict has, "
-                f"got {index.dim}"
+                f"index: expected vectors of width {self.dim}, as the index of {holder} has, got "
+                f"{index.dim}"
             )
         present = IndexReference.of(index)
         if self.n_passages and present.n_passages and self.checksum != present.checksum:
             warnings.warn(
-                f"index: the state dict was saved with {self}, the model has {present}: load that "
+                f"index: {holder} was saved with {self}, the model has {present}: load that "
                 "index, or encode the passages again with refresh_index()",
                 stacklevel=2,
             )

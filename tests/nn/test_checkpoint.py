@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,31 @@ def test_settings_of_the_loss_come_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "m")
     loss_fn = reload(model, tmp_path / "m").loss_fn
     assert (loss_fn.objective, loss_fn.tau_lm, loss_fn.label_smoothing) == ("pdist", 0.5, 0.1)
+
+
+def test_an_index_of_other_content_is_a_warning_and_of_other_length_an_error(
+    model: RagModel, folder: Path
+) -> None:
+    other = FlatIndex(16)
+    other.add(torch.randn(12, 16))
+    with pytest.warns(
+        UserWarning, match=f"index: {folder} was saved with 12 passages in version 1"
+    ):
+        RagModel.from_pretrained(folder, other, model.passages)
+    with pytest.warns(UserWarning, match="was saved with"):
+        checkpoint.load_retriever(folder, other, model.passages)
+    other.add(torch.randn(1, 16))
+    message = "^index: expected one vector per passage, got 13 vectors and 12 passages"
+    with pytest.warns(UserWarning, match="saved with"), pytest.raises(ValueError, match=message):
+        RagModel.from_pretrained(folder, other, model.passages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        reload(model, folder)
+        RagModel.from_pretrained(folder, FlatIndex(16), model.passages)  # still to be filled
+    settings = json.loads((folder / "rag_config.json").read_text())
+    del settings["index"]["version"]  # as folders from before there were versions
+    (folder / "rag_config.json").write_text(json.dumps(settings))
+    reload(model, folder)
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
@@ -258,7 +284,7 @@ def test_rejects_folders(tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match="index: expected an index"):
         RagModel.from_pretrained(folder)
-    with pytest.raises(ValueError, match="index: expected vectors of width 16, got 8"):
+    with pytest.raises(ValueError, match="index: expected vectors of width 16, .* got 8"):
         RagModel.from_pretrained(folder, FlatIndex(8), model.passages)
     with pytest.raises(ValueError, match="^index: expected an index, such as .* got str$"):
         RagModel.from_pretrained(folder, "runs/index", model.passages)
