@@ -137,11 +137,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
         self.processor = processor
-        encoders = {
-            "question_prefix": self.retriever.question_encoder,
-            "passage_prefix": self.retriever.passage_encoder,
-        }
-        check_processor(processor, self.reader, encoders, passages)
+        self._checked: tuple[Any, ...] = ()
+        self._check_parts()
         keep_one_name_per_tensor(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -337,8 +334,23 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if prompt_ids is None:
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
         with stage("contexts"):
+            self._check_parts()
             passages = self.retriever.passages
             return self.processor.contexts(passages, rows, prompt_ids, prompt_mask)
+
+    def _check_parts(self) -> None:
+        """Raise ValueError unless processor, generator, encoders and passages fit each other.
+
+        Each may be replaced at any time; a step only compares those that it has not met before.
+        """
+        retriever, processor = self.retriever, self.processor
+        encoders = (retriever.question_encoder, retriever.passage_encoder)
+        parts = (*encoders, retriever.passages, self.reader.generator, processor)
+        if parts != self._checked:
+            prefixes = ("question_prefix", "passage_prefix")
+            encoder_of = dict(zip(prefixes, encoders, strict=True))
+            check_processor(processor, self.reader, encoder_of, retriever.passages)
+            self._checked = parts
 
     def _checkpointed_parts(self) -> list[Any]:
         """The transformers models inside that train."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
-from fastrag.nn import LMHead, RagModel, Reader
-from tests.tiny import VOCAB, batch, rag_model, t5
+from fastrag.index import PassageStore
+from fastrag.nn import LMHead, RagModel, Reader, TextEncoder
+from tests import tiny
+from tests.tiny import T5, VOCAB, batch, encoder, llama, rag_model, t5
 
 VOCABULARY, WIDTH = VOCAB, 16
 
@@ -88,3 +91,31 @@ def test_a_replaced_generator_is_the_one_that_trains():
     model.generator = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="generator: expected a transformers model .* got Linear"):
         model(**data)
+
+
+def test_a_replaced_part_that_contradicts_another_is_refused_by_name():
+    model, data = rag_model(), batch()
+    loss, processor = model(**data).loss, model.processor
+
+    def refused(message):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                call(**data)
+
+    def replace(**changed):
+        for name, part in {**parts, **changed}.items():
+            setattr(model, name, part)
+
+    parts = {name: getattr(model, name) for name in ("generator", "passages", "question_encoder")}
+    model.generator = llama()
+    refused("processor: expected one of kind 'causal' as the generator is, got 'seq2seq'")
+    model.reader.generator = T5ForConditionalGeneration(T5Config(**T5 | {"vocab_size": 20}))
+    refused(r"processor: .* of the generator's vocabulary, ids in \[0, 20\), got one with id")
+    replace(passages=PassageStore.build(tiny.passages(), tiny.processor(passage_prefix="ada ")))
+    refused("passages: expected the processor's passage_prefix ''")
+    replace(question_encoder=TextEncoder(encoder().model, prefix="asked "))
+    refused("processor: expected the encoder's question_prefix 'asked '")
+    replace(processor=tiny.processor(max_context=16))
+    assert model(**data).loss.isfinite()
+    replace(processor=processor)
+    assert torch.equal(model(**data).loss, loss)
