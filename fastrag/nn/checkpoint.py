@@ -1,12 +1,13 @@
 """RagModel as a folder: encoders and generator as Hugging Face folders, settings as JSON.
 
-    question_encoder/   passage_encoder/ (unless shared)   generator/ (or a PEFT adapter)
+    question_encoder/   passage_encoder/ (unless shared; settings alone if it has the same model)
+    generator/ (or a PEFT adapter)
     generator_base/ (only under an adapter whose base model has no name of its own)
     index/ passages/ (if asked for)   rag_config.json   processor.json   manifest.json
 
-Written by `FolderWriter`: whole or not at all. Nothing is pickled. The
-manifest lists all files but those of index and passages, which have manifests of their own: for a
-missing one transformers and PEFT would take a default, or ask the hub.
+`FolderWriter` writes it: whole or not at all. Nothing is pickled. The manifest lists all files
+except those of index and passages, which have manifests of their own, because transformers and PEFT
+replace a missing file by a default or ask the hub for it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _SAVED = record(
         "fastrag": text(),
         "kind": one_of("seq2seq", "causal"),
         "generator": one_of("model", "adapter", "adapter on generator_base"),
-        "passage_encoder": one_of("own", "shared", "none"),
+        "passage_encoder": one_of("own", "shared", "same model", "none"),
         "n_docs": integer(1),
         "marginal": one_of(*MARGINALS),
         "train_passage_encoder": flag(),
@@ -114,12 +115,14 @@ def save_model(
         )
     with FolderWriter(path, format=FORMAT, version=VERSION, holds=HOLDS) as writer:
         folder = writer.folder
-        encoders: dict[str, Any] = {"question_encoder": model.question_encoder}
-        if model.passage_encoder is not model.question_encoder:
-            encoders["passage_encoder"] = model.passage_encoder
-        for name, encoder in encoders.items():
-            if encoder is not None:
-                encoder.save_pretrained(folder / name)
+        model.question_encoder.save_pretrained(folder / "question_encoder")
+        passage_folder = folder / "passage_encoder"
+        match _passage_encoder_kept(model):
+            case "own":
+                model.passage_encoder.save_pretrained(passage_folder)
+            case "same model":
+                passage_folder.mkdir()
+                model.passage_encoder.save_settings(passage_folder)
         kept = _save_generator(model.generator, folder, merge_adapter)
         model.processor.save_pretrained(folder)
         if include_index:
@@ -164,9 +167,14 @@ def _load_model(
 ) -> RagModel:
     settings = _read_settings(folder, given_base=base_generator is not None)
     question_encoder = _load_encoder(folder / "question_encoder")
-    passage_encoder = {"shared": question_encoder, "none": None}.get(settings["passage_encoder"])
-    if settings["passage_encoder"] == "own":
-        passage_encoder = _load_encoder(folder / "passage_encoder")
+    passage_encoder: Any = None
+    match settings["passage_encoder"]:
+        case "shared":
+            passage_encoder = question_encoder
+        case "same model":
+            passage_encoder = question_encoder.with_settings(folder / "passage_encoder")
+        case "own":
+            passage_encoder = _load_encoder(folder / "passage_encoder")
     generator = _load_generator(folder, settings, base_generator, generator_class)
     arguments = {name: settings[name] for name in _SETTINGS}
     arguments |= {
@@ -218,23 +226,29 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
     """Return what rag_config.json says."""
     from fastrag import __version__
 
-    passage_encoder = "own"
-    if model.passage_encoder is None:
-        passage_encoder = "none"
-    elif model.passage_encoder is model.question_encoder:
-        passage_encoder = "shared"
     tau = model.tau
     return {
         "fastrag": __version__,
         "kind": model.adapter.kind,
         "generator": generator_kept,
-        "passage_encoder": passage_encoder,
+        "passage_encoder": _passage_encoder_kept(model),
         **{name: getattr(model, name) for name in _SETTINGS},
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.retriever.log_tau is not None,
         **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
         "index": IndexReference.of(model.index)._asdict(),
     }
+
+
+def _passage_encoder_kept(model: RagModel) -> str:
+    """Return how the passage encoder is saved; "same model" keeps only its settings."""
+    question, passage = model.question_encoder, model.passage_encoder
+    if passage is None:
+        return "none"
+    if passage is question:
+        return "shared"
+    alike = type(passage) is type(question) and isinstance(passage, (TextEncoder, SentenceEncoder))
+    return "same model" if alike and passage.model is question.model else "own"
 
 
 def _parts(folder: Path) -> list[str]:

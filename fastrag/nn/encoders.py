@@ -185,6 +185,10 @@ class TextEncoder(nn.Module):
         if hasattr(model, "peft_config"):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(path)
+        self.save_settings(path)
+
+    def save_settings(self, path: str | os.PathLike[str]) -> None:
+        """Write `fastrag_encoder.json` alone into a folder; see `with_settings`."""
         settings = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -194,6 +198,10 @@ class TextEncoder(nn.Module):
             "max_length": self.max_length,
         }
         manifests.write(Path(path, CONFIG_NAME), settings)
+
+    def with_settings(self, path: str | os.PathLike[str]) -> TextEncoder:
+        """Return another encoder around the same model, with the settings of a folder."""
+        return TextEncoder(self.model, **_read_settings(Path(path), None))
 
     @classmethod
     def from_pretrained(

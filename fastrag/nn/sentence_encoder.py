@@ -124,8 +124,17 @@ class SentenceEncoder(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the SentenceTransformer's folder, with `fastrag_sentence_encoder.json` in it."""
         self.model.save_pretrained(os.fspath(path), create_model_card=False)
+        self.save_settings(path)
+
+    def save_settings(self, path: str | os.PathLike[str]) -> None:
+        """Write `fastrag_sentence_encoder.json` alone into a folder; see `with_settings`."""
         settings = {"format": _FORMAT, "version": _VERSION, "prefix": self.prefix}
         manifests.write(Path(path, CONFIG_NAME), settings)
+
+    def with_settings(self, path: str | os.PathLike[str]) -> SentenceEncoder:
+        """Return another encoder around the same model, with the settings of a folder."""
+        prefix = manifests.read(Path(path, CONFIG_NAME), _SETTINGS)["prefix"]
+        return SentenceEncoder(self.model, prefix=prefix)
 
     @classmethod
     @without_bars()

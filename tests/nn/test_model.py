@@ -14,6 +14,7 @@ from fastrag import functional
 from fastrag.data import Passage, Template
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.nn import RagModel, TextEncoder
+from fastrag.nn.encoders import CONFIG_NAME
 from tests.tiny import (
     T5,
     TEMPLATE,
@@ -504,7 +505,7 @@ def test_no_passages_are_not_a_default():
         model.generate(*(data[name] for name in names), n_docs=0)
 
 
-def test_one_model_under_two_prefixes_still_trains():
+def test_one_model_under_two_prefixes_trains_and_is_saved_once(tmp_path):
     """Freezing the passage encoder must not freeze what the question encoder is made of."""
     base = rag_model()
     question_encoder = base.question_encoder
@@ -523,6 +524,12 @@ def test_one_model_under_two_prefixes_still_trains():
     assert not passage_encoder.own.weight.requires_grad
     model(**batch()).loss.backward()
     assert question_encoder.model.embeddings.word_embeddings.weight.grad.any()
+    model.save_pretrained(tmp_path / "m")
+    assert [file.name for file in (tmp_path / "m" / "passage_encoder").iterdir()] == [CONFIG_NAME]
+    again = RagModel.from_pretrained(tmp_path / "m", model.index, model.passages)
+    assert again.passage_encoder.model is again.question_encoder.model
+    assert (again.passage_encoder.prefix, again.question_encoder.prefix) == ("passage: ", "")
+    torch.testing.assert_close(again(**batch()).loss, model.eval()(**batch()).loss)
 
 
 def test_checkpoint_of_another_configuration_is_a_value_error():

@@ -7,7 +7,7 @@ import torch
 
 from fastrag.data import RagProcessor
 from fastrag.index import FlatIndex, PassageStore
-from fastrag.nn import RagModel, Retriever, SentenceEncoder
+from fastrag.nn import RagModel, Retriever, SentenceEncoder, checkpoint
 from tests import tiny
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -78,7 +78,11 @@ def test_vectors_are_those_of_encode(make, role, settings):
     assert encoder.normalize == ("truncate_dim" not in settings)
 
 
-def test_trains_in_a_rag_model_and_loads_again(make, tmp_path):
+@pytest.mark.parametrize("kept", ["same model", "own"])
+def test_trains_in_a_rag_model_and_loads_again(make, tmp_path, monkeypatch, kept):
+    """One model under two prompts is saved once; folders that hold it twice load all the same."""
+    if kept == "own":
+        monkeypatch.setattr(checkpoint, "_passage_encoder_kept", lambda model: "own")
     model = rag_model(make())
     question, passage = model.question_encoder, model.passage_encoder
     assert question.model is passage.model and model.retriever.tau == 0.05
@@ -93,7 +97,11 @@ def test_trains_in_a_rag_model_and_loads_again(make, tmp_path):
     model.save_pretrained(tmp_path / "model", include_index=True)
     again = RagModel.from_pretrained(tmp_path / "model")
     assert isinstance(again.question_encoder, SentenceEncoder)
-    assert again.question_encoder.prefix == "asked : "
+    question, passage = again.question_encoder, again.passage_encoder
+    assert (question.prefix, passage.prefix) == ("asked : ", "says : ")
+    assert (question.model is passage.model) == (kept == "same model")
+    weights = [file.parent.name for file in (tmp_path / "model").rglob("*encoder/*.safetensors")]
+    assert sorted(weights) == ["passage_encoder"] * (kept == "own") + ["question_encoder"]
     torch.testing.assert_close(again(**data).loss, expected.loss)
 
 
