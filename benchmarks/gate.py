@@ -163,7 +163,7 @@ def allocations() -> Counts:
     for name, mode in COUNTED:
         op = OPS[name]
         ours = op.provider(op.names("ours")[0])
-        problem = op.make(op.checked[0], torch.float32, 0, torch.device("cpu"))
+        problem = op.make(op.checked[0], torch.float32, torch.device("cpu"))
         call = ours.prepare(mode, problem)
         for _ in range(WARM_CALLS):
             call()

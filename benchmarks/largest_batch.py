@@ -9,6 +9,7 @@ and gradients. On a GPU a batch that runs out of memory counts as one that passe
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,29 +17,29 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.harness import report, rows
-from benchmarks.harness.arguments import Parser
+from benchmarks.harness import results
+from benchmarks.harness.arguments import GIB, Parser
 from benchmarks.harness.measure import facts, free_memory
 from benchmarks.harness.process import OK, Process
-from benchmarks.harness.rows import MIB, row_of
+from benchmarks.harness.results import MIB, row_of
 from benchmarks.harness.timing import Case, peak_of_first_call
 from benchmarks.ops.rag_step import OP
 
-UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+UNITS = {"KiB": 1 << 10, "MiB": MIB, "GiB": GIB}
 MOST = 1 << 16  # questions; nobody has a use for more
 PROVIDERS = ("fastrag", "hf")
-COLUMNS = [*rows.COLUMNS, "budget_mib", "largest_batch"]
+COLUMNS = [*results.COLUMNS, "budget_mib", "largest_batch"]
 
 
-def bytes_of(parser: Parser, text: str) -> int:
+def bytes_of(text: str) -> int:
     """Read 4GiB, 512MiB, 1.5GiB."""
-    number, unit = text[:-3], text[-3:]
     try:
-        found = float(number) * UNITS[unit]
+        found = float(text[:-3]) * UNITS[text[-3:]]
     except (KeyError, ValueError):
-        parser.error(f"--budget: expected a number and one of {', '.join(UNITS)}, got {text!r}")
+        found = math.nan
     if not 1 <= found < math.inf:
-        parser.error(f"--budget: expected at least a byte, got {text!r}")
+        expected = f"expected a byte at least, as a number and one of {', '.join(UNITS)}"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
     return int(found)
 
 
@@ -74,33 +75,32 @@ def largest_of(case: Case, budget: float) -> tuple[int, float]:
             status, found = process.ask(peak_of_first_call, of_size)
         if status != OK:
             raise StepError(status)
-        said = "more than there is" if found == math.inf else f"{found / MIB:.0f} MiB"
-        print(f"{case.provider} B = {n_questions}: {said}", file=sys.stderr, flush=True)
+        text = "more than there is" if found == math.inf else f"{found / MIB:.0f} MiB"
+        print(f"{case.provider} B = {n_questions}: {text}", file=sys.stderr, flush=True)
         return float(found)
 
+    if reason := case.why_not():
+        raise StepError(f"unavailable: {reason}")
     return largest(peak, budget)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("largest_batch", __doc__)
-    parser.add_argument("--budget", required=True, help="such as 4GiB")
+    parser.add_argument("--budget", required=True, type=bytes_of, help="such as 4GiB")
     args, cases = parser.parse_cases(argv, OP, PROVIDERS, COLUMNS)
-    budget = bytes_of(parser, args.budget)
     device = torch.device(args.device)
-    if device.type == "cpu" and 2 * budget > free_memory(device):
+    half = free_memory(device) / 2
+    if device.type == "cpu" and args.budget > half:
         parser.error(
             "--budget: expected at most half of the free memory, since the batch is doubled until "
-            f"it is passed: {free_memory(device) / 2 / UNITS['GiB']:.1f}GiB, got {args.budget}"
+            f"it is passed: {half / GIB:.1f}GiB, got {args.budget / GIB:.1f}GiB"
         )
     machine = facts(device)
     lines, notes, code = [["provider", "largest B", "its peak MiB"]], [], 0
     for case in cases:
-        status, found = OK, {"budget_mib": f"{budget / MIB:.0f}"}
+        status, found = OK, {"budget_mib": f"{args.budget / MIB:.0f}"}
         try:
-            reason = case.why_not()
-            if reason:
-                raise StepError(f"unavailable: {reason}")
-            batch, peak = largest_of(case, budget)
+            batch, peak = largest_of(case, args.budget)
             found |= {"largest_batch": str(batch), "peak_mib": f"{peak / MIB:.1f}"}
             lines.append([case.provider, str(batch), f"{peak / MIB:.0f}"])
             case = replace(case, shape=(max(1, batch), *case.shape[1:]))
@@ -111,10 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
         if args.csv:
-            rows.add(args.csv, [row_of(case, machine, status, **found)], COLUMNS)
-    print(report.heading(OP, cases[0], machine))
-    print(f"  within {budget / MIB:.0f} MiB above weights and moments, whatever B")
-    print("\n".join([report.aligned(lines, n_left=1), *notes]))
+            results.add(args.csv, [row_of(case, machine, status, **found)], COLUMNS)
+    print(results.heading(row_of(cases[0], machine, OK)))
+    print(f"  within {args.budget / MIB:.0f} MiB above weights and moments, whatever B")
+    print("\n".join([results.aligned(lines, n_left=1), *notes]))
     return code
 
 

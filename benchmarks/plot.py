@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot
 
-docs/figures/<device>/ gets PNG and SVG, the same bytes wherever the pinned versions run; README.md
+docs/figures/<device>/ gets PNG and SVG, the same bytes wherever the pinned versions run. README.md
 and docs/performance.md get their tables, each between two markers.
 """
 
@@ -15,10 +15,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from benchmarks.profiling import roofline
@@ -34,25 +33,25 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from benchmarks.harness import committed
 from benchmarks.harness.arguments import Parser
-from benchmarks.harness.committed import Group, in_digits, source
+from benchmarks.harness.committed import in_digits, source
 from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import Op
-from benchmarks.harness.report import Timing
+from benchmarks.harness.results import Group, Timing
 from benchmarks.ops import OPS
-from benchmarks.ops.rag_step_stages import WHOLE
+from benchmarks.stages import WHOLE
 
 FIGURES = ROOT / "docs" / "figures"
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
-# Of the palette of Okabe and Ito, which people tell apart however they see colours.
+# From the palette of Okabe and Ito, which readers with any colour vision can tell apart.
 OURS, SLOWER, FAINT, INK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PEER_COLOURS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7A5C00", "#000000", "#56B4E9")
-# of stages, light enough for dark numbers on them
+# light enough for dark numbers on them
 STAGE_COLOURS = ["#56B4E9", "#E69F00", "#F0E442", "#8FD3C0", "#A9C4EB", "#F2A07B", "#DDA7C8"]
 STAGE_COLOURS += ["#C9C9C9", "#9FC97F"]
 COLOURS_SAY = "blue: fastrag is faster; orange: it is not"
 PANELS = 4  # points of an op that are drawn with all their peers
-N_INTENSITIES = 4  # flops for each byte, that a roofline is drawn from
+N_INTENSITIES = 4  # a roofline is drawn from as many numbers of flops for each byte
 WORDS = {
     "B": "questions",
     "K": "passages for each question",
@@ -64,7 +63,7 @@ WORDS = {
     "D": "width of a vector",
     "k": "hits for each question",
 }
-FLOOR_MIB = 0.1  # the last digit of the CSV: on a logarithmic axis less is drawn as this
+FLOOR_MIB = 0.1  # the last digit of the CSV: the least that a logarithmic axis shows
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.0,
@@ -94,7 +93,7 @@ def draw_all(folder: Path, wanted: Callable[[str], bool] = lambda name: True) ->
 
 
 def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """Their names, and what draws them."""
+    """Yield the name of each figure, and the function that draws it."""
     groups, every = committed.load(device), committed.load_all(device)
     for op in OPS.values():
         points = committed.swept(groups, op)
@@ -122,110 +121,101 @@ def figures_of(device: str) -> Iterator[tuple[str, Callable[[], Figure]]]:
 # -------------------------------------------------------------------------------------- bars
 
 
-def peers_figure(op: Op, points: Sequence[Group]) -> Figure:
-    """How many times as long as ours each peer takes, and the ceiling; a panel for each point."""
+class Bar(NamedTuple):
+    name: str
+    value: float
+    colour: str
+    label: str
 
-    def bars(g: Group, axes: Axes, n_places: int) -> None:
-        others = sorted(g.of("peer"), key=lambda t: t.ms)
-        others += [g.tightest_ceiling] if g.tightest_ceiling else []
-        values = [g.times_as_fast(t) or 0.0 for t in others]
-        colours = [
-            FAINT if t is g.tightest_ceiling else OURS if value > 1 else SLOWER
-            for t, value in zip(others, values, strict=True)
-        ]
-        names = [
-            f"{t.provider} (ceiling)" if t is g.tightest_ceiling else t.provider for t in others
-        ]
-        _bars(axes, names, values, colours, [_times(value) for value in values], n_places)
-        _line_at_one(axes, len(others))
+
+def peers_figure(op: Op, points: Sequence[Group]) -> Figure:
+    """Draw how many times as long as ours each peer takes, and the ceiling, for each point."""
+
+    def draw(g: Group, axes: Axes, n_places: int) -> None:
         assert g.own is not None
+        bars = [_ratio_bar(g, t, t.provider) for t in sorted(g.of("peer"), key=lambda t: t.ms)]
+        if ceiling := g.tightest_ceiling:
+            bar = _ratio_bar(g, ceiling, f"{ceiling.provider} (ceiling)")
+            bars.append(bar._replace(colour=FAINT))
+        _draw_bars(axes, bars, n_places, line_at_one=True)
         axes.set_title(f"{_heading(g)}\n1 = fastrag, {in_digits(g.own.ms)} ms")
 
     title = f"{op.name}: how many times as long as fastrag the others take"
-    return _panels(f"{title}\n{COLOURS_SAY}; grey: the ceiling", points, bars)
+    return _panels(f"{title}\n{COLOURS_SAY}; grey: the ceiling", points, draw)
 
 
 def memory_figure(op: Op, points: Sequence[Group]) -> Figure:
-    def bars(g: Group, axes: Axes, n_places: int) -> None:
-        assert g.own is not None
-        shown = [g.own, *g.of("peer")]
-        known = sorted((t for t in shown if t.mib is not None), key=lambda t: t.mib or 0.0)
-        values = [t.mib or 0.0 for t in known]
-        colours = [OURS if t is g.own else FAINT for t in known]
-        names = ["fastrag" if t is g.own else t.provider for t in known]
-        _bars(axes, names, values, colours, [f"{value:.1f}" for value in values], n_places)
+    def draw(g: Group, axes: Axes, n_places: int) -> None:
+        shown = [("fastrag", OURS, g.own), *((t.provider, FAINT, t) for t in g.of("peer"))]
+        known = [(name, t.mib, colour) for name, colour, t in shown if t and t.mib is not None]
+        bars = [Bar(name, mib, colour, f"{mib:.1f}") for name, mib, colour in known]
+        _draw_bars(axes, sorted(bars, key=lambda bar: bar.value), n_places)
         axes.set_title(_heading(g))
 
     title = f"{op.name}: memory of a call beyond inputs and outputs, MiB (shorter is better)"
-    return _panels(title, points, bars)
+    return _panels(title, points, draw)
 
 
 def best_peer_figure(op: Op, points: Sequence[Group]) -> Figure:
-    """All points of the sweep, against the best peer of each."""
+    """Draw all points of the sweep, against the best peer of each."""
     figure = Figure(figsize=(7.2, 1.0 + 0.2 * len(points)), layout="constrained")
-    axes = figure.add_subplot()
     points = sorted(points, key=lambda g: (op.modes.index(g.mode), *g.shape))
-    values = [g.times_as_fast(g.best_peer) or 0.0 for g in points]
-    labels = [
-        f"{_times(value)}  {g.best_peer.provider}"
-        for g, value in zip(points, values, strict=True)
+    bars = [
+        _ratio_bar(g, g.best_peer, _heading(g).replace("\n", "  "), f"  {g.best_peer.provider}")
+        for g in points
         if g.best_peer
     ]
-    names = [_heading(g).replace("\n", "  ") for g in points]
-    _bars(axes, names, values, [OURS if v > 1 else SLOWER for v in values], labels)
-    _line_at_one(axes, len(points))
+    _draw_bars(figure.add_subplot(), bars, line_at_one=True)
     title = f"{op.name}: how many times as long as fastrag, 1, the best peer takes\n{COLOURS_SAY}"
     return _finished(figure, title, points)
 
 
+def _ratio_bar(g: Group, t: Timing, name: str, note: str = "") -> Bar:
+    value = g.times_as_fast(t) or 0.0
+    text = f"{value:.2f} ×" if value < 10 else f"{value:.3g} ×"
+    return Bar(name, value, OURS if value > 1 else SLOWER, text + note)
+
+
 def _heading(g: Group) -> str:
-    """Mode and sizes, such as `token, float32` and `B=2 K=5 T=32 H=512 V=50265`."""
+    """Return mode and sizes, such as `token, float32` and `B=2 K=5 T=32 H=512 V=50265`."""
     sizes = zip(g.op.dims, g.shape, strict=True)
     first = ", ".join([g.mode, *g.dtype_words])
     return f"{first}\n{' '.join(f'{dim}={_short(n)}' for dim, n in sizes)}"
 
 
-def _label(op: Op, provider: str) -> str:
-    return f"{provider} (ceiling)" if provider in op.names("ceiling") else provider
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f} ×" if value < 10 else f"{value:.3g} ×"
-
-
-def _bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float],
-    colours: Sequence[str],
-    labels: Sequence[str],
-    n_places: int = 0,
+def _draw_bars(
+    axes: Axes, bars: Sequence[Bar], n_places: int = 0, *, line_at_one: bool = False
 ) -> None:
-    """Horizontal, the first on top, each with its name and its number; room for `n_places`."""
-    places = range(len(values))
-    axes.barh(places, values, color=colours, height=0.68)
-    axes.set_yticks(places, names)
-    axes.set_ylim(max(n_places, len(names)) - 0.5, -0.5)
-    axes.spines["left"].set_bounds(len(names) - 0.5, -0.5)
+    """Draw horizontal bars, the first on top, with names and labels, and room for `n_places`."""
+    n = len(bars)
+    names, values, colours, labels = zip(*bars, strict=True)
+    axes.barh(range(n), values, color=colours, height=0.68)
+    _bare(axes, names, max(n_places, n))
+    axes.spines["left"].set_bounds(n - 0.5, -0.5)
+    most = max(values)
+    axes.set_xlim(0, 1.28 * most if most else 1.0)  # room for the labels
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    for place, (label, value) in enumerate(zip(labels, values, strict=True)):
+        _annotate(axes, label, value, place, color=INK, bbox=box)
+    if line_at_one:
+        axes.plot([1, 1], [-0.5, n - 0.5], color=INK, linewidth=0.8)
+
+
+def _bare(axes: Axes, names: Sequence[str], n_places: int) -> None:
+    """Name the places on the y axis and hide the x axis."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(n_places - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
-    most = max(values)
-    axes.set_xlim(0, 1.28 * most if most else 1.0)  # room for the numbers
-    for place, value, label in zip(places, values, labels, strict=True):
-        axes.annotate(
-            label,
-            (value, place),
-            (3, 0),
-            textcoords="offset points",
-            va="center",
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        )
+
+
+def _annotate(axes: Axes, text: str, x: float, y: float, **options: Any) -> None:
+    axes.annotate(text, (x, y), (3, 0), textcoords="offset points", va="center", **options)
 
 
 def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
-    """Where the time of a call goes: a bar of its stages for each provider."""
+    """Draw a bar of the stages of a call for each provider."""
     figure = Figure(figsize=(7.2, 1.1 + 0.75 * len(points)), layout="constrained")
     names = dict.fromkeys(row[committed.STAGE] for g in points for row in g.rows if row["ms_p50"])
     colours = dict(zip([n for n in names if n != WHOLE], STAGE_COLOURS, strict=False))
@@ -235,11 +225,7 @@ def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
         providers = list(dict.fromkeys(t.provider for t in g.timings))
         for place, provider in enumerate(providers):
             _stack(axes, place, g, provider, colours)
-        axes.set_yticks(range(len(providers)), providers)
-        axes.set_ylim(len(providers) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_visible(False)
-        axes.spines["bottom"].set_visible(False)
+        _bare(axes, providers, len(providers))
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
     patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
@@ -248,34 +234,24 @@ def stages_figure(op: Op, points: Sequence[Group]) -> Figure:
 
 
 def _stack(axes: Axes, place: int, g: Group, provider: str, colours: Mapping[str, str]) -> None:
-    """Stages wide enough for it have their number inside, the sum stands at the end."""
-    times = {
-        row[committed.STAGE]: float(row["ms_p50"])
-        for row in g.rows
-        if row["provider"] == provider and row["ms_p50"]
-    }
+    """Draw the stages of a provider. Wide ones have their number inside, the sum is at the end."""
+    rows = (row for row in g.rows if row["provider"] == provider and row["ms_p50"])
+    times = {row[committed.STAGE]: float(row["ms_p50"]) for row in rows}
     longest = max(t.ms for t in g.timings)
-    left = 0.0
+    whole, left = times.pop(WHOLE, None), 0.0
     for name, ms in times.items():
-        if name == WHOLE:
-            continue
         axes.barh(place, ms, left=left, color=colours.get(name, FAINT), height=0.62)
         if ms > 0.07 * longest:
             axes.text(left + ms / 2, place, in_digits(ms), ha="center", va="center", fontsize=7)
         left += ms
-    label = in_digits(times.get(WHOLE, left))
-    axes.annotate(label, (left, place), (3, 0), textcoords="offset points", va="center")
-
-
-def _line_at_one(axes: Axes, n_bars: int) -> None:
-    axes.plot([1, 1], [-0.5, n_bars - 0.5], color=INK, linewidth=0.8)
+    _annotate(axes, in_digits(left if whole is None else whole), left, place)
 
 
 Panel = Callable[[Group, Axes, int], None]
 
 
 def _panels(title: str, points: Sequence[Group], draw: Panel) -> Figure:
-    """Two in a row."""
+    """Draw the points in panels, two in a row."""
     n_rows = (len(points) + 1) // 2
     most = max(len(g.of("peer")) + 1 for g in points)
     figure = Figure(figsize=(7.2, 0.7 + n_rows * (0.72 + 0.17 * most)), layout="constrained")
@@ -294,8 +270,10 @@ def _finished(figure: Figure, title: str, points: Sequence[Group]) -> Figure:
 
 
 def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
-    """Time over one dimension, and memory below it where that was measured; all logarithmic."""
-    rows = [_TIME, _MEMORY] if any(t.mib for line in lines for t in _drawn(line)) else [_TIME]
+    """Draw time over one dimension, and memory if it was measured, on logarithmic axes."""
+    groups = [g for line in lines for g in line]
+    has_memory = any(t.mib for g in groups for t in g.of("ours") + g.of("peer"))
+    rows = [_TIME, _MEMORY] if has_memory else [_TIME]
     figure = Figure(figsize=(7.2, 0.9 + 2.6 * len(rows)), layout="constrained")
     place = op.dims.index(dim)
     for i, line in enumerate(lines):
@@ -315,28 +293,18 @@ def curve_figure(op: Op, dim: str, lines: Sequence[list[Group]]) -> Figure:
     what = "time and memory" if len(rows) > 1 else "time"
     title = f"{op.name}: {what} over {dim}, {WORDS[dim]}\n"
     title += f"thin bars: p20 to p80 of the turns; dotted: time in proportion to {dim}"
-    return _finished(figure, title, [g for line in lines for g in line])
+    return _finished(figure, title, groups)
 
 
-def _drawn(line: Sequence[Group]) -> list[Timing]:
-    return [t for g in line for t in g.timings if t.provider not in g.op.names("ceiling")]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What a row of curves shows."""
+class _Row(NamedTuple):
+    """The quantity that a row of curves shows."""
 
     label: str
     value: Callable[[Timing], float | None]
-    with_ceilings: bool
 
 
-_TIME = _Row("time of a call, ms", lambda t: t.ms, with_ceilings=True)
-_MEMORY = _Row(
-    "memory of a call, MiB",
-    lambda t: None if t.mib is None else max(t.mib, FLOOR_MIB),
-    with_ceilings=False,
-)
+_TIME = _Row("time of a call, ms", lambda t: t.ms)
+_MEMORY = _Row("memory of a call, MiB", lambda t: None if t.mib is None else max(t.mib, FLOOR_MIB))
 
 
 def _curves(axes: Axes, line: Sequence[Group], xs: Sequence[int], row: _Row) -> None:
@@ -344,36 +312,34 @@ def _curves(axes: Axes, line: Sequence[Group], xs: Sequence[int], row: _Row) -> 
     axes.set_yscale("log")
     op, own = line[-1].op, line[-1].own
     assert own is not None
-    peers = [name for name in op.curve_providers or op.names() if name in op.names("peer")]
-    colour_of = dict(zip(peers, itertools.cycle(PEER_COLOURS), strict=False))
+    shown = op.curve_providers or op.names()
+    peers = [name for name in shown if name in op.names("peer")]
+    colours = dict(zip(peers, itertools.cycle(PEER_COLOURS), strict=False)) | {own.provider: OURS}
+    ceilings = op.names("ceiling") if row is _TIME else ()
     tables = [{t.provider: t for t in g.timings} for g in line]
     points: list[tuple[float, float]] = []
     ends: list[tuple[float, float, str, str]] = []  # x, y, label, colour
-    for provider in op.curve_providers or op.names():
-        ceiling, ours = provider in op.names("ceiling"), provider == own.provider
-        if provider in op.names("ours") and not ours or ceiling and not row.with_ceilings:
-            continue
+    for provider in (name for name in shown if name in colours or name in ceilings):
         there = [(x, t[provider]) for x, t in zip(xs, tables, strict=True) if provider in t]
         found = [(x, y) for x, t in there if (y := row.value(t)) is not None]
         if len(found) < 2:
             continue
         points += found
-        colour = OURS if ours else FAINT if ceiling else colour_of[provider]
-        if row is _TIME:
-            for x, t in there:
-                if t.spread:
-                    axes.plot([x, x], t.spread, color=colour, alpha=0.45, linewidth=2.0)
+        is_ours, colour = provider == own.provider, colours.get(provider, FAINT)
+        for x, t in there if row is _TIME else ():
+            if t.low is not None:
+                axes.plot([x, x], (t.low, t.high), color=colour, alpha=0.45, linewidth=2.0)
         axes.plot(
             *zip(*found, strict=True),
             color=colour,
-            linewidth=2.2 if ours else 1.1,
-            linestyle="--" if ceiling else "-",
+            linewidth=2.2 if is_ours else 1.1,
+            linestyle="--" if provider in ceilings else "-",
             marker="o",
-            markersize=3.5 if ours else 2.5,
-            zorder=3 if ours else 2,
+            markersize=3.5 if is_ours else 2.5,
+            zorder=3 if is_ours else 2,
         )
-        label = "fastrag" if ours else _label(op, provider)
-        ends.append((*found[-1], label, colour))
+        label = f"{provider} (ceiling)" if provider in ceilings else provider
+        ends.append((*found[-1], "fastrag" if is_ours else label, colour))
     if row is _TIME:
         _guide(axes, xs, points)
     axes.set_xticks(xs, [_short(x) for x in xs])
@@ -387,7 +353,7 @@ def _curves(axes: Axes, line: Sequence[Group], xs: Sequence[int], row: _Row) -> 
 
 
 def _guide(axes: Axes, xs: Sequence[int], points: Sequence[tuple[float, float]]) -> None:
-    """A dotted line of slope 1 below all points."""
+    """Draw a dotted line of slope 1 below all points."""
     least = min(y / x for x, y in points)
     bottom = 0.55 * min(y for _, y in points)
     start, end = max(xs[0], bottom / (0.6 * least)), xs[-1]
@@ -397,7 +363,7 @@ def _guide(axes: Axes, xs: Sequence[int], points: Sequence[tuple[float, float]])
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends, moved apart where the lines end close to each other."""
+    """Write names at the right ends, moved apart where the lines end close to each other."""
     low, high = (math.log10(y) for y in axes.get_ylim())
     step = 0.07 * (high - low)
     ends = sorted(ends, key=lambda end: end[1])
@@ -429,7 +395,8 @@ def _short(n: int) -> str:
 
 # -------------------------------------------------------------------------------------- texts
 
-# Blocks: the one of README.md, where no peer is beaten, an op each, and ops that have none there.
+# Names of blocks, in addition to those of ops: the table of README.md, the points that a peer wins,
+# and the ops that have no block on the page.
 SHORT, NOT_WON, OTHERS = "all", "not-won", "others"
 N_SHORT = 2  # points of an op that the short table has
 SHORT_PICTURES = 3
@@ -437,7 +404,7 @@ BLOCK = re.compile(r"(<!-- figures: begin (\S+) -->\n).*?(<!-- figures: end -->)
 
 
 def filled(text: str, place: Path) -> str:
-    """The text of a Markdown file with its blocks made anew; `place` is the folder it is in."""
+    """Return the text of a Markdown file in folder `place` with its blocks rewritten."""
     named = [found[1] for found in BLOCK.findall(text)]
 
     def block(found: re.Match[str]) -> str:

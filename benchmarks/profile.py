@@ -32,10 +32,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import Parser, at_least_one, one_of
+from benchmarks.harness.arguments import Parser, at_least_one, folder, one_of
 from benchmarks.harness.measure import ROOT
-from benchmarks.harness.registry import DTYPES, Op
-from benchmarks.harness.rows import shape_text
+from benchmarks.harness.registry import shape_text
 from benchmarks.harness.timing import Case
 from benchmarks.ops import OPS
 from benchmarks.profiling import ncu
@@ -51,7 +50,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--provider", help="default: the first of ours that runs here")
     parser.add_problem()
     parser.add_argument("--calls", type=at_least_one, default=3, help="calls that are recorded (3)")
-    parser.add_argument("--out", type=Path, help="folder for what is written; runs/profile/OP")
+    parser.add_argument("--out", type=folder, help="folder for the files; runs/profile/OP")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ncu", action="store_true", help="Nsight Compute: counters of the kernels")
     what.add_argument("--nsys", action="store_true", help="print a command for Nsight Systems")
@@ -73,11 +72,6 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     if args.csv and not args.roofline:
         parser.error("--csv: is for --roofline, which reads rows of benchmarks.run")
     args.out = args.out or ROOT / "runs" / "profile" / args.op
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        parser.error(f"--out: expected a folder, got the file {there}")
-    if not os.access(there, os.W_OK):
-        parser.error(f"--out: {there} cannot be written")
     return parser, args
 
 
@@ -110,8 +104,7 @@ def _call(parser: Parser, args: argparse.Namespace) -> tuple[Callable[[], Any], 
     parser.check_size(args, op, case.mode, case.shape)
     if case.why_not():
         parser.error(f"{provider.name}: {case.why_not()}")
-    problem = op.make(case.shape, DTYPES[case.dtype], 0, torch.device(case.device))
-    call = provider.prepare(case.mode, problem)
+    call = provider.prepare(case.mode, case.inputs())
     for _ in range(WARM_CALLS):
         call()
     sizes = ", ".join(f"{dim} {n}" for dim, n in zip(op.dims, case.shape, strict=True))
@@ -279,7 +272,7 @@ def _roofline(parser: Parser, args: argparse.Namespace) -> int:
         from benchmarks.profiling import roofline
     except ImportError as error:
         parser.error(f"--roofline: {error}")
-    op: Op = OPS[args.op]
+    op = OPS[args.op]
     try:
         groups, beside = roofline.groups_for(op, args.csv)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.harness.arguments import Parser, at_least_one
 from benchmarks.harness.measure import facts
-from benchmarks.harness.report import aligned
-from benchmarks.harness.rows import COLUMNS, add, row_of, shape_text
+from benchmarks.harness.registry import shape_text
+from benchmarks.harness.results import COLUMNS, add, aligned, row_of
 from benchmarks.harness.timing import Case
 
 N_QUERIES = 64
@@ -33,16 +33,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from fastrag.ops import backends
 
     parser = Parser("rows_read", __doc__)
-    parser.add_argument("--vectors", type=Path, help="float32 [N, D], .npy; with --queries")
-    parser.add_argument("--queries", type=Path, help="float32 [B, D], .npy; with --vectors")
+    for name, size in (("vectors", "[N, D]"), ("queries", "[B, D]")):
+        parser.add_argument(f"--{name}", type=Path, help=f"float32 {size}, .npy; default: normal")
+    ks = (1, 10, 100)
     parser.add_argument(
-        "--k", type=at_least_one, nargs="+", default=(1, 10, 100), help="hits; default: 1 10 100"
+        "--k", type=at_least_one, nargs="+", default=ks, help=f"hits; default: {ks}"
     )
-    parser.add_csv()
+    parser.add_csv(COLUMNS_HERE)
     args = parser.parse_args(argv)
     if (args.vectors is None) != (args.queries is None):
         parser.error("--vectors, --queries: expected both or neither")
-    parser.check_csv(args.csv, COLUMNS_HERE)
     if backends.why_not("cpp"):
         parser.error(backends.why_not("cpp"))
     args.sets = [("normal", partial(_normal, n, 768)) for n in (200_000, 1_000_000)]

@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import math
 import signal
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from benchmarks.harness import report, rows, shared
+from benchmarks.harness import results, shared
 from benchmarks.harness.arguments import Parser, one_of, positive
 from benchmarks.harness.commits import CommitError, Pair, checkout, compare
 from benchmarks.harness.measure import facts, free_memory
-from benchmarks.harness.plan import Budget, Point, by_importance, in_turn
-from benchmarks.harness.registry import Op
+from benchmarks.harness.registry import Op, Point, by_importance, in_turn, shape_text
+from benchmarks.harness.results import Group, groups_of, measured
 from benchmarks.harness.timing import Case, Result, time_cases
 from benchmarks.ops import OPS
 
@@ -30,39 +33,57 @@ from benchmarks.ops import OPS
 PROCESS_BYTES = 600 << 20
 SAFE_SHARE = 0.8
 MAX_REGRESSION = 1.10
+# Assumed least cost of a point of an op of which none was timed yet.
+FIRST_SECONDS = 60.0
 ALL = "all"  # ops
+
+
+class Budget:
+    """Seconds for a whole run over `n_ops`.
+
+    A point is started if the longest one of its op would still fit, or the longest of any op if its
+    own has none; it may then take its op's share of the time left. On a busy machine all ops have
+    fewer turns then, and the first one does not have them all.
+    """
+
+    def __init__(
+        self, seconds: float, n_ops: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock, self.n_ops = clock, n_ops
+        self.until = clock() + seconds
+        self.longest: dict[str, float] = {}
+
+    def fits(self, op: Op) -> bool:
+        of_any = max([FIRST_SECONDS, *self.longest.values()])
+        return self.clock() + self.longest.get(op.name, of_any) <= self.until
+
+    @contextmanager
+    def spent_on(self, op: Op) -> Iterator[float]:
+        """Yield the time after which turns should end."""
+        start = self.clock()
+        yield start + (self.until - start) / self.n_ops
+        self.longest[op.name] = max(self.longest.get(op.name, 0.0), self.clock() - start)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("run", __doc__)
     parser.add_argument("--op", required=True, type=one_of([*OPS, ALL]), help=", ".join(OPS))
     parser.add_argument("--providers", help="names separated by commas; default: all")
-    parser.add_argument(
-        "--curve",
-        nargs="+",
-        metavar="DIM",
-        help="shapes along a dimension, in the op's first mode unless --mode is given; or all",
+    help_of_curve = (
+        "shapes along a dimension, in the op's first mode unless --mode is given; or all"
     )
+    parser.add_argument("--curve", nargs="+", metavar="DIM", help=help_of_curve)
     parser.add_problem(several=True)
     parser.add_rounds()
     parser.add_csv()
-    parser.add_argument(
-        "--budget-minutes",
-        type=positive,
-        metavar="M",
-        help="the most important shapes first, and only as many as fit; default: all",
-    )
+    help_of_budget = "the most important shapes first, and only as many as fit; default: all"
+    parser.add_argument("--budget-minutes", type=positive, metavar="M", help=help_of_budget)
     parser.add_argument("--base", metavar="GIT_REF", help="compare ours with another commit")
-    parser.add_argument(
-        "--max-regression",
-        type=positive,
-        metavar="RATIO",
-        help="with --base: exit code 1 if ours takes more than this times as long; "
-        f"default: {MAX_REGRESSION:.2f}",
-    )
+    help_of_ratio = "with --base: exit code 1 if ours takes more than this times as long"
+    help_of_ratio += f"; default: {MAX_REGRESSION:.2f}"
+    parser.add_argument("--max-regression", type=positive, metavar="RATIO", help=help_of_ratio)
     args = parser.parse_args(argv)
     parser.complete(args)
-    parser.check_csv(args.csv, rows.COLUMNS)
     if args.max_regression and not args.base:
         parser.error("--max-regression: is for a comparison with --base")
     args.max_regression = args.max_regression or MAX_REGRESSION
@@ -142,7 +163,7 @@ def _fit_together(cases: Sequence[Case]) -> bool:
 
 def _begin(point: Point, device: str) -> None:
     op, mode, shape = point
-    _say(f"timing {op.name} {mode} {rows.shape_text(shape)}")
+    _say(f"timing {op.name} {mode} {shape_text(shape)}")
     shared.hold(op.share(mode, shape) if op.share is not None and device == "cpu" else {})
 
 
@@ -158,28 +179,29 @@ def _providers(args: argparse.Namespace) -> int:
     machine = facts(torch.device(args.device))
     n_ops = len({point.op.name for point in args.points})
     budget = Budget(60 * args.budget_minutes if args.budget_minutes else math.inf, n_ops)
-    done: list[report.Measured] = []
+    done: list[Group] = []
     code = 0
     try:
         for point in args.points:
             op, cases = point.op, _cases(args, point)
-            if budget.fits(op):
+            found = [Result(case, results.NO_BUDGET) for case in cases]
+            fits = budget.fits(op)
+            if fits:
                 _begin(point, args.device)
                 with budget.spent_on(op) as until:
-                    done.append(report.measured(op, _time(cases, args.rounds, until)))
-                parts = (report.table(done[-1], machine), report.foot(done[-1]))
+                    found = _time(cases, args.rounds, until)
+            (group,) = groups_of(measured(result, machine) for result in found)
+            done.append(group)
+            if fits:
+                parts = results.table(group), results.goals(group)
                 print("\n".join(filter(None, parts)) + "\n", flush=True)
-            else:
-                left_out = [Result(case, report.NO_BUDGET) for case in cases]
-                done.append(report.measured(op, left_out))
-            results = done[-1].results
             if args.csv:  # at once: finished points are kept if a later one is interrupted
-                rows.add(args.csv, [report.row(op, result, machine) for result in results])
-            code = max(code, int(_broken(op, results)))
+                results.add(args.csv, group.rows)
+            code = max(code, int(_broken(op, found)))
     except KeyboardInterrupt:
         code = 130
-    if args.op == ALL or args.budget_minutes:
-        print(report.overview(done, machine), flush=True)
+    if done and (args.op == ALL or args.budget_minutes):
+        print(results.overview(done), flush=True)
     return code
 
 
@@ -189,7 +211,7 @@ def _commits(args: argparse.Namespace) -> int:
         for point in args.points:
             op, mode, shape = point
             _begin(point, args.device)
-            print(f"{op.name} {mode} {rows.shape_text(shape)} {args.dtype}")
+            print(f"{op.name} {mode} {shape_text(shape)} {args.dtype}")
             for pair in compare(_cases(args, point), tree, args.rounds):
                 print(f"  {_verdict(pair, args.base, args.max_regression)}", flush=True)
                 slower = pair.ratio is not None and pair.ratio > args.max_regression
@@ -203,7 +225,8 @@ def _verdict(pair: Pair, ref: str, allowed: float) -> str:
         return f"{name}: {pair.now.status}"
     if ratio is None:
         return f"{name}: {ref}: {pair.before.status}; now: {pair.now.status}"
-    before, now = (report.timing_of(result).ms for result in (pair.before, pair.now))
+    turns = pair.before.turns, pair.now.turns
+    before, now = (statistics.median(turn.wall for turn in of_one) for of_one in turns)
     verdict = f"SLOWER, at most {allowed:.2f}" if ratio > allowed else f"at most {allowed:.2f}"
     return f"{name}: {before:.4g} ms at {ref}, {now:.4g} ms now, ratio {ratio:.3f}: {verdict}"
 

@@ -17,9 +17,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="installed by the extra `bench`")
 
-from benchmarks.harness import report, rows
+from benchmarks.harness import results
 from benchmarks.harness.arguments import DEFAULT_DTYPE
 from benchmarks.harness.process import Refusal
+from benchmarks.harness.registry import shape_text
 from benchmarks.harness.timing import Case, Timed
 from benchmarks.ops import OPS
 from fastrag.ops import workspace
@@ -47,8 +48,7 @@ def ceiling_ms(op: str, mode: str) -> float | None:
 )
 def test_speed(benchmark: Any, op: str, mode: str, provider: str) -> None:
     case = case_of(op, mode, provider)
-    reason = case.why_not()
-    if reason:
+    if reason := case.why_not():
         pytest.skip(reason)
     workspace.release()  # another provider of this process may have left it
     timed = Timed(case)
@@ -58,16 +58,10 @@ def test_speed(benchmark: Any, op: str, mode: str, provider: str) -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{op} {mode} {rows.shape_text(case.shape)} {case.dtype}"
+    benchmark.group = f"{op} {mode} {shape_text(case.shape)} {case.dtype}"
     benchmark.pedantic(call, rounds=5, warmup_rounds=1, iterations=timed.n_calls)
     ms = 1e3 * benchmark.stats.stats.median
-    gbps, tflops = report.rates(OPS[op], case, ms)
-    ceiling = ceiling_ms(op, mode)
-    benchmark.extra_info.update(
-        {
-            "peak_mib": None if timed.extra is None else timed.extra / rows.MIB,
-            "gbps": gbps,
-            "tflops": tflops,
-            f"percent_of_{OPS[op].ceiling}": None if ceiling is None else 100 * ceiling / ms,
-        }
-    )
+    ceiling, found = ceiling_ms(op, mode), benchmark.extra_info
+    found["peak_mib"] = None if timed.extra is None else timed.extra / results.MIB
+    found["gbps"], found["tflops"] = results.rates(case, ms)
+    found[f"percent_of_{OPS[op].ceiling}"] = None if ceiling is None else 100 * ceiling / ms

@@ -3,27 +3,55 @@
     python -m benchmarks.gpu.cases [NAME ...]
 
 Nothing divides anything, so that every mask is at work. The tests check the answers.
+
+The tool prints reports: a line "========= " and text, followed by indented details. Those of
+memcheck name the access, those of racecheck both accesses:
+
+    ========= Invalid __global__ read of size 4 bytes
+    =========     at _some_kernel+0x780 in file.py:61
+    ========= Error: Race reported between Write access at _some_kernel+0x150 in file.py:27
+    =========     and Read access at _some_kernel+0x160 in file.py:30 [4096 hazards]
+
+Only races in the kernels of fastrag, which are called _..._kernel, count as faults: those of a
+library are its authors' business.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.isolation import FAILED, PASSED, cuda_error, piece
+from benchmarks.gpu.isolation import FAILED, PASSED, Record, cuda_error, piece
+
+CODE = 99
+_MOST = 5  # reports of a case that are kept
+_DETAILS = 3
+_LINE = re.compile(r"^={9}(?: (.*))?$")
+# No faults: a title, a count, what racecheck cannot follow, a call to CUDA that was refused, and
+# how the program ended, which is known.
+_HARMLESS = re.compile(
+    r"COMPUTE-SANITIZER|.*SUMMARY: |Warning: Detected overflow of tracked|Program hit |Saved "
+    r"|(?:Error: )?(?:Target application|[Pp]rocess didn't terminate)"
+)
+_RACE = re.compile(r"\w+: (Race reported|Potential \w+ hazard)")
+_OURS = re.compile(r"\b_\w+_kernel\b")
+_COUNT = re.compile(r"^={9} \w+ SUMMARY: ([1-9]\d* .*)$", re.M)
 
 HALF, FLOAT, INT8 = torch.bfloat16, torch.float32, torch.int8
 # compute-sanitizer, a process of its own, may take this long to print what it found in a case.
 SETTLE_SECONDS = 0.1
-ENV = {"FASTRAG_BACKEND": "triton"}  # the other backends launch torch's kernels
+# Other backends launch torch's kernels. Each tensor gets an allocation of its own, so that the
+# memory next to it belongs to nobody.
+ENV = {"FASTRAG_BACKEND": "triton", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 HEAD_SHAPE = (2, 3, 5, 72, 1031)  # B, K, T, H, V
 
 
@@ -153,6 +181,59 @@ def run(name: str) -> tuple[str, str]:
         cuda_error()  # waits for the kernels
         time.sleep(SETTLE_SECONDS)
     return PASSED, ""
+
+
+# --------------------------------------------------------------------- output of compute-sanitizer
+
+
+def wrapper(program: str, tool: str) -> list[str]:
+    """Return the beginning of a command that runs under compute-sanitizer."""
+    words = [program, "--tool", tool, "--error-exitcode", str(CODE)]
+    # Past its limit it stops printing, and whatever follows would look sound.
+    words += ["--print-limit", "10000", "--show-backtrace", "no"]
+    words += ["--target-processes", "application-only"]
+    if tool == "memcheck":
+        words += ["--report-api-errors", "no"]  # torch makes calls that may be refused
+    return words
+
+
+def reports(output: str) -> list[str]:
+    """Return the faults that the tool found, each with its first details, in lines."""
+    found: list[list[str]] = []
+    for line in output.splitlines():
+        match = _LINE.match(line.rstrip())
+        text = (match[1] or "") if match else ""
+        if text.startswith(" "):
+            if found:
+                found[-1].append(text.strip())
+        elif text:
+            found.append([text])
+    return ["\n".join(lines[: 1 + _DETAILS]) for lines in found if _is_fault("\n".join(lines))]
+
+
+def _is_fault(report: str) -> bool:
+    if _HARMLESS.match(report):
+        return False
+    return not _RACE.match(report) or bool(_OURS.search(report))
+
+
+def with_reports(record: Record, output: str) -> Record:
+    """Return the record of a case with the reports printed after its name, which make it fail."""
+    part = re.search(rf"^case: {re.escape(record.name)}\n(.*?)(?=^case: |\Z)", output, re.M | re.S)
+    found = reports(part[1]) if part else []
+    if not found or record.outcome not in (PASSED, FAILED):
+        return record
+    # First, since they say where; CUDA only says that there was a fault.
+    text = "\n".join([*found[:_MOST], *([record.text] if record.text else [])])
+    return dataclasses.replace(record, outcome=FAILED, text=text)
+
+
+def unexplained(records: Iterable[Record], output: str) -> str:
+    """Return what the tool counted although no case failed, "" if nothing."""
+    if any(record.bad for record in records):
+        return ""
+    counts = _COUNT.findall(output)
+    return f"counted, but not in our kernels: {', '.join(counts)}" if counts else ""
 
 
 def main(names: Sequence[str]) -> int:

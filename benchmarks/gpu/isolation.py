@@ -93,6 +93,11 @@ class Ended:
     output: str
     why: str  # the reason to end it, "" if it ended by itself
 
+    @property
+    def last_line(self) -> str:
+        lines = [line for line in self.output.splitlines() if line.strip()]
+        return lines[-1][:200] if lines else "it printed nothing"
+
 
 def run_limited(
     command: Sequence[str],
@@ -157,8 +162,7 @@ def piece(do: Callable[[str], tuple[str, str]], name: str) -> tuple[str, str, bo
         outcome, text = do(name)
     except Exception as error:
         outcome, text = FAILED, f"{type(error).__name__}: {error}"
-    lost = cuda_error()
-    if lost:
+    if lost := cuda_error():
         return FAILED, f"{text}\nCUDA is lost to this process: {lost}".strip(), True
     return outcome, text, False
 

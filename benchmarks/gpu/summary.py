@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from benchmarks.gpu.isolation import FAILED, NOT_RUN, PASSED, SKIPPED, Record
-from benchmarks.harness.rows import Row
+from benchmarks.harness.results import Row
 
 MOST = 12_000  # characters that a terminal, or a reply that is cut, still shows
 FIRST_LINES = 6
 # XML 1.0 cannot represent these.
 _UNWRITABLE = {i: None for i in range(32) if chr(i) not in "\t\n\r"}
+Done = tuple[str, str, float]  # name, outcome and seconds of a step
 
 
-def write(results: Any, steps: Sequence[tuple[str, str, float]], *, complete: bool) -> str:
-    """Write what the `steps.Results` hold, and return the summary.
+def write(suite: Any, *, complete: bool) -> str:
+    """Write the results of a `gpu_suite.Suite` whose lock is held, and return the summary.
 
-    `steps` are names, outcomes and seconds; `complete`: nothing will follow.
+    `complete`: nothing will follow.
     """
-    with results.lock:
-        records = list(results.tests)
-        write_tests(results.out, records)
+    write_tests(suite.out, suite.tests)
     lines = ["# GPU suite" if complete else "# GPU suite (so far)", ""]
-    lines += [f"- {name}: {how} ({seconds:.0f} s)" for name, how, seconds in steps]
-    parts = ["\n".join(lines)]
-    for title, of in {"Failed tests": records, **results.sanitizer}.items():
-        bad = [_failure(record) for record in of if record.bad]
-        if bad:
+    parts = ["\n".join(lines + [f"- {line(done)}" for done in suite.done])]
+    for title, records in {"Failed tests": suite.tests, **suite.sanitizer}.items():
+        if bad := [_failure(record) for record in records if record.bad]:
             parts.append(_block(title, "\n".join(bad)))
-    if results.rows:
-        parts.append(_block("Milliseconds", times(results.rows)))
+    if suite.rows:
+        parts.append(_block("Milliseconds", times(suite.rows)))
     text = "\n\n".join(parts) + "\n"
-    (results.out / "summary.md").write_text(text, encoding="utf-8")
+    (suite.out / "summary.md").write_text(text, encoding="utf-8")
     return text
+
+
+def line(done: Done) -> str:
+    name, how, seconds = done
+    return f"{name}: {how} ({seconds:.0f} s)"
 
 
 def _block(title: str, text: str) -> str:
@@ -44,8 +47,8 @@ def _block(title: str, text: str) -> str:
 
 def _failure(record: Record) -> str:
     lines = [line for line in record.text.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("E ")] or lines
-    return "\n".join([record.name, *(f"    {line[:160]}" for line in told[:FIRST_LINES])])
+    shown = [line for line in lines if line.startswith("E ")] or lines
+    return "\n".join([record.name, *(f"    {line[:160]}" for line in shown[:FIRST_LINES])])
 
 
 def short(text: str) -> str:
@@ -57,30 +60,24 @@ def short(text: str) -> str:
 
 
 def count(records: Sequence[Record]) -> str:
-    kinds = (PASSED, FAILED, SKIPPED, NOT_RUN)
-    counts = {kind: sum(record.outcome == kind for record in records) for kind in kinds}
+    counts = Counter(record.outcome for record in records)
     word = "failed" if counts[FAILED] else "not all ran" if counts[NOT_RUN] else "ok"
-    return f"{word}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    kinds = (PASSED, FAILED, SKIPPED, NOT_RUN)
+    return f"{word}: " + ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
 
 
 def times(rows: Sequence[Row]) -> str:
     """Return a line for each problem: the medians, and their ratios to the first provider."""
-    by_problem: dict[str, list[Row]] = {}
+    problems: dict[str, list[str]] = {}
+    first: dict[str, float] = {}
     for row in rows:
         key = " ".join(row[name] for name in ("op", "mode", "dtype", "shape"))
-        by_problem.setdefault(key, []).append(row)
-    lines = []
-    for key, group in by_problem.items():
-        first = next((float(row["ms_p50"]) for row in group if row["ms_p50"]), 0.0)
-        cells = []
-        for row in group:
-            said = row["status"][:60]
-            if row["ms_p50"]:
-                ms = float(row["ms_p50"])
-                said = f"{ms:.4g} ({ms / first:.2f})"
-            cells.append(f"{row['provider']} {said}")
-        lines.append(f"{key}: {', '.join(cells)}")
-    return "\n".join(lines)
+        text = row["status"][:60]
+        if row["ms_p50"]:
+            ms = float(row["ms_p50"])
+            text = f"{ms:.4g} ({ms / first.setdefault(key, ms):.2f})"
+        problems.setdefault(key, []).append(f"{row['provider']} {text}")
+    return "\n".join(f"{key}: {', '.join(cells)}" for key, cells in problems.items())
 
 
 def tests_text(records: Sequence[Record]) -> str:
@@ -103,19 +100,15 @@ def write_tests(out: Path, records: Sequence[Record]) -> None:
         "testsuite",
         name="gpu",
         tests=str(len(records)),
-        failures=str(sum(r.outcome == FAILED for r in records)),
+        failures=str(sum(r.bad for r in records)),
         skipped=str(sum(r.outcome not in (PASSED, FAILED) for r in records)),
         time=f"{sum(r.seconds for r in records):.3f}",
     )
     for record in records:
         file, _, name = record.name.partition("::")
-        case = ElementTree.SubElement(
-            suite,
-            "testcase",
-            classname=file.removesuffix(".py").replace("/", "."),
-            name=name or file,
-            time=f"{record.seconds:.3f}",
-        )
+        where = file.removesuffix(".py").replace("/", ".")
+        about = {"classname": where, "name": name or file, "time": f"{record.seconds:.3f}"}
+        case = ElementTree.SubElement(suite, "testcase", about)
         if record.outcome != PASSED:
             tag = "failure" if record.bad else "skipped"
             text = record.text.translate(_UNWRITABLE)

@@ -12,8 +12,8 @@ from typing import NoReturn
 import torch
 
 from benchmarks.harness.measure import free_memory
-from benchmarks.harness.registry import DEVICES, DTYPES, Op, Shape
-from benchmarks.harness.rows import shape_text
+from benchmarks.harness.registry import DEVICES, DTYPES, Op, Shape, shape_text
+from benchmarks.harness.results import COLUMNS
 from benchmarks.harness.timing import Case
 
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
@@ -53,6 +53,16 @@ def positive(text: str) -> float:
     return number
 
 
+def folder(text: str) -> Path:
+    """Read a folder that exists or can be made, and written to."""
+    there = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {there}")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of `python -m benchmarks.NAME`, whose docstring is `about`."""
 
@@ -67,11 +77,8 @@ class Parser(argparse.ArgumentParser):
         nargs = "+" if several else None
         self.add_argument("--shape", nargs=nargs, help="such as 2,5,32,512,50265; default: sweep")
         self.add_argument("--mode", "--marginal", nargs=nargs, help="of the op's modes")
-        self.add_argument(
-            "--dtype",
-            type=one_of(list(DTYPES)),
-            help=f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}",
-        )
+        help_of_dtype = f"one of {', '.join(DTYPES)}; {by_device(DEFAULT_DTYPE)}"
+        self.add_argument("--dtype", type=one_of(list(DTYPES)), help=help_of_dtype)
         help_of_device = "cpu or cuda; default: cuda if there is one"
         self.add_argument("--device", type=one_of(DEVICES), help=help_of_device)
 
@@ -79,8 +86,23 @@ class Parser(argparse.ArgumentParser):
         help_of_rounds = f"turns that count; {by_device(DEFAULT_ROUNDS)}"
         self.add_argument("--rounds", type=at_least_one, help=help_of_rounds)
 
-    def add_csv(self) -> None:
-        self.add_argument("--csv", type=Path, help="file to add the rows to")
+    def add_csv(self, columns: Sequence[str] = COLUMNS) -> None:
+        """Add --csv, a file that rows of these columns can be added to."""
+
+        def read(text: str) -> Path:
+            head = ",".join(columns)
+            try:
+                with Path(text).open("a+", encoding="utf-8") as file:  # made if it is not there
+                    file.seek(0)
+                    content = file.read()
+            except OSError as error:
+                raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+            if content and not (content.startswith(f"{head}\n") and content.endswith("\n")):
+                expected = f"expected a file with the columns {head}"
+                raise argparse.ArgumentTypeError(f"{expected}, got {text}")
+            return Path(text)
+
+        self.add_argument("--csv", type=read, help="file to add the rows to")
 
     def complete(self, args: argparse.Namespace) -> None:
         """Check the device and FASTRAG_BACKEND, and set the defaults that depend on the device."""
@@ -134,22 +156,6 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{what} {name!r}; known: {', '.join(known)}")
         return names
 
-    def check_csv(self, path: Path | None, columns: Sequence[str]) -> None:
-        """Check that rows of these columns can be added to a file, before anything is measured."""
-        if path is None:
-            return
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            self.error(f"--csv: {path.parent} is not a folder")
-        if path.is_dir():
-            self.error(f"--csv: expected a file, got the folder {path}")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            self.error(f"--csv: {path} cannot be written")
-        text = path.read_bytes() if path.is_file() else b""
-        head = ",".join(columns)
-        if text and (text.partition(b"\n")[0] != head.encode() or not text.endswith(b"\n")):
-            self.error(f"--csv: expected a file with the columns {head}, got {path}")
-
     def parse_cases(
         self, argv: Sequence[str] | None, op: Op, known: Sequence[str], columns: Sequence[str]
     ) -> tuple[argparse.Namespace, list[Case]]:
@@ -159,7 +165,7 @@ class Parser(argparse.ArgumentParser):
         """
         self.add_argument("--providers", help=f"some of {','.join(known)}; default: all")
         self.add_problem()
-        self.add_csv()
+        self.add_csv(columns)
         args = self.parse_args(argv)
         self.complete(args)
         mode = args.mode or op.modes[0]
@@ -169,5 +175,4 @@ class Parser(argparse.ArgumentParser):
         if args.shape:
             shape = self.shape(op, args.shape)
             self.check_size(args, op, mode, shape)
-        self.check_csv(args.csv, columns)
         return args, [Case(op.name, name, mode, shape, args.dtype, args.device) for name in names]

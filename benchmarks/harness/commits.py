@@ -39,10 +39,9 @@ class Pair:
 @contextmanager
 def checkout(ref: str) -> Iterator[Path]:
     """Yield a temporary worktree of commit `ref` with its extension built."""
-    try:
-        commit = _run("git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    except CommitError as error:
-        raise CommitError(f"--base: no commit is called {ref!r} here") from error
+    commit = _run("git", "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", check=False)
+    if not commit:
+        raise CommitError(f"--base: no commit is called {ref!r} here")
     with tempfile.TemporaryDirectory(prefix="fastrag-base-") as folder:
         tree = Path(folder) / "tree"
         try:

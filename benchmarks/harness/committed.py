@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from benchmarks.harness import rows
 from benchmarks.harness.measure import ROOT
-from benchmarks.harness.plan import by_importance
-from benchmarks.harness.process import OK
-from benchmarks.harness.registry import DTYPES, Op, Shape
-from benchmarks.harness.report import Comparison, Timing
-from benchmarks.harness.rows import COLUMNS, Row
+from benchmarks.harness.registry import Op, Shape, by_importance, shape_text
+from benchmarks.harness.results import COLUMNS, Group, Timing, groups_of, read
 from benchmarks.ops import OPS
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,111 +16,54 @@ STAGE = "stage"  # the column that benchmarks.stages adds
 Key = tuple[str, str, str, Shape]  # op, mode, dtype, shape
 
 
-@dataclass(frozen=True)
-class Group(Comparison):
-    """All providers that were timed at one point of an op in one run."""
-
-    rows: tuple[Row, ...]  # of the CSV
-
-    @property
-    def key(self) -> Key:
-        return self.op.name, self.mode, self.dtype, self.shape
-
-    @cached_property
-    def timings(self) -> list[Timing]:
-        return [_timing(row) for row in self.rows if row["status"] == OK]
-
-    @property
-    def run(self) -> tuple[str, str]:
-        """Values that all rows of one command share."""
-        return self.fact("commit"), self.fact("date")
-
-    def fact(self, name: str) -> str:
-        """Return a column that is the same for all rows, such as a version or the date."""
-        return self.rows[0][name]
-
-    @property
-    def flops(self) -> float:
-        return self.op.flops(self.mode, self.shape)
-
-    @property
-    def intensity(self) -> float:
-        """Flops for each byte that must move."""
-        return self.flops / self.op.bytes(self.mode, self.shape, DTYPES[self.dtype].itemsize)
-
-    @property
-    def dtype_words(self) -> list[str]:
-        """The dtype, unless the modes of the op are dtypes."""
-        return [] if self.dtype in self.op.modes else [self.dtype]
-
-
-def _timing(row: Row) -> Timing:
-    low, high, mib = (float(row[n]) if row[n] else None for n in ("ms_p20", "ms_p80", "peak_mib"))
-    spread = None if low is None or high is None else (low, high)
-    return Timing(row["provider"], float(row["ms_p50"]), mib, spread)
-
-
 def devices() -> list[str]:
     """Return the names of the folders with results."""
     return sorted(folder.name for folder in RESULTS.iterdir() if any(folder.glob("*.csv")))
 
 
-def load_all(device: str) -> list[Group]:
-    """Return the groups of all runs on one device; files with other columns are left alone."""
-    return [g for file in _files(device) for g in groups_of(file)]
+def groups_in(file: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Group]:
+    """Return the groups in a file, none if it has other columns."""
+    return groups_of(row for row in read(file) if [*row] == [*columns] and row["op"] in OPS)
 
 
-def load(device: str) -> dict[Key, Group]:
+def load_all(device: str, columns: Sequence[str] = COLUMNS) -> list[Group]:
+    """Return the groups of all runs on one device. Files with other columns are left alone."""
+    files = sorted((RESULTS / device).glob("*.csv"))
+    return [group for file in files for group in groups_in(file, columns)]
+
+
+def load(device: str, columns: Sequence[str] = COLUMNS) -> dict[Key, Group]:
     """Return one group for each point: the one with most providers, then the newest."""
-    return _best(load_all(device))
 
-
-def load_stages(device: str) -> list[Group]:
-    """Return likewise what `benchmarks.stages` wrote, which has a row for each stage."""
-    columns = [*COLUMNS, STAGE]
-    return list(_best(g for file in _files(device) for g in groups_of(file, columns)).values())
-
-
-def groups_of(file: Path, columns: Sequence[str] = COLUMNS) -> Iterator[Group]:
-    """Yield the groups in a file, none if it has other columns."""
-    runs: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows.read(file):
-        if list(row) == list(columns) and row["op"] in OPS:
-            point = ("op", "mode", "dtype", "shape", "commit", "date", "device", "threads")
-            runs.setdefault(tuple(row[name] for name in point), []).append(row)
-    for (op, mode, dtype, shape, *_), found in runs.items():
-        yield Group(OPS[op], mode, dtype, tuple(map(int, shape.split(","))), tuple(found))
-
-
-def _files(device: str) -> list[Path]:
-    return sorted((RESULTS / device).glob("*.csv"))
-
-
-def _best(groups: Iterable[Group]) -> dict[Key, Group]:
     def rank(g: Group) -> tuple[int, str]:
         return len({t.provider for t in g.timings}), g.fact("date")
 
     found: dict[Key, Group] = {}
-    for group in groups:
-        found[group.key] = max(found.get(group.key, group), group, key=rank)
+    for g in load_all(device, columns):
+        key = g.op.name, g.mode, g.dtype, g.shape
+        found[key] = max(found.get(key, g), g, key=rank)
     return found
 
 
+def load_stages(device: str) -> list[Group]:
+    """Return the same of the files of `benchmarks.stages`, which have a row for each stage."""
+    return list(load(device, [*COLUMNS, STAGE]).values())
+
+
 def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
-    """Return the points of the op's sweep that have one of ours, the most important first."""
+    """Return the points of the op's sweep at which ours was timed, the most important first."""
     own = [g for g in groups.values() if g.op is op and g.own]
-    device = "cuda" if own and own[0].fact("driver") else "cpu"
-    order = {(p.mode, p.shape): i for i, p in enumerate(by_importance(op, device))}
+    plan = by_importance(op, own[0].device) if own else []
+    order = {(p.mode, p.shape): i for i, p in enumerate(plan)}
     there = (g for g in own if (g.mode, g.shape) in order)
     return sorted(there, key=lambda g: order[g.mode, g.shape])
 
 
 def along(groups: Iterable[Group], op: Op, dim: str) -> list[list[Group]]:
-    """Return the lines of a curve in the op's first mode, of at least three points each.
+    """Return the lines of a curve in the op's first mode that have at least three points.
 
     The points of a line come from one run if a run has them all, since the machine is faster in one
-    minute than in the next; points that it lacks come from the run with most of the line, and so
-    on.
+    minute than in the next. Otherwise the run with most of the line is used first.
     """
     place = op.dims.index(dim)
     lines: dict[tuple[str, Shape], list[Group]] = {}
@@ -140,8 +77,12 @@ def along(groups: Iterable[Group], op: Op, dim: str) -> list[list[Group]]:
 
 def _one_each(line: Sequence[Group]) -> list[Group]:
     """Return one group for each shape: that of the run with most groups, then of the newest."""
-    runs = Counter(g.run for g in line)
-    best = {g.shape: g for g in sorted(line, key=lambda g: (runs[g.run], g.fact("date")))}
+
+    def run(g: Group) -> tuple[str, str]:
+        return g.fact("commit"), g.fact("date")
+
+    sizes = Counter(map(run, line))
+    best = {g.shape: g for g in sorted(line, key=lambda g: (sizes[run(g)], g.fact("date")))}
     return [best[shape] for shape in sorted(best)]
 
 
@@ -149,13 +90,13 @@ def _one_each(line: Sequence[Group]) -> list[Group]:
 
 
 def source(groups: Sequence[Group]) -> str:
-    """Return device, versions, commits and days of what is shown."""
+    """Return device, versions, commits and days of the groups that a figure or table shows."""
 
     def all_of(name: str, show: Callable[[str], str] = str) -> str:
         return ", ".join(dict.fromkeys(show(g.fact(name)) for g in groups))
 
     parts = [all_of("device")]
-    if not groups[0].fact("driver"):
+    if groups[0].device == "cpu":
         threads = all_of("threads")
         parts.append("1 thread" if threads == "1" else f"{threads} threads")
     parts += [f"torch {all_of('torch')}", f"commit {all_of('commit')}"]
@@ -181,16 +122,16 @@ def table(groups: Sequence[Group]) -> str:
 
 
 def not_won(points: Sequence[Group]) -> str:
-    """Return where a peer is as fast as ours, or faster."""
+    """Return the points at which a peer is as fast as ours, or faster."""
     against = [g for g in points if g.best_peer]
     lost = [g for g in against if (g.times_as_fast(g.best_peer) or 0.0) <= 1.0]
-    won = len(against) - len(lost)
-    lines = [f"fastrag is faster than every peer at {won} of {len(against)} points."]
+    n_won = len(against) - len(lost)
+    lines = [f"fastrag is faster than every peer at {n_won} of {len(against)} points."]
     if lost:
         lines[0] += " The others:\n"
     for g in lost:
         assert g.own is not None and g.best_peer is not None
-        point = " ".join([g.mode, rows.shape_text(g.shape), *g.dtype_words])
+        point = " ".join([g.mode, shape_text(g.shape), *g.dtype_words])
         lines.append(
             f"- `{g.op.name}` {point}: {g.best_peer.provider} takes "
             f"{in_digits(g.best_peer.ms)} ms, fastrag {in_digits(g.own.ms)}."

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from benchmarks.harness import shared
@@ -53,19 +52,15 @@ class Process:
         wrapper: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.tree, self.module, self.wrapper, self.env = tree, module, wrapper, env or {}
-
-    def __enter__(self) -> Process:
         here, there = socket.socketpair()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
-        command = [sys.executable, "-m", "benchmarks.harness.process", str(there.fileno())]
-        command += [self.module, *([str(self.tree)] if self.tree else [])]
+        command = [sys.executable, "-m", "benchmarks.harness.process", str(there.fileno()), module]
         # A process group of its own: everything the child starts ends with it, and Ctrl-C reaches
         # only the parent. The session is that of the parent: its end is the child's end as well.
         self.child = subprocess.Popen(
-            [*self.wrapper, *command],
+            [*wrapper, *command, *([str(tree)] if tree else [])],
             cwd=ROOT,
-            env={**os.environ, **self.env},
+            env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
@@ -74,14 +69,11 @@ class Process:
         )
         there.close()
         self.pipe = Connection(here.detach())
+
+    def __enter__(self) -> Process:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
         self.pipe.close()
         self.log.close()
@@ -106,8 +98,7 @@ class Process:
         with suppress(EOFError, OSError):
             self.pipe.send((function, args))
             while not self.pipe.poll(POLL_SECONDS):
-                reason = why_end()
-                if reason:
+                if reason := why_end():
                     self.kill()
                     return f"failed: {reason}", None
             reply: tuple[str, Any] = self.pipe.recv()
@@ -124,7 +115,12 @@ def reply_to(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, 
     except Refusal as refusal:
         return str(refusal), None
     except Exception as error:
-        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
+        return f"failed: {error_text(error)}", None
+
+
+def error_text(error: Exception) -> str:
+    """Return type and message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def main(descriptor: str, module: str = "sys", tree: str = "") -> None:

@@ -1,8 +1,7 @@
 """The types of the benchmark registry, whose entries are in benchmarks/ops/.
 
 An operation (`Op`) makes inputs, knows the right answer, and has providers: ours, peers, and
-ceilings that nothing can pass, such as the matrix products alone or a copy of as many bytes. The
-command, the pytest face and the tests use the same entries.
+ceilings that nothing can pass, such as the matrix products alone or a copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.rows import shape_text
 from benchmarks.harness.shared import Spec
 
 Shape = tuple[int, ...]
@@ -32,6 +31,10 @@ DEVICES = ("cpu", "cuda")
 # Relative error that always passes: a peer may round more often than plain torch, and a wrong
 # gradient is off by far more.
 FLOORS = {"float32": 3e-5, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return ",".join(map(str, shape))
 
 
 def directly(run: Callable[[str, Any], Outputs]) -> Prepare:
@@ -51,18 +54,17 @@ def needs(*modules: str) -> Callable[[], str]:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the operation.
+    """One way to do the operation; docs/benchmarks.md describes each.
 
-    `prepare(mode, problem)` is neither timed nor counted, and may build an index; it returns the
-    call that is. A call returns the outputs that the operation names, gradients included. `missing`
-    gives the reason why the provider cannot run here, "" if it can. `compiles`: the first call at a
-    shape builds code, whose memory is not counted. `memory(mode, shape, device)` bounds the bytes
-    that the process keeps in addition to what is shared, and those that a call takes.
+    `prepare(mode, problem)` is neither timed nor counted, and may build an index. It returns the
+    call that is timed, which returns the outputs that the operation names, gradients included.
+    `missing` gives the reason why the provider cannot run here, "" if it can. `compiles`: the first
+    call at a shape builds code, whose memory is not counted. `memory(mode, shape, device)` bounds
+    the bytes that the process keeps in addition to shared tensors, and those that a call takes.
     """
 
     name: str
     prepare: Prepare
-    about: str
     kind: str = "peer"  # or "ours" or "ceiling"; a ceiling has no outputs to check
     devices: tuple[str, ...] = DEVICES
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -84,9 +86,9 @@ class Provider:
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio of ours to provider `against`, to be compared by eye with what was measured.
+    """A ratio of ours to provider `against`, or to the "best peer", to be compared by eye.
 
-    Slower by at most `at_most`, or faster by at least `at_least`; `against` may be "best peer".
+    Ours takes at most `at_most` times as long, or is at least `at_least` times as fast.
     """
 
     against: str
@@ -104,10 +106,10 @@ class Op:
     dims: tuple[str, ...]  # names of the numbers of a shape
     modes: tuple[str, ...]
     outputs: tuple[str, ...]  # of a call; a mode may return only the first few
-    # shape, dtype, seed, device -> inputs with a method to(dtype), which keeps the numbers
-    make: Callable[[Shape, torch.dtype, int, torch.device], Any]
+    # shape, dtype, device -> inputs with a method to(dtype), which keeps the numbers
+    make: Callable[[Shape, torch.dtype, torch.device], Any]
     # the same, with details that are easy to get wrong, such as labels that do not count
-    make_checked: Callable[[Shape, torch.dtype, int, torch.device], Any]
+    make_checked: Callable[[Shape, torch.dtype, torch.device], Any]
     oracle: Callable[[str, Any], Outputs]  # outputs, in the dtype of the inputs
     providers: tuple[Provider, ...]
     ceiling: str  # provider that nothing can pass; there may be others of that kind
@@ -143,7 +145,28 @@ class Op:
         return [p.name for p in self.providers if kind in (None, p.kind)]
 
 
-def ours(backend: str, prepare: Prepare, about: str, name: str = "", **limits: Any) -> Provider:
+class Point(NamedTuple):
+    op: Op
+    mode: str
+    shape: Shape
+
+
+def by_importance(op: Op, device: str) -> list[Point]:
+    """Return the op's sweep: its headlines, then all modes of one shape after the other."""
+    sweeps = ([Point(op, mode, shape) for shape in op.sweep(device, mode)] for mode in op.modes)
+    sweep = [point for points in zip_longest(*sweeps) for point in points if point]
+    headlines = [Point(op, mode, shape) for mode, shape in op.headlines]
+    first = [point for point in headlines if point in sweep]
+    return first + [point for point in sweep if point not in first]
+
+
+def in_turn(ops: Iterable[Op], device: str) -> list[Point]:
+    """Return the most important point of each op, then the second of each, and so on."""
+    each = (by_importance(op, device) for op in ops)
+    return [point for point in chain.from_iterable(zip_longest(*each)) if point]
+
+
+def ours(backend: str, prepare: Prepare, name: str = "", **limits: Any) -> Provider:
     """Return the provider that runs fastrag on one backend, which also names it.
 
     A user's own FASTRAG_BACKEND leaves only the provider of that backend.
@@ -166,7 +189,7 @@ def ours(backend: str, prepare: Prepare, about: str, name: str = "", **limits: A
             return f"{backends.BACKEND_VARIABLE}={asked} asks for another backend"
         return backends.why_not(backend)
 
-    return Provider(name or backend, on_backend, about, kind="ours", missing=missing, **limits)
+    return Provider(name or backend, on_backend, "ours", missing=missing, **limits)
 
 
 @contextlib.contextmanager
@@ -198,7 +221,7 @@ def error_of(
 
     if provider.kind == "ceiling":
         return ""
-    problem = op.make_checked(shape, DTYPES[dtype], 0, device)
+    problem = op.make_checked(shape, DTYPES[dtype], device)
     found = provider.prepare(mode, problem)()
     if op.check is not None:
         wrong = op.check(provider, mode, problem, found)

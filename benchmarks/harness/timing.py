@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,7 +34,6 @@ class Case:
     shape: Shape
     dtype: str
     device: str
-    seed: int = 0
 
     @property
     def entry(self) -> tuple[Op, Provider]:
@@ -46,16 +45,17 @@ class Case:
 
     def problem(self) -> Any:
         """Return the inputs of a provider that can run here and is correct at the tiny shape."""
-        reason = self.why_not()
-        if reason:
+        if reason := self.why_not():
             raise Refusal(f"unavailable: {reason}")
-        op, _ = self.entry
-        self.check(op.checked[0])
-        return op.make(self.shape, DTYPES[self.dtype], self.seed, torch.device(self.device))
+        self.check(self.entry[0].checked[0])
+        return self.inputs()
+
+    def inputs(self) -> Any:
+        return self.entry[0].make(self.shape, DTYPES[self.dtype], torch.device(self.device))
 
     def check(self, shape: Shape) -> None:
-        wrong = error_of(*self.entry, self.mode, shape, self.dtype, torch.device(self.device))
-        if wrong:
+        device = torch.device(self.device)
+        if wrong := error_of(*self.entry, self.mode, shape, self.dtype, device):
             raise Refusal(f"wrong: {wrong}")
 
 
@@ -71,17 +71,11 @@ class Result:
         return self.status == OK and bool(self.turns)
 
 
-class Taker(Protocol):
-    """Take the turns in the process of a provider; ready as soon as it is made."""
-
-    extra: int | None  # bytes of a call
-    seconds: float  # of the first call
-
-    def turn(self) -> Any: ...
-
-
 class Timed:
-    """The calls of one provider, checked, with their memory and the number of calls in a turn."""
+    """Takes the turns of one provider, in its process: checked, and warm as soon as it is made.
+
+    `extra` is the bytes of a call, None if unknown, and `seconds` the time of the first call.
+    """
 
     def __init__(self, case: Case) -> None:
         op, provider = case.entry
@@ -104,21 +98,19 @@ class Timed:
         return measure.one_turn(self.call, self.device, self.n_calls)
 
 
-_taker: Taker  # of the process of one provider
+_timed: Any  # a Timed, or a replacement, in the process of one provider
 
 
-def start(
-    make: Callable[[Case], Taker], case: Case, handed: dict[str, Any]
-) -> tuple[int | None, float]:
+def start(make: Callable[[Case], Any], case: Case, handed: dict[str, Any]) -> tuple[Any, float]:
     """Make what takes the turns; return its extra bytes and the seconds of its first call."""
-    global _taker
+    global _timed
     shared.take(handed)
-    _taker = make(case)
-    return _taker.extra, _taker.seconds
+    _timed = make(case)
+    return _timed.extra, _timed.seconds
 
 
 def turn() -> Any:
-    return _taker.turn()
+    return _timed.turn()
 
 
 def peak_of_first_call(case: Case) -> float:
@@ -142,8 +134,7 @@ class Worker:
 
     def __init__(self, stack: ExitStack, case: Case, tree: Path | None) -> None:
         self.result, self.first, self.spent = Result(case), 0.0, 0.0
-        reason = case.why_not()
-        if reason:
+        if reason := case.why_not():
             self.result.status = f"unavailable: {reason}"
         else:
             self.process = stack.enter_context(Process(tree, module="benchmarks.ops"))
@@ -154,7 +145,7 @@ class Worker:
         self.result.status, found = self.process.ask(function, *args)
         return found
 
-    def prepare(self, make: Callable[[Case], Taker]) -> None:
+    def prepare(self, make: Callable[[Case], Any]) -> None:
         found = self.ask(start, make, self.result.case, shared.handles())
         self.result.extra_bytes, self.first = found or (None, 0.0)
 
@@ -183,7 +174,7 @@ def time_cases(
     together: bool = True,
     patience: float = math.inf,
     until: float = math.inf,
-    make: Callable[[Case], Taker] = Timed,
+    make: Callable[[Case], Any] = Timed,
 ) -> list[Result]:
     """Return one result for each case: `rounds` turns, after a first round that does not count.
 

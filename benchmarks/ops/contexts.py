@@ -22,6 +22,7 @@ from benchmarks.ops.rag_step_corpus import TEMPLATE
 GATHER, CONTEXTS = "gather", "contexts"
 ANSWER_WIDTH = 3  # of labels, which are not used here
 STRIDE = 7919  # from one passage to the next; a prime, so that none is repeated
+HF_PACKAGES = ("transformers", "datasets", "faiss")
 SWEEP = ((16, 4, 280, 4000),)  # 64 passages of about 256 tokens
 
 
@@ -46,7 +47,7 @@ class Problem:
         return texts.corpus(n_passages, n_questions, context_width, ANSWER_WIDTH, ragged=False)
 
 
-def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(shape, device)
 
 
@@ -151,22 +152,11 @@ OP = Op(
     make_checked=make,
     oracle=oracle,
     providers=(
-        Provider("copy", with_copy, "a copy of the result", kind="ceiling"),
-        Provider("fastrag", with_fastrag, "PassageStore, RagProcessor", kind="ours"),
-        Provider(
-            "pad-sequence",
-            with_pad_sequence,
-            "torch: pad_sequence of one tensor for each passage",
-            modes=(GATHER,),
-        ),
-        Provider(
-            "hf",
-            with_hugging_face,
-            "RagRetriever.postprocess_docs of texts at hand",
-            modes=(CONTEXTS,),
-            # transformers asks for the other two before it makes a RagRetriever
-            missing=needs("transformers", "datasets", "faiss"),
-        ),
+        Provider("copy", with_copy, "ceiling"),
+        Provider("fastrag", with_fastrag, "ours"),
+        Provider("pad-sequence", with_pad_sequence, modes=(GATHER,)),
+        # transformers asks for the other two before it makes a RagRetriever
+        Provider("hf", with_hugging_face, modes=(CONTEXTS,), missing=needs(*HF_PACKAGES)),
     ),
     ceiling="copy",
     checked=((3, 4, 41, 50),),

@@ -93,8 +93,7 @@ def liger_scaled(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def no_liger_scaled() -> str:
-    reason = needs("liger_kernel")()
-    if reason:
+    if reason := needs("liger_kernel")():
         return reason
     import liger_kernel.ops
 
@@ -106,59 +105,29 @@ def no_liger_scaled() -> str:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return torch.compile of a function for one shape at a time, built at its first call."""
 
-    @functools.cache
-    def build() -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False)
-
-    def run(*args: Any) -> Any:
-        return build()(*args)
-
-    return run
+    build = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *args: build()(*args)
 
 
-def providers(
-    fastrag: Prepare, with_head: Callable[[Head], Prepare], about: str = ""
-) -> tuple[Provider, ...]:
-    """Return ours, and the peers that are made of a head; `about` says what is added to it."""
+def providers(fastrag: Prepare, with_head: Callable[[Head], Prepare]) -> tuple[Provider, ...]:
+    """Return ours, and the peers that are made of a head."""
 
-    def peer(name: str, head: Head, what: str, **limits: Any) -> Provider:
-        return Provider(name, with_head(head), what + about, **limits)
+    def peer(name: str, head: Head, **limits: Any) -> Provider:
+        return Provider(name, with_head(head), **limits)
 
-    on_gpu: dict[str, Any] = {"devices": ("cuda",)}
+    def on_gpu(name: str, head: Head, missing: Callable[[], str], **limits: Any) -> Provider:
+        return peer(name, head, devices=("cuda",), missing=missing, **limits)
+
+    lce = torch_linear_cross_entropy
     return (
-        ours("cpp", fastrag, "fastrag, passes in C++", devices=("cpu",), dtypes=("float32",)),
-        ours("triton", fastrag, "fastrag, passes in Triton", **on_gpu),
-        ours("torch", fastrag, "fastrag, passes of torch"),
-        peer("gather", gather, "torch: logits, log_softmax, gather"),
-        peer("gather-checkpoint", checkpointed, "the same under activation checkpointing"),
-        peer("gather-autocast", autocast(gather), "the same under torch.autocast", dtypes=HALF),
-        peer(
-            "linear-cross-entropy",
-            torch_linear_cross_entropy,
-            "torch's linear_cross_entropy of each token",
-            missing=no_torch_linear_cross_entropy,
-        ),
-        peer(
-            "cce",
-            cce,
-            "Cut Cross-Entropy of each token",
-            dtypes=HALF,
-            missing=needs("cut_cross_entropy"),
-            **on_gpu,
-        ),
-        peer(
-            "liger",
-            liger,
-            "Liger's fused linear cross entropy of each token",
-            missing=needs("liger_kernel"),
-            **on_gpu,
-        ),
-        peer(
-            "liger-scaled",
-            liger_scaled,
-            "Liger's fused linear scaled cross entropy",
-            dtypes=("bfloat16",),
-            missing=no_liger_scaled,
-            **on_gpu,
-        ),
+        ours("cpp", fastrag, devices=("cpu",), dtypes=("float32",)),
+        ours("triton", fastrag, devices=("cuda",)),
+        ours("torch", fastrag),
+        peer("gather", gather),
+        peer("gather-checkpoint", checkpointed),
+        peer("gather-autocast", autocast(gather), dtypes=HALF),
+        peer("linear-cross-entropy", lce, missing=no_torch_linear_cross_entropy),
+        on_gpu("cce", cce, needs("cut_cross_entropy"), dtypes=HALF),
+        on_gpu("liger", liger, needs("liger_kernel")),
+        on_gpu("liger-scaled", liger_scaled, no_liger_scaled, dtypes=("bfloat16",)),
     )

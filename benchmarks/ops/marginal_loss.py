@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ class Problem:
         return (loss.detach(), *torch.autograd.grad(loss, self.leaves()))
 
 
-def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     n_examples, n_passages, n_tokens, width, vocab = shape
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=kind)
@@ -60,15 +61,14 @@ def make(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> P
     weight = (normal(vocab, width) / width**0.5).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
     scores = normal(n_examples, n_passages, kind=wide).requires_grad_()
-    labels = torch.randint(
-        PAD + 1, vocab, (n_examples, n_tokens), generator=generator, device=device
-    )
+    size = n_examples, n_tokens
+    labels = torch.randint(PAD + 1, vocab, size, generator=generator, device=device)
     return Problem(hidden, weight, scores, labels)
 
 
-def make_checked(shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+def make_checked(shape: Shape, dtype: torch.dtype, device: torch.device) -> Problem:
     """Return the same with the last label ignored, since Hugging Face's loss drops it anyway."""
-    problem = make(shape, dtype, seed, device)
+    problem = make(shape, dtype, device)
     problem.labels[:, -1] = PAD
     return problem
 
@@ -86,9 +86,8 @@ def fastrag_loss(mode: str, p: Problem) -> Outputs:
     import fastrag.functional as F
 
     loss = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}[mode]
-    return p.backward(
-        loss(p.hidden, p.weight, p.labels, p.doc_scores, reduction="sum", ignore_index=PAD)
-    )
+    options = {"reduction": "sum", "ignore_index": PAD}
+    return p.backward(loss(p.hidden, p.weight, p.labels, p.doc_scores, **options))
 
 
 def marginal(mode: str, token_logp: Tensor, doc_scores: Tensor, labels: Tensor) -> Tensor:
@@ -111,13 +110,11 @@ def with_head(head: Head) -> Prepare:
     return run
 
 
-def _gather_loss(
-    mode: str, hidden: Tensor, weight: Tensor, doc_scores: Tensor, labels: Tensor
-) -> Tensor:
-    return marginal(mode, gather(hidden, weight, labels), doc_scores, labels)
-
-
-_compiled_loss = compiled(_gather_loss)
+@compiled
+def _compiled_loss(
+    mode: str, hidden: Tensor, weight: Tensor, scores: Tensor, labels: Tensor
+) -> Any:
+    return marginal(mode, gather(hidden, weight, labels), scores, labels)
 
 
 @directly
@@ -192,6 +189,7 @@ def workspace_bytes(mode: str, shape: Shape, device: torch.device) -> tuple[int,
     return min(4 * n_examples * n_passages * n_tokens * vocab, limit), limit
 
 
+HF = needs("transformers")
 CURVE_PROVIDERS = ("gemms", "cpp", "triton", "gather", "linear-cross-entropy", "cce", "liger")
 
 OP = Op(
@@ -204,29 +202,11 @@ OP = Op(
     make_checked=make_checked,
     oracle=oracle,
     providers=(
-        Provider(
-            "gemms",
-            directly(lambda mode, p: products(p)),
-            "the three products alone, no passes",
-            kind="ceiling",
-        ),
-        *providers(fastrag_loss, with_head, ", marginal in torch"),
-        Provider(
-            "gather-compile", gather_compiled, "torch.compile of gather and marginal", compiles=True
-        ),
-        Provider(
-            "hf",
-            directly(transformers_loss),
-            "the loss of transformers' RAG classes",
-            missing=needs("transformers"),
-        ),
-        Provider(
-            "hf-autocast",
-            transformers_autocast,
-            "the same under torch.autocast",
-            dtypes=HALF,
-            missing=needs("transformers"),
-        ),
+        Provider("gemms", directly(lambda mode, p: products(p)), "ceiling"),
+        *providers(fastrag_loss, with_head),
+        Provider("gather-compile", gather_compiled, compiles=True),
+        Provider("hf", directly(transformers_loss), missing=HF),
+        Provider("hf-autocast", transformers_autocast, dtypes=HALF, missing=HF),
     ),
     ceiling="gemms",
     checked=(

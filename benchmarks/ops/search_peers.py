@@ -138,8 +138,7 @@ def faiss_gpu(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
 
 
 def no_faiss_gpu() -> str:
-    reason = needs("faiss")()
-    if reason:
+    if reason := needs("faiss")():
         return reason
     import faiss
 

@@ -77,11 +77,9 @@ OP = Op(
     make_checked=marginal_loss.make_checked,
     oracle=oracle,
     providers=(
-        Provider("gemms", gemms, "the products alone, logits held", kind="ceiling"),
+        Provider("gemms", gemms, "ceiling"),
         *providers(fastrag_token_logp, with_head),
-        Provider(
-            "gather-compile", with_head(compiled(gather)), "torch.compile of gather", compiles=True
-        ),
+        Provider("gather-compile", with_head(compiled(gather)), compiles=True),
     ),
     ceiling="gemms",
     checked=marginal_loss.OP.checked,

@@ -23,9 +23,10 @@ except ImportError as error:
 mpl.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 - after the choice of a backend without a screen
 
-from benchmarks.harness.committed import RESULTS, Group, groups_of
+from benchmarks.harness.committed import RESULTS, groups_in
 from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import Op
+from benchmarks.harness.results import Group
 
 ARITHMETIC, BANDWIDTH = ("gemms", "fma"), ("read", "copy")  # the limit that each ceiling shows
 OURS = {"cpp": "#0072B2", "triton": "#0072B2", "torch": "#56B4E9", "cpp-float32": "#009E73"}
@@ -47,14 +48,6 @@ class Point:
     gflops: float
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """The best rates that were measured; None if none was."""
-
-    gflops: float | None
-    gbps: float | None
-
-
 def groups_for(op: Op, path: Path | None) -> tuple[list[Group], list[Group]]:
     """Return the groups of an op, and those of the other files in the folder, on that machine.
 
@@ -70,8 +63,8 @@ def groups_for(op: Op, path: Path | None) -> tuple[list[Group], list[Group]]:
             raise ValueError(f"expected --csv, since results of {op.name} are: {there}")
         (path,) = found
     others = sorted(other for other in path.parent.glob("*.csv") if other.name != path.name)
-    own = [g for g in groups_of(path) if g.op is op]
-    return own, [g for other in others for g in groups_of(other)]
+    own = [g for g in groups_in(path) if g.op is op]
+    return own, [g for other in others for g in groups_in(other)]
 
 
 def points_of(groups: Iterable[Group]) -> list[Point]:
@@ -84,12 +77,10 @@ def points_of(groups: Iterable[Group]) -> list[Point]:
     ]
 
 
-def ceilings_of(groups: Iterable[Group], machine: Group) -> Ceilings:
-    """Return the highest rates of ceilings on the device and threads of `machine`."""
-    timed = [r for g in groups if _same(g, machine) for r in g.rows if r["status"] == "ok"]
-    work = [1e3 * float(r["tflops"]) for r in timed if r["provider"] in ARITHMETIC]
-    moved = [float(r["gbps"]) for r in timed if r["provider"] in BANDWIDTH]
-    return Ceilings(max(work, default=None), max(moved, default=None))
+def highest(groups: Iterable[Group], machine: Group, names: Sequence[str], column: str) -> float:
+    """Return the highest rate of the named ceilings on the machine of a group, 0 without one."""
+    rows = (row for g in groups if _same(g, machine) for row in g.rows if row["status"] == "ok")
+    return max((float(row[column]) for row in rows if row["provider"] in names), default=0.0)
 
 
 def _same(group: Group, other: Group) -> bool:
@@ -116,7 +107,7 @@ def figure_of(op: Op, groups: Sequence[Group], beside: Sequence[Group], source: 
 
     Args:
         op: the op.
-        groups: what was timed of it; only those on the first one's device and threads count.
+        groups: timings of the op; only those on the first one's device and threads count.
         beside: other groups, for ceilings that `groups` lack.
         source: a line below the figure about the origin of the rows.
 
@@ -129,27 +120,27 @@ def figure_of(op: Op, groups: Sequence[Group], beside: Sequence[Group], source: 
         raise ValueError(f"expected rows of {op.name} that were timed, got none")
     if not any(p.gflops for p in points):
         raise ValueError(f"expected an op that computes, and {op.name} only moves bytes")
-    own, more = ceilings_of(groups, groups[0]), ceilings_of(beside, groups[0])
-    ceilings = Ceilings(
-        more.gflops if own.gflops is None else own.gflops,
-        more.gbps if own.gbps is None else own.gbps,
-    )
+
+    def ceiling(names: Sequence[str], column: str) -> float:
+        own = highest(groups, groups[0], names, column)
+        return own or highest(beside, groups[0], names, column)
+
+    limits = 1e3 * ceiling(ARITHMETIC, "tflops"), ceiling(BANDWIDTH, "gbps")
     title = f"{op.name}: measured rates under what the machine can do"
+    title += "" if source else f", {groups[0].fact('device')}"
     with mpl.rc_context(STYLE):
-        figure = _figure(
-            points, ceilings, title + ("" if source else f", {groups[0].fact('device')}")
-        )
+        figure = _figure(points, *limits, title)
         if source:
             figure.supxlabel(source, x=0.01, ha="left", fontsize=6.5, color="#555555")
     return figure
 
 
-def _figure(points: Sequence[Point], ceilings: Ceilings, title: str) -> Figure:
+def _figure(points: Sequence[Point], gflops: float, gbps: float, title: str) -> Figure:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     low = min(p.intensity for p in points) / 2
     high = max(p.intensity for p in points) * 2
-    _draw_roof(axes, ceilings, low, high)
+    _draw_roof(axes, gflops, gbps, low, high)
     modes = list(dict.fromkeys(p.mode for p in points))
     for p in sorted(points, key=lambda p: p.provider in OURS):  # ours last, on top
         axes.scatter(
@@ -173,7 +164,7 @@ def _figure(points: Sequence[Point], ceilings: Ceilings, title: str) -> Figure:
     top = max(p.gflops for p in points)
     lowest = min(p.gflops for p in points) / 1.5
     axes.set(xscale="log", yscale="log", xlim=(low, high), title=title)
-    axes.set_ylim(min(lowest, top / 8), 1.5 * max(top, ceilings.gflops or 0.0))
+    axes.set_ylim(min(lowest, top / 8), 1.5 * max(top, gflops))
     axes.set(xlabel="flops needed for each byte that must move", ylabel="GFLOP/s, at p50")
     axes.grid(which="major", color="#e6e6e6")
     axes.set_axisbelow(True)
@@ -181,17 +172,13 @@ def _figure(points: Sequence[Point], ceilings: Ceilings, title: str) -> Figure:
     return figure
 
 
-def _draw_roof(axes: Any, ceilings: Ceilings, low: float, high: float) -> None:
-    if ceilings.gbps is not None:
-        top = high if ceilings.gflops is None else min(high, ceilings.gflops / ceilings.gbps)
-        if top > low:
-            ends = [low, top]
-            label = f"memory: {ceilings.gbps:.3g} GB/s"
-            axes.plot(ends, [x * ceilings.gbps for x in ends], color="black", lw=1, label=label)
-    if ceilings.gflops is not None:
-        start = low if ceilings.gbps is None else max(low, ceilings.gflops / ceilings.gbps)
-        if start < high:
-            label = f"arithmetic: {ceilings.gflops:.4g} GFLOP/s"
-            axes.plot(
-                [start, high], [ceilings.gflops] * 2, color="black", lw=1, ls="--", label=label
-            )
+def _draw_roof(axes: Any, gflops: float, gbps: float, low: float, high: float) -> None:
+    ridge = gflops / gbps if gflops and gbps else None  # the intensity at which the two limits meet
+    top, start = (high if ridge is None else min(high, ridge)), max(low, ridge or low)
+    if gbps and top > low:
+        ends = [low, top]
+        label = f"memory: {gbps:.3g} GB/s"
+        axes.plot(ends, [x * gbps for x in ends], color="black", lw=1, label=label)
+    if gflops and start < high:
+        label = f"arithmetic: {gflops:.4g} GFLOP/s"
+        axes.plot([start, high], [gflops] * 2, color="black", lw=1, ls="--", label=label)

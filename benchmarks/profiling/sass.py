@@ -1,4 +1,4 @@
-"""What the assembler made of an op's kernels: their instructions, by family. Needs no GPU."""
+"""The instructions of an op's kernels, by family. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MODULES = {
     "mips": ("mips", "mips_rescore"),
     "contexts": (),
 }
-# Matrix products first: by a warpgroup (sm_90), by a warp, by the fifth generation (sm_100). Then
-# copies to shared memory: by the tensor memory accelerator, and asynchronous ones of a thread.
-# Then plain access to memory, and spilled registers.
+# Matrix products come first: of a warpgroup (sm_90), of a warp, of the fifth generation (sm_100).
+# Copies to shared memory follow, by the tensor memory accelerator and by a thread, asynchronously;
+# then plain access to memory, and spilled registers.
 FAMILIES = {
     "wgmma": r"[A-Z]GMMA",
     "mma": r"[HBIDQO]MMA",
@@ -40,12 +40,12 @@ _LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*
 class Instructions:
     name: str
     arch: int
-    total: int  # without the padding behind the end
+    total: int  # without the padding after the end
     families: dict[str, int]
 
 
 def configs(op: str, pattern: str | None = None) -> list[aot.AotConfig]:
-    """Returns the configurations of an op's kernels whose names match.
+    """Return the configurations of an op's kernels whose names match.
 
     Raises:
         ValueError: there are none.
@@ -62,7 +62,7 @@ def configs(op: str, pattern: str | None = None) -> list[aot.AotConfig]:
 
 
 def aligned(config: aot.AotConfig) -> aot.AotConfig:
-    """The same where D, H, V and all strides are multiples of 16, as they are in most models."""
+    """Return the same with D, H, V and all strides as multiples of 16, as in most models."""
     there = [
         name
         for name in config.kernel.arg_names
@@ -73,13 +73,13 @@ def aligned(config: aot.AotConfig) -> aot.AotConfig:
 
 
 def count(config: aot.AotConfig, arch: int) -> Instructions:
-    """Compiles a configuration and counts its instructions as they stand, not as they run."""
+    """Compile a configuration and count its instructions as they stand, not as they run."""
     listing = aot.examine(aot.build(config, arch).asm["cubin"], "nvdisasm", "-c")
     return Instructions(config.name, arch, *tally(listing))
 
 
 def tally(listing: str) -> tuple[int, dict[str, int]]:
-    """Returns how many instructions a listing of nvdisasm has, and how many of each family."""
+    """Return how many instructions a listing of nvdisasm has, and how many of each family."""
     found = Counter(_LINE.findall(listing))
     families = {
         family: sum(n for name, n in found.items() if re.match(rf"({pattern})(\.|$)", name))

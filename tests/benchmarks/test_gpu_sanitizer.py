@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import cases, sanitizer, steps
+from benchmarks.gpu import cases
 from benchmarks.gpu.isolation import Record
-from benchmarks.gpu.steps import Results
-from benchmarks.profiling import toolkit
+from benchmarks.gpu_suite import Suite
+from benchmarks.profiling import ncu
 
 MEMCHECK = """\
 ========= COMPUTE-SANITIZER
@@ -62,7 +62,7 @@ case: d
 
 def found(said: str, **outcomes: str) -> dict[str, Record]:
     records = [Record(name, how, 1.0, "CUDA" * (how == "failed")) for name, how in outcomes.items()]
-    return {record.name: record for record in sanitizer.attribute(records, said)}
+    return {record.name: cases.with_reports(record, said) for record in records}
 
 
 def test_a_fault_is_that_of_the_case_before_it() -> None:
@@ -103,24 +103,24 @@ def test_what_has_no_name_here_is_a_fault(report: str) -> None:
 
 def test_what_was_counted_and_not_told_is_told() -> None:
     records = list(found(RACECHECK, a="passed").values())
-    assert sanitizer.unexplained(records, RACECHECK) == (
+    assert cases.unexplained(records, RACECHECK) == (
         "counted, but not in our kernels: 4 hazards displayed (3 errors, 1 warning)"
     )
-    assert sanitizer.unexplained(found(RACECHECK, b="passed").values(), RACECHECK) == ""
+    assert cases.unexplained(found(RACECHECK, b="passed").values(), RACECHECK) == ""
     quiet = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
-    assert sanitizer.unexplained(records, quiet + "========= ERROR SUMMARY: 0 errors\n") == ""
+    assert cases.unexplained(records, quiet + "========= ERROR SUMMARY: 0 errors\n") == ""
 
 
 def test_kernels_are_known_by_their_names() -> None:
     folder = Path(__file__).resolve().parents[2] / "kernels"
     lines = [line for path in folder.glob("*.py") for line in path.read_text().splitlines()]
     kernels = [line for line in lines if line.startswith("def ") and "_kernel(" in line]
-    assert len(kernels) > 10 and all(sanitizer._OURS.search(line) for line in kernels)
-    assert not sanitizer._OURS.search("void at::native::vectorized_elementwise_kernel<(int)4>(T1)")
+    assert len(kernels) > 10 and all(cases._OURS.search(line) for line in kernels)
+    assert not cases._OURS.search("void at::native::vectorized_elementwise_kernel<(int)4>(T1)")
 
 
 def test_options_are_those_of_the_tool() -> None:
-    words = [sanitizer.wrapper("tool", name) for name in ("memcheck", "racecheck")]
+    words = [cases.wrapper("tool", name) for name in ("memcheck", "racecheck")]
     assert [line[0] for line in words] == ["tool", "tool"]
     assert ["--report-api-errors" in line for line in words] == [True, False]
 
@@ -140,9 +140,9 @@ def test_cases_run_under_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         TOOL.replace("python ]", f"{sys.executable} ]").format(python=sys.executable)
     )
     program.chmod(0o755)
-    monkeypatch.setattr(toolkit, "find", lambda name: str(program))
+    monkeypatch.setattr(ncu, "find", lambda name: str(program))
     monkeypatch.setattr(cases, "CASES", {"no such case": None})
-    said = steps.sanitizer(Results(tmp_path, 1, 1), "memcheck", time.monotonic() + 60)
+    said = Suite(tmp_path, 1, 1).sanitize("memcheck", time.monotonic() + 60)
     assert said == "failed: 1 failed"
     text = (tmp_path / "sanitizer.txt").read_text()
     assert "KeyError: 'no such case'" in text and "case: no such case" in text
@@ -156,12 +156,12 @@ def test_programs_are_found_beside_the_path(
         program = tmp_path / "nsight" / version / "ncu"
         program.parent.mkdir(parents=True)
         program.touch(0o755)
-    monkeypatch.setattr(toolkit, "_NSIGHT", tmp_path / "nsight")
+    monkeypatch.setattr(ncu, "_NSIGHT", tmp_path / "nsight")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert toolkit.find("ncu") == str(tmp_path / "nsight" / "2025.10.0" / "ncu")
-    assert toolkit.find("no-such-program") is None
+    assert ncu.find("ncu") == str(tmp_path / "nsight" / "2025.10.0" / "ncu")
+    assert ncu.find("no-such-program") is None
     program = tmp_path / "cuda" / "bin" / "ncu"
     program.parent.mkdir(parents=True)
     program.touch(0o755)
-    assert toolkit.find("ncu") == str(program)
+    assert ncu.find("ncu") == str(program)

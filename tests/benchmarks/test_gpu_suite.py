@@ -19,10 +19,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import cases, steps, summary, tests
+from benchmarks.gpu import cases, summary, tests
 from benchmarks.gpu.isolation import Record, run_isolated, run_limited
-from benchmarks.gpu.steps import Results
-from benchmarks.gpu_suite import Run, Step
+from benchmarks.gpu_suite import Step, Suite
 from tests.benchmarks import pieces
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +150,7 @@ def test_tests_continue_after_a_fault(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------- plan
 
 
-def test_steps_fail_alone_and_fit_the_time() -> None:
+def test_steps_fail_alone_and_fit_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     def step(name: str, run, estimate: float = 0.1, **more: object) -> Step:
@@ -161,15 +160,16 @@ def test_steps_fail_alone_and_fit_the_time() -> None:
         raise OSError("no such program")
 
     beside = step("beside", lambda deadline: "ok", background=True)
-    found = Run(time.monotonic() + 5, lambda done: seen.append(len(done))).all(
-        [
-            step("breaks", broken),
-            step("too long", lambda deadline: "ok", estimate=100.0),
-            step("limited", lambda deadline: f"{deadline - time.monotonic():.1f}"),
-            beside,
-        ]
-    )
-    how = {name: outcome for name, outcome, _ in found}
+    steps = [
+        step("breaks", broken),
+        step("too long", lambda deadline: "ok", estimate=100.0),
+        step("limited", lambda deadline: f"{deadline - time.monotonic():.1f}"),
+        beside,
+    ]
+    monkeypatch.setattr(summary, "write", lambda found, complete: seen.append(len(found.done)))
+    found = suite(tmp_path)
+    found.run(steps, time.monotonic() + 5)
+    how = {name: outcome for name, outcome, _ in found.done}
     assert how["breaks"] == "failed: OSError: no such program"
     assert how["too long"].startswith("not run: budget (5 s left, about 100 needed)")
     assert how["limited"] == "0.5" and how["beside"] == "ok"
@@ -314,8 +314,8 @@ def test_needs_no_package_that_a_bare_machine_lacks() -> None:
 # -------------------------------------------------------------------------------- steps and summary
 
 
-def results(tmp_path: Path) -> Results:
-    return Results(tmp_path, rounds=1, jobs=2)
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path, rounds=1, jobs=2)
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,9 @@ WRONG = (
     "import sys; open(sys.argv[1], 'w').write("
     f"'{HEAD}\\nfake,triton,token,\"1,2\",wrong: loss\\n'); sys.exit('a foot')"
 )
-ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours,1.5\\n')\n"
+ROWS = (
+    "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50,status\\nfake,ours,1.5,ok\\n')\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -350,16 +352,16 @@ ROWS = "import sys; open(sys.argv[1], 'w').write('op,provider,ms_p50\\nfake,ours
 def test_rows_that_were_written_are_kept(
     tmp_path: Path, code: str, said: str, broken: bool
 ) -> None:
-    found = results(tmp_path)
-    assert steps.benchmark(found, FakeBench(code), time.monotonic() + 1.0) == said
+    found = suite(tmp_path)
+    assert found.benchmark(FakeBench(code), time.monotonic() + 1.0) == said
     assert found.broken == ["fake"] * broken
     assert "\nfake," in (tmp_path / "benchmarks.csv").read_text()
 
 
 def test_a_benchmark_that_hangs_fails_early(tmp_path: Path) -> None:
-    found = results(tmp_path)
+    found = suite(tmp_path)
     code = ROWS + "import time; print('timing it', flush=True); time.sleep(60)"
-    said = steps.benchmark(found, FakeBench(code, patience=1.0), time.monotonic() + 30.0)
+    said = found.benchmark(FakeBench(code, patience=1.0), time.monotonic() + 30.0)
     assert said == "failed: nothing happened for 1 s, 1 rows, then: timing it"
     assert found.broken == ["fake"] and len(found.rows) == 1
 
@@ -385,21 +387,22 @@ RECORDS = [
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    found = results(tmp_path)
+    found = suite(tmp_path)
     found.tests = RECORDS
     found.rows = [
         {"op": "mips", "mode": "m", "dtype": "d", "shape": "1,2", "provider": p, "ms_p50": ms,
          "status": status}
         for p, ms, status in (("read", "2.0", "ok"), ("triton", "3.0", "ok"), ("x", "", "wrong: y"))
     ]  # fmt: skip
-    text = summary.write(found, [("tests", "failed: 1", 3.0)], complete=True)
+    found.done = [("tests", "failed: 1", 3.0)]
+    text = summary.write(found, complete=True)
     assert text == (tmp_path / "summary.md").read_text()
     assert "- tests: failed: 1 (3 s)" in text
     assert "tests/a_gpu.py::test_bad\n    E   assert 1 == 2" in text
     assert "mips m d 1,2: read 2 (1.00), triton 3 (1.50), x wrong: y" in text
-    suite = ElementTree.parse(tmp_path / "tests.xml").getroot()
-    assert [suite.get(key) for key in ("tests", "failures", "skipped")] == ["4", "1", "2"]
-    assert [case.get("classname") for case in suite][0] == "tests.a_gpu"
+    written = ElementTree.parse(tmp_path / "tests.xml").getroot()
+    assert [written.get(key) for key in ("tests", "failures", "skipped")] == ["4", "1", "2"]
+    assert [case.get("classname") for case in written][0] == "tests.a_gpu"
     lines = (tmp_path / "tests.txt").read_text().splitlines()
     assert lines[0] == "FAILED tests/a_gpu.py::test_bad"
     assert len(summary.short("x" * 50_000)) <= summary.MOST
@@ -419,11 +422,11 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: list[Record], how: str, code: int
 ) -> None:
-    def fake(found: Results, deadline: float) -> str:
+    def fake(found: Suite, deadline: float) -> str:
         found.tests = records
         return how
 
-    monkeypatch.setattr(steps, "run_tests", fake)
+    monkeypatch.setattr(Suite, "run_tests", fake)
     monkeypatch.setattr(gpu_suite, "missing", lambda: "")
     handler = signal.getsignal(signal.SIGTERM)
     assert gpu_suite.main(["--only", "tests", "--out", str(tmp_path / "out")]) == code

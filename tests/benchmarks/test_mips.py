@@ -89,7 +89,7 @@ def test_a_search_of_another_storage_is_wrong() -> None:
 
 @pytest.mark.parametrize("mode", OP.modes)
 def test_what_is_shared_is_what_a_process_would_make(mode: str) -> None:
-    problem = OP.make(SHAPE, torch.float32, 0, CPU)
+    problem = OP.make(SHAPE, torch.float32, CPU)
     made, factors = problem.stored(mode)
     assert OP.share is not None
     shared.hold(OP.share(mode, SHAPE))
@@ -156,7 +156,7 @@ def test_flops_and_bytes() -> None:
 def test_the_read_is_of_every_byte(
     monkeypatch: pytest.MonkeyPatch, mode: str, native: bool
 ) -> None:
-    problem = OP.make((7, 5, 1, 1), torch.float32, 0, CPU)
+    problem = OP.make((7, 5, 1, 1), torch.float32, CPU)
     data, _ = problem.stored(mode)
     if native:
         pytest.importorskip("fastrag._C", reason="the extension is not built")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.harness import report, rows, shared
+from benchmarks.harness import results, shared
 from benchmarks.harness.measure import Turn
-from benchmarks.harness.plan import Budget, by_importance, in_turn
-from benchmarks.harness.registry import DEVICES, Op
+from benchmarks.harness.registry import DEVICES, Op, by_importance, in_turn, shape_text
 from benchmarks.harness.timing import Case, Result
 from benchmarks.ops import OPS
 
+Budget = run.Budget
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -82,7 +82,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, n_points: int) -> Clock:
         if clock.now >= 50.0 * n_points:
             raise KeyboardInterrupt
         clock.now += 50.0
-        return [Result(case, extra_bytes=rows.MIB, turns=[Turn(10.0, 20.0)]) for case in cases]
+        return [Result(case, extra_bytes=results.MIB, turns=[Turn(10.0, 20.0)]) for case in cases]
 
     monkeypatch.setattr(run, "_time", fake)
     return clock
@@ -107,9 +107,9 @@ def test_what_did_not_fit_has_rows_too(
     n_timed = sum("not timed: budget" not in line for line in lines)
     assert n_timed == 7 and lines[0].startswith("  marginal_loss  token")
     assert "not timed: budget" in lines[-1]
-    found = rows.read(file)
+    found = results.read(file)
     assert {(r["op"], r["mode"], r["shape"]) for r in found} == {
-        (p.op.name, p.mode, rows.shape_text(p.shape)) for p in points
+        (p.op.name, p.mode, shape_text(p.shape)) for p in points
     }
     statuses = {r["status"] for r in found}
     assert statuses == {"ok", "unavailable: not timed, the budget was spent"}
@@ -144,18 +144,21 @@ def test_a_bad_argument_is_one_line(
 
 
 def test_an_overview_has_ours_the_best_peer_and_the_tightest_ceiling() -> None:
-    op, shape = OPS["mips"], (1000, 64, 10, 64)
+    shape = (1000, 64, 10, 64)
 
     def found(provider: str, milliseconds: float) -> Result:
         case = Case("mips", provider, "float32", shape, "float32", "cpu")
-        return Result(case, extra_bytes=3 * rows.MIB, turns=[Turn(milliseconds, milliseconds)])
+        return Result(case, extra_bytes=3 * results.MIB, turns=[Turn(milliseconds, milliseconds)])
 
-    results = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
+    whole = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
     broken = [Result(found("cpp", 1.0).case, "wrong: rows"), found("numpy", 13.0)]
     facts = {"device": "a machine", "threads": "2", "commit": "abc"}
-    title, _, line, other = report.overview(
-        [report.measured(op, found) for found in (results, broken)], facts
-    ).splitlines()
+    groups = [
+        group
+        for point in (whole, broken)
+        for group in results.groups_of(results.measured(one, facts) for one in point)
+    ]
+    title, _, line, other = results.overview(groups).splitlines()
     assert title == "a machine, 2 threads, commit abc"
     point = ["mips", "float32", "float32", "1000,64,10,64"]
     assert line.split() == [*point, "10", "numpy", "13", "1.30", "fma", "8", "1.25", "3", "3"]

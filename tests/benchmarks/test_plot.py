@@ -18,7 +18,7 @@ import matplotlib
 from benchmarks import plot
 from benchmarks.harness import committed
 from benchmarks.harness.registry import Op
-from benchmarks.harness.rows import COLUMNS
+from benchmarks.harness.results import COLUMNS
 from benchmarks.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import profile
-from benchmarks.harness import rows
+from benchmarks.harness import results
 from benchmarks.ops import OPS
 from benchmarks.profiling import ncu, roofline
 
@@ -156,7 +156,7 @@ def test_nsys_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--loop --op mips --provider torch" in said
 
 
-# As versions of ncu print the raw page: names, units, then launches; columns for each metric.
+# As ncu prints the raw page: names, units, then launches; columns for each metric.
 REPORT = """==PROF== Connected to process 7
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
 "Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum",\
@@ -167,12 +167,12 @@ REPORT = """==PROF== Connected to process 7
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_selected_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_not_issued_per_issue_active.ratio"
-"","","","","","","","","","","","Mbyte","Kbyte","%","usecond","register/thread","%","inst","inst","inst","inst","inst"
+"","","","","","","","","","","","byte","byte","%","nsecond","register/thread","%","inst","inst","inst","inst","inst"
 "0","7","python3.12","127.0.0.1","_group_max_kernel","1","7","(128, 1, 1)","(99, 1, 1)","0","9.0",\
-"1,500.0","500,000.00","61.5","1,000.00","168","25.0","9.5",\
+"1,500,000,000","500,000,000.00","61.5","1,000,000.00","168","25.0","9.5",\
 "0","1.25","1.5","1.2"
 "1","7","python3.12","127.0.0.1","void other<(int)4, float>(T1 *, int)","1","7","(32, 1, 1)",\
-"(1, 1, 1)","0","9.0","n/a","0","","2.5","16","","","","","",""
+"(1, 1, 1)","0","9.0","n/a","0","","2500","16","","","","","",""
 """
 # The same in the base units, and in the words, of newer versions.
 BASE = """"ID","Process ID","Process Name","Host Name","Kernel Name","dram__bytes_read.sum",\
@@ -280,7 +280,7 @@ def write(file: Path, op: str, device: str = "a machine", **times: float) -> Pat
             row = {"op": op, "provider": provider, "shape": shape, "mode": "float32"}
             row |= {"dtype": "float32", "ms_p50": str(ms), "status": "ok", "device": device}
             found.append(row | {"threads": "2", "gbps": f"{10 / ms}", "tflops": f"{0.3 / ms}"})
-    rows.add(file, found)
+    results.add(file, found)
     return file
 
 
@@ -293,7 +293,8 @@ def test_points_and_ceilings(tmp_path: Path) -> None:
     assert first.gflops == pytest.approx(2 * 1000 * 64 / 2e-3 / 1e9)
     assert second.gflops == pytest.approx(64 * first.gflops)
     assert second.intensity > first.intensity
-    assert roofline.ceilings_of(groups, groups[0]) == roofline.Ceilings(None, 20.0)
+    assert roofline.highest(groups, groups[0], ("read", "copy"), "gbps") == 20.0
+    assert roofline.highest(groups, groups[0], ("gemms", "fma"), "tflops") == 0.0
 
 
 def test_a_roofline_is_the_same_each_time(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ops import OPS
 from benchmarks.ops import rag_step_corpus as texts
-from benchmarks.ops.rag_step_models import FastragStep, GeneratorStep, HfStep, Parts, Problem
+from benchmarks.ops.rag_step import FastragStep, GeneratorStep, HfStep, Parts, Problem
 
 OP = OPS["rag_step"]
 TINY = OP.checked[0]
@@ -24,7 +24,7 @@ SIDES = {"fastrag": FastragStep, "hf": HfStep}
 
 
 def problem(shape: tuple[int, ...] = TINY) -> Problem:
-    return OP.make(shape, torch.float32, 0, CPU)
+    return OP.make(shape, torch.float32, CPU)
 
 
 def step(side: str, mode: str) -> Any:
@@ -46,7 +46,7 @@ def test_contexts_and_answers_have_the_widths_of_the_shape() -> None:
 
 
 def test_checked_answers_differ_in_length() -> None:
-    made = Parts("token", OP.make_checked(TINY, torch.float32, 0, CPU))
+    made = Parts("token", OP.make_checked(TINY, torch.float32, CPU))
     lengths = (made.batch["labels"] >= 0).sum(1)
     assert lengths.tolist() == [7, 6, 5]  # of 2 labels at the least Hugging Face keeps the prior
 

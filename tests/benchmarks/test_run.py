@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 from benchmarks import run
-from benchmarks.harness import commits, report, rows, timing
+from benchmarks.harness import commits, results, timing
 from benchmarks.harness.measure import Turn
 from benchmarks.harness.process import Process
+from benchmarks.harness.registry import shape_text
+from benchmarks.harness.results import MIB, Group, groups_of, measured
 from benchmarks.harness.timing import Case, Result
 from benchmarks.ops import OPS
 
@@ -39,10 +41,15 @@ def command(*args: str) -> list[str]:
 def result(provider: str, *milliseconds: float, status: str = "ok", mib: float = 1.0) -> Result:
     case = Case("marginal_loss", provider, "token", SHAPE, "float32", "cpu")
     found = [Turn(ms, 2 * ms) for ms in milliseconds]  # two threads
-    return Result(case, status, int(mib * rows.MIB) if found else None, found)
+    return Result(case, status, int(mib * MIB) if found else None, found)
 
 
 FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", "commit": "abc"}
+
+
+def group_of(*found: Result) -> Group:
+    (group,) = groups_of(measured(result, FACTS) for result in found)
+    return group
 
 
 # ----------------------------------------------------------------------------------- arguments
@@ -59,7 +66,7 @@ FACTS = {"device": "a machine", "threads": "2", "date": "2026-01-01T00:00:00Z", 
         (["--op", "marginal_loss", "--dtype", "int8"], ["float32", "'int8'"]),
         (["--op", "marginal_loss", "--device", "tpu"], ["cpu, cuda", "'tpu'"]),
         (["--op", "marginal_loss", "--rounds", "0"], ["at least 1", "got 0"]),
-        (["--op", "marginal_loss", "--csv", "/"], ["--csv", "a file", "folder /"]),
+        (["--op", "marginal_loss", "--csv", "/"], ["--csv", "/: Is a directory"]),
         (["--op", "marginal_loss", "--base", "HEAD", "--providers", "hf"], ["'hf'", "torch"]),
         (["--op", "marginal_loss", "--curve", "N"], ["'N'", "B, K, T, V"]),
         (["--op", "doc_scores", "--curve", "K", "--shape", "2,5,9,8"], ["--curve", "--shape"]),
@@ -111,8 +118,8 @@ def test_an_unknown_backend_is_refused(
 
 
 def test_the_columns_of_the_csv(tmp_path: Path) -> None:
-    row = report.row(OP, result("gather", 5.0, 1.0, 2.0, 3.0, 4.0), FACTS)
-    rows.write(tmp_path / "rows.csv", [row])
+    row = measured(result("gather", 5.0, 1.0, 2.0, 3.0, 4.0), FACTS)
+    results.add(tmp_path / "rows.csv", [row])
     text = (tmp_path / "rows.csv").read_text()
     assert text.splitlines()[0] == COLUMNS.replace(" ", ",")
     (found,) = csv.DictReader(text.splitlines())
@@ -127,8 +134,7 @@ def test_the_columns_of_the_csv(tmp_path: Path) -> None:
 def test_rows_are_added_to_those_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     for milliseconds in (1.0, 2.0):
-        row = report.row(OP, result("torch", milliseconds), FACTS)
-        rows.add(file, [row])
+        results.add(file, [measured(result("torch", milliseconds), FACTS)])
     with file.open(newline="") as opened:
         found = list(csv.DictReader(opened))
     assert [row["ms_p50"] for row in found] == ["1.0000", "2.0000"]
@@ -137,23 +143,21 @@ def test_rows_are_added_to_those_of_the_file(tmp_path: Path) -> None:
 
 def test_a_provider_that_cannot_run_has_a_row() -> None:
     (found,) = run._time([Case("marginal_loss", "cce", "token", SHAPE, "float32", "cpu")], 1)
-    row = report.row(OP, found, FACTS)
+    row = measured(found, FACTS)
     assert row["status"] == "unavailable: runs on cuda only, not on cpu"
     assert row["ms_p50"] == row["peak_mib"] == row["tflops"] == ""
-    assert "cce: unavailable: runs on cuda only" in report.table(
-        report.measured(OP, [found]), FACTS
-    )
+    assert "cce: unavailable: runs on cuda only" in results.table(group_of(found))
 
 
 def test_ratios_of_the_table() -> None:
-    results = [
+    found = [
         result("gemms", 10.0),
         result("cpp", 11.0),
         result("gather", 22.0),
         result("hf", 44.0),
         result("cce", status="failed: its process ended with code -9"),
     ]
-    lines = report.table(report.measured(OP, results), FACTS).splitlines()
+    lines = results.table(group_of(*found)).splitlines()
     cells = {line.split()[0]: line.split() for line in lines}
     # p50, p20, p80, processor, / gemms, vs peer, MiB, GFLOP/s, GB/s, % of gemms
     assert cells["cpp"][1:8] == ["11", "11", "11", "22", "1.10", "2.00", "1"]
@@ -164,10 +168,9 @@ def test_ratios_of_the_table() -> None:
 
 
 def test_goals_stand_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(64 * rows.MIB))
-    text = report.foot(
-        report.measured(OP, [result("gemms", 10.0), result("cpp", 11.0, mib=3), result("hf", 33.0)])
-    )
+    monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(64 * MIB))
+    found = result("gemms", 10.0), result("cpp", 11.0, mib=3), result("hf", 33.0)
+    text = results.goals(group_of(*found))
     assert "time / gemms 1.10 (by processor time 1.10): at most 1.15" in text
     assert "times as fast as hf 3.00 (by processor time 3.00): at least 1.9" in text
     assert "times as fast as gather not timed" in text
@@ -175,18 +178,19 @@ def test_goals_stand_beside_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_two_ceilings_have_a_column_each() -> None:
-    op, shape = OPS["mips"], (1000, 64, 10, 64)
+    shape = (1000, 64, 10, 64)
 
     def found(provider: str, milliseconds: float) -> Result:
         case = Case("mips", provider, "float32", shape, "float32", "cpu")
-        return Result(case, extra_bytes=33 * rows.MIB, turns=[Turn(milliseconds, milliseconds)])
+        return Result(case, extra_bytes=33 * MIB, turns=[Turn(milliseconds, milliseconds)])
 
-    results = [found("read", 1.0), found("fma", 8.0), found("cpp", 10.0), found("numpy", 13.0)]
-    head, *lines = report.table(report.measured(op, results), FACTS).splitlines()[1:]
+    times = {"read": 1.0, "fma": 8.0, "cpp": 10.0, "numpy": 13.0}
+    group = group_of(*(found(*of_one) for of_one in times.items()))
+    head, *lines = results.table(group).splitlines()[1:]
     assert head.split()[-4:] == ["%", "read", "%", "fma"]
     cells = {line.split()[0]: line.split() for line in lines}
     assert cells["cpp"][-2:] == ["10", "80"]
-    text = report.foot(report.measured(op, results))
+    text = results.goals(group)
     assert "times as fast as fma 0.80 (by processor time 0.80): at least 0.9" in text
     assert "times as fast as best peer 1.30 (by processor time 1.30): at least 1.25" in text
     assert text.count("best peer") == 1 and "as read" not in text
@@ -385,7 +389,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, before: Result, now: Result) -> in
     pairs: Any = [commits.Pair(before, now)]
     monkeypatch.setattr(run, "checkout", fake)
     monkeypatch.setattr(run, "compare", lambda *args: pairs)
-    shape = rows.shape_text(SHAPE)
+    shape = shape_text(SHAPE)
     arguments = ["--op", "marginal_loss", "--base", "HEAD", "--device", "cpu", "--shape", shape]
     return run.main([*arguments, "--marginal", "token", "--providers", "torch"])
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from benchmarks import stages
-from benchmarks.harness import rows, timing
+from benchmarks.harness import results, timing
 from benchmarks.harness.process import Refusal
+from benchmarks.harness.registry import shape_text
 from benchmarks.harness.timing import Case, Result
 from benchmarks.ops.rag_step import OP
-from benchmarks.ops.rag_step_stages import REST, STAGES, WHOLE, Clock, StageTimes
+from benchmarks.stages import REST, STAGES, WHOLE, Clock, StageTimes
 from fastrag import profiling
 
 TINY = OP.checked[0]
@@ -99,7 +100,7 @@ def test_rows_are_one_a_stage_or_say_why_there_is_none(
     monkeypatch.setattr(stages, "time_cases", fake)
     file = tmp_path / "stages.csv"
     assert stages.main(["--csv", str(file)]) == 0
-    found = rows.read(file)
+    found = results.read(file)
     assert [(row["provider"], row["stage"], row["ms_p50"], row["status"]) for row in found] == [
         ("fastrag", "search", "1.0000", "ok"),
         ("fastrag", "loss", "4.0000", "ok"),
@@ -108,13 +109,13 @@ def test_rows_are_one_a_stage_or_say_why_there_is_none(
         ("hf", "", "", why),
     ]
     assert found[0]["op"] == "rag_step"
-    assert found[0]["shape"] == rows.shape_text(OP.shapes["cpu"][0])
+    assert found[0]["shape"] == shape_text(OP.shapes["cpu"][0])
     assert f"  hf: {why}" in capsys.readouterr().out
 
 
 def test_the_table_has_medians_and_shares() -> None:
-    results = [Result(case_of(name), turns=turns) for name, turns in TURNS.items()]
-    lines = [line.split() for line in stages.table(results).splitlines()]
+    found = [Result(case_of(name), turns=turns) for name, turns in TURNS.items()]
+    lines = [line.split() for line in stages.table(found).splitlines()]
     assert lines == [
         ["stage", "fastrag", "ms", "%", "hf", "ms", "%"],
         ["search", "1", "12", "2", "12"],
@@ -133,8 +134,8 @@ def test_the_table_has_medians_and_shares() -> None:
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         (["--providers", ""], "no provider is called ''; known: fastrag, hf"),
-        (["--csv", "/"], "--csv: expected a file, got the folder /"),
-        (["--csv", "/nowhere/x.csv"], "--csv: /nowhere is not a folder"),
+        (["--csv", "/"], "--csv: /: Is a directory"),
+        (["--csv", "/nowhere/x.csv"], "--csv: /nowhere/x.csv: No such file"),
         (["--shape", "4,5,64,16,123,1000"], "--shape: H: expected one of 16, 256, 768, got 123"),
     ],
 )

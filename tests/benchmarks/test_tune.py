@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 from fastrag.kernels import tuning  # noqa: E402
 
 from benchmarks import tune  # noqa: E402
-from benchmarks.gpu import tuning as jobs  # noqa: E402
 from benchmarks.gpu.isolation import Record  # noqa: E402
 from benchmarks.harness import measure  # noqa: E402
 from fastrag.ops import backends  # noqa: E402
@@ -24,75 +23,75 @@ FACTS = {name: name for name in ("device", "driver", "torch", "triton", "commit"
 
 
 def test_every_tunable_kernel_has_jobs_in_known_regimes() -> None:
-    kernels = {job.kernel for job in jobs.JOBS.values()}
+    kernels = {job.kernel for job in tune.JOBS.values()}
     assert kernels == {
         "group_max", "row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient",
         "linear_logp",
     }  # fmt: skip
-    assert len(jobs.JOBS) == len(jobs._jobs())
-    for job in jobs.JOBS.values():
+    assert len(tune.JOBS) == len(tune._jobs())
+    for job in tune.JOBS.values():
         assert len(job.candidates(**job.regime)) >= 2, job.name
-        assert jobs.fits(job, CPU) == (job.kernel != "group_max")  # which is of descriptors
+        assert tune.fits(job, CPU) == (job.kernel != "group_max")  # which is of descriptors
 
 
-OF_ROWS = [name for name, job in jobs.JOBS.items() if job.kernel.startswith(("row", "mixture"))]
+OF_ROWS = [name for name, job in tune.JOBS.items() if job.kernel.startswith(("row", "mixture"))]
 
 
 @pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
 @pytest.mark.parametrize("name", OF_ROWS)
 def test_a_pass_over_rows_is_right(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(jobs, "SMALL_HEAD", (4, 16, 333))  # an odd vocabulary: rows are padded
-    job = jobs.JOBS[name]
-    problem = job.problem(CPU, True)
-    assert problem.error(problem.call(job.candidates(**job.regime)[0])) <= 1.0
+    monkeypatch.setattr(tune, "SMALL_HEAD", (4, 16, 333))  # an odd vocabulary: rows are padded
+    job = tune.JOBS[name]
+    call, error = job.problem(CPU, True)
+    assert error(call(job.candidates(**job.regime)[0])) <= 1.0
 
 
 @pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
 def test_a_job_times_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "SMALL_HEAD", (3, 16, 1031))
-    monkeypatch.setattr(jobs, "ROUNDS", 2)
+    monkeypatch.setattr(tune, "SMALL_HEAD", (3, 16, 1031))
+    monkeypatch.setattr(tune, "ROUNDS", 2)
     monkeypatch.setattr(measure, "TURN_SECONDS", 0.0)
-    job = jobs.JOBS[STATISTICS]
-    problem = job.problem(CPU, True)
+    job = tune.JOBS[STATISTICS]
+    call, error = job.problem(CPU, True)
     for candidate in job.candidates(**job.regime):
-        found = problem.call(candidate)
-        assert problem.error(found) <= 1.0
-        assert problem.error((found[0] + 1e-3, *found[1:])) > 1.0
-        assert problem.error((found[0] * torch.nan, *found[1:])) == torch.inf
+        found = call(candidate)
+        assert error(found) <= 1.0
+        assert error((found[0] + 1e-3, *found[1:])) > 1.0
+        assert error((found[0] * torch.nan, *found[1:])) == torch.inf
 
     turns = iter([5.0, 3.0, 4.0, 9.0, *[1.0] * 8])  # of the first and the second, then the second
-    monkeypatch.setattr(jobs.measure, "calls_per_turn", lambda call, device: 1)
+    monkeypatch.setattr(tune.measure, "calls_per_turn", lambda call, device: 1)
     monkeypatch.setattr(
-        jobs.measure, "one_turn", lambda call, device, n: measure.Turn(next(turns), 0.0)
+        tune.measure, "one_turn", lambda call, device, n: measure.Turn(next(turns), 0.0)
     )
-    found = jobs.run(job, CPU, small=True)
+    found = tune.run(job, CPU, small=True)
     first, second = job.candidates(**job.regime)
     # Turns rotate: 5 and 9 are those of the first.
     assert found["config"] == second and found["ms"] == 3.5 and found["first_ms"] == 7.0
 
-    monkeypatch.setattr(jobs, "_wrong", lambda problem, c: "off" if c == second else "")
+    monkeypatch.setattr(tune, "_wrong", lambda problem, c: "off" if c == second else "")
     turns = iter([5.0, 9.0])
-    found = jobs.run(job, CPU, small=True)
+    found = tune.run(job, CPU, small=True)
     assert found["config"] == first and found["candidates"][1]["wrong"] == "off"
-    monkeypatch.setattr(jobs, "_wrong", lambda problem, c: "off")
+    monkeypatch.setattr(tune, "_wrong", lambda problem, c: "off")
     with pytest.raises(RuntimeError, match="no candidate is right"):
-        jobs.run(job, CPU, small=True)
+        tune.run(job, CPU, small=True)
 
 
 @pytest.mark.skipif(not backends.interpreting(), reason="needs TRITON_INTERPRET=1 on a CPU")
 @pytest.mark.parametrize("name", [GRADIENT, "mixture_gradient block_k=4"])
 def test_the_oracles_of_the_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "SMALL_HEAD", (4, 16, 700))
-    job = jobs.JOBS[name]
-    problem = job.problem(CPU, True)
-    (found,) = problem.call(job.candidates(**job.regime)[0])
-    assert problem.error((found,)) <= 1.0
+    monkeypatch.setattr(tune, "SMALL_HEAD", (4, 16, 700))
+    job = tune.JOBS[name]
+    call, error = job.problem(CPU, True)
+    (found,) = call(job.candidates(**job.regime)[0])
+    assert error((found,)) <= 1.0
     found[0, 3] += 0.5
-    assert problem.error((found,)) > 1.0
+    assert error((found,)) > 1.0
 
 
 def record(name: str, ms: float, first_ms: float | None) -> Record:
-    job = jobs.JOBS[name]
+    job = tune.JOBS[name]
     last = tuning.as_entry(job.candidates(**job.regime)[-1])
     found = {"config": last, "ms": ms, "first_ms": first_ms, "candidates": []}
     return Record(name, "passed", 1.0, json.dumps(found))
