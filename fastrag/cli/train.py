@@ -37,7 +37,8 @@ def run(words: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    if _show_help(words):
+    if _TRAINING_HELP in words:
+        _show_training_help()
         return 0
     from fastrag.train.config import RagConfig
     from fastrag.train.parsing import explained
@@ -74,15 +75,10 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def parser(*, every_field: bool = True) -> jsonargparse.ArgumentParser:
-    """Make the parser of the command's arguments.
+def parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of the command's arguments.
 
-    Args:
-        every_field: add an option for every field of TrainingArguments, and not only for those
-            that `TrainingConfig` states.
-
-    Returns:
-        A jsonargparse parser.
+    It takes every field of TrainingArguments; its help lists those that `TrainingConfig` states.
     """
     from fastrag.train.config import RagConfig
     from fastrag.train.parsing import add_settings, make_parser
@@ -110,24 +106,17 @@ def parser(*, every_field: bool = True) -> jsonargparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="show every field of transformers.TrainingArguments and exit: all are accepted",
     )
-    add_settings(made, RagConfig, set() if every_field else TrainingConfig.inherited())
+    add_settings(made, RagConfig, unlisted=TrainingConfig.inherited())
     return made
 
 
-def _show_help(words: Sequence[str]) -> bool:
-    """Print the help that is asked for, if any."""
-    if _TRAINING_HELP in words:
-        from fastrag.train.parsing import make_parser
-        from fastrag.train.training_config import TrainingConfig
+def _show_training_help() -> None:
+    from fastrag.train.parsing import add_settings, make_parser
+    from fastrag.train.training_config import TrainingConfig
 
-        fields = make_parser(prog=_PROG, usage=_USAGE)
-        fields.add_class_arguments(TrainingConfig, "training")
-        fields.print_help()
-        return True
-    if {"-h", "--help"} & set(words):
-        parser(every_field=False).print_help()
-        return True
-    return False
+    fields = make_parser(prog=_PROG, usage=_USAGE)
+    add_settings(fields, TrainingConfig, prefix="training.")
+    fields.print_help()
 
 
 def _resume_command(words: Sequence[str]) -> str:

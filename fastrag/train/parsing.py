@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import json
 import os
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ _SYNONYMS = {
     "warmup": "warmup_steps",
 }
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-_MOST_MEANT = 3  # settings that an error names
 _TYPE_NAMES |= {list: "a list", dict: "a mapping", types.NoneType: "null"}
+_MOST_MEANT = 3  # settings that an error names
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -172,23 +173,53 @@ jsonargparse.set_loader(
 
 
 def add_settings(
-    parser: jsonargparse.ArgumentParser, settings: type, hidden: Collection[str] = ()
+    parser: jsonargparse.ArgumentParser,
+    settings: type,
+    prefix: str = "",
+    unlisted: Collection[str] = (),
 ) -> None:
-    """Add an option to a parser for every setting.
+    """Add an option for every setting to a parser, and a group for every dataclass to its help.
 
     Args:
         parser: a parser of `make_parser`.
-        settings: a dataclass whose fields are dataclasses.
-        hidden: names of settings that get no option.
+        settings: a dataclass whose fields may be dataclasses.
+        prefix: text in front of every name.
+        unlisted: names of settings that the help leaves out.
     """
-    for name, kind in typing.get_type_hints(settings).items():
-        parser.add_class_arguments(kind, name, skip=set(hidden))
+    hints = typing.get_type_hints(settings)
+    nested = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    group = parser.add_argument_group((settings.__doc__ or "").partition(".\n")[0])
+    section = prefix.removesuffix(".") or None
+    group.add_class_arguments(settings, section, as_group=False, skip={*nested})
+    for option in group._group_actions:
+        # `--name+` would not extend the list of the file but replace it
+        for extra in option.option_strings[1:]:
+            option.option_strings.remove(extra)
+            del parser._option_string_actions[extra]
+        name = option.dest.removeprefix(prefix)
+        if (
+            name in unlisted or name not in hints
+        ):  # jsonargparse adds help for a type `x` as `x.help`
+            option.help = argparse.SUPPRESS
+            continue
+        kinds = re.findall(r"\ban? (\w+)", expected(hints[name])) or ["value"]
+        option.metavar = option.metavar or "|".join(kinds).upper()
+        default = json.dumps(option.default).strip('"')
+        option.help = (option.help or "").rstrip(".") + (
+            f" (default: {default})" if default else ""
+        )
+    for name, hint in nested.items():
+        add_settings(parser, typing.cast(type, hint), f"{prefix}{name}.", unlisted)
 
 
 def make_parser(**settings: Any) -> jsonargparse.ArgumentParser:
     """Make a jsonargparse parser that reads values as `parse_yaml` does and raises its errors."""
     return jsonargparse.ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, parser_mode=_MODE, **settings
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode=_MODE,
+        formatter_class=argparse.HelpFormatter,
+        **settings,
     )
 
 
@@ -290,7 +321,7 @@ def dotted_hints(settings: type) -> dict[str, Any]:
     return hints
 
 
-def unknown(key: object, known: Iterable[str]) -> str:
+def unknown(key: object, known: Collection[str]) -> str:
     """Say that a setting is unknown, and name the known settings that it resembles.
 
     Example:
@@ -311,7 +342,8 @@ def unknown(key: object, known: Iterable[str]) -> str:
     near = near or [leaf for leaf in leaves if word and leaf.startswith(word)]
     found = [name for leaf in near for name in leaves[leaf]]
     here = [name for name in found if section and name.startswith(f"{section}.")]
-    meant = ", ".join((here or found)[:_MOST_MEANT])
+    within = [name for name in known if name.startswith(f"{key}.")]
+    meant = ", ".join((within or here or found)[:_MOST_MEANT])
     return f"{clipped(key)}: unknown setting" + (f"; did you mean {meant}?" if meant else "")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import pytest
 
 import fastrag
 from fastrag.cli import main
+from fastrag.train import RagConfig
+from fastrag.train.parsing import dotted_hints
 from tests.cli.commands import ENVIRONMENT
 
 
@@ -41,3 +45,37 @@ def test_help_needs_no_heavy_import() -> None:
     )
     assert done.stderr.strip() == "[]"
     assert "index build or verify" not in done.stderr and "evaluate" in done.stdout
+
+
+COMMANDS = ("", "train", "index", "index build", "index verify", "index info")
+COMMANDS += ("evaluate", "ask", "info")
+
+
+@pytest.mark.parametrize(
+    "words", [*(f"{command} --help" for command in COMMANDS), "train --training.help"]
+)
+def test_help_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        main(words.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: fastrag")
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def test_help_of_train_lists_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """One option for each setting, with its type and default; none that reads a file of them."""
+    with contextlib.suppress(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    main(["train", "--training.help"])
+    whole = capsys.readouterr().out
+    fields = set(re.findall(r"^  --([\w.]+)", text + whole, re.MULTILINE))
+    own = {"resume", "print_config", "training.help"}
+    assert fields - own == dotted_hints(RagConfig).keys()
+    assert "  --retriever.n_docs INTEGER\n" in text and "K (default: 5)" in text
+    assert "  --training.bf16 {true,false}\n" in text
+    assert "--training.optim " not in text and "  --training.optim TEXT\n" in whole
+    assert "null" in text and not re.search("None|False|Union|Literal|configuration file", text)

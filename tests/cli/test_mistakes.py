@@ -139,6 +139,8 @@ def tear(path: Path) -> None:
             ("train", "train.yaml", "--lr=1"),
             "did you mean retriever.learning_rate, training.learning_rate?",
         ),
+        (("train", "train.yaml", "--reader.lora=x"), "lora: unknown setting; did you mean reader"),
+        (("train", "train.yaml", "--evaluation.ks+=3"), "ks+: unknown setting; did you mean eval"),
         (("train", "bomb.yaml"), "expected no aliases, got one"),
         (
             (*BUILD, "--corpus", "twice.csv"),
