@@ -85,10 +85,12 @@ def _answers(arguments: argparse.Namespace) -> int:
     )
     if arguments.out:
         write_predictions(arguments.out, result)
+    marginal = arguments.marginal or model.marginal
     if arguments.json:
-        print(json.dumps(result.metrics))
+        print(json.dumps({"marginal": marginal, **result.metrics}))
     else:
         print_metrics(result)
+        print(f"decoding: RAG-{marginal.capitalize()}")
     return 0
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastrag.cli import main
+from fastrag.generation import DECODERS
 from fastrag.train.callbacks import read_metrics
 from tests import tiny
 from tests.cli.commands import fastrag
@@ -36,6 +38,33 @@ def test_evaluate_and_ask_find_the_model_and_its_index(project: Path) -> None:
     assert answer["passage"]["id"] == predictions[4]["passage_id"]
     assert answer["passage"]["text"].startswith("likes ")
     assert 0.0 < answer["probability"] <= 1.0
+
+
+def test_evaluate_decodes_as_asked(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the word that is given, or else by the marginal of the model, which the output names."""
+    monkeypatch.chdir(project)
+    decoded: list[str] = []
+    for word, decoder in DECODERS.items():
+
+        def spy(search: Any, word: str = word, decoder: Any = decoder) -> Any:
+            decoded.append(word)
+            return decoder(search)
+
+        monkeypatch.setitem(DECODERS, word, spy)
+    command = ["evaluate", "--model", "run", "--questions", "questions.jsonl", "--device", "cpu"]
+    for given, used in ((None, "token"), ("token", "token"), ("sequence", "sequence")):
+        words = command + (["--marginal", given] if given else [])
+        assert main([*words, "--max-new-tokens", "3", "--limit", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["marginal"] == used
+        assert set(decoded) == {used}
+        decoded.clear()
+    assert main([*command, "--limit", "2", "--marginal", "sequence"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "decoding: RAG-Sequence"
+    with pytest.raises(SystemExit, match="^2$"):
+        main([*command, "--marginal", "both"])
+    assert "choose from" in capsys.readouterr().err
 
 
 def test_checkpoint_of_a_run_answers(
