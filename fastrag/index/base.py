@@ -8,6 +8,7 @@ never shift. A missing hit has row -1 and score -inf.
 from __future__ import annotations
 
 import abc
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -206,6 +207,10 @@ class Index(abc.ABC):
     def save(self, dir: str | os.PathLike[str]) -> None:
         """Write the index as a folder, whole or not at all."""
         raise self._cannot("save")
+
+    def save_copy(self, dir: str | os.PathLike[str]) -> None:
+        """Write the index as `save` does into a folder that may be deleted: `source` stays."""
+        copy.copy(self).save(dir)
 
     @classmethod
     def load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,13 @@ class RowIndex(Index):
             found = self._vectors_of(at.clamp(0, self._n - 1))
         found = found.masked_fill((at < 0)[..., None], 0.0)
         return found.masked_fill(outside[..., None], torch.nan)
+
+    def save_copy(self, dir: str | os.PathLike[str]) -> None:
+        source = self._source
+        self.save(dir)
+        with self._lock.read():
+            if self._source is not None:  # else a change came in between
+                self._source = source
 
     @abc.abstractmethod
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from fastrag import terminal
 from fastrag.folders import replacing
 from fastrag.nn.retriever import Retrieved, Retriever
-from fastrag.train import checkpoints
+from fastrag.train import checkpoint_contents, checkpoints
 
 if TYPE_CHECKING:
     from fastrag.freshness import IndexRefresher
@@ -64,33 +64,21 @@ class RefreshCallback(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to keep what the retriever returns."""
         if self._hook is None and self.refresher.changing:
             self._hook = self.refresher.retriever.register_forward_hook(self._keep)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refresh what is due."""
         self.refresher.step(state.global_step, self._retrieved)
         self._retrieved = None
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of the retriever."""
         if self._hook is not None:
@@ -121,11 +109,7 @@ class CheckpointCallback(TrainerCallback):
         self.keep = keep
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Finish the checkpoint and delete those beyond `keep`."""
         ranks = PartialState()
@@ -137,17 +121,13 @@ class CheckpointCallback(TrainerCallback):
         ranks.wait_for_everyone()
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Load the index that the best checkpoint was evaluated with, if its model was loaded."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
-            checkpoints.check_files(best, checkpoints.MODEL_FILES)
-            checkpoints.read_index(self.refresher.retriever, best)
+            checkpoint_contents.check_files(best, checkpoint_contents.MODEL_FILES)
+            checkpoint_contents.read_index(self.refresher.retriever, best)
             self.refresher.refreshed_at = state.global_step
 
 
@@ -166,11 +146,7 @@ class MetricsFileCallback(TrainerCallback):
         self._before: list[dict[str, Any]] | None = []
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the lines up to the step at which training starts, or start a new file."""
         if not state.is_world_process_zero:
@@ -235,22 +211,14 @@ class CurveCallback(TrainerCallback):
         self._next = now + 20.0 * (now - start)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw unless the last drawing is too recent."""
         if state.is_world_process_zero and state.global_step and time.monotonic() >= self._next:
             self.draw()
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the whole run."""
         if state.is_world_process_zero:

@@ -19,14 +19,14 @@ from fastrag.nn import RagModel, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.nn.hub import model_folder
 from fastrag.nn.retriever import Retriever
-from fastrag.train.checkpoints import (
+from fastrag.train.checkpoint_contents import (
     MODEL_FILES,
-    STATE,
     check_files,
     read_encoder,
     read_index,
     read_weights,
 )
+from fastrag.train.checkpoints import STATE
 from fastrag.train.config import RagConfig
 from fastrag.train.indexing import build_index, load_index
 from fastrag.train.run_folder import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER

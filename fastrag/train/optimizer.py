@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 # Parameters of these names keep their size; so do those with fewer than two dimensions.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
+# States of torch's optimisers that have the shape of their parameter.
+_SHAPED_STATE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 _PARTS = {"retriever": "retriever", "loss_fn": "retriever", "reader": "reader"}
 
 
@@ -171,6 +173,41 @@ class MasterWeights(torch.optim.Optimizer):
         with torch.no_grad():
             for (_, master), each in zip(self._pairs, masters, strict=False):
                 master.copy_(each)
+
+
+def check_fits(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Refuse the state dict of an optimiser of other parameters.
+
+    torch compares the sizes of the groups only, and a wrong shape fails in the next step.
+
+    Args:
+        optimizer: the optimiser that is to load the state.
+        state: the state dict.
+
+    Raises:
+        ValueError: the groups have other sizes, a parameter has another shape, or only one of the
+            two has float32 copies.
+    """
+    own = isinstance(getattr(optimizer, "optimizer", optimizer), MasterWeights)  # accelerate wraps
+    copies = ["without float32 copies", "with float32 copies"]
+    if own != ("masters" in state):
+        raise ValueError(f"expected an optimiser state {copies[own]}, got one {copies[not own]}")
+    groups = [group["params"] for group in optimizer.param_groups]
+    saved = [group["params"] for group in state.get("param_groups", ())]
+    expected, got = ([len(group) for group in each] for each in (groups, saved))
+    if expected != got:
+        raise ValueError(
+            f"expected the optimiser state of groups of {expected} parameters, got {got}"
+        )
+    for i, (group, keys) in enumerate(zip(groups, saved, strict=True)):
+        for j, (parameter, key) in enumerate(zip(group, keys, strict=True)):
+            for name in _SHAPED_STATE & state["state"].get(key, {}).keys():
+                expected, got = list(parameter.shape), list(state["state"][key][name].shape)
+                if expected != got:
+                    raise ValueError(
+                        f"expected {name} of shape {expected} for parameter {j} of group {i}, got "
+                        f"{got}"
+                    )
 
 
 def _is_low(parameter: Tensor) -> bool:

@@ -107,11 +107,7 @@ class SignalCallback(TrainerCallback):
         self.guard = guard
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a log line, a checkpoint and the end of training; no evaluation."""
         if args.world_size > 1:

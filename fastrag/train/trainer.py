@@ -26,7 +26,7 @@ from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.retrieval import recall
 from fastrag.freshness import IndexRefresher, RefreshPolicy
 from fastrag.profiling import stage
-from fastrag.train import checkpoints
+from fastrag.train import checkpoint_contents, checkpoints
 from fastrag.train.batches import ResumableCollator, count_label_tokens
 from fastrag.train.callbacks import (
     CURVE_FILE,
@@ -211,7 +211,7 @@ class RagTrainer(Trainer):
             self._restore(checkpoint)
         if self.is_world_process_zero():
             write_record(run, self.config)
-        loading = self.model.register_load_state_dict_post_hook(checkpoints.forgive_frozen)
+        loading = self.model.register_load_state_dict_post_hook(checkpoint_contents.forgive_frozen)
         with SignalGuard() as guard:
             callback = SignalCallback(guard)
             self.add_callback(callback)
@@ -220,8 +220,8 @@ class RagTrainer(Trainer):
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
                 )
             except SafetensorError:  # of the best checkpoint: the one to resume from was checked
-                checkpoints.check_files(
-                    Path(str(self.state.best_model_checkpoint)), checkpoints.MODEL_FILES
+                checkpoint_contents.check_files(
+                    Path(str(self.state.best_model_checkpoint)), checkpoint_contents.MODEL_FILES
                 )
                 raise
             finally:
@@ -421,12 +421,13 @@ class RagTrainer(Trainer):
         """Write model, index and refresher; transformers writes the rest."""
         if self.args.should_save:
             checkpoints.begin(folder)
+            # first, because saving an index makes its checksum, which each state dict contains
+            checkpoint_contents.write_index(self.model, folder, changing=self.refresher.changing)
         self.accelerator.wait_for_everyone()
         state = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded else None
         if self.args.should_save:
-            checkpoints.write_weights(self.model, folder, state)
-            checkpoints.write_index(self.model, folder, changing=self.refresher.changing)
-            checkpoints.write_refresher(self.refresher, folder)
+            checkpoint_contents.write_weights(self.model, folder, state)
+            checkpoint_contents.write_refresher(self.refresher, folder)
         # transformers appends to the list of callbacks of one class with each checkpoint, and fails
         # for a callback that was not there before a resume
         exportable = [
@@ -439,14 +440,19 @@ class RagTrainer(Trainer):
         }
 
     def _restore(self, checkpoint: Path) -> None:
-        """Check all of a checkpoint, and load what transformers does not: index and refresher."""
+        """Check a whole checkpoint, and load its index and refresher.
+
+        transformers loads the rest.
+        """
+        optimizer = None
         if not (self.args.save_only_model or self._sharded):
-            checkpoints.require_training_state(checkpoint, self.args.world_size)
-        checkpoints.check_files(checkpoint)
-        checkpoints.check_state(checkpoint)
-        checkpoints.check_weights(self.model, checkpoint)
-        checkpoints.read_refresher(self.refresher, checkpoint)
-        checkpoints.read_index(self.model, checkpoint)
+            checkpoint_contents.require_training_state(checkpoint, self.args.world_size)
+            optimizer = self.create_optimizer()
+        checkpoint_contents.check_files(checkpoint)
+        checkpoint_contents.check_weights(self.model, checkpoint)
+        checkpoint_contents.check_training_state(checkpoint, optimizer)
+        checkpoint_contents.read_refresher(self.refresher, checkpoint)
+        checkpoint_contents.read_index(self.model, checkpoint)
 
     @property
     def _sharded(self) -> bool:

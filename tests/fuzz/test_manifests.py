@@ -17,7 +17,7 @@ from fastrag import FaissIndex, FlatIndex, manifests
 from fastrag.index import Index, PassageStore
 from fastrag.nn import TextEncoder
 from fastrag.nn import checkpoint as saved_model
-from fastrag.train import checkpoints
+from fastrag.train import checkpoint_contents
 from tests import tiny
 
 N, DIM = 4, 3
@@ -62,13 +62,13 @@ def store_content(folder: Path) -> Any:
 def make_checkpoint(folder: Path) -> None:
     folder.mkdir()
     model = tiny.rag_model()
-    checkpoints.write_weights(model, folder)
-    checkpoints.write_index(model, folder, changing=False)
+    checkpoint_contents.write_weights(model, folder)
+    checkpoint_contents.write_index(model, folder, changing=False)
 
 
 def checkpoint_content(folder: Path) -> Any:
-    checkpoints.read_weights(MODEL, folder)
-    checkpoints.read_index(MODEL, folder)
+    checkpoint_contents.read_weights(MODEL, folder)
+    checkpoint_contents.read_index(MODEL, folder)
     return None
 
 
@@ -91,8 +91,8 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
         "fastrag_encoder.json",
         lambda path: TextEncoder.from_pretrained(path).dim,
     ),
-    "frozen": (make_checkpoint, checkpoints.FROZEN, checkpoint_content),
-    "reference": (make_checkpoint, checkpoints.INDEX, checkpoint_content),
+    "frozen": (make_checkpoint, checkpoint_contents.FROZEN, checkpoint_content),
+    "reference": (make_checkpoint, checkpoint_contents.INDEX, checkpoint_content),
 }
 
 

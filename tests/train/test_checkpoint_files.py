@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from fastrag import manifests
+from fastrag import FlatIndex, manifests
 from fastrag.train import RagTrainer
+from fastrag.train import checkpoint_contents as contents
 from fastrag.train import checkpoints as module
 from tests import tiny
 
@@ -25,12 +26,12 @@ WRITTEN = (
 PICKLES = ("refresher.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-def make_trainer(run: Path) -> RagTrainer:
+def make_trainer(run: Path, refresh: str = "every:2") -> RagTrainer:
     arguments = TrainingArguments(
         str(run), max_steps=3, save_steps=2, use_cpu=True, disable_tqdm=True, report_to=[]
     )
     model = tiny.rag_model(train_passage_encoder=True)
-    return RagTrainer(model, arguments, tiny.collator(), tiny.questions(), refresh="every:2")
+    return RagTrainer(model, arguments, tiny.collator(), tiny.questions(), refresh=refresh)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ class Hostile:
 def test_the_manifest_lists_every_file(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / module.MANIFEST).read_text())
     assert sorted(manifest["files"]) == sorted(WRITTEN)
-    module.check_files(checkpoint)
+    contents.check_files(checkpoint)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -117,11 +118,11 @@ def test_the_files_of_every_rank_are_listed(checkpoint: Path) -> None:
     for rank in (0, 1):
         (checkpoint / f"rng_state_{rank}.pth").write_bytes(bytes(range(100)))
     module.write_manifest(checkpoint)
-    module.check_files(checkpoint)
+    contents.check_files(checkpoint)
     (checkpoint / "rng_state_1.pth").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"rng_state_1\.pth: expected SHA-256"):
-        module.check_files(checkpoint)
-    module.check_files(checkpoint, module.MODEL_FILES)  # which an evaluation does not read
+        contents.check_files(checkpoint)
+    contents.check_files(checkpoint, contents.MODEL_FILES)  # which an evaluation does not read
 
 
 @pytest.mark.filterwarnings("ignore:.*this checkpoint has no manifest.json")
@@ -161,10 +162,10 @@ def test_a_whole_checkpoint_goes_on(
 
 
 def test_an_evaluated_checkpoint_is_checked(checkpoint: Path) -> None:
-    whole = (checkpoint / module.WEIGHTS).read_bytes()
-    (checkpoint / module.WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    whole = (checkpoint / contents.WEIGHTS).read_bytes()
+    (checkpoint / contents.WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"model\.safetensors: expected SHA-256"):
-        module.check_files(checkpoint, module.MODEL_FILES)
+        contents.check_files(checkpoint, contents.MODEL_FILES)
 
 
 def test_the_manifest_is_the_last_file_to_be_written(
@@ -187,3 +188,56 @@ def test_the_manifest_is_the_last_file_to_be_written(
         assert files(folder) == before - {module.UNFINISHED} | added
         manifests.unsealed(folder, json.loads((folder / module.MANIFEST).read_text()))
     assert [folder.name for folder, *_ in written] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("changing", [True, False], ids=["changing", "frozen"])
+def test_a_checkpoint_hashes_the_index_at_most_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changing: bool
+) -> None:
+    """Saving a changing index makes the checksum that the weights' state dict contains."""
+    hashed = []
+    content, save = FlatIndex._content_sha256, FlatIndex.save
+
+    def spy(index: FlatIndex, what: Callable[..., Any], *args: Any) -> Any:
+        hashed.append(index.version)
+        return what(index, *args)
+
+    monkeypatch.setattr(FlatIndex, "_content_sha256", lambda index: spy(index, content))
+    monkeypatch.setattr(FlatIndex, "save", lambda index, dir: spy(index, save, dir))
+    trainer = make_trainer(tmp_path, refresh="every:1" if changing else "frozen")
+    trainer.model.index.update(torch.tensor([0]), torch.ones(1, 16))  # it has no checksum yet
+    trainer.train()
+    saved = [json.loads((tmp_path / f"checkpoint-{n}" / "index.json").read_text()) for n in (2, 3)]
+    assert hashed == [each["version"] for each in saved[: 2 if changing else 1]]
+    assert trainer.model.index.source is None
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (
+            lambda state: state["param_groups"][0]["params"].pop(),
+            r"expected the optimiser state of groups of \[\d+, \d+, \d+, \d+\] parameters, got \[",
+        ),
+        (
+            lambda state: state["state"][2].update(exp_avg=torch.zeros(5, 3)),
+            r"expected exp_avg of shape \[\d.*\] for parameter 2 of group 0, got \[5, 3\]",
+        ),
+        (lambda state: state.update(masters=[]), "expected an optimiser state without .* with"),
+        (lambda state: state.pop("param_groups"), r"expected .* parameters, got \[\]"),
+        (lambda state: state.update(state=3), "optimizer.pt: .*int"),
+    ],
+    ids=["groups", "shape", "copies", "no groups", "no state"],
+)
+def test_an_optimiser_state_of_other_parameters_is_named(
+    checkpoint: Path, resume: Callable[[], Any], alter: Callable[[Any], Any], message: str
+) -> None:
+    """Its file is as it was written; the optimiser of the run is another one."""
+    path = checkpoint / contents.OPTIMIZER
+    state = torch.load(path, weights_only=True)
+    alter(state)
+    torch.save(state, path)
+    module.write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=message) as caught:
+        resume()
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from fastrag import folders
 from fastrag.train import RagTrainer
+from fastrag.train import checkpoint_contents as contents
 from fastrag.train import checkpoints as module
 from tests import tiny
 
@@ -84,7 +85,7 @@ def test_an_unfinished_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="checkpoint-1: expected a whole checkpoint, got one whose"
     ):
-        module.check_files(tmp_path / "checkpoint-1")
+        contents.check_files(tmp_path / "checkpoint-1")
 
 
 def test_only_checkpoints_are_tidied_up(tmp_path: Path) -> None:
@@ -113,8 +114,8 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 
 def test_weights_hold_what_trains(tmp_path: Path) -> None:
     model = tiny.rag_model(learn_tau=True)
-    module.write_weights(model, tmp_path)
-    stored = load_file(tmp_path / module.WEIGHTS)
+    contents.write_weights(model, tmp_path)
+    stored = load_file(tmp_path / contents.WEIGHTS)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() & dict(model.named_parameters()).keys() == trained
     assert not any(name.startswith("retriever.passage_encoder.model.e") for name in trained)
@@ -123,33 +124,33 @@ def test_weights_hold_what_trains(tmp_path: Path) -> None:
         for parameter in other.parameters():
             if parameter.requires_grad:
                 parameter.mul_(2.0)
-    module.read_weights(other, tmp_path)
+    contents.read_weights(other, tmp_path)
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
 def test_weights_of_another_configuration(tmp_path: Path) -> None:
-    module.write_weights(tiny.rag_model(), tmp_path)
+    contents.write_weights(tiny.rag_model(), tmp_path)
     other = tiny.rag_model("causal")
     before = {name: p.clone() for name, p in other.named_parameters()}
     with pytest.raises(ValueError, match=r"model.safetensors: checkpoint of another configuration"):
-        module.read_weights(other, tmp_path)
+        contents.read_weights(other, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
     with pytest.raises(ValueError, match="another configuration: retriever.log_tau expected shape"):
-        module.read_weights(tiny.rag_model(learn_tau=True), tmp_path)
+        contents.read_weights(tiny.rag_model(learn_tau=True), tmp_path)
 
 
 def test_index_by_reference_and_whole(tmp_path: Path) -> None:
     model = tiny.rag_model()
-    module.write_index(model, tmp_path, changing=False)
-    module.read_index(model, tmp_path)
+    contents.write_index(model, tmp_path, changing=False)
+    contents.read_index(model, tmp_path)
     assert not (tmp_path / "index").exists()
     source = model.index.source
-    module.write_index(model, tmp_path, changing=True)
-    assert model.index.source == source  # the folder is renamed later
+    contents.write_index(model, tmp_path, changing=True)
+    assert model.index.source == source  # the folder may be deleted later
     expected = model.index.index_emb.clone()
     model.index.update(torch.tensor([0]), torch.ones(1, 16))
-    module.read_index(model, tmp_path)
+    contents.read_index(model, tmp_path)
     assert torch.equal(model.index.index_emb, expected)
 
 
@@ -179,6 +180,6 @@ def test_resume_refuses_an_altered_index(tmp_path: Path, where: str) -> None:
 
 
 def test_damaged_json_names_the_line(tmp_path: Path) -> None:
-    (tmp_path / module.INDEX).write_text('{\n"kept": \n')
+    (tmp_path / contents.INDEX).write_text('{\n"kept": \n')
     with pytest.raises(ValueError, match=r"index\.json:3: "):
-        module.read_index(tiny.rag_model(), tmp_path)
+        contents.read_index(tiny.rag_model(), tmp_path)

@@ -12,7 +12,7 @@ import torch
 
 from fastrag.cli import main
 from fastrag.index import FlatIndex
-from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoints, run
+from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoint_contents, run
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.models import load_run
 from tests import tiny
@@ -66,7 +66,7 @@ def test_a_resumed_index_is_searched_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, loaded = tiny.rag_model(), {}
-    checkpoints.write_index(model, tmp_path, changing=True)
+    checkpoint_contents.write_index(model, tmp_path, changing=True)
     index, load = model.index, FlatIndex.load
 
     def spy(dir: Path, *, search_device: Any = None, **kwargs: Any) -> FlatIndex:
@@ -75,7 +75,7 @@ def test_a_resumed_index_is_searched_where_it_was(
 
     monkeypatch.setattr(FlatIndex, "load", spy)
     monkeypatch.setattr(FlatIndex, "search_device", GPU)
-    checkpoints.read_index(model, tmp_path)
+    checkpoint_contents.read_index(model, tmp_path)
     assert model.index is not index
     assert loaded["search_device"] == GPU and loaded["device"] == torch.device("cpu")
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fastrag.train.callbacks import read_metrics
-from fastrag.train.checkpoints import MANIFEST, check_files, checkpoints
+from fastrag.train.checkpoint_contents import check_files
+from fastrag.train.checkpoints import MANIFEST, checkpoints
 from fastrag.train.signals import SignalGuard, TrainingInterrupted
 from tests.train import interruptible_run
 
