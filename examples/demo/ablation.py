@@ -52,7 +52,7 @@ from fastrag import FlatIndex, PassageStore, RagModel
 from fastrag.data import DefaultDataset, Question, RagCollator, default_dataset
 from fastrag.eval import EvalResult
 from fastrag.train import RagTrainer
-from fastrag.train.run_folder import git_state
+from fastrag.train.record import git_state
 
 # figure -> its heading in the table and how its mean is written there
 FIGURES = {

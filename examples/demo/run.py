@@ -46,7 +46,7 @@ from fastrag.data import DefaultDataset, Question, RagCollator, default_dataset
 from fastrag.eval import EvalResult, Prediction
 from fastrag.train import RagTrainer, TrainingInterrupted
 from fastrag.train.callbacks import CURVE_FILE, METRICS_FILE, read_metrics
-from fastrag.train.run_folder import git_state
+from fastrag.train.record import git_state
 
 SUMMARY = "summary.json"
 PROGRESS = "progress.json"  # what a resumed run has to know of the time before

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fastrag: {message}", file=sys.stderr)
         return getattr(error, "exit_code", INTERRUPTED)
     except BrokenPipeError:
-        return 0  # the reader, for example head, has seen enough
+        return 0  # the reader of the pipe, for example head, has closed it
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("FASTRAG_DEBUG") == "1" or not _is_user_error(error):
             raise
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Whether the user can mend it: any RuntimeError but that of a forced backend is a fault."""
+    """Return whether the user can correct it; a RuntimeError only if a forced backend raised it."""
     if not isinstance(error, RuntimeError):
         return True
     from fastrag.ops.backends import BackendError
@@ -74,7 +74,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; its result's `run` runs the command that was given."""
+    """Return the parser of all commands; the attribute `run` of its result runs the command."""
     whole = _Parser(
         prog="fastrag", description="End-to-end training of a retriever and a generator."
     )

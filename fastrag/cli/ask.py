@@ -28,15 +28,15 @@ def add(commands: Any) -> None:
     ask.add_argument(
         "question",
         nargs="*",
-        help="without any, questions are asked for at a prompt, or read from a pipe line by line",
+        help="questions; without any, they are read from a prompt or line by line from a pipe",
     )
     ask.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default 32")
-    ask.add_argument("--json", action="store_true", help="print one JSON object a question")
+    ask.add_argument("--json", action="store_true", help="print one JSON object per question")
     ask.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load the model once, and answer question after question."""
+    """Load the model once and answer all questions."""
     given = arguments.question
     for question in given:
         if not question.strip():
@@ -62,7 +62,7 @@ def _lines() -> Iterator[str]:
 
 
 def _converse(model: RagModel, arguments: argparse.Namespace) -> None:
-    """Answer what is typed at a prompt; Ctrl-C drops the question at hand, Ctrl-D ends."""
+    """Answer questions from a prompt; Ctrl-C drops the current question, Ctrl-D ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and a history
     prompt = _PROMPT if sys.stdout.isatty() else ""
@@ -76,7 +76,7 @@ def _converse(model: RagModel, arguments: argparse.Namespace) -> None:
             return
         except KeyboardInterrupt:
             print(file=sys.stderr)
-        except ValueError as error:  # the next question may be a better one
+        except ValueError as error:  # the next question may be answered
             print(f"fastrag: error: {one_line(error)}", file=sys.stderr)
 
 

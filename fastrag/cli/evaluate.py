@@ -1,4 +1,4 @@
-"""`fastrag evaluate`: recall@k, exact match and F1 of a model on questions; or retrieval alone."""
+"""`fastrag evaluate`: recall@k, exact match and F1 of a model on questions, or retrieval alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastrag.cli.output import print_metrics, print_retrieval, quiet
 if TYPE_CHECKING:
     from fastrag.eval import DenseRetriever, RetrievalResult
 
-# bm25s indexes some 10,000 passages a second; a first look should take no minutes.
+# bm25s indexes some 10,000 passages per second, and a first look should not take minutes.
 BM25_PASSAGES = 300_000
 
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     add_model(evaluate, required=False)
     evaluate.add_argument("--questions", required=True, help="questions file, or `default:<split>`")
-    evaluate.add_argument("--limit", type=positive, help="so many fixed questions")
+    evaluate.add_argument("--limit", type=positive, help="number of fixed questions; default: all")
     evaluate.add_argument("--k", type=positive, nargs="+", default=[1, 5, 20], metavar="K")
     evaluate.add_argument("--batch-size", type=positive, default=16, metavar="N")
     evaluate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
@@ -40,8 +40,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--retrieval-only",
         action="store_true",
-        help="recall@k, MRR and nDCG@10 without generating answers, in seconds, with BM25 to "
-        "compare if bm25s is installed",
+        help="measure recall@k, MRR and nDCG@10 without generating answers, in seconds; BM25 is "
+        "measured as well if bm25s is installed",
     )
     evaluate.add_argument(
         "--encoder",
@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _answers(arguments: argparse.Namespace) -> int:
     model = load_model(arguments)
+    from fastrag.data.default import load_questions
     from fastrag.eval import evaluate
-    from fastrag.train.run_folder import write_predictions
-    from fastrag.train.sources import load_questions
+    from fastrag.train.record import write_predictions
 
     result = evaluate(
         model,
@@ -96,10 +96,10 @@ def _answers(arguments: argparse.Namespace) -> int:
 
 def _retrieval(arguments: argparse.Namespace) -> int:
     quiet()
+    from fastrag.data.default import load_questions
     from fastrag.eval import BM25Retriever, evaluate_retrieval
     from fastrag.train.models import load_retriever, open_retriever
-    from fastrag.train.run_folder import write_predictions
-    from fastrag.train.sources import load_questions
+    from fastrag.train.record import write_predictions
 
     retriever: DenseRetriever
     if arguments.encoder is not None:

@@ -30,8 +30,8 @@ def add(commands: Any) -> None:
         "--template",
         type=_template,
         default="plain",
-        help="plain, chat, or a YAML mapping of a template's fields: what the config that will "
-        "train on the index says",
+        help="plain, chat, or a YAML mapping of a template's fields, as in the config that will "
+        "train on the index",
     )
     build.add_argument(
         "--max-passage", type=positive, metavar="TOKENS", help="cut longer passages (default 256)"
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     verify = actions.add_parser("verify", help="check every byte against its checksum")
     verify.add_argument("folder", help=_FOLDER_HELP)
     verify.set_defaults(run=_verify)
-    described = actions.add_parser("info", help="what an index holds, and how well it searches")
+    described = actions.add_parser("info", help="describe an index and measure its recall")
     described.add_argument("folder", help=_FOLDER_HELP)
     described.add_argument(
         "--probe",
@@ -56,35 +56,39 @@ def add(commands: Any) -> None:
         metavar="N",
         help="search for N of its vectors and report the recall against an exact search",
     )
-    described.add_argument("--k", type=positive, metavar="K", help="hits that count (default 10)")
+    described.add_argument(
+        "--k", type=positive, metavar="K", help="number of hits to compare (default 10)"
+    )
     described.add_argument(
         "--exact",
         metavar="DIR",
-        help="index of the original vectors to compare with; default: what the index reconstructs",
+        help="index of the original vectors to compare with; default: the vectors that the index "
+        "reconstructs",
     )
     described.set_defaults(run=_info)
 
 
 def _build(arguments: argparse.Namespace) -> int:
     quiet()
+    from fastrag.data.default import load_passages
     from fastrag.data.processor import MAX_PASSAGE, RagProcessor
-    from fastrag.train import indexing, sources
+    from fastrag.train import indexing, pretrained
 
-    encoder = sources.load_encoder(arguments.encoder, "encoder", "passage")
-    tokenizer = sources.load_tokenizer(arguments.generator, "generator")
-    kind = sources.generator_kind(arguments.generator)
+    encoder = pretrained.load_encoder(arguments.encoder, "encoder", "passage")
+    tokenizer = pretrained.load_tokenizer(arguments.generator, "generator")
+    kind = pretrained.generator_kind(arguments.generator)
     processor = RagProcessor.for_encoders(
         None,
         encoder,
-        sources.load_tokenizer(arguments.encoder, "encoder"),
+        pretrained.load_tokenizer(arguments.encoder, "encoder"),
         tokenizer,
         kind=kind,
-        template=sources.make_template(arguments.template, tokenizer, kind),
+        template=pretrained.make_template(arguments.template, tokenizer, kind),
         max_passage=arguments.max_passage or MAX_PASSAGE,
     )
     index, _ = indexing.build_index(
         arguments.out,
-        sources.load_passages(arguments.corpus),
+        load_passages(arguments.corpus),
         encoder,
         processor,
         batch_size=arguments.batch_size,
@@ -141,7 +145,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _folder(folder: str) -> Path:
-    """Return the folder of the index: next to its passages, and for a run in a subfolder."""
+    """Return the folder of the index inside a folder of `fastrag index build` or of a run."""
     from fastrag import folders
 
     root = Path(folder)
@@ -160,7 +164,7 @@ def _dtype(text: str) -> str:
 
 
 def _template(text: str) -> str | dict[str, Any]:
-    """Read a template as a config's `template` may state it."""
+    """Read a template in the form of a config's `template`."""
     from fastrag.data.templates import TEMPLATES
     from fastrag.train.parsing import parse_yaml
 

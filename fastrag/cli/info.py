@@ -8,7 +8,9 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    info = commands.add_parser("info", help="versions, backends, and why a backend is missing")
+    info = commands.add_parser(
+        "info", help="print versions and backends, and why a backend is missing"
+    )
     info.set_defaults(run=run)
 
 

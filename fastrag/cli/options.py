@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they stand for."""
+"""Options that several commands have, and the model and device that they name."""
 
 from __future__ import annotations
 

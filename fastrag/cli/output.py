@@ -8,7 +8,9 @@ from typing import Any, TextIO
 from fastrag import terminal
 from fastrag.messages import clipped, refusal
 
-_LONGEST = 2000  # characters of an error: its values are cut, but other libraries write books
+_LONGEST = (
+    2000  # characters of an error: values are cut earlier, but messages of other libraries are long
+)
 
 
 def print_metrics(result: Any) -> None:
@@ -32,11 +34,11 @@ def print_metrics(result: Any) -> None:
 
 
 def print_retrieval(results: dict[str, Any], n_passages: int) -> None:
-    """Print measures of retrieval with 95 % bootstrap intervals, one retriever a column.
+    """Print measures of retrieval with 95 % bootstrap intervals, one column per retriever.
 
     Args:
-        results: a RetrievalResult for each name of a retriever.
-        n_passages: how many passages there are.
+        results: a RetrievalResult by name of the retriever.
+        n_passages: number of passages.
     """
     from fastrag.eval import bootstrap_interval
     from fastrag.eval.retrieval import BM25_B, BM25_K1
@@ -79,7 +81,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning above the progress bars: one line, or on a terminal as many as it takes."""
+    """Print a warning above the progress bars: one line, wrapped on a terminal."""
     if issubclass(category, (DeprecationWarning, FutureWarning)):
         return
     from tqdm import tqdm

@@ -24,7 +24,7 @@ _TRAINING_HELP = "--training.help"
 
 
 def add(commands: Any) -> None:
-    """List the command; `parser` reads its arguments, because it knows every setting."""
+    """List the command. Its arguments are read by `parser`, which has an option per setting."""
     commands.add_parser("train", help="train from a YAML config", add_help=False)
 
 
@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
     """Train with the settings of a file and of the command line.
 
     Args:
-        words: the arguments behind `fastrag train`.
+        words: the arguments after `fastrag train`.
 
     Returns:
         The exit status.
@@ -104,7 +104,7 @@ def parser() -> jsonargparse.ArgumentParser:
         _TRAINING_HELP,
         action="store_true",
         default=argparse.SUPPRESS,
-        help="show every field of transformers.TrainingArguments and exit: all are accepted",
+        help="list all fields of transformers.TrainingArguments and exit; each is accepted",
     )
     add_settings(made, RagConfig, unlisted=TrainingConfig.inherited())
     return made

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from importlib import resources
 
 from fastrag.data.readers import Passage, Question, read_passages, read_questions
 from fastrag.messages import shown
 
+DEFAULT = "default"  # what a config and the command line call this data set
 SPLITS = ("train", "dev", "test", "dev_unseen_wording", "test_unseen_wording")
 
 
@@ -57,3 +59,55 @@ def default_dataset() -> DefaultDataset:
                 )
             questions[split].append(question)
     return DefaultDataset(passages, questions)
+
+
+def load_passages(source: str) -> Iterable[Passage]:
+    """Read a corpus by its name in a config or on the command line.
+
+    Args:
+        source: a passages file, or `default` for the embedded data set.
+
+    Returns:
+        The passages; a file is read as they are consumed.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> len(list(load_passages("default"))) > 1000
+        True
+    """
+    return default_dataset().passages if source == DEFAULT else read_passages(source)
+
+
+def load_questions(source: str) -> list[Question]:
+    """Read questions by their name in a config or on the command line.
+
+    Args:
+        source: a questions file, or `default:<split>` for a split of the embedded data set.
+
+    Returns:
+        The questions in file order.
+
+    Raises:
+        ValueError: the file is malformed or empty, or there is no such split.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> load_questions("default:dev")[0].answers != ()
+        True
+    """
+    if source == DEFAULT or source.startswith(f"{DEFAULT}:"):
+        splits = default_dataset().questions
+        split = source.partition(":")[2]
+        if split not in splits:
+            raise ValueError(
+                f"questions: expected default:<split> with one of {', '.join(splits)}, "
+                f"got {shown(source)}"
+            )
+        return list(splits[split])
+    questions = list(read_questions(source))
+    if not questions:
+        raise ValueError(f"{source}: expected at least one question, got none")
+    return questions

@@ -1,4 +1,4 @@
-"""Batches of a training step: their label tokens, and a collator with reproducible draws."""
+"""Batches of a training step: the count of their label tokens, and a reproducible collator."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def count_label_tokens(
     """Count the label tokens of all micro-batches of an optimiser step, on all ranks.
 
     The count is the `num_items_in_batch` of `RagModel.forward`: the gradients of the micro-batches
-    then add up to that of one large batch. DistributedDataParallel averages the gradients of the
-    ranks, so the loss has to be multiplied by the number of ranks.
+    then add up to the gradient of one large batch. DistributedDataParallel averages the gradients
+    of the ranks, so the loss has to be multiplied by the number of ranks.
 
     Args:
-        batches: the micro-batches of this rank, with `labels` `[B, T]`, -100 where none counts.
+        batches: the micro-batches of this rank, with `labels` `[B, T]`; -100 is not counted.
         group: the ranks to add up; None: all, if torch.distributed is initialised.
-        device: where the count goes, and where it is added up; None: where the labels are.
+        device: device on which the ranks' counts are added up; None: the labels' device.
 
     Returns:
         The count, int64 `[]`. Nothing waits for a GPU.
@@ -55,18 +55,18 @@ def count_label_tokens(
 
 
 class ResumableCollator:
-    """Draws a batch's random answers from a seed of the batch itself.
+    """Draw the random answers of a batch from a seed of its own.
 
     A data loader makes batches ahead of the step that uses them, so draws from the global random
-    state would differ after a resume and would shift the draws of the model. Here the seed comes
-    from the run's seed, the epoch and the questions, and the global state stays untouched.
+    state would differ after a resume and would shift the draws of the model. Here the seed is
+    made of the run's seed, the epoch and the questions, and the global state stays untouched.
 
     Args:
         collator: the collator.
         seed: the run's seed.
 
     Attributes:
-        epoch: set by the trainer at each epoch, so that another pass draws other answers.
+        epoch: set by the trainer, so that each pass over the questions draws other answers.
     """
 
     def __init__(self, collator: RagCollator, seed: int) -> None:

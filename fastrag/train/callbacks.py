@@ -1,6 +1,6 @@
 """Callbacks of a training run: index refresh, checkpoints, metrics file, curve, terminal lines.
 
-RagTrainer adds them. All but `CheckpointCallback` work under a plain `transformers.Trainer` too.
+`RagTrainer` adds all of them. A plain `transformers.Trainer` can use any but `CheckpointCallback`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
-# Rates and speeds are in metrics.jsonl, and the bar shows the pace: the line has to fit 80 columns.
+# A line has to fit 80 columns. Learning rates and speeds are in metrics.jsonl.
 _TRAINING_LINE = ("loss", "prior_entropy", "kl", "unique_passages", "passages_cut")
 _TEXTS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {value:#.5g}",
@@ -40,15 +40,15 @@ _TEXTS: dict[str, Callable[[Any], str]] = {
     "passages_cut": lambda value: f"cut {100 * value:.0f} %",
 }
 _METRIC = re.compile(r"eval_(?:(?P<questions>.+)_)?(?P<metric>recall@\d+|em|f1|loss)")
-# Ends of names that transformers and the trainer log for the file.
+# Endings of names that are logged for metrics.jsonl only.
 _NOT_IN_LINES = ("epoch", "total_flos", "_runtime", "_per_second", "_time", "_n_questions")
 
 
 class RefreshCallback(TrainerCallback):
     """Call an `IndexRefresher` at the end of each step.
 
-    Evaluation and saving follow, so both see the refreshed index. The refresher is given what the
-    retriever returned in the step (under accumulation, in its last micro-batch).
+    Evaluation and saving follow, so both see the refreshed index. The refresher receives what the
+    retriever returned for the last micro-batch of the step.
 
     Args:
         refresher: the refresher.
@@ -66,21 +66,21 @@ class RefreshCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to keep what the retriever returns."""
+        """Start to record the results of the retriever."""
         if self._hook is None and self.refresher.changing:
             self._hook = self.refresher.retriever.register_forward_hook(self._keep)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refresh what is due."""
+        """Call the refresher."""
         self.refresher.step(state.global_step, self._retrieved)
         self._retrieved = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the retriever."""
+        """Stop recording."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -101,7 +101,7 @@ class CheckpointCallback(TrainerCallback):
 
     Args:
         refresher: the refresher of the index that checkpoints hold.
-        keep: how many checkpoints to keep; None or 0 keeps all.
+        keep: number of checkpoints to keep; None or 0: all.
     """
 
     def __init__(self, refresher: IndexRefresher, keep: int | None) -> None:
@@ -132,10 +132,10 @@ class CheckpointCallback(TrainerCallback):
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Writes every log as one line of `metrics.jsonl` in the run folder.
+    """Write every log as one line of `metrics.jsonl` in the run folder.
 
-    A resumed run first drops the lines after the step that it resumes from, so that the file
-    always tells one story.
+    A resumed run first drops the lines after the step that it resumes from, so that no step is in
+    the file twice.
 
     Args:
         path: the file.
@@ -169,7 +169,7 @@ class MetricsFileCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line; what is logged before training starts waits for it."""
+        """Append one line. Lines that are logged before training are written when it starts."""
         if not state.is_world_process_zero or not logs:
             return
         entry = {"step": state.global_step} | {key: _plain(value) for key, value in logs.items()}
@@ -181,10 +181,10 @@ class MetricsFileCallback(TrainerCallback):
 
 
 class CurveCallback(TrainerCallback):
-    """Draws loss, recall@k and EM over steps into the run folder (nothing without matplotlib).
+    """Plot loss, recall@k and EM over steps into the run folder, if matplotlib is installed.
 
-    Drawn after evaluations, but during training not so often that drawing takes more than a
-    twentieth of the time, and at the end of training.
+    The curve is drawn after evaluations and at the end of training. During training, drawing takes
+    at most a twentieth of the time.
 
     Args:
         metrics: the `metrics.jsonl` to draw from.
@@ -227,7 +227,7 @@ class CurveCallback(TrainerCallback):
 
 
 class TerminalCallback(ProgressCallback):
-    """The progress bar of transformers with one short line per log instead of a dict.
+    """Show the progress bar of transformers, with one short line per log instead of a dict.
 
     Example:
         >>> TerminalCallback.line({"loss": 1.25, "grad_norm": 0.5, "epoch": 2.0}, step=30)
@@ -271,7 +271,7 @@ class TerminalCallback(ProgressCallback):
             tqdm.write(self.line(logs, state.global_step))
 
     def close(self) -> None:
-        """Take the bar away after an error, so that its message starts on a line of its own."""
+        """Remove the bar after an error, so that the message starts on a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
@@ -321,7 +321,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Bring numpy and torch scalars to JSON; NaN and infinity become null."""
+    """Convert numpy and torch scalars for JSON; NaN and infinity become null."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

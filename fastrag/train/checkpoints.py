@@ -172,8 +172,8 @@ def rotate(run_dir: str | os.PathLike[str], keep: int | None, protect: str | Non
 
     Args:
         run_dir: the run folder.
-        keep: how many to keep; None or 0 keeps all.
-        protect: a checkpoint that stays, usually the best.
+        keep: number of checkpoints to keep; None or 0: all.
+        protect: a checkpoint that is never deleted, usually the best.
     """
     if not keep:
         return

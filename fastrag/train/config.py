@@ -32,8 +32,8 @@ LEARNING_RATE = 5e-5
 LORA_LEARNING_RATE = 2e-4  # the update is a product of two small matrices, one initially zero
 ANSWER_METRICS = ("em", "f1", "loss")
 
-# Settings that a resumed run may change: they decide how long it trains, where it runs and how it
-# is watched, not what it trains. Of `training`, the fields that must not change are fewer.
+# Settings that a resumed run may change: where it runs and how it is watched. Most fields of
+# `training` may change too, so the second list names those that must not.
 FREE_ON_RESUME = (
     "retriever.index_device",
     "data.eval_questions",
@@ -68,8 +68,10 @@ class RetrieverConfig:
 
     Args:
         question_encoder: model folder or Hub id of the question encoder; required.
-        passage_encoder: that of the passage encoder; null takes the question encoder's.
-        index: folder written by `fastrag index build`; null builds one in the run folder.
+        passage_encoder: model folder or Hub id of the passage encoder; null: that of the question
+            encoder.
+        index: folder written by `fastrag index build`; null: build one in the
+            run folder.
         index_dtype: how a new index stores vectors.
         index_device: auto, where the model trains; cpu, in host memory; stream, in host memory and
             searched where the model trains.
@@ -77,8 +79,8 @@ class RetrieverConfig:
         tau: temperature of the scores; null takes 1, or .05 for encoders that normalise.
         learn_tau: train the temperature.
         train_passage_encoder: encode the K passages of a step with gradient.
-        explore: how many of the K passages are drawn from the softened prior in training.
-        explore_pool: how many candidates they are drawn from; null: all passages.
+        explore: number of the K passages that are drawn from the softened prior in training.
+        explore_pool: number of candidates that they are drawn from; null: all passages.
         explore_tau: temperature that softens the prior they are drawn from.
         learning_rate: learning rate of both encoders and the temperature.
     """
@@ -154,10 +156,10 @@ class DataConfig:
     """Corpus, questions, and how both are tokenised.
 
     Args:
-        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded set, which null
-            stands for. With retriever.index, the passages are those of the index.
+        corpus: passages file (JSONL, CSV, TSV), or `default` for the embedded data set; null:
+            default. With retriever.index, the passages are those of the index.
         train_questions: questions file, or default:<split>.
-        eval_questions: questions of the evaluation during training; null evaluates nothing.
+        eval_questions: questions file for evaluations, or default:<split>; null: no evaluation.
         template: plain, chat, or a mapping of the fields of a `Template`.
         max_question: question tokens of the retriever; longer questions are cut.
         max_passage: passage tokens of the passage encoder; longer passages are cut when the index
@@ -198,11 +200,11 @@ class EvaluationConfig:
     Args:
         at_start: what to measure before training: retrieval (recall@k, in seconds), full (answers
             and loss as well), or none.
-        limit: evaluate on so many fixed questions; null: on all.
+        limit: number of fixed questions to evaluate on; null: all.
         ks: the k of recall@k.
         max_new_tokens: longest generated answer.
-        early_stopping: stop after so many evaluations without a better
-            training.metric_for_best_model; null: never.
+        early_stopping: number of evaluations without a better training.metric_for_best_model after
+            which training stops; null: never stop early.
     """
 
     at_start: Literal["retrieval", "full", "none"] = "retrieval"
@@ -224,7 +226,7 @@ class RagConfig:
         loss: the marginal likelihood.
         data: corpus, questions, and how both are tokenised.
         refresh: when the vectors of the index are recomputed.
-        evaluation: what an evaluation measures.
+        evaluation: measures of an evaluation.
         training: the fields of transformers.TrainingArguments, with defaults of our own.
 
     Raises:
@@ -382,7 +384,7 @@ class RagConfig:
 
         Args:
             path: the file.
-            overrides: settings that take the place of the file's, nested as in `from_dict`.
+            overrides: settings that replace those of the file, nested as in `from_dict`.
 
         Returns:
             The config.
@@ -408,7 +410,7 @@ class RagConfig:
             where: the file they were read from, for the error message.
 
         Raises:
-            ValueError: a setting differs that decides what is trained.
+            ValueError: a setting differs that a resumed run must not change.
 
         Example:
             >>> import copy
@@ -433,7 +435,7 @@ class RagConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested mappings of plain values.
 
-        Of `training`, the fields are those that `TrainingConfig` states and those that differ from
+        `training` holds the fields that `TrainingConfig` states and those that differ from
         transformers' defaults.
 
         Returns:
@@ -501,7 +503,7 @@ class RagConfig:
 
 
 def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `overrides` in place of their namesakes, mapping by mapping."""
+    """Return `values` updated by `overrides`, nested mappings included."""
     merged = dict(values)
     for name, value in overrides.items():
         below = merged.get(name)

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them.
+"""Training of one model in several processes, as torchrun starts them.
 
 Each rank works on batches of its own; the gradients of all ranks are averaged by
 DistributedDataParallel, and rank 0 alone writes files and lines. Every rank holds the whole index.
@@ -26,7 +26,7 @@ def launched_processes() -> int:
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that speaks for all that the launcher started."""
+    """Return whether this is the first of the processes that the launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -40,8 +40,7 @@ def check_processes(args: TrainingArguments) -> None:
         args: the arguments; `n_gpu` may change.
 
     Raises:
-        ValueError: the launcher started more processes than train together, or more than there are
-            GPUs.
+        ValueError: the launcher started more processes than train together or than there are GPUs.
     """
     launched = launched_processes()
     if args.world_size != launched:
@@ -55,7 +54,7 @@ def check_processes(args: TrainingArguments) -> None:
     if args.device.type != "cpu" and local > devices:
         raise ValueError(
             f"LOCAL_WORLD_SIZE: expected at most one process for each GPU of this machine, of "
-            f"which there are {devices}, got {local}; lower --nproc-per-node, or set device to cpu"
+            f"which there are {devices}, got {local}; lower --nproc-per-node, or set use_cpu"
         )
     if args.n_gpu > 1:
         warnings.warn(
@@ -83,10 +82,9 @@ def leave_processes(trainer: RagTrainer) -> None:
 
 
 class SamePassagesCallback(TrainerCallback):
-    """Compares index and passages over all ranks before the first step.
+    """Compare index and passages of all ranks before the first step.
 
-    Gradients of ranks that search different passages average without an error, into a model that
-    fits neither.
+    If ranks searched different passages, their gradients would be averaged without an error.
 
     Args:
         model: the model that owns both.

@@ -1,4 +1,4 @@
-"""A corpus, tokenised and encoded in a folder: `passages` and `index`."""
+"""The folder of a searchable corpus: tokenised `passages`, and the `index` of their vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastrag.index.encoding import encode_passages
 from fastrag.index.passages import FORMAT as PASSAGES_FORMAT
 from fastrag.index.storage import check_replaceable
 from fastrag.ops import backends
-from fastrag.train.run_folder import INDEX_FOLDER
+from fastrag.train.record import INDEX_FOLDER
 
 if TYPE_CHECKING:
     from fastrag.nn import TextEncoder
@@ -39,7 +39,7 @@ def build_index(
     """Tokenise a corpus, encode it, and write `passages` and `index` into a folder.
 
     Args:
-        folder: where both go; it appears whole, and an older index in it stays until then.
+        folder: the folder; it appears whole, and an older index in it stays until then.
         passages: the corpus.
         encoder: the passage encoder.
         processor: tokenises the passages.
@@ -59,7 +59,7 @@ def build_index(
     """
     out = Path(folder)
     _check_replaceable(out)
-    backends.check_forced()  # a search would tell, after the whole corpus is encoded
+    backends.check_forced()  # else the first search fails, after the corpus was encoded
     staging = folders.begin(out)
     try:
         store = PassageStore.build(
@@ -76,7 +76,7 @@ def build_index(
         index.add(vectors)
         index.passages_checksum = store.checksum()
         index.save(staging / INDEX_FOLDER)
-        _check_replaceable(out)  # what was put there meanwhile
+        _check_replaceable(out)  # again: encoding takes long
         folders.commit(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -93,7 +93,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[Index, PassageStore]:
-    """Load what `build_index` wrote; another kind of index may have taken the place of its index.
+    """Load the folder that `build_index` wrote; its index may be replaced by one of another kind.
 
     Args:
         folder: the folder.
@@ -103,7 +103,7 @@ def load_index(folder: str | os.PathLike[str], verify: bool = False) -> tuple[In
         The index and the passages.
 
     Raises:
-        ValueError: a part is missing or damaged, or the two are not of one build.
+        ValueError: a part is missing or damaged, or the two belong to different builds.
     """
     root = Path(folder)
     return folders.read_whole(root, lambda: _read_index(root, verify))

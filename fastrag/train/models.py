@@ -1,4 +1,4 @@
-"""The model that a RagConfig describes, or that a run has left behind."""
+"""Build the model that a RagConfig describes, or load the model of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from fastrag.data import RagCollator, RagProcessor
+from fastrag.data.default import DEFAULT, load_passages
 from fastrag.data.processor import MAX_PASSAGE, shortest
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever
@@ -29,17 +30,15 @@ from fastrag.train.checkpoint_contents import (
 from fastrag.train.checkpoints import STATE
 from fastrag.train.config import RagConfig
 from fastrag.train.indexing import build_index, load_index
-from fastrag.train.run_folder import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER
-from fastrag.train.sources import (
-    DEFAULT,
+from fastrag.train.pretrained import (
     choose_dtype,
     generator_kind,
     load_encoder,
     load_generator,
-    load_passages,
     load_tokenizer,
     make_template,
 )
+from fastrag.train.record import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from fastrag.index import Index, PassageStore
     from fastrag.nn import TextEncoder
 
-# How far a stored vector may point away from a fresh one: storage in half precision stays above.
+# Smallest cosine of a stored vector and a new one; vectors in half precision stay above it.
 _SAME_ENCODER_COSINE = 0.99
 
 
@@ -60,14 +59,14 @@ def build_model(
 ) -> RagModel:
     """Load or build everything that a config names and join it into a RagModel.
 
-    Without `index`, the corpus is encoded into the run folder. Sets the random seed, which what
-    starts from random values, such as LoRA, depends on.
+    Without `retriever.index`, the corpus is encoded into the run folder. The random seed is set
+    first, because some weights, such as those of LoRA, start from random values.
 
     Args:
         config: the settings.
         progress: show progress bars.
-        resume: the model is for a run that goes on: an index in the run folder is taken as it is.
-        on_loaded: called once encoders, generator and a given index have been read, before a corpus
+        resume: the model is for a resumed run, which uses the index in the run folder as it is.
+        on_loaded: called after encoders, generator and a given index are read, and before a corpus
             is encoded.
 
     Returns:
@@ -182,7 +181,7 @@ def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
 def _warn_of_another_encoder(
     index: Index, passages: PassageStore, encoder: TextEncoder, folder: str
 ) -> None:
-    """Encode a few passages and compare: nothing else tells two encoders of one width apart."""
+    """Warn if the index holds vectors of another encoder: encode a few passages and compare."""
     import torch
 
     rows = torch.linspace(0, len(index) - 1, 16).long().unique()
@@ -193,7 +192,7 @@ def _warn_of_another_encoder(
         warnings.warn(
             f"index: its vectors are not those of the passage encoder {folder} (median cosine "
             f"{cosine:.2f}); set passage_encoder to the encoder that it was built with, or build "
-            "it anew",
+            "the index again",
             stacklevel=3,
         )
 
@@ -204,15 +203,15 @@ def load_run(
     """Load a model from a model folder, a run folder, or a checkpoint of a run.
 
     Args:
-        folder: what `save_pretrained` wrote, a run folder (its `model` is taken), or one of its
-            checkpoints.
-        index: a folder from `fastrag index build`; None takes the one that belongs to the model.
+        folder: a folder that `save_pretrained` wrote, a run folder (its `model` is loaded), or a
+            checkpoint of a run.
+        index: a folder from `fastrag index build`; None: the index of the model.
 
     Returns:
         The model, in eval mode on the CPU.
 
     Raises:
-        ValueError: the folder is none of these, or no index is to be found.
+        ValueError: the folder is none of these, or there is no index.
     """
     path = _model_folder(folder)
     if (path / STATE).is_file():
@@ -224,11 +223,11 @@ def load_run(
 def load_retriever(
     folder: str | os.PathLike[str], index: str | os.PathLike[str] | None = None
 ) -> DenseRetriever:
-    """Load the retriever of what `load_run` loads, without its generator.
+    """Load the retriever of a model, run or checkpoint, without its generator.
 
     Args:
         folder: a model folder or its Hub id, a run folder, or a checkpoint of a run.
-        index: a folder from `fastrag index build`; None takes the one that belongs to the model.
+        index: a folder from `fastrag index build`; None: the index of the model.
 
     Returns:
         The retriever, in eval mode on the CPU.
@@ -299,7 +298,7 @@ def _config_of(path: Path, index: str | os.PathLike[str] | None) -> RagConfig:
     """Return the settings of a checkpoint's run, with the index to load."""
     saved = path.parent / CONFIG_FILE
     if not saved.is_file():
-        raise ValueError(f"model: expected the run's settings beside the checkpoint in {saved}")
+        raise ValueError(f"model: expected the run's settings next to the checkpoint, in {saved}")
     check_files(path, MODEL_FILES)
     config = RagConfig.load(saved)
     if index is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Parameters of these names keep their size; so do those with fewer than two dimensions.
+# Weight decay leaves out parameters of these names, and those with fewer than two dimensions.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
 # States of torch's optimisers that have the shape of their parameter.
 _SHAPED_STATE = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
@@ -73,15 +73,15 @@ def parameter_groups(
 
 
 def needs_masters(groups: list[dict[str, Any]]) -> bool:
-    """Whether groups for an optimiser hold parameters of fewer bits than float32."""
+    """Return whether groups for an optimiser hold parameters of fewer bits than float32."""
     return any(_is_low(parameter) for group in groups for parameter in group["params"])
 
 
 class MasterWeights(torch.optim.Optimizer):
     """Step an optimiser on float32 copies of the parameters that have fewer bits.
 
-    The copies and what the optimiser keeps for them take 12 bytes a parameter with AdamW. They
-    are read off the parameters at the first step, and are part of the state.
+    With AdamW, the copies and their optimiser state take 12 bytes per parameter. The copies are
+    taken from the parameters at the first step, and are part of the state.
 
     Args:
         kind: class of the optimiser.
@@ -121,7 +121,7 @@ class MasterWeights(torch.optim.Optimizer):
         return master
 
     def _share(self) -> None:
-        """Make groups and state those of the inner optimiser, which loading a state replaces."""
+        """Share groups and state with the inner optimiser, which replaces both in loading."""
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
 
@@ -133,7 +133,7 @@ class MasterWeights(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for parameter, master in self._pairs:
-            if not self._read:  # not when they are made: weights may be loaded since
+            if not self._read:  # weights may be loaded before the first step
                 master.copy_(parameter)
             master.grad = None if parameter.grad is None else parameter.grad.float()
         self._read = True
@@ -158,7 +158,7 @@ class MasterWeights(torch.optim.Optimizer):
         """Load what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of other parameters, or of an optimiser without copies.
+            ValueError: the state belongs to other parameters, or to an optimiser without copies.
         """
         masters: list[Tensor] | None = state_dict.get("masters")
         shapes = [list(master.shape) for _, master in self._pairs]
@@ -178,7 +178,7 @@ class MasterWeights(torch.optim.Optimizer):
 def check_fits(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Refuse the state dict of an optimiser of other parameters.
 
-    torch compares the sizes of the groups only, and a wrong shape fails in the next step.
+    torch compares the sizes of the groups alone: another shape would fail in the next step.
 
     Args:
         optimizer: the optimiser that is to load the state.

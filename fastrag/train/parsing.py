@@ -1,4 +1,4 @@
-"""Settings as a YAML file, a mapping or a command line states them: read, checked and typed.
+"""Read settings from a YAML file, a mapping or a command line; check their names and types.
 
 The settings are the fields of nested dataclasses; jsonargparse converts and checks their values.
 """
@@ -23,11 +23,11 @@ import yaml
 
 from fastrag.messages import clipped, shown
 
-# Far more than any settings need, and little enough to read in a second.
+# More than any settings need, and still read within a second.
 _MAX_BYTES = 2**18
 _MAX_DEPTH = 32
 _MODE = "fastrag"  # the name of `_Loader` among jsonargparse's
-# What PyYAML's constructors raise for text that its tag does not fit.
+# Errors that PyYAML's constructors raise for text that does not fit its tag.
 _MISFITS = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 _YAML_TAG = "tag:yaml.org,2002:"
 # Names that other libraries use.
@@ -60,11 +60,11 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: the file.
 
     Returns:
-        Its settings by name; none for an empty file.
+        The settings by name; an empty dict for an empty file.
 
     Raises:
-        ValueError: the file is not UTF-8, is no YAML that `parse_yaml` accepts, holds no mapping,
-            or is too large; the message names the file and the line.
+        ValueError: the file is too large, is not UTF-8, is not YAML that `parse_yaml` accepts, or
+            holds something other than a mapping; the message names the file and the line.
         OSError: the file cannot be read.
 
     Example:
@@ -98,7 +98,7 @@ def parse_yaml(text: str) -> Any:
         Dicts, lists and scalars; None for an empty document.
 
     Raises:
-        ValueError: the text is no YAML, is longer than 262144 characters, nests deeper than 32
+        ValueError: the text is not YAML, is longer than 262144 characters, nests deeper than 32
             levels, refers to an alias, or has a key twice in a mapping. The message begins with the
             line.
 
@@ -125,7 +125,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1
-        # no YAMLError, which jsonargparse takes for "a text", and reads with a loader of its own
+        # not a YAMLError, after which jsonargparse reads the value with a loader of its own
         if self.check_event(yaml.AliasEvent):  # a few of them can stand for billions of values
             raise ValueError(f"{line}: expected no aliases, got one")
         if self.depth == _MAX_DEPTH:
@@ -194,8 +194,8 @@ def add_settings(
     for option in group._group_actions:
         # `--name+` would not extend the list of the file but replace it
         for extra in option.option_strings[1:]:
-            option.option_strings.remove(extra)
             del parser._option_string_actions[extra]
+        option.option_strings = option.option_strings[:1]
         name = option.dest.removeprefix(prefix)
         if (
             name in unlisted or name not in hints
@@ -213,7 +213,7 @@ def add_settings(
 
 
 def make_parser(**settings: Any) -> jsonargparse.ArgumentParser:
-    """Make a jsonargparse parser that reads values as `parse_yaml` does and raises its errors."""
+    """Make a jsonargparse parser that reads values as `parse_yaml` does and raises errors."""
     return jsonargparse.ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
@@ -248,7 +248,7 @@ def typed(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
     except argparse.ArgumentError as error:
         raise ValueError(explained(error, settings, given)) from None
     for name, value in _leaves(found, hints):
-        # jsonargparse takes null for "not given"
+        # jsonargparse accepts null for a setting of any type
         nullable = value is not None or types.NoneType in _options(hints[name])
         require(name, nullable, expected(hints[name]), value)
         if isinstance(value, int):
@@ -260,12 +260,12 @@ def typed(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def explained(
     error: argparse.ArgumentError, settings: type, given: Mapping[str, Any] | None = None
 ) -> str:
-    """Return what a jsonargparse parser says, in the form `name: expected ..., got ...`.
+    """Return the message of a jsonargparse parser in the form `name: expected ..., got ...`.
 
     Args:
-        error: what the parser raised.
+        error: the error that the parser raised.
         settings: the dataclass that it parses.
-        given: the values that it was given, by dotted name; None: they stand in the error.
+        given: the values by dotted name; None: take the value from the error's message.
 
     Returns:
         One line.

@@ -1,4 +1,4 @@
-"""The curve of a run: loss, answers, and what the retriever learns, over optimiser steps."""
+"""The curve of a run: loss, quality of the answers, and retrieval, over optimiser steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def plot_curve(entries: Entries, path: str | os.PathLike[str]) -> bool:
 
     Args:
         entries: lines of `metrics.jsonl`: mappings with `step` and any of `loss`, `eval_loss`,
-            `eval_recall@<k>`, `eval_em`, `eval_f1`, `prior_entropy`, `kl`. What has no point gets
-            no axes.
+            `eval_recall@<k>`, `eval_em`, `eval_f1`, `prior_entropy`, `kl`. A panel without
+            points is left out.
         path: the PNG to write; the title names its folder.
 
     Returns:
@@ -42,7 +42,7 @@ def plot_curve(entries: Entries, path: str | os.PathLike[str]) -> bool:
     FigureCanvasAgg(figure)
     n = entries[-1]["step"]
     title = f"{Path(path).absolute().parent.name}, {n} step{'s' if n != 1 else ''}"
-    figure.suptitle(title, parse_math=False)  # a folder's name may have dollars
+    figure.suptitle(title, parse_math=False)  # a folder's name may contain dollar signs
     for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         lines = draw(axes, entries)
         axes.set(xlabel="step")
@@ -108,7 +108,7 @@ def _line(
 
 
 def _names(entries: Entries) -> set[str]:
-    """Names that have a point."""
+    """Return the names that have a point."""
     return {name for entry in entries for name, value in entry.items() if value is not None}
 
 

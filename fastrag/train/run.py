@@ -1,4 +1,4 @@
-"""A whole training run from a config."""
+"""A whole training run from a config: train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fastrag.data import Question
+from fastrag.data.default import load_questions
 from fastrag.eval.batches import choose_fixed
 from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
@@ -15,8 +16,7 @@ from fastrag.nn import RagModel, checkpoint
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.models import build_collator, build_model
-from fastrag.train.run_folder import CONFIG_FILE, MODEL_FOLDER, write_predictions, write_record
-from fastrag.train.sources import load_questions
+from fastrag.train.record import CONFIG_FILE, MODEL_FOLDER, write_predictions, write_record
 from fastrag.train.trainer import RagTrainer
 
 
@@ -67,7 +67,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if eval_questions is not None:
-        # a point of the curve only if these are the weights of the last step
+        # the curve shows the evaluation only if these are the weights of the last step
         prefix = "eval_best" if trainer.state.best_model_checkpoint else "eval"
         trainer.evaluate(metric_key_prefix=prefix)
         if trainer.last_evaluation is not None and trainer.is_world_process_zero():
@@ -76,7 +76,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
 
 
 def _check_measured(config: RagConfig, questions: list[Question]) -> None:
-    # transformers would miss the metric at the first evaluation, after hours perhaps
+    # transformers would miss the metric at the first evaluation, which may be hours later
     metric = config.best_metric
     if metric is None:
         return

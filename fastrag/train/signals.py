@@ -1,7 +1,7 @@
 """Ctrl-C and kill: finish the step, write a checkpoint, then stop.
 
 The first SIGINT or SIGTERM only sets a flag, which the trainer reads after each optimiser step; a
-second one raises KeyboardInterrupt where the program stands.
+second one raises KeyboardInterrupt at once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Raised by `RagTrainer.train` after a signal, once the checkpoint is on disk.
+    """Tell the caller of `RagTrainer.train` that a signal came and its checkpoint is on disk.
 
     A KeyboardInterrupt, so that a script which does not handle it stops as after any Ctrl-C.
 
     Args:
         signum: the signal that came.
         step: optimiser steps done.
-        checkpoint: folder that resumes the run; None when nothing could be saved.
+        checkpoint: folder to resume from; None if nothing could be saved.
 
     Example:
         >>> error = TrainingInterrupted(15, 120, "runs/x/checkpoint-120")
@@ -46,12 +46,12 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """The exit status that a shell expects, 128 + signal number."""
+        """Exit status that a shell expects, 128 + signal number."""
         return 128 + self.signum
 
 
 class SignalGuard:
-    """Turns the first SIGINT or SIGTERM inside its `with` block into a flag.
+    """Turn the first SIGINT or SIGTERM inside its `with` block into a flag.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
 
@@ -89,12 +89,12 @@ class SignalGuard:
             raise KeyboardInterrupt
         self.received = signum
         name = signal.Signals(signum).name
-        # os.write: a buffered stream may not be entered twice, which a handler could do
+        # os.write: the handler may interrupt a write to a buffered stream
         os.write(2, f"\n{name}: finishing this step and saving; again stops at once\n".encode())
 
 
 class SignalCallback(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once a signal has come.
+    """End training after the current step, with a checkpoint, once a signal has come.
 
     Several ranks have to stop at the same step, whichever of them was signalled: they agree on it
     every eighth step, since asking at each would make the host wait for the device.

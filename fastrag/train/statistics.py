@@ -1,10 +1,10 @@
-"""What retrieval and generation did in the steps since the last log line.
+"""Statistics of retrieval and generation over the steps since the last log line.
 
     prior entropy      H(p(z|x))          log K: the retriever does not choose; 0: it has decided
     posterior entropy  H(p(z|x,y))
-    KL                 KL(p(z|x,y) || p(z|x)), what the answer taught the retriever
+    KL                 KL(p(z|x,y) || p(z|x)): what the retriever can learn from the answer
 
-Sums stay on the device; only `summary` reads them, once per log line, over all ranks.
+The sums stay on the device. `summary` alone reads them, once per log line, over all ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class StepStatistics:
-    """Accumulates the statistics of training steps between two log lines.
+    """Accumulate the statistics of training steps between two log lines.
 
     Example:
         >>> statistics = StepStatistics()
@@ -61,7 +61,7 @@ class StepStatistics:
         self._steps += 1
 
     def add(self, outputs: Any, labels: Tensor | None, retrieval_seconds: float = 0.0) -> None:
-        """Take in the outputs of one forward pass.
+        """Add the outputs of one forward pass.
 
         Args:
             outputs: a mapping with `doc_scores` [B, K], `rows` [B, K], `log_posterior` [B, K] or
@@ -125,10 +125,10 @@ class StepStatistics:
 
 
 class StepClockCallback(TrainerCallback):
-    """Times the steps and notes the rates for StepStatistics; tells the collator the epoch.
+    """Record times and learning rates in StepStatistics, and set the epoch of the collator.
 
     Args:
-        statistics: what the times go to.
+        statistics: the statistics.
         collator: its `epoch` is set at the start of each epoch.
     """
 
@@ -139,7 +139,7 @@ class StepClockCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the collator."""
+        """Set the epoch of the collator."""
         self.collator.epoch = int(state.epoch or 0)
 
     def on_step_begin(
@@ -156,7 +156,7 @@ class StepClockCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note the retriever's rate of this step, before the schedule moves on."""
+        """Record the retriever's learning rate before the schedule changes it."""
         for group in optimizer.param_groups:
             if group.get("part") == "retriever":
                 self.statistics.retriever_lr = group["lr"]

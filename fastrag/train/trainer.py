@@ -40,7 +40,7 @@ from fastrag.train.callbacks import (
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.optimizer import MasterWeights, needs_masters, parameter_groups
-from fastrag.train.run_folder import MODEL_FOLDER, write_record
+from fastrag.train.record import MODEL_FOLDER, write_record
 from fastrag.train.signals import SignalCallback, SignalGuard, TrainingInterrupted
 from fastrag.train.statistics import StepClockCallback, StepStatistics
 
@@ -52,12 +52,12 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class RagTrainer(Trainer):
-    """Trains question encoder, passage encoder and generator through the marginal likelihood.
+    """Train question encoder, passage encoder and generator through the marginal likelihood.
 
     A `transformers.Trainer`: accumulation, mixed precision, distribution, schedules, callbacks and
-    reporting are its own. What differs: learning rates for retriever and generator; label smoothing
-    goes to `RagLoss`; evaluation answers questions (recall@k, EM, F1); checkpoints hold the index;
-    SIGINT and SIGTERM end training with a checkpoint.
+    reporting are its own. The differences: retriever and generator have a learning rate each; label
+    smoothing is part of `RagLoss`; evaluation answers questions (recall@k, EM, F1); checkpoints
+    hold the index; SIGINT and SIGTERM end training with a checkpoint.
 
     Args:
         model: the model.
@@ -65,12 +65,12 @@ class RagTrainer(Trainer):
         data_collator: makes batches from questions.
         train_dataset: training questions.
         eval_dataset: questions for the evaluation, or several such lists by name.
-        retriever_lr: learning rate of encoders and temperature; None takes the config's, or
+        retriever_lr: learning rate of encoders and temperature; None: the config's, or
             `args.learning_rate`.
         generator_lr: learning rate of the generator, likewise.
-        refresh: `frozen`, `every:<steps>`, or a RefreshPolicy; None takes the config's.
+        refresh: `frozen`, `every:<steps>`, or a RefreshPolicy; None: the config's.
         encode_batch_size: passages per batch of a refresh.
-        eval_limit: evaluate on so many fixed questions; None on all.
+        eval_limit: number of fixed questions to evaluate on; None: all.
         eval_ks: the k of recall@k.
         eval_max_new_tokens: longest answer in evaluation.
         callbacks: further callbacks.
@@ -174,7 +174,7 @@ class RagTrainer(Trainer):
         # First, so that the other callbacks of an event find a whole checkpoint, or the best index.
         self.callback_handler.callbacks.insert(0, CheckpointCallback(self.refresher, keep))
         for callback in self.callback_handler.callbacks:
-            # otherwise what is logged before training goes to the working directory
+            # otherwise logs from before training go to the working directory
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(run / TENSORBOARD_FOLDER)
         self.add_callback(StepClockCallback(self.statistics, self.data_collator))
@@ -238,18 +238,18 @@ class RagTrainer(Trainer):
         return output
 
     def finish_index(self) -> None:
-        """Encode all passages once more if the index changes in training and steps came since."""
+        """Encode all passages again if training changes the index and has made steps since."""
         if self.refresher.changing and self.refresher.refreshed_at < self.state.global_step:
             self.refresher.refresh(self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained model as `RagModel.from_pretrained` reads it.
 
-        The index goes with it when training changes it or the run has built it (`include_index`
-        says so and may be set); any other is named by its checksum.
+        The index is saved with the model if training changes it or the run has built it (see the
+        attribute `include_index`). Another index is named by its checksum.
 
         Args:
-            output_dir: the folder; None takes `model` in the run folder.
+            output_dir: the folder; None: `model` in the run folder.
             _internal_call: transformers sets it when it begins a checkpoint in `output_dir`.
         """
         if _internal_call and output_dir is not None:
@@ -286,7 +286,7 @@ class RagTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Give the loss of a batch and take its statistics.
+        """Return the loss of a batch and add the outputs to the statistics.
 
         `num_items_in_batch`, the counted label tokens of the whole accumulated batch over all
         devices, becomes the loss's normalizer: one batch of 8 equals four of 2.
@@ -299,9 +299,10 @@ class RagTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser: generator and retriever each at their own rate, decay on matrices.
+        """Create the optimiser, with a learning rate each for generator and retriever.
 
-        Parameters of fewer bits than float32 are updated by way of float32 copies.
+        Weight decay applies to matrices. Parameters of fewer bits than float32 are updated through
+        float32 copies.
         """
         if self.optimizer is None:
             module = self.model if model is None else model
@@ -313,7 +314,7 @@ class RagTrainer(Trainer):
                 reader_lr=self.generator_lr,
                 weight_decay=self.args.weight_decay,
             )
-            # accelerate puts its shards into the groups, which the copies would not follow
+            # accelerate replaces the parameters of the groups by shards, which have no copies
             if needs_masters(groups) and not self._sharded:
                 self.optimizer = MasterWeights(kind, groups, **settings)
             else:
@@ -337,7 +338,7 @@ class RagTrainer(Trainer):
         """Answer the evaluation questions and report recall@k, EM, F1 and the loss.
 
         Args:
-            eval_dataset: questions, or lists of them by name; None takes the trainer's.
+            eval_dataset: questions, or lists of them by name; None: the trainer's.
             ignore_keys: not used.
             metric_key_prefix: put before every metric's name.
 
@@ -369,7 +370,7 @@ class RagTrainer(Trainer):
         """Report recall@k of the evaluation questions, without generating answers.
 
         Args:
-            eval_dataset: questions, or lists of them by name; None takes the trainer's.
+            eval_dataset: questions, or lists of them by name; None: the trainer's.
             metric_key_prefix: put before every metric's name.
 
         Returns:
@@ -421,7 +422,7 @@ class RagTrainer(Trainer):
         """Write model, index and refresher; transformers writes the rest."""
         if self.args.should_save:
             checkpoints.begin(folder)
-            # first, because saving an index makes its checksum, which each state dict contains
+            # first, because saving the index also computes the checksum that a state dict contains
             checkpoint_contents.write_index(self.model, folder, changing=self.refresher.changing)
         self.accelerator.wait_for_everyone()
         state = self.accelerator.get_state_dict(self.model_wrapped) if self._sharded else None
@@ -460,7 +461,7 @@ class RagTrainer(Trainer):
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _resolve(self, resume: str | bool | None) -> Path | None:
-        """Give the checkpoint folder to resume from; a run folder stands for its newest."""
+        """Return the checkpoint to resume from: the newest one, if a run folder is given."""
         if resume is None or resume is False:
             return None
         folder = Path(self.args.output_dir if resume is True else resume)
@@ -477,5 +478,5 @@ class RagTrainer(Trainer):
 
 
 def _as_list(questions: Any) -> Any:
-    """Make an iterator of questions a list; keep what has a length and items as it is."""
+    """Return questions as a list, unless they can be indexed already."""
     return questions if hasattr(questions, "__getitem__") else list(questions)

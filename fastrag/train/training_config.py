@@ -21,9 +21,9 @@ from fastrag.messages import reason, shown
 from fastrag.train.distributed import check_processes
 from fastrag.train.parsing import require, unknown
 
-# What the trainer hands to a schedule by itself.
+# Arguments that the trainer passes to a schedule.
 _FROM_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps")
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one of ARM
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's
 
 
 @dataclass
@@ -42,13 +42,13 @@ class TrainingConfig(TrainingArguments):
         max_steps: number of optimiser steps; -1 trains num_train_epochs.
         learning_rate: learning rate of the generator; null: 5e-5, or 2e-4 with LoRA. The
             retriever has its own, retriever.learning_rate.
-        logging_steps: log every so many steps.
+        logging_steps: number of steps between two log lines.
         logging_nan_inf_filter: hide NaN losses, which waits for the device in every step.
         eval_strategy: when to evaluate during training: no, steps or epoch.
-        eval_steps: evaluate every so many steps, with eval_strategy steps.
+        eval_steps: number of steps between two evaluations, with eval_strategy steps.
         save_strategy: when to write a checkpoint: no (only after a signal), steps, epoch or best.
-        save_steps: write a checkpoint every so many steps, with save_strategy steps.
-        save_total_limit: how many checkpoints to keep besides the best; null keeps all.
+        save_steps: number of steps between two checkpoints, with save_strategy steps.
+        save_total_limit: number of checkpoints to keep besides the best; null: all.
         load_best_model_at_end: end with the checkpoint that is best by metric_for_best_model.
         metric_for_best_model: loss, em, f1 or recall@k.
         seed: seed of all random numbers.
@@ -104,7 +104,7 @@ class TrainingConfig(TrainingArguments):
         }
 
     def check(self) -> None:
-        """Raise ValueError for a field that would fail late, or be ignored."""
+        """Raise ValueError for a field that would fail late or be ignored."""
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*counts, "gradient_accumulation_steps"):
             _require(name, getattr(self, name) >= 1, "an integer >= 1", getattr(self, name))
@@ -131,11 +131,11 @@ class TrainingConfig(TrainingArguments):
         _require(
             "label_smoothing_factor",
             self.label_smoothing_factor == 0.0,
-            "0, since loss.label_smoothing says it",
+            "0, since loss.label_smoothing sets it",
             self.label_smoothing_factor,
         )
         resumed = self.resume_from_checkpoint
-        _require("resume_from_checkpoint", resumed is None, "null, since --resume says it", resumed)
+        _require("resume_from_checkpoint", resumed is None, "null, since --resume sets it", resumed)
         _require("remove_unused_columns", not self.remove_unused_columns, "false", True)
 
     def arguments(self, **forced: Any) -> TrainingArguments:
@@ -156,15 +156,15 @@ class TrainingConfig(TrainingArguments):
             values["report_to"] = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
         else:
             _check_reporters(self.report_to)
-        # transformers forms no group of processes without a GPU unless it is told
+        # without a GPU, transformers starts a process group only if use_cpu is set
         values["use_cpu"] = self.use_cpu or not torch.accelerator.is_available()
-        # without a GPU, torch warns at every start of a data loader
+        # without a GPU, torch warns about pinned memory at every start of a data loader
         values["dataloader_pin_memory"] = self.dataloader_pin_memory and not values["use_cpu"]
         self._check_precision(on_cpu=values["use_cpu"])
         self._check_schedule()
         try:
             args = TrainingArguments(**values | forced)
-        except Exception as error:  # its code for each field raises what it happens to
+        except Exception as error:  # each field is checked by code of its own
             raise ValueError(
                 f"training: expected values for TrainingArguments: {reason(error)}"
             ) from error
@@ -203,7 +203,7 @@ class TrainingConfig(TrainingArguments):
         tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
             get_scheduler(name, tried, 0, 10**6, scheduler_specific_kwargs=settings)
-        except Exception as error:  # transformers checks no value, so that arithmetic raises any
+        except Exception as error:  # transformers computes with unchecked values
             raise ValueError(
                 f"training.lr_scheduler_kwargs: expected settings of {name}, got "
                 f"{shown(settings)} ({reason(error)})"

@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration
 from fastrag import RagModel, TextEncoder
 from fastrag.nn.checkpoint import load_whole
 from fastrag.nn.hub import model_folder
-from fastrag.train import sources
+from fastrag.train import pretrained
 from tests.tiny import batch, encoder, rag_model, same_weights, t5, tokenizer
 
 
@@ -58,13 +58,13 @@ def test_the_parts_of_a_config_by_id(cache):
     tokenizer("seq2seq").save_pretrained(cache / "models--org--generator/snapshots" / ("a" * 40))
     expected = encoder()
     expected.save_pretrained(cached(cache, "org/encoder"))
-    same_weights(sources.load_encoder("org/encoder", "question_encoder", "query"), expected)
-    same_weights(sources.load_generator("org/generator"), generator)
-    assert sources.generator_kind("org/generator") == "seq2seq"
-    read = sources.load_tokenizer("org/generator", "generator")
+    same_weights(pretrained.load_encoder("org/encoder", "question_encoder", "query"), expected)
+    same_weights(pretrained.load_generator("org/generator"), generator)
+    assert pretrained.generator_kind("org/generator") == "seq2seq"
+    read = pretrained.load_tokenizer("org/generator", "generator")
     assert read.get_vocab() == tokenizer("seq2seq").get_vocab()
     with pytest.raises(ValueError, match="^generator: expected a model folder or a Hub id, got"):
-        sources.load_generator("org/none")
+        pretrained.load_generator("org/none")
 
 
 def test_a_saved_model_by_id(cache, tmp_path):

@@ -125,7 +125,7 @@ def test_what_is_saved_of_training() -> None:
         ),
         (
             {"training.label_smoothing_factor": 0.1},
-            "training.label_smoothing_factor: expected 0, since loss.label_smoothing says it",
+            "training.label_smoothing_factor: expected 0, since loss.label_smoothing sets it",
         ),
         ({"refresh.policy": "sometimes"}, "refresh.*: expected one of .* got 'sometimes'"),
         ({"refresh.policy": "every:0"}, "refresh.*: expected one of .* got 'every:0'"),

@@ -1,4 +1,4 @@
-"""The files of a run folder, and the record of where it was made: versions, device, git tree."""
+"""The record of a run in its folder: settings, versions, device, git state, and predictions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, Any]:
-    """Give the versions, the device and the git state that a result depends on.
+    """Return the versions, the device and the git state that a result depends on.
 
     Returns:
         `fastrag`, `python`, `platform`, `packages`, `device`, `threads`, `command`, and `git`
@@ -65,7 +65,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any] | None:
-    """Give the commit of a git tree and whether files differ from it.
+    """Return the commit of a git tree and whether files differ from it.
 
     Args:
         folder: any folder of the tree.
@@ -95,11 +95,11 @@ def write_versions(path: str | os.PathLike[str]) -> None:
 
 
 def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
-    """Write versions and settings into a run folder, which is made if it is not there.
+    """Write versions and settings into a run folder, which is created if it is missing.
 
     Args:
         run: the run folder.
-        config: the settings; None: versions alone.
+        config: the settings; None: write the versions alone.
     """
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def write_predictions(path: str | os.PathLike[str], result: EvalResult | Retriev
 
     Args:
         path: the file.
-        result: what `evaluate` or `evaluate_retrieval` returned.
+        result: result of `evaluate` or `evaluate_retrieval`.
     """
     from fastrag.eval import EvalResult
 

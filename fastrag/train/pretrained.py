@@ -1,21 +1,12 @@
-"""The parts that a config names, read from disk: texts, models, tokenizers, the template."""
+"""The pretrained parts that a config names: encoders, generator, tokenizers, and the template."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastrag.data import (
-    Passage,
-    Question,
-    Template,
-    default_dataset,
-    read_passages,
-    read_questions,
-)
-from fastrag.messages import shown
+from fastrag.data import Template
 
 if TYPE_CHECKING:
     import torch
@@ -23,60 +14,6 @@ if TYPE_CHECKING:
 
     from fastrag.nn import TextEncoder
     from fastrag.train.config import LoraConfig, RagConfig
-
-DEFAULT = "default"  # the embedded data set
-
-
-def load_passages(source: str) -> Iterable[Passage]:
-    """Read the corpus that a config names.
-
-    Args:
-        source: a passages file, or `default` for the embedded set.
-
-    Returns:
-        The passages; a file is read while they are taken.
-
-    Raises:
-        ValueError: the file is malformed.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> len(list(load_passages("default"))) > 1000
-        True
-    """
-    return default_dataset().passages if source == DEFAULT else read_passages(source)
-
-
-def load_questions(source: str) -> list[Question]:
-    """Read the questions that a config names.
-
-    Args:
-        source: a questions file, or `default:<split>` for a split of the embedded set.
-
-    Returns:
-        The questions in file order.
-
-    Raises:
-        ValueError: the file is malformed or empty, or there is no such split.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> load_questions("default:dev")[0].answers != ()
-        True
-    """
-    if source == DEFAULT or source.startswith(f"{DEFAULT}:"):
-        splits = default_dataset().questions
-        split = source.partition(":")[2]
-        if split not in splits:
-            raise ValueError(
-                f"questions: expected default:<split> with one of {', '.join(splits)}, "
-                f"got {shown(source)}"
-            )
-        return list(splits[split])
-    questions = list(read_questions(source))
-    if not questions:
-        raise ValueError(f"{source}: expected at least one question, got none")
-    return questions
 
 
 def load_encoder(
@@ -87,8 +24,8 @@ def load_encoder(
     Args:
         path: a Hugging Face folder, one of sentence-transformers, or one of a `TextEncoder`; or the
             Hub id of one.
-        name: which setting it belongs to, for the error message.
-        role: whose prompt of a sentence-transformers folder is its prefix.
+        name: the setting that the path belongs to, for the error message.
+        role: which prompt of a sentence-transformers folder becomes the prefix.
 
     Returns:
         The encoder, in fp32.
@@ -116,7 +53,7 @@ def load_generator(
     Args:
         path: a Hugging Face folder, or the Hub id, of a seq2seq or causal language model.
         lora: settings of LoRA adapters, which are float32; None or a rank of None: no LoRA.
-        dtype: of the model's own weights; None: float32.
+        dtype: dtype of the model's own weights; None: float32.
 
     Returns:
         The model.
@@ -138,7 +75,7 @@ def load_generator(
 
 
 def generator_kind(path: str | os.PathLike[str]) -> Literal["seq2seq", "causal"]:
-    """Say of which kind a generator is, from its config alone.
+    """Return the kind of a generator, from its config alone.
 
     Args:
         path: a Hugging Face folder.
@@ -159,8 +96,8 @@ def choose_dtype(config: RagConfig) -> tuple[torch.dtype, torch.dtype | None]:
         config: the settings.
 
     Returns:
-        The dtype to load, and the one in which the folder says that they are stored; None where it
-        does not say.
+        The dtype to load, and the dtype of the stored weights; None if the folder does not state
+        it.
 
     Raises:
         ValueError: the folder holds no readable config.
@@ -181,7 +118,7 @@ def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokeniz
 
     Args:
         path: the model's folder.
-        name: which setting it belongs to, for the error message.
+        name: the setting that the path belongs to, for the error message.
 
     Returns:
         The tokenizer.
@@ -248,7 +185,7 @@ def _with_lora(model: Any, lora: LoraConfig, rank: int) -> Any:
         raise ValueError("reader.lora: expected peft to be installed (pip install peft)") from None
     seq2seq = model.config.is_encoder_decoder
     targets = lora.targets
-    # PEFT takes a text for a pattern of the whole path, which no name of a layer matches
+    # PEFT matches a text against the whole path of a layer, so its name alone needs a list
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
         targets = [targets]
     return get_peft_model(
