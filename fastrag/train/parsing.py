@@ -197,17 +197,15 @@ def add_settings(
             del parser._option_string_actions[extra]
         option.option_strings = option.option_strings[:1]
         name = option.dest.removeprefix(prefix)
-        if (
-            name in unlisted or name not in hints
-        ):  # jsonargparse adds help for a type `x` as `x.help`
+        # not in hints: the option `<name>.help` that jsonargparse adds for a class
+        if name in unlisted or name not in hints:
             option.help = argparse.SUPPRESS
             continue
         kinds = re.findall(r"\ban? (\w+)", expected(hints[name])) or ["value"]
         option.metavar = option.metavar or "|".join(kinds).upper()
         default = json.dumps(option.default).strip('"')
-        option.help = (option.help or "").rstrip(".") + (
-            f" (default: {default})" if default else ""
-        )
+        text = (option.help or "").rstrip(".")
+        option.help = f"{text} (default: {default})" if default else text
     for name, hint in nested.items():
         add_settings(parser, typing.cast(type, hint), f"{prefix}{name}.", unlisted)
 
