@@ -14,3 +14,7 @@ tune.py           the fastest of the kernels' candidates
 
 `pytest benchmarks --benchmark-only -q` runs the same providers at one small shape (test_speed.py).
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

@@ -1,20 +1,20 @@
-"""A gate against regressions that needs no clock: what can be counted is compared with gate.json.
+"""A gate against regressions that needs no clock: counts are compared with those in gate.json.
 
     python -m benchmarks.gate [--only SECTION ...] [--update]
 
 - instructions: of the C++ search and of the passes over logits, by valgrind, AVX2 and scalar, and
-  how many lines a search has to fetch again from memory, in a cache of fixed size;
+  the lines that a search reads from memory more than once, in a cache of fixed size;
 - kernels: registers, stack and shared memory of one configuration of each Triton kernel on sm_90,
   the first that has bfloat16 if there is one;
-- allocations: how many and how many bytes a warm call of the loss and a training step make.
+- allocations: number and bytes in a warm call of the loss, of the search and of a training step.
 
-A section counts only beside versions that made its numbers, and else says "not compared". Exit
-code: 0; 1 if a number is out of its bounds, is not committed, or is gone; 2 for a bad argument.
+A section is compared only if the versions here are those that made its numbers; otherwise it prints
+"not compared". Exit code: 0; 1 if a number is out of its bounds, is not committed, or is gone; 2
+for a bad argument.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.harness import native
 from benchmarks.harness.arguments import Parser
-from benchmarks.harness.measure import ROOT
 
 FILE = Path(__file__).with_name("gate.json")
 Counts = dict[str, int]
@@ -41,13 +41,13 @@ class Uncounted(Exception):
 
 @dataclass(frozen=True)
 class Section:
-    """Numbers of one kind, and how far they may move from what is committed."""
+    """Counts of one kind, and how far they may move from the committed ones."""
 
     name: str
-    versions: Callable[[], str]  # of what makes the numbers; raises Uncounted
+    versions: Callable[[], str]  # of the tools that make the counts; raises Uncounted
     measure: Callable[[], Counts]
-    rise: float  # as a share of what is committed
-    fall: float | None  # None: as far as they like
+    rise: float  # as a share of the committed count
+    fall: float | None  # None: any
 
 
 # ------------------------------------------------------------------------------- instructions
@@ -55,6 +55,10 @@ class Section:
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-pthread"]
 SEARCHES = [f"mips_{how}_{kind}" for how in ("few", "tile") for kind in ("float32", "bfloat16")]
 PASSES = ["row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient"]
+# First-level and last-level caches: bytes, ways and bytes of a line. The matrix exceeds both,
+# so that a block that is read twice shows.
+CACHES = ("--cache-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64")
+READ_MISSES = 7  # place of the last-level misses of reads among the counts of valgrind
 
 
 def instruction_versions() -> str:
@@ -75,33 +79,27 @@ def instructions() -> Counts:
             for work in (*SEARCHES, *PASSES)
             for isa in ("avx2", "scalar")
         }
-        # The matrix is larger than the cache, so that a block that is not read once shows.
         for work in SEARCHES:
             counts[f"{work} misses"] = _count(program, work, "avx2", *CACHES)[READ_MISSES]
         return counts
 
 
-# First-level and last-level, bytes, ways and bytes of a line; place of the misses in what is said.
-CACHES = ("--cache-sim=yes", "--I1=32768,8,64", "--D1=32768,8,64", "--LL=1048576,16,64")
-READ_MISSES = 7
-
-
 def _count(program: Path, work: str, isa: str, *options: str) -> list[int]:
-    """Events inside the function and what it calls, without the making of its numbers."""
+    """Return the events inside the function and its callees, without making its inputs."""
     function = "mips_topk" if work in SEARCHES else work
     tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *options]
-    said = _run(*tool, f"--toggle-collect=fastrag::{function}*", str(program), work, isa)
-    found = re.search(r"Collected : ([\d ]+)", said)
+    output = _run(*tool, f"--toggle-collect=fastrag::{function}*", str(program), work, isa)
+    found = re.search(r"Collected : ([\d ]+)", output)
     if found is None or found[1] == "0":
-        raise RuntimeError(f"valgrind counted nothing in {work} {isa}: {said}")
+        raise RuntimeError(f"valgrind counted nothing in {work} {isa}: {output}")
     return [int(count) for count in found[1].split()]
 
 
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise Uncounted(f"{' '.join(command)}: {said[-1] if said else 'failed'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise Uncounted(f"{' '.join(command)}: {lines[-1] if lines else 'failed'}")
     return done.stdout + done.stderr
 
 
@@ -138,7 +136,7 @@ def kernels() -> Counts:
 # op and mode: the loss alone, whole steps with and without the search, the search
 COUNTED = [("marginal_loss", "token"), ("marginal_loss", "sequence")]
 COUNTED += [("rag_step", "token"), ("rag_step", "sequence-given"), ("mips", "float32")]
-WARM_CALLS = 2  # after which workspaces and the optimiser's state are there
+WARM_CALLS = 2  # these make the workspaces and the optimiser's state
 
 
 def allocation_versions() -> str:
@@ -147,8 +145,7 @@ def allocation_versions() -> str:
 
     from fastrag.ops import backends
 
-    reason = backends.why_not("cpp")
-    if reason:
+    if reason := backends.why_not("cpp"):
         raise Uncounted(reason)
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
@@ -174,7 +171,7 @@ def allocations() -> Counts:
 
 
 def _allocated(call: Callable[[], Any]) -> list[int]:
-    """Bytes of each block that torch's allocator hands out in a call."""
+    """Return the bytes of each block that torch's allocator hands out in a call."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -188,12 +185,9 @@ def _allocated(call: Callable[[], Any]) -> list[int]:
 
 
 SECTIONS = {
-    section.name: section
-    for section in (
-        Section("instructions", instruction_versions, instructions, rise=0.03, fall=0.03),
-        Section("kernels", kernel_versions, kernels, rise=0.0, fall=None),
-        Section("allocations", allocation_versions, allocations, rise=0.0, fall=0.0),
-    )
+    "instructions": Section("instructions", instruction_versions, instructions, 0.03, 0.03),
+    "kernels": Section("kernels", kernel_versions, kernels, 0.0, None),
+    "allocations": Section("allocations", allocation_versions, allocations, 0.0, 0.0),
 }
 
 
@@ -201,14 +195,14 @@ SECTIONS = {
 
 
 def differences(section: Section, committed: Mapping[str, int], found: Counts) -> list[str]:
-    """What is out of bounds, a line each."""
+    """Return a line for each count that is out of bounds."""
     lines = []
     for name in dict.fromkeys([*committed, *found]):
         before, now = committed.get(name), found.get(name)
         if before is None or now is None:
             lines.append(f"{name}: {'not committed' if before is None else 'no longer counted'}")
         elif now > before * (1 + section.rise):
-            lines.append(f"{name}: {_change(before, now)}, at most {section.rise:.0%} are let pass")
+            lines.append(f"{name}: {_change(before, now)}, at most {section.rise:.0%} allowed")
         elif section.fall is not None and now < before * (1 - section.fall):
             lines.append(f"{name}: {_change(before, now)}, fewer: commit the new number")
     return lines
@@ -220,7 +214,7 @@ def _change(before: int, now: int) -> str:
 
 
 def compare(section: Section, committed: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Returns what is out of bounds, and one line that says how the section did."""
+    """Return the counts out of bounds, and one line about the section."""
     try:
         versions = section.versions()
         if versions != committed.get("with"):
@@ -233,7 +227,7 @@ def compare(section: Section, committed: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def update(section: Section, committed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the section anew, and what has changed."""
+    """Return the new contents of the section, and a line for each change."""
     versions, counts = section.versions(), section.measure()
     old = committed.get("counts", {})
     lines = [
@@ -249,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("gate", __doc__)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--update", action="store_true", help=f"write {FILE.relative_to(ROOT)}")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     committed = json.loads(FILE.read_text()) if FILE.exists() else {}
     code = 0
     for name in args.only:
@@ -257,11 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.update:
             committed[name], lines = update(section, before)
             FILE.write_text(json.dumps(committed, indent=2) + "\n")
-            said = f"{name}: {len(lines)} changed"
+            verdict = f"{name}: {len(lines)} changed"
         else:
-            lines, said = compare(section, before)
+            lines, verdict = compare(section, before)
             code = max(code, int(bool(lines)))
-        print("\n".join([said, *(f"  {line}" for line in lines)]), flush=True)
+        print("\n".join([verdict, *(f"  {line}" for line in lines)]), flush=True)
     return code
 
 

@@ -241,16 +241,13 @@ class Suite:
         return summary.count(self.tests)
 
     def benchmark(self, bench: Bench, deadline: float) -> str:
-        path = self.out / "benchmarks.part.csv"  # of this step; it outlives the process
-        path.unlink(missing_ok=True)
+        path, n_before = self.out / "benchmarks.csv", len(self.rows)
         command = bench.command(self.rounds, path)
         if not bench.shapes:  # the most important first, and an end in time
             command += ["--budget-minutes", f"{seconds_left(deadline) / 60:.2f}"]
         ended = run_limited(command, deadline, patience=bench.patience)
-        found = results.read(path) if path.exists() else []
-        path.unlink(missing_ok=True)
-        results.add(self.out / "benchmarks.csv", found)
-        self.rows += found
+        self.rows = results.read(path) if path.exists() else []
+        found = self.rows[n_before:]
         if ended.why == BUDGET:
             return f"cut off after {ended.seconds:.0f} s, {len(found)} rows"
         if ended.code == 0:
@@ -352,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     suite: Suite = args.suite
     if args.one_kernel:
-        return cases.main([args.one_kernel])
+        return cases.main(args.one_kernel)
     if args.dry_run:
         print(table(args.steps, args.budget))
         return 0
@@ -365,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with end_on_signals() as came:
         suite.run(args.steps, time.monotonic() + args.budget)
         with suite.lock:
-            print(summary.short(summary.write(suite, complete=True)), flush=True)
+            print(summary.write(suite, complete=True), flush=True)
     return 128 + came() if came() else suite.code(any(s.name == "tests" for s in args.steps))
 
 

@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+from benchmarks import ROOT
 from benchmarks.harness import committed
 from benchmarks.harness.arguments import Parser
 from benchmarks.harness.committed import in_digits, source
-from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import Op
 from benchmarks.harness.results import Group, Timing
 from benchmarks.ops import OPS

@@ -32,16 +32,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.harness.arguments import Parser, at_least_one, folder, one_of
-from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import shape_text
+from benchmarks.harness.results import aligned
 from benchmarks.harness.timing import Case
 from benchmarks.ops import OPS
 from benchmarks.profiling import ncu
 
 WARM_CALLS = 2
-MODES = ("ncu", "nsys", "sass", "aot", "roofline", "loop")
-_N_OPERATIONS = 15
+N_OPERATIONS = 15
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
@@ -51,32 +51,35 @@ def _parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_problem()
     parser.add_argument("--calls", type=at_least_one, default=3, help="calls that are recorded (3)")
     parser.add_argument("--out", type=folder, help="folder for the files; runs/profile/OP")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ncu", action="store_true", help="Nsight Compute: counters of the kernels")
-    what.add_argument("--nsys", action="store_true", help="print a command for Nsight Systems")
-    what.add_argument("--sass", action="store_true", help="count the kernels' instructions")
-    what.add_argument("--aot", action="store_true", help="registers, shared memory, occupancy")
-    what.add_argument("--roofline", action="store_true", help="plot rows of benchmarks.run")
-    what.add_argument("--loop", action="store_true", help="the calls alone; --ncu runs this")
+    tools = parser.add_mutually_exclusive_group()
+    for name, do, about in (
+        ("ncu", _ncu, "Nsight Compute: counters of the kernels"),
+        ("nsys", _nsys, "print a command for Nsight Systems"),
+        ("sass", _sass, "count the kernels' instructions"),
+        ("aot", _aot, "registers, shared memory, occupancy"),
+        ("roofline", _roofline, "plot rows of benchmarks.run"),
+        ("loop", _loop, "the calls alone; --ncu runs this"),
+    ):
+        tools.add_argument(f"--{name}", dest="do", action="store_const", const=do, help=about)
+    parser.set_defaults(do=_trace)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="for --sass, --aot (90)")
     parser.add_argument("--kernel", metavar="REGEX", help="for --ncu, --sass, --aot; default: all")
-    parser.add_argument(
-        "--aligned", action="store_true", help="for --sass, --aot: widths are multiples of 16"
-    )
+    help_of_aligned = "for --sass, --aot: widths are multiples of 16"
+    parser.add_argument("--aligned", action="store_true", help=help_of_aligned)
     parser.add_argument("--csv", type=Path, help="for --roofline: rows of benchmarks.run")
     args = parser.parse_args(argv)
     try:
         re.compile(args.kernel or "")
     except re.error as error:
         parser.error(f"--kernel: expected a regular expression, got {args.kernel!r}: {error}")
-    if args.csv and not args.roofline:
+    if args.csv and args.do is not _roofline:
         parser.error("--csv: is for --roofline, which reads rows of benchmarks.run")
     args.out = args.out or ROOT / "runs" / "profile" / args.op
     return parser, args
 
 
 def _choose(parser: Parser, args: argparse.Namespace, device: str) -> Case:
-    """Return the case to be profiled on a device that need not be here."""
+    """Return the case to be profiled, on a device that may be that of another machine."""
     op = OPS[args.op]
     if args.provider:
         parser.names(args.provider, op.names(), f"{op.name} has no provider")
@@ -150,23 +153,16 @@ def _tables(events: Sequence[Any], calls: int, device: str) -> str:
     whole = sum(getattr(event, self_time) for event in events) or 1.0
     stages = sorted((e for e in events if e.key.startswith(PREFIX)), key=lambda e: e.key)
     # C++ counts as time of the stage around it, so stages compete with operations.
-    busiest = sorted(events, key=lambda e: -getattr(e, self_time))[:_N_OPERATIONS]
-
-    width = max(len(event.key[:60]) for event in [*stages, *busiest])
-
-    def lines(title: str, chosen: Sequence[Any]) -> list[str]:
-        found = [f"  {title:{width}}  calls   total ms    self ms  self %"]
+    busiest = sorted(events, key=lambda e: -getattr(e, self_time))[:N_OPERATIONS]
+    lines = []
+    for title, chosen in (("stage", stages), ("most self time", busiest)):
+        lines += [[title, "calls", "total ms", "self ms", "self %"]] if chosen else []
         for e in chosen:
-            each = f"{e.count / calls:5g}  {getattr(e, where) / 1e3 / calls:9.3f}"
             own = getattr(e, self_time)
-            share = f"{own / 1e3 / calls:9.3f}  {100 * own / whole:6.1f}"
-            found.append(f"  {e.key[:60]:{width}}  {each}  {share}")
-        return found
-
-    found = [f"  of one call of {calls}, on the {device.upper().replace('CUDA', 'GPU')}:"]
-    if stages:
-        found += lines("stage", stages)
-    return "\n".join(found + lines("most self time", busiest))
+            each = f"{getattr(e, where) / 1e3 / calls:.3f}", f"{own / 1e3 / calls:.3f}"
+            lines.append([e.key[:60], f"{e.count / calls:g}", *each, f"{100 * own / whole:.1f}"])
+    title = f"  of one call of {calls}, on the {'CPU' if device == 'cpu' else 'GPU'}:"
+    return f"{title}\n{aligned(lines, n_left=1)}"
 
 
 # ------------------------------------------------------------------------------------- Nsight
@@ -197,38 +193,35 @@ def _loop_command(parser: Parser, args: argparse.Namespace) -> list[str]:
     return [*words, "--dtype", case.dtype, "--device", "cuda", "--calls", str(args.calls)]
 
 
-def _nsight(parser: Parser, args: argparse.Namespace) -> int:
-    loop = _loop_command(parser, args)
-    if args.nsys:
-        report = args.out / "timeline"
-        command = ["nsys", "profile", "-t", "cuda,nvtx,cublas"]
-        command += ["--capture-range=cudaProfilerApi", "-o", str(report), *loop]
-        print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}")
-        return 0
-    report = args.out / "kernels"
+def _nsys(parser: Parser, args: argparse.Namespace) -> int:
+    command = ["nsys", "profile", "-t", "cuda,nvtx,cublas", "--capture-range=cudaProfilerApi"]
+    command += ["-o", str(args.out / "timeline"), *_loop_command(parser, args)]
+    print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}")
+    return 0
+
+
+def _ncu(parser: Parser, args: argparse.Namespace) -> int:
+    report, loop = args.out / "kernels", _loop_command(parser, args)
     command = ncu.command(report, loop, args.kernel or _kernel_names(parser, args))
     print(f"FASTRAG_RANGES=nvtx {shlex.join(command)}", flush=True)
-    reason = ncu.why_not()
-    if reason:
+    if reason := ncu.why_not():
         parser.error(reason)
     args.out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"FASTRAG_RANGES": "nvtx"}
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
         return 1
     raw = subprocess.run(ncu.export(report), capture_output=True, text=True, check=False)
-    if raw.returncode:
-        print(f"benchmarks.profile: ncu: {raw.stderr.strip() or raw.stdout.strip()}")
-        return 1
     try:
-        kernels = ncu.read(raw.stdout)
-    except ValueError as error:  # where no kernel matched there is no table
+        if raw.returncode:
+            raise ValueError(f"ncu: {raw.stderr.strip() or raw.stdout.strip()}")
+        print(ncu.table(ncu.read(raw.stdout)))
+    except ValueError as error:  # without a matching kernel there is no table
         print(f"benchmarks.profile: {error}", file=sys.stderr)
         return 1
-    print(ncu.table(kernels))
     return 0
 
 
-# -------------------------------------------------------------------------- what needs no GPU
+# ------------------------------------------------------------------------------- without a GPU
 
 
 def _kernel_names(parser: Parser, args: argparse.Namespace) -> str:
@@ -247,11 +240,22 @@ def _configs(parser: Parser, args: argparse.Namespace) -> list[Any]:
         parser.error(str(error))
 
 
-def _compiled(parser: Parser, args: argparse.Namespace) -> int:
-    configs = _configs(parser, args)
+def _sass(parser: Parser, args: argparse.Namespace) -> int:
+    from benchmarks.profiling import sass
+
+    return _compile(parser, args, lambda config, arch: sass.describe(sass.count(config, arch)))
+
+
+def _aot(parser: Parser, args: argparse.Namespace) -> int:
     from fastrag.kernels import aot
 
-    from benchmarks.profiling import sass
+    compiled = aot.compile_config
+    return _compile(parser, args, lambda config, arch: aot.describe(compiled(config, arch)))
+
+
+def _compile(parser: Parser, args: argparse.Namespace, line: Callable[[Any, int], str]) -> int:
+    configs = _configs(parser, args)
+    from fastrag.kernels import aot
 
     for arch in args.arch:
         if arch not in aot.SHARED_LIMIT:
@@ -259,11 +263,8 @@ def _compiled(parser: Parser, args: argparse.Namespace) -> int:
             parser.error(f"--arch: expected some of {known}, got {arch}")
     for arch in args.arch:
         for config in configs:
-            if config.archs and arch not in config.archs:
-                continue
-            found = sass.count(config, arch) if args.sass else aot.compile_config(config, arch)
-            line = sass.describe(found) if args.sass else aot.describe(found)
-            print(line, flush=True)
+            if not config.archs or arch in config.archs:
+                print(line(config, arch), flush=True)
     return 0
 
 
@@ -285,17 +286,8 @@ def _roofline(parser: Parser, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser, args = _parse(argv)
-    chosen = next((mode for mode in MODES if getattr(args, mode)), "trace")
-    do = {
-        "trace": _trace,
-        "loop": _loop,
-        "ncu": _nsight,
-        "nsys": _nsight,
-        "sass": _compiled,
-        "aot": _compiled,
-        "roofline": _roofline,
-    }[chosen]
-    return do(parser, args)
+    code: int = args.do(parser, args)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Every kernel at a small shape, through the ops that launch it, for compute-sanitizer.
 
-    python -m benchmarks.gpu.cases [NAME ...]
-
 Nothing divides anything, so that every mask is at work. The tests check the answers.
 
 The tool prints reports: a line "========= " and text, followed by indented details. Those of
@@ -23,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,6 +29,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.isolation import FAILED, PASSED, Record, cuda_error, piece
+from benchmarks.ops.heads import PAD
+from benchmarks.ops.marginal_loss import Problem, make_checked
 
 CODE = 99
 _MOST = 5  # reports of a case that are kept
@@ -55,37 +55,25 @@ ENV = {"FASTRAG_BACKEND": "triton", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 HEAD_SHAPE = (2, 3, 5, 72, 1031)  # B, K, T, H, V
 
 
-def _head(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return hidden, weight, bias, doc_scores and labels."""
-    n_examples, n_passages, n_tokens, width, vocab = HEAD_SHAPE
-    leaves = [
-        torch.randn(*shape, device=device).to(kind).requires_grad_()
-        for shape, kind in (
-            ((n_examples, n_passages, n_tokens, width), dtype),
-            ((vocab, width), dtype),
-            ((vocab,), dtype),
-            ((n_examples, n_passages), torch.float32),
-        )
-    ]
-    labels = torch.randint(vocab, (n_examples, n_tokens), device=device)
-    labels[0, -1] = -100
-    return [*leaves, labels]
+def _head(device: torch.device, dtype: torch.dtype) -> tuple[Problem, dict[str, Any]]:
+    """Return hidden states, weight, scores and labels, with the options that all ops take."""
+    bias = torch.randn(HEAD_SHAPE[-1], device=device).to(dtype).requires_grad_()
+    return make_checked(HEAD_SHAPE, dtype, device), {"bias": bias, "ignore_index": PAD}
 
 
 def _loss(marginal: str, dtype: torch.dtype, device: torch.device, **options: Any) -> None:
     import fastrag.functional as F
 
     op = {"token": F.rag_token_nll, "sequence": F.rag_sequence_nll}[marginal]
-    hidden, weight, bias, scores, labels = _head(device, dtype)
-    loss = op(hidden, weight, labels, scores, bias=bias, **options)
-    loss.sum().backward()
+    p, common = _head(device, dtype)
+    op(p.hidden, p.weight, p.labels, p.doc_scores, **common, **options).sum().backward()
 
 
 def _token_logp(dtype: torch.dtype, device: torch.device) -> None:
     import fastrag.functional as F
 
-    hidden, weight, bias, _, labels = _head(device, dtype)
-    F.token_logp(hidden, weight, labels, bias=bias).sum().backward()
+    p, common = _head(device, dtype)
+    F.token_logp(p.hidden, p.weight, p.labels, **common).sum().backward()
 
 
 def _vectors(
@@ -236,24 +224,14 @@ def unexplained(records: Iterable[Record], output: str) -> str:
     return f"counted, but not in our kernels: {', '.join(counts)}" if counts else ""
 
 
-def main(names: Sequence[str]) -> int:
-    """Run cases in this process up to the first that loses CUDA; return 1 if one failed."""
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        print(f"no case is called {unknown[0]!r}; cases: {', '.join(CASES)}", file=sys.stderr)
+def main(name: str) -> int:
+    """Run a case in this process; return 1 if it failed, 2 if there is none of this name."""
+    if name not in CASES:
+        print(f"no case is called {name!r}; cases: {', '.join(CASES)}", file=sys.stderr)
         return 2
     os.environ.update(ENV)
     torch.manual_seed(0)
-    code = 0
-    for name in names or CASES:
-        outcome, text, lost = piece(run, name)
-        if outcome == FAILED:
-            print(f"failed: {name}: {text}", flush=True)
-            code = 1
-        if lost:
-            break
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    outcome, text, _ = piece(run, name)
+    if outcome == FAILED:
+        print(f"failed: {name}: {text}", flush=True)
+    return int(outcome == FAILED)

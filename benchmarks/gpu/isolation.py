@@ -21,13 +21,13 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from benchmarks.harness.measure import ROOT
+from benchmarks import ROOT
 from benchmarks.harness.process import OK, POLL_SECONDS, Process
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 NOT_RUN = "not run"
 BUDGET = "the time was over"
-# Once it is set, the time of everything is over: every process ends and none begins.
+# Once it is set, every process ends and none begins.
 stopped = threading.Event()
 # Between a request to end and the end by force; benchmarks.run ends its children meanwhile.
 GRACE_SECONDS = 5.0
@@ -62,7 +62,7 @@ def why_end(deadline: float, heard: float, patience: float) -> str:
 
 @contextlib.contextmanager
 def end_on_signals() -> Iterator[Callable[[], int]]:
-    """Let a request to end this process end its children, so that it can report what is known.
+    """Let a signal end the children of this process, so that it can report its results so far.
 
     Yields a function that returns the signal that came, 0 for none. A second one acts as usual.
     """
@@ -146,8 +146,8 @@ def cuda_error() -> str:
 
     The next call would report a fault; here it belongs to the work just done.
     """
-    torch = sys.modules["torch"]
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return ""
     try:
         torch.cuda.synchronize()

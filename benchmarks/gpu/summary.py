@@ -11,7 +11,6 @@ from xml.etree import ElementTree
 from benchmarks.gpu.isolation import FAILED, NOT_RUN, PASSED, SKIPPED, Record
 from benchmarks.harness.results import Row
 
-MOST = 12_000  # characters that a terminal, or a reply that is cut, still shows
 FIRST_LINES = 6
 # XML 1.0 cannot represent these.
 _UNWRITABLE = {i: None for i in range(32) if chr(i) not in "\t\n\r"}
@@ -49,14 +48,6 @@ def _failure(record: Record) -> str:
     lines = [line for line in record.text.splitlines() if line.strip()]
     shown = [line for line in lines if line.startswith("E ")] or lines
     return "\n".join([record.name, *(f"    {line[:160]}" for line in shown[:FIRST_LINES])])
-
-
-def short(text: str) -> str:
-    """Return the text, or as much of its beginning and of its end, with the times, as fits."""
-    if len(text) <= MOST:
-        return text
-    half = MOST // 2 - 20
-    return f"{text[:half]}\n[... more in summary.md ...]\n{text[-half:]}"
 
 
 def count(records: Sequence[Record]) -> str:

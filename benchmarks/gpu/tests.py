@@ -9,8 +9,8 @@ from itertools import zip_longest
 
 import pytest
 
+from benchmarks import ROOT
 from benchmarks.gpu.isolation import FAILED, PASSED
-from benchmarks.harness.measure import ROOT
 
 # Whatever else is installed there, tests run with pytest alone.
 ENV = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

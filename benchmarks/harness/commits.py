@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.measure import ROOT
+from benchmarks import ROOT
 from benchmarks.harness.timing import Case, Result, time_cases
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.harness.measure import ROOT
+from benchmarks import ROOT
 from benchmarks.harness.registry import Op, Shape, by_importance, shape_text
 from benchmarks.harness.results import COLUMNS, Group, Timing, groups_of, read
 from benchmarks.ops import OPS

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import ROOT
+
 Call = Callable[[], Sequence[Tensor]]
 
 # A turn lasts at least this long, so that a call of microseconds is not timed alone.

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.harness.measure import ROOT
+from benchmarks import ROOT
 
 COMPILER = "g++"
 

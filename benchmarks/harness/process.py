@@ -22,8 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import shared
-from benchmarks.harness.measure import ROOT
+from benchmarks import ROOT
 
 OK = "ok"
 POLL_SECONDS = 0.1
@@ -52,6 +51,8 @@ class Process:
         wrapper: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
+        from benchmarks.harness import shared  # with torch, which not every child needs
+
         here, there = socket.socketpair()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the context
         command = [sys.executable, "-m", "benchmarks.harness.process", str(there.fileno()), module]

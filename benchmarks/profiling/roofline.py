@@ -23,8 +23,8 @@ except ImportError as error:
 mpl.use("Agg")
 from matplotlib.figure import Figure  # noqa: E402 - after the choice of a backend without a screen
 
+from benchmarks import ROOT
 from benchmarks.harness.committed import RESULTS, groups_in
-from benchmarks.harness.measure import ROOT
 from benchmarks.harness.registry import Op
 from benchmarks.harness.results import Group
 

@@ -1,4 +1,4 @@
-"""Pieces of work for the tests of isolation: what each does stands in the variable ACT."""
+"""Pieces of work for the tests of isolation: the variable ACT says what each does."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
-import torch
 
-
-def _lost() -> None:
+def _fault() -> None:
     raise RuntimeError("an illegal memory access was encountered")
 
 
@@ -23,8 +23,9 @@ def act(name: str) -> tuple[str, str]:
     if how == "hang":
         time.sleep(60)
     if how == "lost":
-        torch.cuda.is_initialized = lambda: True
-        torch.cuda.synchronize = _lost
+        cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=_fault)
+        modules: dict[str, Any] = sys.modules
+        modules["torch"] = SimpleNamespace(cuda=cuda)
     if how == "raise":
         raise ValueError("no")
     return "passed", f"said by {name}"

@@ -107,13 +107,6 @@ def test_the_command_fails_and_updates(
     assert json.loads(file.read_text())["instructions"]["counts"] == {"search": 1100}
 
 
-def test_an_unknown_section_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        gate.main(["--only", "clocks"])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.count("\n") == 1 and "'clocks'" in said
-
-
 def test_an_allocation_more_is_seen() -> None:
     import torch
 

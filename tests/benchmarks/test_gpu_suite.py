@@ -67,7 +67,8 @@ def test_the_next_process_continues_after_what_ended_the_last() -> None:
 def test_what_the_time_does_not_allow_is_listed() -> None:
     found, outputs = isolated({}, seconds=-1.0)
     assert {record.outcome for record in found.values()} == {"not run"} and outputs == []
-    found, _ = isolated({"b": "hang"}, seconds=0.3)  # in which no process is ready
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    found, _ = isolated({}, seconds=0.3, wrapper=wait)  # so no process is ready
     assert [record.text for record in found.values()] == [
         "the time was over while it ran",
         *["the time was over"] * 6,
@@ -104,8 +105,9 @@ def test_a_command_that_says_nothing_more_is_ended() -> None:
 
 
 TESTS = """
+import sys
+from types import SimpleNamespace
 import pytest
-import torch
 
 pytestmark = getattr(pytest.mark, 'gpu')
 
@@ -116,7 +118,8 @@ def test_good(): pass
 def test_wrong(): assert 1 == 2
 @pytest.mark.parametrize("what", ["two words"])
 def test_fault(what):
-    torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), synchronize
+    cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+    sys.modules["torch"] = SimpleNamespace(cuda=cuda)
 @pytest.mark.skip(reason="needs two GPUs")
 def test_skipped(): pass
 """
@@ -264,24 +267,6 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["--only", "test"], "no step is called 'test'"),
-        (["--budget-minutes", "0"], "--budget-minutes: expected more than 0"),
-        (["--rounds", "0"], "--rounds: expected at least 1"),
-        (["--out", __file__], "--out: expected a folder"),
-    ],
-)
-def test_a_bad_argument_is_one_line(
-    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        gpu_suite.main(args)
-    told = capsys.readouterr().err
-    assert caught.value.code == 2 and said in told and told.count("\n") == 1
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--out", str(tmp_path / "out")]) == 2
@@ -369,11 +354,12 @@ def test_a_benchmark_that_hangs_fails_early(tmp_path: Path) -> None:
 def test_cases_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In the interpreter one that costs it little."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("FASTRAG_BACKEND", "triton")
-    assert cases.main(["doc_scores gathered"]) == 0
+    for name, value in cases.ENV.items():
+        monkeypatch.setenv(name, value)
+    assert cases.main("doc_scores gathered") == 0
     assert capsys.readouterr().out == "case: doc_scores gathered\n"
     monkeypatch.setitem(cases.CASES, "breaks", lambda device: torch.zeros(2)[3])
-    assert cases.main(["breaks"]) == 1
+    assert cases.main("breaks") == 1
     assert "failed: breaks: IndexError" in capsys.readouterr().out
     assert gpu_suite.main(["--one-kernel", "nope"]) == 2
 
@@ -405,7 +391,6 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert [case.get("classname") for case in written][0] == "tests.a_gpu"
     lines = (tmp_path / "tests.txt").read_text().splitlines()
     assert lines[0] == "FAILED tests/a_gpu.py::test_bad"
-    assert len(summary.short("x" * 50_000)) <= summary.MOST
 
 
 @pytest.mark.parametrize(

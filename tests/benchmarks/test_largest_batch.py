@@ -88,10 +88,3 @@ def test_rows_hold_the_batch_or_say_why_there_is_none(
     out = capsys.readouterr().out
     assert ["fastrag", "12", "3"] in [line.split() for line in out.splitlines()]
     assert "  hf: failed: its process ended" in out
-
-
-def test_a_budget_beyond_the_memory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        largest_batch.main(["--budget", "1000000GiB", "--device", "cpu"])
-    assert exit.value.code == 2
-    assert "--budget: expected at most half of the free memory" in capsys.readouterr().err

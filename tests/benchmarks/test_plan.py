@@ -123,26 +123,6 @@ def test_an_interrupt_prints_what_is_there(
     assert len(overview_of(capsys.readouterr().out)) == 1 + 2
 
 
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (["--op", "all", "--shape", "2,5"], ["--shape", "one op"]),
-        (["--op", "all", "--providers", "cpp"], ["--providers", "one op"]),
-        (["--op", "mips", "--budget-minutes", "0"], ["--budget-minutes", "more than 0"]),
-        (["--op", "mips", "--budget-minutes", "1", "--base", "HEAD"], ["--budget-minutes"]),
-    ],
-)
-def test_a_bad_argument_is_one_line(
-    args: list[str], named: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run.main(args)
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.count("\n") == 1
-    for text in named:
-        assert text in said
-
-
 def test_an_overview_has_ours_the_best_peer_and_the_tightest_ceiling() -> None:
     shape = (1000, 64, 10, 64)
 

@@ -33,20 +33,3 @@ def test_rows_of_vectors_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_rows_that_are_equal_are_all_read() -> None:
     vectors = torch.ones(500, 16)
     assert rows_read.count(vectors, torch.ones(2, 16), [3]) == {3: 500.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--vectors", "a.npy"], "--vectors, --queries: expected both or neither"),
-        (["--k", "0"], "--k: expected at least 1, got 0"),
-        (["--vectors", "gone.npy", "--queries", "gone.npy"], "gone.npy"),
-    ],
-)
-def test_wrong_arguments_are_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        rows_read.main(arguments)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said and len(said.splitlines()) == 1

@@ -123,26 +123,3 @@ def test_the_table_has_medians_and_shares() -> None:
         ["rest", "1", "12", "14", "88"],
         ["whole", "8", "100", "16", "100"],
     ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--providers", "faiss"], "no provider is called 'faiss'; known: fastrag, hf"),
-        (["--mode", "both"], "rag_step has no mode 'both'"),
-        (["--shape", "1,2"], "--shape: expected B,K,L,T,H,N, got '1,2'"),
-        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
-        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got 'int8'"),
-        (["--providers", ""], "no provider is called ''; known: fastrag, hf"),
-        (["--csv", "/"], "--csv: /: Is a directory"),
-        (["--csv", "/nowhere/x.csv"], "--csv: /nowhere/x.csv: No such file"),
-        (["--shape", "4,5,64,16,123,1000"], "--shape: H: expected one of 16, 256, 768, got 123"),
-    ],
-)
-def test_bad_arguments_are_one_line(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit:
-        stages.main(argv)
-    assert exit.value.code == 2
-    assert said in capsys.readouterr().err

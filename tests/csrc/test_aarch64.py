@@ -11,8 +11,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from benchmarks import ROOT
 from benchmarks.harness import native
-from benchmarks.harness.measure import ROOT
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror"]
