@@ -1,4 +1,4 @@
-"""Data: corpus and question readers, templates, processor, collator, the embedded default set."""
+"""Readers of corpora and questions, templates, processor, collator and the embedded data set."""
 
 from fastrag.data.collator import RagCollator
 from fastrag.data.default import DefaultDataset, default_dataset

@@ -1,4 +1,4 @@
-"""RagCollator: questions become batches for training."""
+"""RagCollator: make batches of questions for training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class RagCollator:
 
     Args:
         processor: tokenizers, template and lengths.
-        answer_choice: train on the "first" answer or on a "random" one (torch's generator, so
-            DataLoader workers and resumed runs draw as the loader is seeded).
-        require_answers: refuse questions without answers. If False, a batch in which no question
-            has any has no labels.
+        answer_choice: train on the "first" answer or on a "random" one. Random numbers come from
+            torch's global generator, which a DataLoader seeds in each worker.
+        require_answers: reject questions without answers. If False, a batch has labels unless none
+            of its questions has answers.
 
     Raises:
-        ValueError: another word for `answer_choice`, or an object that is not a processor.
+        ValueError: another value of `answer_choice`, or `processor` is not a RagProcessor.
 
     Example:
         >>> collator = RagCollator(processor)                                  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The embedded default data set: real-world facts that need nothing downloaded."""
+"""The embedded default data set: real-world facts, without a download."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DefaultDataset:
 
 
 def default_dataset() -> DefaultDataset:
-    """Reads the facts that ship with the package.
+    """Read the facts that ship with the package.
 
     Returns:
         passages, and questions under `train`, `dev`, `test`, `dev_unseen_wording` and

@@ -1,13 +1,13 @@
-"""RagProcessor: everything that turns text into token ids and back, decided once.
+"""RagProcessor: the conversion of text to token ids and back, with all its settings.
 
-    passages = PassageStore.build(corpus, processor)                            # tokenised once
+    passages = PassageStore.build(corpus, processor)                            # the corpus
     batch = processor.collate(questions)                                        # questions, answers
     contexts = processor.contexts(passages, rows, batch["prompt_ids"], batch["prompt_mask"])
     texts = processor.decode(answer_ids)
 
-Two vocabularies meet in a RAG model, the encoders' and the generator's. A passage is tokenised in
-both when the store is built and a question in both when it is collated, so no training step turns
-token ids back into text.
+A RAG model has two vocabularies, the encoders' and the generator's. A passage is tokenised in both
+when the store is built, and a question in both when it is collated, so no training step converts
+token ids back to text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 AnswerChoice = Literal["first", "random"]
 CONFIG = "processor.json"
-MAX_PASSAGE = 256  # tokens of a passage, unless another length is asked for
+MAX_PASSAGE = 256  # default limit of a passage for its encoder, in tokens
 FOLDERS = {
     "question_tokenizer": "question_encoder",
     "passage_tokenizer": "passage_encoder",
@@ -68,10 +68,10 @@ class Contexts(NamedTuple):
     """The generator's inputs for B questions with K passages each.
 
     Attributes:
-        ids: context token ids, `[B*K, L]` int64, the K contexts of a question next to each other;
-            padded on the left for a causal generator, on the right for a seq2seq one.
-        mask: `[B*K, L]` int64, 1 at tokens; every row has some.
-        n_cut: how many passages were cut, a 0-d int64 tensor on the device of the ids.
+        ids: token ids of the contexts, `[B*K, L]` int64, the K contexts of a question next to each
+            other; padded on the left for a causal generator, on the right for a seq2seq one.
+        mask: `[B*K, L]` int64, 1 at tokens. No context is empty.
+        n_cut: number of passages that were cut, a 0-d int64 tensor on the device of `ids`.
     """
 
     ids: Tensor
@@ -80,7 +80,7 @@ class Contexts(NamedTuple):
 
 
 class RagProcessor:
-    """Hold tokenizers, template and lengths, and do with them all that a RAG model needs.
+    """Tokenise passages and questions, build the generator's inputs, and decode answers.
 
     Args:
         question_tokenizer: the question encoder's tokenizer.
@@ -90,17 +90,17 @@ class RagProcessor:
         passage_tokenizer: the passage encoder's tokenizer; None: the question encoder's.
         question_prefix: text put before each question for its encoder (`"query: "`).
         passage_prefix: text put before each passage for its encoder (`"passage: "`).
-        max_question: longest question of the encoder in tokens, special tokens included; a longer
-            one is cut, its special tokens stay. None: the tokenizer's `model_max_length`, if it
-            states one.
-        max_prompt: longest question in the generator's vocabulary. A longer one is an error,
-            because the generator's question is never cut. None: no limit but `max_context`.
-        max_answer: longest answer in tokens. A longer one is cut on the right together with its end
-            token, so the loss is that of the prefix. None: no limit.
-        max_passage: longest passage of the encoder in tokens, special tokens included; a longer one
-            is cut. None: no limit.
-        max_context: longest input of the generator in tokens. Passages are cut to fit; question and
-            template are not.
+        max_question: length limit of a question for its encoder in tokens, with special tokens. The
+            text of a longer question is cut. None: the tokenizer's `model_max_length`, if set.
+        max_prompt: length limit of a question in the generator's vocabulary. A longer one is an
+            error, because the generator always gets the whole question. None: only `max_context`
+            limits it.
+        max_answer: length limit of an answer in tokens. A longer one is cut on the right and has no
+            end token, so the loss is that of the prefix. None: no limit.
+        max_passage: length limit of a passage for its encoder in tokens, with special tokens. The
+            text of a longer passage is cut. None: no limit.
+        max_context: length limit of the generator's input in tokens. Passages are cut to fit;
+            question and template are not.
 
     Raises:
         ValueError: an argument out of range, or a tokenizer that the template cannot be bound to.
@@ -182,11 +182,12 @@ class RagProcessor:
         max_passage: int | None = MAX_PASSAGE,
         **settings: Any,
     ) -> RagProcessor:
-        """Make a processor with the prefixes of two encoders and within their lengths.
+        """Make a processor with the prefixes and length limits of two encoders.
 
         Args:
-            question_encoder: module that may have `prefix` and `max_length`, as `TextEncoder` has.
-            passage_encoder: the same for passages; None: nothing is known of it.
+            question_encoder: a module; its attributes `prefix` and `max_length` are used if it has
+                them, as `TextEncoder` does.
+            passage_encoder: the same for passages; None: no prefix and no limit.
             question_tokenizer: the question encoder's tokenizer.
             generator_tokenizer: the generator's tokenizer.
             max_question: as in the constructor; the encoder's `max_length` is an upper bound.
@@ -213,9 +214,9 @@ class RagProcessor:
 
     @property
     def largest_id(self) -> int:
-        """Largest token id that the generator may be given: of its tokenizer and the template."""
+        """Largest token id that the generator can receive, from its tokenizer or the template."""
         own = (self.bound.pad_id, self.bound.eos_id, *itertools.chain(*self.bound.literals))
-        # without added tokens: some tokenizers add one that the language model does not have
+        # Added tokens do not count: some tokenizers add one that the language model does not have.
         return max(self.generator_tokenizer.vocab_size - 1, *own)
 
     def collate(
@@ -227,15 +228,16 @@ class RagProcessor:
     ) -> dict[str, Tensor]:
         """Tokenise questions and their answers in both vocabularies and pad them.
 
-        Masks come from lengths, never from the pad id: if pad and EOS are the same token, EOS is
-        still a label.
+        Masks are computed from lengths and not from the pad id, so EOS is a label even if pad and
+        EOS are the same token.
 
         Args:
             examples: questions, or mappings with `question` and optionally `id` and `answers`.
                 Either all have answers or none has.
-            answer_choice: the label is the "first" answer or a "random" one (torch's generator).
-            require_answers: refuse questions without answers, instead of making a batch without
-                labels.
+            answer_choice: the label is the "first" answer or a "random" one (from torch's
+                generator).
+            require_answers: reject questions without answers. If False, a batch without answers has
+                no labels.
 
         Returns:
             `input_ids`, `attention_mask` `[B, S]` int64 for the question encoder; `prompt_ids`,
@@ -274,8 +276,8 @@ class RagProcessor:
             passages: the passages.
 
         Returns:
-            Token ids by stream: "encoder", what the passage encoder reads, special tokens included,
-            cut at `max_passage`; "generator", the template's passage piece, uncut.
+            Token ids by stream. "encoder": the input of the passage encoder, with special tokens,
+            cut at `max_passage`. "generator": the passage's piece of the template, uncut.
         """
         rendered = [self.template.render_passage(passage) for passage in passages]
         prefixed = [self.passage_prefix + text for text in rendered]
@@ -285,7 +287,7 @@ class RagProcessor:
         }
 
     def streams(self) -> dict[str, dict[str, Any]]:
-        """Return how `tokenize` makes each stream: fingerprint, cut and prefix."""
+        """Return the settings of each stream of `tokenize`: fingerprint, limit and prefix."""
         return {
             "encoder": {
                 "fingerprint": stream_fingerprint(self.passage_tokenizer),
@@ -299,13 +301,13 @@ class RagProcessor:
         }
 
     def check(self, passages: PassageStore) -> None:
-        """Refuse passages that were tokenised in another way.
+        """Reject passages that were tokenised with other settings.
 
         Args:
-            passages: the passages; where their encoder stream was cut is not compared.
+            passages: the passages. Their `max_passage` may differ.
 
         Raises:
-            ValueError: another tokenizer, passage template or prefix; it is named.
+            ValueError: another tokenizer, passage template or prefix; the message says which.
         """
         passages.check_tokenizer("encoder", self.passage_tokenizer)
         passages.check_tokenizer("generator", self.generator_tokenizer, self.template)
@@ -322,11 +324,11 @@ class RagProcessor:
         prompt_ids: Tensor,
         prompt_mask: Tensor | None = None,
     ) -> Contexts:
-        """Join questions and their passages to the generator's inputs.
+        """Join questions and their passages into the generator's inputs.
 
         Args:
             passages: the passages.
-            rows: `[B, K]` int64, -1 = missing.
+            rows: `[B, K]` int64; -1 is missing.
             prompt_ids: questions in the generator's vocabulary, `[B, S']` int64.
             prompt_mask: `[B, S']`, 1 at tokens; None: no padding.
 
@@ -334,7 +336,7 @@ class RagProcessor:
             `Contexts`.
 
         Raises:
-            ValueError: ids outside the vocabulary (looked at on the CPU only), shapes that
+            ValueError: token ids outside the vocabulary (checked on the CPU only), shapes that
                 disagree, or question and template longer than `max_context`.
         """
         checks.check_ids("prompt_ids", prompt_ids, self._n_vocab)
@@ -344,26 +346,26 @@ class RagProcessor:
         return join_contexts(self.bound, self.max_context, ids, lengths, prompt_ids, prompt_mask)
 
     def decode(self, sequences: Tensor | Sequence[Sequence[int]]) -> list[str]:
-        """Turn answers into text.
+        """Decode answers to text.
 
         Args:
-            sequences: generated token ids or labels, `[B, T]`; special tokens and -100 are left
-                out.
+            sequences: generated token ids or labels, `[B, T]`; special tokens and -100 are skipped.
 
         Returns:
-            One text per row, without spaces around it.
+            B texts, without white space at either end.
         """
-        rows = sequences.tolist() if isinstance(sequences, Tensor) else sequences
-        known = [[i for i in row if i != IGNORE_INDEX] for row in rows]
-        texts = self.generator_tokenizer.batch_decode(known, skip_special_tokens=True)
+        answers = sequences.tolist() if isinstance(sequences, Tensor) else sequences
+        counted = [[i for i in answer if i != IGNORE_INDEX] for answer in answers]
+        texts = self.generator_tokenizer.batch_decode(counted, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizers, template and lengths into a folder, next to the models in it if any.
+        """Write tokenizers, template and lengths to a folder, which may already hold a model.
 
         Args:
-            path: the folder; made if it does not exist. The tokenizers go to `question_encoder`,
-                `generator` and, if it has its own, `passage_encoder`.
+            path: the folder; created if it does not exist. The tokenizers are saved in the
+                subfolders `question_encoder`, `generator` and, if the passages have a tokenizer of
+                their own, `passage_encoder`.
         """
         folder = Path(path)
         for name, part in FOLDERS.items():
@@ -374,7 +376,7 @@ class RagProcessor:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> RagProcessor:
-        """Read what `save_pretrained` wrote; nothing is downloaded.
+        """Load a processor that `save_pretrained` wrote; nothing is downloaded.
 
         Args:
             path: the folder, which may be that of a saved RagModel.
@@ -384,7 +386,7 @@ class RagProcessor:
             The processor.
 
         Raises:
-            ValueError: a file is missing or not as expected; it is named.
+            ValueError: a file is missing or not as expected; the message names it.
         """
         folder = Path(path)
         settings = manifests.read(folder / CONFIG, _SAVED)
@@ -441,8 +443,8 @@ def join_contexts(
         template: a template bound to the generator's tokenizer.
         max_context: longest context, in tokens.
         passage_ids: `[B, K, Lp]` int64, right-padded.
-        passage_len: `[B, K]` int64; 0 for a missing passage, whose context is the template with the
-            question alone.
+        passage_len: `[B, K]` int64; 0 for a missing passage, whose context is the template with
+            only the question.
         prompt_ids: `[B, S]` int64, the questions in the generator's vocabulary.
         prompt_mask: `[B, S]`, 1 at tokens.
 
@@ -450,9 +452,9 @@ def join_contexts(
         `Contexts`.
 
     Raises:
-        ValueError: shapes disagree, or question and template are longer than `max_context` (off the
-            CPU, where reading a length would cost a wait, the width of `prompt_ids` counts as the
-            question's length).
+        ValueError: shapes disagree, or question and template are longer than `max_context`. On a
+            GPU, where reading a length would wait for the device, the width of `prompt_ids` counts
+            as the length of each question.
 
     Example:
         >>> import torch
@@ -484,12 +486,12 @@ def join_contexts(
     first, second, third = _on_device(template.literals, device)
     pieces = (first, slots[template.slots[0]], second, slots[template.slots[1]], third)
     shape = (n_questions, n_docs, -1)
-    # [B*K, W]: all pieces side by side, with their padding
+    # [B*K, W]: all pieces next to each other, with their padding
     tokens = torch.cat([ids.expand(shape) for ids, _ in pieces], dim=2).flatten(0, 1)
     present = torch.cat([mask.expand(shape) for _, mask in pieces], dim=2).flatten(0, 1)
     place = present.cumsum(dim=1)  # 1 for the first token of a context
     total = place[:, -1:]
-    # On a GPU the longest row is not read; the shapes bound it.
+    # On a GPU, reading the longest context would wait for the device; the shapes are a bound of it.
     width = int(total.max()) if device.type == "cpu" else min(max_context, tokens.shape[1])
     column = torch.arange(width, device=device)
     if template.kind == "causal":
@@ -520,11 +522,11 @@ def _check_room(room: Tensor, n_literals: int, width: int, max_context: int) -> 
 def _on_device(
     literals: tuple[tuple[int, ...], ...], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Ids and mask of each literal; cached, because a copy to a GPU in each step costs a wait."""
+    """Return ids and mask of each literal, cached: a copy to a GPU would wait in each step."""
     tensors = [torch.tensor(ids, dtype=torch.int64, device=device) for ids in literals]
     return [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in tensors]
 
 
 def shortest(*lengths: int | None) -> int | None:
-    """Return the smallest of several limits, of which None is none."""
+    """Return the smallest of several limits; None means no limit."""
     return min((length for length in lengths if length is not None), default=None)

@@ -1,8 +1,8 @@
 """Readers of passages and questions: JSONL, CSV/TSV, DPR's layouts, Hugging Face `datasets`.
 
-Every reader is a generator, so that a corpus larger than memory can flow into `PassageStore.build`.
-One quoting rule for all separated files, RFC 4180: a field may stand in double quotes, a double
-quote inside is doubled, and a quoted field may hold separators and line breaks.
+Every reader is a generator, so `PassageStore.build` can read a corpus larger than memory. All
+separated files are quoted as in RFC 4180: a field may be enclosed in double quotes, a double quote
+inside it is doubled, and a quoted field may contain separators and line breaks.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Question:
         id: unique in its file.
         question: not empty.
         answers: accepted answers; training takes the first or a random one, evaluation the best.
-        positive_ids: ids of passages that hold the answer.
-        negative_ids: ids of passages that are known not to.
-        meta: whatever else the record carried.
+        positive_ids: ids of passages that contain the answer.
+        negative_ids: ids of passages that are known not to contain it.
+        meta: other fields of the record.
     """
 
     id: str
@@ -71,7 +71,7 @@ class Question:
 
 
 def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
-    """Reads passages.
+    """Yield the passages of a file or data set.
 
     Records have `id` and `text`, and may have `title`. A separated file has a header row with these
     names, as DPR's `psgs_w100.tsv` (`id`, `text`, `title`) does.
@@ -79,15 +79,15 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
     Args:
         source: a path (`.jsonl`, `.csv`, `.tsv`, each also with `.gz` or `.xz`), or a Hugging Face
             `datasets` object (anything with `column_names` that yields rows).
-        format: `"jsonl"`, `"csv"` or `"tsv"`; `None` goes by the file's name.
+        format: `"jsonl"`, `"csv"` or `"tsv"`; `None`: as the file's name says.
 
     Yields:
         Passages in file order.
 
     Raises:
         ValueError: unreadable path, unknown format, malformed line, missing, wrong or repeated key
-            or column, empty text, duplicate id, bytes that are not UTF-8. The message begins
-            `file:line:`, with the line on which the record begins.
+            or column, empty text, duplicate id, bytes that are not UTF-8. The message begins with
+            `file:line:`, the line on which the record begins.
 
     Example:
         >>> import tempfile
@@ -103,14 +103,14 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
 
 
 def read_questions(source: Any, format: str | None = None) -> Iterator[Question]:
-    """Reads questions.
+    """Yield the questions of a file or data set.
 
-    Records have `question`, and may have `id` (otherwise the row number), `answers` (a list or one
-    text; `answer` is accepted too), `positive` or `positive_ids`, `negative` or `negative_ids` (one
-    id or a list). SQuAD's `{"answers": {"text": [...]}}` and TriviaQA's `{"answer": {"value": "a",
-    "aliases": [...]}}` are read as well. A separated file has
-    these names in its header; one without a header and with two columns is DPR's `question`,
-    `['answer', ...]`.
+    Records have `question`, and may have `id` (default: the number of the record, from 0),
+    `answers` (a list or one text; `answer` is accepted too), `positive` or `positive_ids`,
+    `negative` or `negative_ids` (one id or a list). SQuAD's `{"answers": {"text": [...]}}` and
+    TriviaQA's `{"answer": {"value": "a", "aliases": [...]}}` are read as well. A separated file has
+    these names in its header; a file of two columns without a header has DPR's columns `question`
+    and `['answer', ...]`.
 
     Args:
         source: as `read_passages`.
@@ -128,11 +128,11 @@ def read_questions(source: Any, format: str | None = None) -> Iterator[Question]
 
 
 def to_question(record: Any, where: str = "question", default_id: str = "") -> Question:
-    """Checks one record and makes a `Question` of it.
+    """Make a `Question` from a record and check it.
 
     Args:
         record: a `Question` (returned as it is) or a mapping with the keys of `read_questions`.
-        where: what an error message begins with.
+        where: place of the record, with which error messages begin.
         default_id: the id of a record without one.
 
     Raises:
@@ -191,7 +191,7 @@ def _unique(item: Any, where: str, seen: dict[str, str]) -> Any:
 
 
 def _answers_of(record: Mapping[str, Any], where: str) -> Any:
-    """The answers of SQuAD, or of TriviaQA, whose aliases are accepted as well."""
+    """Return the answers of SQuAD, or those of TriviaQA with their aliases."""
     if "text" in record:
         return record["text"]
     if "value" in record:
@@ -210,11 +210,11 @@ def _required(record: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    """A required text; ids that a JSON file holds as integers are read as text."""
+    """Return a required text; an id may be an integer in a JSON file."""
     if key == "id" and isinstance(value, int) and not isinstance(value, bool):
         try:
             return str(value)
-        except ValueError:  # Python writes out no more than some thousand digits
+        except ValueError:  # Python limits the number of digits
             raise ValueError(f"{where}: {key}: expected text, got {shown(value)}") from None
     if not isinstance(value, str):
         got = "nothing" if value is None else type(value).__name__
@@ -249,7 +249,7 @@ def _ids(record: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 
 def _list_literal(value: str, key: str, where: str) -> list[Any]:
-    """A cell of a table: `["a", "b"]` (JSON or Python, as DPR writes it) or one plain text."""
+    """Return the texts in a cell: a list `["a", "b"]` (JSON, or Python as in DPR), or one text."""
     if not value.strip():
         return []
     if not (value.lstrip().startswith("[") and value.rstrip().endswith("]")):
@@ -258,7 +258,7 @@ def _list_literal(value: str, key: str, where: str) -> list[Any]:
         try:
             parsed = parse(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            continue  # a cell is as deep as its writer likes, and a key may be a list
+            continue  # a cell may be nested too deeply, and a key of a dict may be a list
         if isinstance(parsed, list):
             return parsed
     raise ValueError(f"{where}: {key}: expected a list such as ['a', 'b'], got {shown(value)}")
@@ -266,12 +266,12 @@ def _list_literal(value: str, key: str, where: str) -> list[Any]:
 
 def _python_literal(text: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a backslash in an answer is no mistake of the reader's
+        warnings.simplefilter("ignore")  # an answer may contain an invalid escape sequence
         return ast.literal_eval(text)
 
 
 def _records(source: Any, format: str | None, required: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (where, record) from any source."""
+    """Yield each record of any source with its place."""
     if hasattr(source, "column_names"):
         yield from _dataset_records(source, required)
         return
@@ -309,17 +309,17 @@ def _dataset_records(dataset: Any, required: Sequence[str]) -> Iterator[tuple[st
 
 def _open(path: Path) -> TextIO:
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    # utf-8-sig: a byte order mark, as spreadsheets write it, is not part of the first key.
-    # surrogateescape: the decoder reads ahead, so that its own error would name no line.
+    # utf-8-sig: a byte order mark, which spreadsheets write, is not part of the first key.
+    # surrogateescape: the decoder reads ahead, so its own error could not name the line.
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     try:
         return openers.get(path.suffix, open)(path, "rt", **how)
-    except (OSError, ValueError) as error:  # the latter: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ValueError(refusal(error, path)) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield lines; damage and foreign bytes become a ValueError that names the line."""
+    """Yield lines; a ValueError for damaged data or bytes that are not UTF-8 names the line."""
     number = 1
     with _open(path) as file:
         try:
@@ -336,7 +336,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _lone_surrogate(text: str) -> str | None:
-    """Return the first half of a surrogate pair in a text, which no file in UTF-8 can hold."""
+    """Return the first half of a surrogate pair in a text, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -359,7 +359,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; the json module would take the last of two equal keys."""
+    """Return a JSON object as a dict; raise ValueError for a repeated key, which json accepts."""
     record = dict(pairs)
     if len(record) < len(pairs):
         raise ValueError(f"the key {shown(_repeated([key for key, _ in pairs]))} twice")
@@ -367,7 +367,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _repeated(names: Sequence[str]) -> str | None:
-    """Return the first name that stands in a list twice."""
+    """Return the first name that occurs twice in a list."""
     return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
@@ -377,7 +377,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 def _table_records(
     path: Path, delimiter: str, required: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    # The limit is the csv module's own and global; passages are longer than its 128 KiB.
+    # The csv module's limit is global, and its default of 128 KiB is too small for passages.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None

@@ -1,14 +1,14 @@
-"""Templates: how a passage and a question become the generator's input, one piece at a time.
+"""Templates: the text around passage and question, tokenised piece by piece.
 
-A training step never tokenises. The literal text of a template is tokenised once when the template
-is bound to a tokenizer, a passage once when the store is built, a question and its answer once in
-the collator; the generator's input is these pieces laid end to end.
+A training step does not tokenise. The literal text of a template is tokenised once when the
+template is bound to a tokenizer, a passage once when the store is built, a question and its answer
+once in the collator. The generator's input is the concatenation of these pieces.
 
-For the pieces to add up to what the tokenizer would say of the whole, a space before a slot belongs
-to the slot's piece (`Answer:` + ` Paris`, not `Answer: ` + `Paris`), and a piece that is not the
-first is encoded behind an anchor character where the tokenizer would otherwise treat it as the
-start of a text (SentencePiece prepends `▁` there). Which anchor, if any, is decided at binding by
-comparing with the joint encoding.
+The concatenated pieces must equal the tokens of the whole text. Therefore a space before a slot
+belongs to the slot's piece (`Answer:` + ` Paris`, not `Answer: ` + `Paris`). A piece that is not
+the first is encoded after an anchor character if the tokenizer would otherwise treat it as the
+start of a text (SentencePiece prepends `▁` there). Binding chooses the anchor, if any, by comparing
+with the encoding of the whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["seq2seq", "causal"]
 KINDS: tuple[Kind, ...] = ("seq2seq", "causal")
-TEMPLATES = ("plain", "chat")  # the words for `Template.default` and `Template.from_chat`
+TEMPLATES = ("plain", "chat")  # names of `Template.default` and `Template.from_chat` in settings
 _SLOTS = ("passage", "question")
 _FIELDS = manifests.record(
     {"context": manifests.text()},
@@ -47,7 +47,7 @@ _FIELDS = manifests.record(
     },
     closed=True,
 )
-# Stands for "some text came before": a literal or slot that is not first is measured behind it.
+# Text before a literal or slot that is not the first.
 _ANCHOR = "a"
 _JOIN_PROBES = ("Paris", "the 12 items", "(x)")
 _DEFAULT_USER = "Context: {passage}\nQuestion: {question}\nAnswer in a few words."
@@ -60,12 +60,12 @@ class Template:
     Args:
         context: text with `{passage}` and `{question}`, each exactly once, in either order. Other
             braces are ordinary text.
-        passage: how title and text are joined; a passage without a title is its text alone.
-        answer: the answer's piece with `{answer}`; it owns its leading space.
-        answer_end: special token that ends an answer (causal models; a chat's end of turn). `None`:
-            the tokenizer's `eos_token`.
-        add_special_tokens: put the tokenizer's own special tokens around the context. A chat
-            template writes them itself.
+        passage: text with `{title}` and `{text}`; a passage without a title is only its text.
+        answer: text with `{answer}`, including the space before the answer.
+        answer_end: special token that ends an answer of a causal model, such as a chat's end of
+            turn. `None`: the tokenizer's `eos_token`.
+        add_special_tokens: put the tokenizer's special tokens around the context. False for a chat
+            template, which contains them.
 
     Raises:
         ValueError: a slot is missing or appears twice.
@@ -98,7 +98,7 @@ class Template:
 
     @classmethod
     def default(cls, kind: Kind) -> Template:
-        """The template used when none is given.
+        """Return the template that is used if none is given.
 
         Args:
             kind: `"seq2seq"` or `"causal"`.
@@ -118,21 +118,21 @@ class Template:
         passage: str = "{title}: {text}",
         **chat_kwargs: Any,
     ) -> Template:
-        """Renders the tokenizer's chat template with placeholders, generation prompt included.
+        """Make a template from the tokenizer's chat template and its generation prompt.
 
         Args:
             tokenizer: a tokenizer with a `chat_template`.
-            system: the system message; `None` leaves it to the chat template.
+            system: the system message; `None`: that of the chat template, if any.
             user: the user message, with `{passage}` and `{question}`.
             passage: see `Template`.
-            **chat_kwargs: passed on to `apply_chat_template`, for example `enable_thinking=False`.
+            **chat_kwargs: arguments of `apply_chat_template`, for example `enable_thinking=False`.
 
         Returns:
             A template whose answer ends with the chat's end of turn.
 
         Raises:
-            ValueError: no chat template, one that refuses these messages, or one that does not
-                keep both slots exactly once.
+            ValueError: no chat template, one that rejects these messages, or one that does not keep
+                both slots exactly once.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -165,24 +165,24 @@ class Template:
         return cls(
             context=context,
             passage=passage,
-            # Llama 2 writes a space between its prompt and the reply: the answer owns it.
+            # Llama 2 has a space between prompt and reply, which belongs to the answer's piece.
             answer=f"{gap if gap.isspace() else ''}{{answer}}",
             answer_end=max(ends, key=len) if ends else None,
             add_special_tokens=False,
         )
 
     def render_passage(self, passage: Passage) -> str:
-        """The text of a passage's piece: title and text joined, or the text where no title is."""
+        """Return the text of a passage's piece: title and text, or the text if it has no title."""
         text = passage.text.strip()
         title = passage.title.strip()
         if not title:
             return text
-        # Title first, by position: a text that contains "{title}" stays as it is.
+        # The title is filled in around the text, so a text that contains "{title}" stays as it is.
         before, _, after = self.passage.partition("{text}")
         return before.replace("{title}", title) + text + after.replace("{title}", title)
 
     def render(self, passage: str, question: str) -> str:
-        """The whole input as one text, for people; training lays pieces end to end instead."""
+        """Return the generator's input as one text, for display."""
         values = {"passage": passage, "question": question}
         literals, slots = _split(self.context)
         parts = [literals[0]]
@@ -191,12 +191,12 @@ class Template:
         return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The template as a JSON-able dict; `from_dict` reads it back."""
+        """Return the template as a JSON-serialisable dict, for `from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Template:
-        """Reads back what `to_dict` wrote.
+        """Make a template from the dict of `to_dict`.
 
         Raises:
             ValueError: an unknown key, no `context`, or a value of another type.
@@ -205,7 +205,7 @@ class Template:
         return cls(**config)
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> BoundTemplate:
-        """Tokenises the literal pieces for one tokenizer.
+        """Tokenise the literal pieces for one tokenizer.
 
         Args:
             tokenizer: the generator's tokenizer.
@@ -217,18 +217,18 @@ class Template:
         return BoundTemplate(self, tokenizer, kind)
 
     def passage_piece(self, tokenizer: PreTrainedTokenizerBase) -> Piece:
-        """The encoder of this template's passage slot alone (what a PassageStore needs)."""
+        """Return the encoder of the passage slot, which a PassageStore is built with."""
         return _join_slot(self, tokenizer, "passage")[0]
 
 
 class Piece:
-    """Encodes the values of one slot to ids that join on to what stands before the slot.
+    """Encode the values of one slot to ids that continue the text before the slot.
 
     Args:
         tokenizer: the generator's tokenizer.
-        anchor: a character to encode each value behind, its ids dropped again; empty: none.
-        lead: what is put before each value (the slot's own spaces).
-        tail: what is put after each value.
+        anchor: a character before each value while it is encoded; its ids are dropped. "": none.
+        lead: text before each value (the spaces of the slot).
+        tail: text after each value.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Piece:
         self.anchor, self.lead, self.tail = anchor, lead, tail
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes values; special tokens spelled in them stay text.
+        """Encode values; special tokens spelled in them stay text.
 
         Args:
             texts: the values of the slot.
@@ -267,10 +267,11 @@ class Piece:
 def _join(
     tokenizer: PreTrainedTokenizerBase, before: str, *, first: bool, lead: str, tail: str = ""
 ) -> tuple[Piece, list[int]]:
-    """The encoder of a slot and the ids of the literal before it, which together equal the whole.
+    """Return the encoder of a slot and the ids of the literal before it.
 
-    Each anchor is tried on the probes: the joint encoding must end with the probe's piece, and what
-    is left of it is the literal, the same for every probe.
+    The anchor is chosen so that literal and piece together equal the encoding of the whole text: it
+    must end with the piece of each probe, and the ids before that piece, the literal, must be the
+    same for every probe. If no anchor achieves this, the one that suits most probes is taken.
     """
     opening = before if first else _ANCHOR + before
     joint = [encode_markup(tokenizer, opening + lead + probe + tail) for probe in _JOIN_PROBES]
@@ -297,14 +298,15 @@ class BoundTemplate:
     A context is `literals[0] slots[0] literals[1] slots[1] literals[2]`.
 
     Attributes:
-        template: the template it was made from.
+        template: the template.
         kind: `"seq2seq"` or `"causal"`.
         slots: the two slot names in order, `("question", "passage")` or the reverse.
-        literals: three tuples of ids around them. The first opens with BOS or the encoder's own
-            special tokens (never twice), the last closes with the encoder's.
-        bos_id: the id that opens the context, or `None`.
+        literals: three tuples of ids. The first begins with the special tokens that the tokenizer
+            puts before a sequence, unless the template contains them; for seq2seq, the last ends
+            with those that it puts after a sequence.
+        bos_id: the id with which the context begins if it is the tokenizer's BOS, else `None`.
         eos_id: the id that ends an answer.
-        pad_id: the tokenizer's pad id, or `eos_id` where it has none. Masks come from lengths.
+        pad_id: the tokenizer's pad id, or `eos_id` if it has none.
     """
 
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> None:
@@ -318,7 +320,7 @@ class BoundTemplate:
         self._tokenizer = tokenizer
         self._wrap = template.answer.partition("{answer}")[::2]
         if kind == "causal":
-            # The answer follows the last literal and owns its trailing spaces.
+            # The spaces at the end of the last literal belong to the answer's piece.
             last = texts[-1].rstrip(" ")
             lead = texts[-1][len(last) :] + self._wrap[0]
             self._answer_piece, literal = _join(
@@ -350,17 +352,17 @@ class BoundTemplate:
 
     @property
     def n_literal_tokens(self) -> int:
-        """Number of ids that are neither passage nor question."""
+        """Number of ids of the template itself, without passage and question."""
         return sum(len(ids) for ids in self.literals)
 
     def window(self, max_context: int) -> int:
-        """Room that a window leaves for question and passage together.
+        """Return how many tokens remain for question and passage together.
 
         Args:
-            max_context: length of the generator's input, in tokens.
+            max_context: length limit of the generator's input, in tokens.
 
         Raises:
-            ValueError: the template alone fills the window.
+            ValueError: the template alone reaches the limit.
         """
         room = max_context - self.n_literal_tokens
         if room < 1:
@@ -371,19 +373,19 @@ class BoundTemplate:
         return room
 
     def passage_pieces(self, rendered: Sequence[str]) -> list[list[int]]:
-        """Return the ids of the pieces of rendered passages, no special tokens."""
+        """Return the ids of the pieces of rendered passages, without special tokens."""
         return self._pieces["passage"](rendered)
 
     def passage_ids(self, passage: Passage) -> list[int]:
-        """Ids of one passage's piece, no special tokens."""
+        """Return the ids of a passage's piece, without special tokens."""
         return self.passage_pieces([self.template.render_passage(passage)])[0]
 
     def question_ids(self, text: str) -> list[int]:
-        """Ids of one question's piece, no special tokens."""
+        """Return the ids of a question's piece, without special tokens."""
         return self._pieces["question"]([text.strip()])[0]
 
     def answer_ids(self, text: str) -> list[int]:
-        """Ids of one answer with its end: EOS (causal) or the tokenizer's own target tokens."""
+        """Return the ids of an answer with its end: EOS (causal) or the target's special tokens."""
         if self.kind == "causal":
             content = self._answer_piece([text.strip()])[0]
         else:
@@ -393,11 +395,11 @@ class BoundTemplate:
 
 
 def stream_fingerprint(tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> str:
-    """Name how a stream of a PassageStore is tokenised; see `PassageStore.fingerprint`.
+    """Return a digest of a stream's tokenizer and template; see `PassageStore.fingerprint`.
 
     Args:
         tokenizer: the stream's tokenizer.
-        template: the template of a generator stream; only what touches its passage slot counts.
+        template: the template of a generator stream; only the parts that affect passages count.
 
     Returns:
         32 hexadecimal digits.
@@ -416,7 +418,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _split(context: str) -> tuple[list[str], tuple[str, str]]:
-    """Splits a context at its slots: three literals and the slots' order."""
+    """Split a context at its slots; return the three literals and the slots in order."""
     first, second = sorted(_SLOTS, key=lambda slot: context.index("{" + slot + "}"))
     head, _, rest = context.partition("{" + first + "}")
     middle, _, end = rest.partition("{" + second + "}")
@@ -433,7 +435,7 @@ def _join_slot(
 
 
 def _literal_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a literal that follows a slot: as they stand behind other text, not at its start."""
+    """Return the ids of a literal that follows other text."""
     anchor_ids = encode_markup(tokenizer, _ANCHOR)
     joint = encode_markup(tokenizer, _ANCHOR + text)
     if joint[: len(anchor_ids)] == anchor_ids:

@@ -1,9 +1,9 @@
-"""How text becomes token ids.
+"""Conversion of text to token ids.
 
-Two facts decide everything here. Text that comes from a corpus or a user may spell a special token
-(`</s>`, `<|im_start|>`); it must stay text, so it is encoded with `split_special_tokens=True`.
-And what a tokenizer puts *around* a sequence (`<s> … </s>`, `[CLS] … [SEP]`, `… </s>`) is measured
-once per tokenizer instead of being assumed, so that any Hugging Face tokenizer works.
+Text from a corpus or a user may spell a special token (`</s>`, `<|im_start|>`). It must stay text,
+so it is encoded with `split_special_tokens=True`. The special tokens that a tokenizer puts around a
+sequence (`<s> … </s>`, `[CLS] … [SEP]`, `… </s>`) are measured once per tokenizer, so any Hugging
+Face tokenizer works.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
-# transformers says "no limit" with 1e30.
+# A tokenizer without a limit has a model_max_length of 1e30.
 _NO_MAX_LENGTH = 10**9
-# What a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces,
-# newlines, punctuation, a script without spaces. Tokenizers that agree on both agree.
+# Texts that a fingerprint encodes besides the vocabulary: case, accents, digits, runs of spaces,
+# newlines, punctuation, a script without spaces.
 _FINGERPRINT_TEXTS = (
     "The Quick brown fox, 1234.5!",
     "  two  spaces\n\nand lines\t",
@@ -39,10 +39,10 @@ _FINGERPRINT_TEXTS = (
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, target: bool = False
 ) -> list[list[int]]:
-    """Encodes texts without adding special tokens and without reading any out of the text.
+    """Encode texts as ordinary text: no special tokens are added or recognised.
 
-    `"</s>"` inside a text is four ordinary characters. Where the vocabulary itself holds the string
-    (SentencePiece Unigram: T5 encodes it to its EOS whatever it is told), those ids are dropped.
+    `"</s>"` inside a text is four ordinary characters. If the vocabulary contains the string itself
+    (SentencePiece Unigram: T5 always encodes it as its EOS), its ids are dropped.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -76,7 +76,7 @@ def _bare_ids(
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that only the tokenizer may place; an unknown token that is also EOS is one of them."""
+    """Return the special ids; the unknown token only counts if it is also BOS, EOS or pad."""
     control = set(tokenizer.all_special_ids)
     unknown = tokenizer.unk_token_id
     if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -85,14 +85,14 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encodes a piece of a template, in which special tokens are meant as such.
+    """Encode a piece of a template, in which special tokens are recognised.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         text: trusted text, for example `"<|im_end|>\\n<|im_start|>assistant\\n"`.
 
     Returns:
-        The ids, with no special token added around them.
+        The ids, without special tokens around them.
     """
     if not text:
         return []
@@ -103,7 +103,7 @@ def encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def special_frame(
     tokenizer: PreTrainedTokenizerBase, *, target: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Measures what the tokenizer puts before and after one sequence.
+    """Measure which special tokens a tokenizer puts before and after one sequence.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -128,15 +128,19 @@ def special_frame(
 
 
 def encode_framed(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int | None = None,
+    frame: tuple[list[int], list[int]] | None = None,
 ) -> list[list[int]]:
-    """Encodes texts with the tokenizer's special tokens around them, as an encoder wants them.
+    """Encode texts for an encoder, with the tokenizer's special tokens around them.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         texts: the texts.
-        max_length: cut the *text* so that the whole has at most this many ids; the special tokens
+        max_length: cut the text so that the whole has at most this many ids; the special tokens
             stay.
+        frame: the special tokens, if they have been measured.
 
     Returns:
         One list of ids per text.
@@ -144,22 +148,15 @@ def encode_framed(
     Raises:
         ValueError: `max_length` leaves no room for one token of text.
     """
-    prefix, suffix = special_frame(tokenizer)
-    room = None
-    if max_length is not None:
-        room = max_length - len(prefix) - len(suffix)
-        if room < 1:
-            raise ValueError(
-                f"max_length: expected more than the {len(prefix) + len(suffix)} special tokens of "
-                f"{type(tokenizer).__name__}, got {max_length}"
-            )
-    return [prefix + ids[:room] + suffix for ids in encode_texts(tokenizer, texts)]
+    before, after = frame or frame_within(tokenizer, "max_length", max_length)
+    room = None if max_length is None else max_length - len(before) - len(after)
+    return [[*before, *ids[:room], *after] for ids in encode_texts(tokenizer, texts)]
 
 
 def frame_within(
     tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None
 ) -> tuple[list[int], list[int]]:
-    """Return the special tokens around a text; raise ValueError if they fill a limit."""
+    """Return the special tokens around a text; raise ValueError if they leave no room for text."""
     frame = special_frame(tokenizer)
     n_frame = len(frame[0]) + len(frame[1])
     if limit is not None and limit <= n_frame:
@@ -175,11 +172,11 @@ class QuestionBatch:
     Args:
         tokenizer: the question encoder's tokenizer.
         prefix: text put before each question (`"query: "`).
-        max_question: longest question in tokens, special tokens included; a longer one is cut, its
-            special tokens stay. None: the tokenizer's `model_max_length`, if it states one.
+        max_question: length limit of a question in tokens, with special tokens. The text of a
+            longer question is cut. None: the tokenizer's `model_max_length`, if set.
 
     Raises:
-        ValueError: the special tokens alone fill `max_question`.
+        ValueError: `max_question` leaves no room for one token of text.
     """
 
     def __init__(
@@ -199,13 +196,8 @@ class QuestionBatch:
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, both `[B, S]` int64."""
-        before, after = self._frame
-        room = self.max_question
-        if room is not None:
-            room -= len(before) + len(after)
         texts = [self.prefix + question.question.strip() for question in questions]
-        ids = encode_texts(self.tokenizer, texts)
-        framed = [[*before, *text_ids[:room], *after] for text_ids in ids]
+        framed = encode_framed(self.tokenizer, texts, self.max_question, self._frame)
         input_ids, mask = pad_ids(framed, self._pad)
         return {"input_ids": input_ids, "attention_mask": mask}
 
@@ -218,7 +210,7 @@ def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Te
         pad_id: id of the padding.
 
     Returns:
-        ids `[B, L]` and mask `[B, L]`, both int64; the mask comes from the lengths.
+        ids `[B, L]` and mask `[B, L]`, both int64; the mask is computed from the lengths.
     """
     lengths = torch.tensor([len(ids) for ids in sequences], dtype=torch.int64)
     width = max(1, int(lengths.max()))
@@ -229,9 +221,9 @@ def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Te
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names a tokenizer by what it does: a hash of its vocabulary and of how it encodes probes.
+    """Return a hash of a tokenizer's vocabulary and of its encoding of some texts.
 
-    The serialised form of a tokenizer changes when it is saved and loaded; this does not.
+    Saving and loading a tokenizer may change its serialised form, but not this hash.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -247,7 +239,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """Read a tokenizer from a local folder.
+    """Load a tokenizer from a local folder.
 
     Args:
         folder: the folder.
@@ -256,7 +248,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         The tokenizer, or None if the folder holds none.
 
     Raises:
-        ValueError: the folder holds one that cannot be read.
+        ValueError: the tokenizer in the folder cannot be read.
     """
     from transformers import AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""The index as its users see it: what every kind answers, and how a saved one is opened.
+"""`Index`, the interface that every kind of index implements, and `Hits`, the result of a search.
 
-A kind of index is a subclass of `Index`. How vectors are stored, searched and scored is its own
-business; nothing outside this folder asks for a matrix. Rows are numbered as they are added and
-never shift. A missing hit has row -1 and score -inf.
+A kind of index is a subclass of `Index` and decides how its vectors are stored, searched and
+scored. Code outside this folder never sees a matrix of vectors. Rows are numbered in the order in
+which they are added, and a row keeps its number. A missing hit has row -1 and score -inf.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Hits:
     Attributes:
         scores: `[B, k]` fp32 inner products, best first; -inf where a hit is missing.
         rows: `[B, k]` int64; -1 where a hit is missing.
-        vectors: `[B, k, D]` fp32, read in the same version as the scores; zero where a hit is
-            missing. None unless the search was asked for them.
-        version: the index's version that was searched.
+        vectors: `[B, k, D]` fp32, read from the same version of the index as the scores; zero where
+            a hit is missing. None unless the search was asked for them.
+        version: the version of the index that was searched.
     """
 
     scores: Tensor
@@ -58,16 +58,16 @@ class Index(abc.ABC):
     """Vectors of passages by row, searched by inner product.
 
     A kind has to define `search`, `vectors`, `device` and `__len__`. An index that can change also
-    defines `add`, `update`, `replace` and `remove` and raises `version` with each change; one that
-    can be saved defines `save`, `load` and `checksum` and names its manifest's format, by which
-    `Index.load` finds the kind again:
+    defines `add`, `update`, `replace` and `remove`, and increments `version` with each change. An
+    index that can be saved also defines `save`, `load` and `checksum`, and passes the format of its
+    manifest, from which `Index.load` finds the class of a saved folder:
 
         class MyIndex(Index, format="mine.MyIndex"): ...
 
     Attributes:
         dim: width D of a vector.
-        passages_checksum: checksum of the PassageStore whose rows these are, or None. It is saved
-            with the index, so that passages of another build are told apart from them.
+        passages_checksum: checksum of the PassageStore that has the same rows, or None. It is saved
+            with the index, so that a store from another build is detected.
     """
 
     dim: int
@@ -81,16 +81,16 @@ class Index(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of rows, removed ones included."""
+        """Return the number of rows, including removed ones."""
 
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
-        """Where the vectors are, or where they are searched if their place is no torch device."""
+        """Device of the vectors; if they are not in torch tensors, the device of their search."""
 
     @property
     def version(self) -> int:
-        """Number that rises with each change of the rows."""
+        """Number of changes of the rows so far."""
         return 0
 
     @property
@@ -105,28 +105,29 @@ class Index(abc.ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `fastrag index info` says of this kind alone, as plain values by name."""
+        """Properties that only this kind has, by name, for `fastrag index info`."""
         return {}
 
     @property
     def source(self) -> Path | None:
-        """Folder that holds exactly this content, or None after a change."""
+        """Folder that holds exactly this content, or None if there is none."""
         return None
 
     @abc.abstractmethod
     def search(
         self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, vectors: bool = False
     ) -> Hits:
-        """Find the k rows with the largest inner product; no gradient.
+        """Find the k rows with the largest inner product, without gradients.
 
         Args:
             query_emb: `[B, D]`, floating point.
-            k: how many rows, at least 1. If fewer are live, the rest is missing.
-            exclude: rows not to be returned: `[B, E]` int64 per query (-1: none), or bool `[N]`.
-            vectors: also return the vectors of the hits, as they were when they were searched.
+            k: number of rows, at least 1. If fewer are live, the remaining hits are missing.
+            exclude: rows that must not be returned: `[B, E]` int64, E rows for each query (-1 for
+                no row), or `[N]` bool for all queries.
+            vectors: also return the vectors of the hits, from the version that was searched.
 
         Returns:
-            `Hits` on the query's device. An empty index returns only missing rows.
+            `Hits` on the query's device. All hits of an empty index are missing.
 
         Raises:
             ValueError: shapes or dtypes disagree, `k` below 1, or a NaN or infinity.
@@ -143,7 +144,7 @@ class Index(abc.ABC):
             `[..., D]` fp32 on the rows' device; missing rows are zero.
 
         Raises:
-            ValueError: not whole numbers, or (on the CPU) a row outside the index.
+            ValueError: `rows` is not an integer tensor, or (on the CPU) a row outside the index.
         """
 
     def gather(self, rows: Tensor) -> tuple[Tensor, int]:
@@ -154,17 +155,17 @@ class Index(abc.ABC):
         return self.vectors(rows), self.version
 
     def score(self, query_emb: Tensor, rows: Tensor, tau: float | Tensor = 1.0) -> Tensor:
-        """Score rows against their question, with a gradient to the question.
+        """Score the rows of each question, differentiable in the question.
 
             s[b,k] = q_b . d_bk / tau
 
-        The vectors are copied when this is called. A later change of the index changes neither the
-        scores nor their gradient.
+        The call copies the vectors, so a later change of the index affects neither the scores nor
+        their gradient.
 
         Args:
             query_emb: `[B, D]`, differentiable.
-            rows: `[B, K]` int64; -1 is missing and scores -inf.
-            tau: temperature; a tensor receives a gradient.
+            rows: `[B, K]` int64; -1 is a missing row and scores -inf.
+            tau: temperature; if it is a tensor, it may receive a gradient.
 
         Returns:
             `[B, K]` fp32 (fp64 for fp64 queries).
@@ -184,11 +185,11 @@ class Index(abc.ABC):
         raise self._cannot("update")
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
-        """Swap all vectors at once; the number of rows stays."""
+        """Replace all vectors at once; the number of rows must not change."""
         raise self._cannot("replace")
 
     def remove(self, rows: Tensor) -> None:
-        """Take rows out of every later search; their numbers are not used again."""
+        """Exclude rows from every later search; their numbers are not reused."""
         raise self._cannot("remove")
 
     def to(self, device: torch.device | str) -> Self:
@@ -201,11 +202,11 @@ class Index(abc.ABC):
         return self
 
     def checksum(self) -> str:
-        """Return a name of the content: equal content gives equal digits on any device."""
+        """Return a digest of the content, the same on every device."""
         raise self._cannot("checksum")
 
     def save(self, dir: str | os.PathLike[str]) -> None:
-        """Write the index as a folder, whole or not at all."""
+        """Write the index to a folder; an interrupted save leaves the previous folder in place."""
         raise self._cannot("save")
 
     def save_copy(self, dir: str | os.PathLike[str]) -> None:
@@ -220,19 +221,19 @@ class Index(abc.ABC):
         verify: bool = False,
         device: torch.device | str = "cpu",
     ) -> Index:
-        """Open a saved index of whatever kind it is.
+        """Open a saved index of any registered kind.
 
         Args:
             dir: the folder.
             mmap: map the vectors instead of reading them, if the kind allows it.
             verify: check every byte against the manifest's checksums.
-            device: where it is searched.
+            device: where the index is searched.
 
         Returns:
             An index of the kind that wrote the folder.
 
         Raises:
-            ValueError: the folder holds no index of a kind that is known, or as `load` of the kind.
+            ValueError: the folder holds no index of a registered kind, or as `load` of the kind.
         """
         path = Path(dir)
 
@@ -249,7 +250,7 @@ class Index(abc.ABC):
 
     @staticmethod
     def formats() -> tuple[str, ...]:
-        """Return the formats of the manifests of all kinds."""
+        """Return the manifest formats of all registered kinds."""
         return tuple(Index._kinds)
 
     def _cannot(self, method: str) -> ValueError:

@@ -1,13 +1,14 @@
-"""How vectors are stored: in a floating-point dtype, or as int8 codes with a scale per dimension.
+"""Storage of vectors: in a floating-point dtype, or as int8 codes with a scale per dimension.
 
     int8:  x[d] ~ offset[d] + scale[d] * code[d]
            code = round((x - offset) / scale), clamped to [-127, 127]
 
-offset is the mean of a sample of the corpus and scale the sample's largest distance from it over
-127. A value of the sample is off by at most scale / 2; one further out is clamped, and counted.
+In each dimension, offset is the mean of a sample of the vectors, and scale is the largest distance
+of the sample from it, divided by 127. The error of a value within that distance is at most
+scale / 2; a value further away is clamped and counted.
 
-A row starts at a multiple of 64 bytes, a cache line and the width of a vector register, so that no
-load of the search straddles two lines. What lies between two rows is zero.
+A row starts at a multiple of 64 bytes, which is a cache line and the width of a vector register, so
+that no load of the search straddles two cache lines. The padding between rows is zero.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ MAX_CODE = 127
 
 @dataclass(frozen=True)
 class Codec:
-    """Between float32 vectors and what is stored of them; never changed once made.
+    """Convert between float32 vectors and their stored form.
 
     Args:
         dtype: a key of `DTYPES`.
-        scale: `[D]` float32 for int8, else None; None too while there is nothing to measure.
-        offset: the same.
+        scale: `[D]` float32 for int8 codes; None for other dtypes and in an index without rows.
+        offset: like `scale`.
     """
 
     dtype: str
@@ -49,28 +50,32 @@ class Codec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of what is stored."""
+        """Dtype of the stored numbers."""
         return DTYPES[self.dtype]
 
     @functools.cached_property
     def arguments(self) -> dict[str, Tensor]:
-        """Arguments with which operations read stored vectors: scale and offset, or none."""
+        """Keyword arguments of operations that read stored vectors: scale and offset, if any."""
         if self.scale is None or self.offset is None:
             return {}
         return {"scale": self.scale, "offset": self.offset}
 
     def to(self, device: torch.device | str) -> Codec:
-        """The same on another device."""
+        """Return this codec with its tensors on another device."""
         return Codec(self.dtype, **{name: x.to(device) for name, x in self.arguments.items()})
 
     def encode(self, vectors: Tensor, first_row: int = 0) -> tuple[Tensor, int]:
-        """Stores finite float32 vectors `[n, D]`, of which the first is called `first_row`.
+        """Convert finite float32 vectors to their stored form.
+
+        Args:
+            vectors: `[n, D]` float32.
+            first_row: row number of the first vector, for messages.
 
         Returns:
-            What is stored `[n, D]`, and how many values were clamped.
+            The stored numbers `[n, D]`, and how many values were clamped.
 
         Raises:
-            ValueError: a number is beyond the range of the dtype (the row is named).
+            ValueError: a number is beyond the range of the dtype (the message names the row).
         """
         if self.scale is None or self.offset is None:
             stored = vectors.to(self.torch_dtype)
@@ -95,25 +100,28 @@ class Codec:
             )
 
     def decode(self, stored: Tensor) -> Tensor:
-        """The float32 vectors that `stored` `[..., D]` stands for."""
+        """Return the float32 vectors that stored numbers `[..., D]` represent."""
         if self.scale is None or self.offset is None:
             return stored.float()
-        # In float64 nothing is rounded but the result, as in a fused multiply-add of the search.
+        # In float64 only the result is rounded, as by the fused multiply-add of the search.
         return (self.offset.double() + stored.double() * self.scale.double()).float()
 
 
 def fit_int8(blocks: Iterable[Tensor]) -> Codec:
-    """Finds scale and offset for int8 in one pass over float32 blocks `[n, D]`, n > 0 in all.
+    """Choose scale and offset of int8 codes in one pass over float32 blocks `[n, D]`.
 
-    A dimension that does not vary in them takes the scale of the widest one, so that a value that
-    comes later is not clamped to the only one seen.
+    A dimension in which the vectors do not vary takes the scale of the widest dimension, so that
+    other values can be stored later.
+
+    Raises:
+        ValueError: the blocks have no rows.
     """
     n = 0
     total = low = high = torch.zeros(())
     for block in blocks:
         if len(block) == 0:
             continue
-        smallest, largest = block.amin(dim=0), block.amax(dim=0)  # aminmax takes seven times both
+        smallest, largest = block.amin(dim=0), block.amax(dim=0)  # aminmax takes 7 times as long
         low = torch.minimum(low, smallest) if n else smallest
         high = torch.maximum(high, largest) if n else largest
         total = total.to(block.device) + block.sum(dim=0, dtype=torch.float64)
@@ -126,19 +134,20 @@ def fit_int8(blocks: Iterable[Tensor]) -> Codec:
     if bool(varies.any()):
         widest = scale.max()
     else:
-        widest = 2 * offset.abs().max() / MAX_CODE  # from -x to x wherever the offset lies
+        # All rows are equal. This range reaches from -x to x for the largest |x|.
+        widest = 2 * offset.abs().max() / MAX_CODE
         widest = widest if bool(widest > 0) else torch.ones_like(widest)
     return Codec("int8", scale=torch.where(varies, scale, widest), offset=offset)
 
 
 def pitch_of(dim: int, dtype: str) -> int:
-    """Elements from one row to the next."""
+    """Return the number of elements from one row to the next."""
     step = ROW_ALIGNMENT // DTYPES[dtype].itemsize
     return -(-dim // step) * step
 
 
 def allocate(n: int, dim: int, dtype: str, device: torch.device | str) -> Tensor:
-    """Room for n rows `[n, pitch]`: zero between the rows, unknown in them."""
+    """Allocate n rows `[n, pitch]`. The padding is zero, the rows themselves are uninitialised."""
     room = torch.empty(n, pitch_of(dim, dtype), dtype=DTYPES[dtype], device=device)
     workspace.advise(room)
     room[:, dim:] = 0
@@ -146,20 +155,20 @@ def allocate(n: int, dim: int, dtype: str, device: torch.device | str) -> Tensor
 
 
 def to_numpy(stored: Tensor) -> np.ndarray[Any, Any]:
-    """Stored rows as an array on the CPU; bfloat16, which numpy does not know, as uint16."""
+    """Return stored rows as an array on the CPU; bfloat16, which numpy lacks, becomes uint16."""
     stored = stored.cpu()
     return (stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored).numpy()
 
 
 def put_rows(index_emb: Tensor, rows: Tensor, stored: Tensor) -> None:
-    """index_emb[rows] = stored; rows `[n]`, each once."""
+    """Compute index_emb[rows] = stored for rows `[n]` without repetition."""
     if index_emb.device.type == "cpu":
-        # numpy copies row by row, in a half to a tenth of the time of torch's indexing.
+        # numpy copies whole rows and takes a half to a tenth of the time of torch's indexing.
         to_numpy(index_emb)[rows.numpy()] = to_numpy(stored)
     else:
         index_emb[rows] = stored
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The dtype of the array on disk."""
+    """Return the dtype of the array on disk."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)

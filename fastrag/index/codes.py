@@ -1,8 +1,9 @@
-"""int8 codes beside float32 rows: the answers of the rows, most of which are never read.
+"""Exact search of float32 rows that reads int8 codes of all rows but only few of the rows.
 
-A code and what rounding left of its row bound the score of the row from both sides. Rows whose
-upper bound lies below the k best lower bounds are out; the others are scored from their float32
-numbers, as a search of all rows scores them, so that the answer has the same bits.
+The code of a row and its rounding error give a lower and an upper bound of the row's score. A row
+whose upper bound is below the k-th best lower bound cannot be a hit. The remaining rows are scored
+from their float32 numbers with the operations of a search of all rows, so the results have the same
+bits.
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ from fastrag import functional
 from fastrag.index import codec, inputs
 from fastrag.ops import backends
 
-# What a search through codes does beside reading them grows with k and the logarithm of N, for each
-# query: below so many numbers on a CPU, or rows for each hit of all queries, it takes longer than
-# one of the float32 rows. From some number of queries on both take as long for each one.
+# Besides reading the codes, a search through codes has a cost for each query that grows with k and
+# log N. On a CPU, a search of the float32 rows is faster if the index has fewer numbers than the
+# first limit, or fewer rows for each hit of all queries than the second. The time per query no
+# longer falls beyond the third, so further queries do not count.
 LEAST_NUMBERS = 1 << 23
 LEAST_ROWS_PER_HIT = 64
 MOST_QUERIES = 64
 
 
 def pay(query: Tensor, index_emb: Tensor, k: int) -> bool:
-    """Whether codes of these rows make a search for the k best of them faster."""
+    """Return whether a search for the k best of these rows is faster with codes."""
     n_hits = min(len(query), MOST_QUERIES) * k
     large = index_emb.numel() >= LEAST_NUMBERS and len(index_emb) >= LEAST_ROWS_PER_HIT * n_hits
     return index_emb.is_cuda or large
 
 
 class RowCodes:
-    """Codes of an index's rows, made from all of them; scale and offset stand from then on.
+    """int8 codes of the rows of an index; scale and offset come from all rows and then stay.
 
     Args:
-        index_emb: `[N, D]` float32, N > 0, read in place as long as this object lives.
+        index_emb: `[N, D]` float32, N > 0; kept as a reference, not copied.
     """
 
     def __init__(self, index_emb: Tensor) -> None:
@@ -47,10 +49,10 @@ class RowCodes:
         for rows in torch.arange(n, device=index_emb.device).split(size):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             self._codes[part] = self._codec.encode(index_emb[part])[0]
-        self._coded: Any = None  # a CodedIndex, once one was searched
+        self._coded: Any = None  # the CodedIndex of the C++ backend, made by the first search
 
     def search(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As `functional.mips_topk` of the float32 rows, to the bit."""
+        """Return the results of `functional.mips_topk` on the float32 rows, bit for bit."""
         backend = backends.choose("mips_topk", query.device, torch.float32)
         if backend == "cpp":
             return self._coded_index().search(query, k, exclude)
@@ -67,7 +69,7 @@ class RowCodes:
         return functional.mips_topk(query, self.index_emb, k, exclude=exclude)
 
     def update(self, rows: Tensor) -> None:
-        """Makes the codes of rows `[n]` anew; no search runs meanwhile."""
+        """Recompute the codes of rows `[n]`; no search may run at the same time."""
         self._codes[rows] = self._codec.encode(self.index_emb[rows])[0]
         if self._coded is not None:
             self._coded.update(rows)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PassageEncoder(Protocol):
-    """What `encode_passages` needs of an encoder; `fastrag.nn.TextEncoder` is one."""
+    """Interface of an encoder for `encode_passages`; `fastrag.nn.TextEncoder` has it."""
 
     training: bool
 
@@ -47,11 +47,12 @@ def encode_passages(
         encoder: maps `input_ids`, `attention_mask` `[B, L]` to `[B, D]`.
         store: the passages; stream `"encoder"`.
         batch_size: passages per forward pass.
-        device: where the encoder runs; `None`: where its parameters are, else the CPU.
+        device: device of the encoder's inputs; `None`: the device of its parameters, or the CPU if
+            it has none.
         progress: show a progress bar.
-        rows: encode these rows `[n]` only, in this order; `None`: all.
-        dim: width that the vectors must have; `None`: any.
-        on_batch: called with the number of passages after each batch.
+        rows: encode only these rows `[n]`, in this order; `None`: all rows.
+        dim: required width of the vectors; `None`: any.
+        on_batch: called after each batch with its number of passages.
 
     Returns:
         `[n, D]` fp32 on the CPU, in the order of the rows.
@@ -84,7 +85,7 @@ def encode_passages(
             if out is None:
                 if dim not in (None, vectors.shape[1]):
                     raise ValueError(
-                        f"encoder: expected vectors of width {dim} as the index holds, got "
+                        f"encoder: expected vectors of the index's width {dim}, got width "
                         f"{vectors.shape[1]}"
                     )
                 out = torch.empty(len(rows), vectors.shape[1], dtype=torch.float32)
@@ -105,7 +106,7 @@ def encode_passages(
 def encoder_inputs(
     store: PassageStore, rows: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return `input_ids` and `attention_mask` `[n, L]` int64 of passages, on a device."""
+    """Return `input_ids` and `attention_mask` of passages, both `[n, L]` int64, on a device."""
     ids, lengths = store.gather(rows, "encoder")
     ids, lengths = ids.to(device), lengths.to(device)
     mask = torch.arange(ids.shape[-1], device=device) < lengths[:, None]

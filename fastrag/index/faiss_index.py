@@ -1,8 +1,9 @@
-"""FaissIndex: approximate and compressed search, by faiss, behind the methods of FlatIndex.
+"""FaissIndex: approximate and compressed search by faiss, with the methods of FlatIndex.
 
-faiss is imported when the first index is made. Its wheels carry an OpenMP runtime of their own
-beside torch's; each keeps its own threads, and where both work at once the processors are shared.
-Nothing global is set here: `faiss.omp_set_num_threads` and OMP_NUM_THREADS are the user's.
+faiss is imported when the first index is made. Its wheels contain an OpenMP runtime of their own,
+so faiss and torch have separate threads, which compete for the processors if both work at once.
+This module sets no number of threads: `faiss.omp_set_num_threads` and OMP_NUM_THREADS are left to
+the user.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastrag import manifests
 from fastrag.index import faiss_support as support
 from fastrag.index import inputs
 from fastrag.index.inputs import Vectors
-from fastrag.index.rows import CUT_SHORT, RowIndex
+from fastrag.index.rows import INCONSISTENT, RowIndex
 from fastrag.index.storage import FolderWriter, entry_of, read_folder
 from fastrag.manifests import integer, optional, record, text
 
@@ -40,29 +41,31 @@ _FIELDS = record(
     {"passages": optional(text())},
 )
 _CPU = torch.device("cpu")
-# faiss changes rows in place and undoes nothing.
-_INTERRUPTED = CUT_SHORT.format("the change was interrupted")
+# faiss changes rows in place and cannot undo a change.
+_INTERRUPTED = INCONSISTENT.format("the change was interrupted")
 
 
 class FaissIndex(RowIndex, format=FORMAT):
     """The vectors of N passages in an index of faiss, searched by inner product.
 
-    A factory that learns (IVF, PQ, OPQ …) is trained by `train`, or else on the vectors of the
-    first `add`: an even sample of an array, or the first blocks of an iterable. Rows never shift:
-    `remove` leaves a tombstone. A search runs beside other searches, never beside a change. faiss
-    changes rows in place, so an exception (Ctrl-C) halfway through `add` to rows that are there, or
-    through `update`, leaves an index that only raises a RuntimeError.
+    A factory that needs training (IVF, PQ, OPQ …) is trained by `train`, or else on the vectors of
+    the first `add`: an evenly spaced sample of an array, or the first blocks of an iterable. Rows
+    keep their numbers: `remove` leaves a tombstone. Searches may run at the same time as other
+    searches, but not during a change. faiss changes rows in place, so an exception (Ctrl-C) during
+    an `update`, or during an `add` to an index that has rows, makes the index unusable: each later
+    call raises a RuntimeError.
 
-    `vectors` gives what faiss reconstructs, and so training scores the compressed vectors. A
-    factory whose rows faiss cannot reconstruct, such as an IVF with fast scan, is refused, unless
-    an index behind it keeps the rows: `"IVF4096,PQ64x4fs,RFlat"`.
+    `vectors` returns the vectors as faiss reconstructs them, so training scores the compressed
+    vectors. A factory whose rows faiss cannot reconstruct, such as an IVF with fast scan, is
+    rejected unless a refining index keeps the rows: `"IVF4096,PQ64x4fs,RFlat"`.
 
     Args:
         dim: D, the width of a vector.
-        factory: what faiss is to build, for example `"Flat"`, `"IVF4096,PQ64"`, `"HNSW32"`.
-        parameters: how faiss is to search, for example `"nprobe=32"` or `"efSearch=64"`.
-        device: where to search; a GPU needs a build of faiss for it, and `add`, `update` and
-            `vectors` then still work on the copy that stays in main memory.
+        factory: factory string of the faiss index, for example `"Flat"`, `"IVF4096,PQ64"`,
+            `"HNSW32"`.
+        parameters: search parameters of faiss, for example `"nprobe=32"` or `"efSearch=64"`.
+        device: device of the search. A GPU needs a build of faiss for it; `add`, `update` and
+            `vectors` then still use the copy in main memory.
 
     Raises:
         ValueError: `dim` below 1; a factory or parameters that faiss does not know; a factory whose
@@ -90,14 +93,14 @@ class FaissIndex(RowIndex, format=FORMAT):
         self.factory = factory
         self.parameters = parameters
         self._index = support.make(self.dim, factory, parameters)
-        self._mapped: np.ndarray[Any, Any] | None = None  # where `_index` lies, if it was loaded
+        self._mapped: np.ndarray[Any, Any] | None = None  # memory of a loaded `_index`
         self._device = inputs.named_device(device)
         self._on_gpu: Any = None
         if self._device.type != "cpu":
             support.require_gpu(self._device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, which faiss makes in memory."""
+        """Return the state of a copy: faiss copies the index into memory of its own."""
         return self.__dict__ | {"_mapped": None}
 
     def __repr__(self) -> str:
@@ -108,7 +111,7 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     @property
     def device(self) -> torch.device:
-        """Where it is searched."""
+        """Device on which the index is searched."""
         return self._device
 
     @property
@@ -122,13 +125,13 @@ class FaissIndex(RowIndex, format=FORMAT):
         return bool(self._index.is_trained)
 
     def train(self, vectors: Vectors | Iterable[Vectors]) -> None:
-        """Lets faiss learn what its factory needs, before the first `add`.
+        """Train the index before the first `add`.
 
         Args:
             vectors: a sample `[n, D]` of the passages; all of it is used.
 
         Raises:
-            ValueError: rows are there already; as `add`; or too few vectors for the factory.
+            ValueError: the index has rows already; as `add`; or too few vectors for the factory.
         """
         with self._writer.write():
             if self._n:
@@ -140,15 +143,15 @@ class FaissIndex(RowIndex, format=FORMAT):
                 self._take(fresh)
 
     def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
-        """Appends rows; all of them or, on an error, none.
+        """Append rows: all of them or, on an error, none.
 
         Args:
-            vectors: `[n, D]`, in memory or mapped from a file, or an iterable of such blocks. All
-                are checked before the first is added to rows that are there, so the blocks of a
-                generator are then held in memory.
+            vectors: `[n, D]`, in memory or mapped from a file, or an iterable of such blocks. If
+                the index has rows already, all blocks are checked before the first is added, and
+                the blocks of a generator are held in memory.
 
         Returns:
-            The new rows' numbers.
+            The numbers of the new rows.
 
         Raises:
             ValueError: another width, not floating point, a NaN or infinity (the row is named), or
@@ -169,20 +172,20 @@ class FaissIndex(RowIndex, format=FORMAT):
             changeable = self._changeable()
             with self._lock.write():
                 self._take(changeable)
-                self._lock.torn = _INTERRUPTED
+                self._lock.broken = _INTERRUPTED
                 n = _append(self._index, self._checked_blocks(vectors))
                 if n:
                     self._changed()
                     self._append_live(n)
                     self._copy_to_device()
-                self._lock.torn = None
+                self._lock.broken = None
         return range(start, start + n)
 
     def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
-        """Overwrites rows in place, in what faiss has learned so far.
+        """Overwrite rows in place; centroids and codebooks of faiss are not trained again.
 
         Args:
-            rows: `[n]` whole numbers, each once; removed rows stay removed.
+            rows: `[n]` integers without repetition; removed rows stay removed.
             vectors: `[n, D]`.
 
         Raises:
@@ -198,26 +201,26 @@ class FaissIndex(RowIndex, format=FORMAT):
             changeable = self._changeable()
             with self._lock.write():
                 self._take(changeable)
-                self._lock.torn = _INTERRUPTED
+                self._lock.broken = _INTERRUPTED
                 self._changed()
                 support.overwrite(self._index, rows.numpy(), checked.numpy())
                 self._copy_to_device()
-                self._lock.torn = None
+                self._lock.broken = None
 
     def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
-        """Takes rows out of every later search; their numbers are not used again.
+        """Exclude rows from every later search; their numbers are not reused.
 
         Args:
-            rows: `[n]` whole numbers, each once; removing a removed row changes nothing.
+            rows: `[n]` integers without repetition. A row may have been removed before.
 
         Raises:
-            ValueError: unknown or repeated rows, or a factory whose search cannot leave rows out.
+            ValueError: unknown or repeated rows, or a factory whose search cannot exclude rows.
         """
-        support.leaving_out(self._index, np.zeros(self._n, dtype=bool), self.factory)
+        support.excluding(self._index, np.zeros(self._n, dtype=bool), self.factory)
         super().remove(rows)
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
-        """Builds the index anew, training included, and swaps it in; tombstones are kept.
+        """Train and build a new index and replace the current one by it; tombstones are kept.
 
         Args:
             vectors: `[N, D]`, or blocks that add up to N rows.
@@ -232,13 +235,13 @@ class FaissIndex(RowIndex, format=FORMAT):
             self._swap(fresh, 0)
 
     def to(self, device: torch.device | str) -> Self:
-        """Searches on another device from now on; returns the index itself.
+        """Search on another device from now on; return the index itself.
 
         Args:
             device: cpu, or cuda with a build of faiss for it.
 
         Raises:
-            ValueError: this faiss cannot use it.
+            ValueError: this build of faiss cannot use the device.
         """
         device = inputs.named_device(device)
         if device.type != "cpu":
@@ -249,7 +252,7 @@ class FaissIndex(RowIndex, format=FORMAT):
         return self
 
     def checksum(self) -> str:
-        """Names the content: what faiss stores, factory, width and tombstones.
+        """Return a digest of the content: the bytes of faiss, factory, width and tombstones.
 
         Returns:
             32 hexadecimal digits.
@@ -262,13 +265,13 @@ class FaissIndex(RowIndex, format=FORMAT):
             return self._checksum
 
     def save(self, dir: str | os.PathLike[str]) -> None:
-        """Writes the index as a folder, whole or not at all.
+        """Write the index to a folder; an interrupted save leaves the previous folder in place.
 
         Args:
-            dir: the folder; an older FaissIndex in it stays whole until the new one is.
+            dir: the folder: new, empty, or one of an older FaissIndex, which is replaced.
 
         Raises:
-            ValueError: the path is taken by something else, or cannot be written.
+            ValueError: the path holds something else or cannot be written.
         """
         with (
             self._lock.read(),
@@ -298,17 +301,18 @@ class FaissIndex(RowIndex, format=FORMAT):
         verify: bool = False,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Opens a saved index.
+        """Open a saved index.
 
         Args:
             dir: the folder.
-            mmap: map what faiss can read in place (all but fast scan) instead of reading it; the
-                first `add` or `update` reads it.
+            mmap: map the file instead of reading it; the first `add` or `update` then reads it.
+                faiss cannot map the codes of a fast scan and reads them.
             verify: check every byte against the manifest's checksums.
-            device: where to search.
+            device: device of the search.
 
         Raises:
-            ValueError: naming the file, what was expected and what was found.
+            ValueError: a missing, truncated or altered file, or another format; the message names
+                the file.
             ImportError: faiss is not installed.
         """
         manifest, arrays = read_folder(
@@ -360,7 +364,7 @@ class FaissIndex(RowIndex, format=FORMAT):
         return inputs.checked_blocks(vectors, self.dim, _CPU)
 
     def _training(self, index: Any, vectors: Vectors | Iterable[Vectors]) -> Iterable[Tensor]:
-        """Trains an index that needs it on the vectors, and returns the blocks of all of them."""
+        """Train an index on the vectors if it needs training; return all vectors as blocks."""
         blocks = self._checked_blocks(vectors)
         if index.is_trained:
             return blocks
@@ -384,8 +388,8 @@ class FaissIndex(RowIndex, format=FORMAT):
         inputs.check_finite(query, name="query_emb")
         index, parameters, n_more = self._on_gpu or self._index, None, 0
         if exclude is not None and exclude.dtype == torch.bool:
-            index = self._index  # on a GPU faiss leaves nothing out
-            parameters = support.leaving_out(index, exclude.numpy(), self.factory)
+            index = self._index  # faiss cannot exclude rows on a GPU
+            parameters = support.excluding(index, exclude.numpy(), self.factory)
         elif exclude is not None:
             n_more = exclude.shape[1]
         n = min(k + n_more, self._n)
@@ -408,7 +412,7 @@ class FaissIndex(RowIndex, format=FORMAT):
 
 
 def _append(index: Any, blocks: Iterable[Tensor]) -> int:
-    """Adds all rows and returns how many."""
+    """Add all rows and return their number."""
     before = index.ntotal
     for block in blocks:
         index.add(block.numpy())

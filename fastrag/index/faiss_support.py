@@ -1,7 +1,7 @@
-"""The calls into faiss: it is imported here, and its refusals become errors that name the factory.
+"""All calls into faiss, whose errors are turned into messages that name the factory.
 
-faiss tells kinds of index apart by class, and wraps one in another (OPQ before IVF, a refining
-index behind it); the functions below walk down to the one that a question is about.
+faiss has a class for each kind of index, and an index may wrap another one (OPQ before an IVF, or a
+refining index after it). The functions below descend to the index that they are about.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 from fastrag.messages import shown
 
-# What faiss itself asks for is 39 vectors for each list; fewer make it warn.
+# faiss warns if it is trained on fewer than 39 vectors for each list.
 _ROWS_PER_LIST = 40
 _TRAINING_ROWS = 32768
-# Rows in a block of a fast scan, where faiss finds them again.
+# The only size of the blocks of a fast scan from which faiss reconstructs rows.
 _BLOCK_OF_FAST_SCAN = 32
 
 
 def load() -> Any:
-    """Imports faiss.
+    """Import faiss.
 
     Raises:
-        ImportError: it is not installed; the message says how to.
+        ImportError: faiss is not installed; the message says how to install it.
     """
     try:
         import faiss
@@ -38,8 +38,8 @@ def load() -> Any:
 
 
 @contextlib.contextmanager
-def refusals(expected: str) -> Iterator[None]:
-    """Turns a RuntimeError of faiss into a ValueError that says what was expected."""
+def faiss_errors(expected: str) -> Iterator[None]:
+    """Turn a RuntimeError of faiss into a ValueError that says what was expected."""
     try:
         yield
     except RuntimeError as error:
@@ -50,36 +50,37 @@ def refusals(expected: str) -> Iterator[None]:
 
 
 def make(dim: int, factory: str, parameters: str | None) -> Any:
-    """An empty index for inner products.
+    """Make an empty index that searches by inner product.
 
     Raises:
-        ValueError: faiss does not know the factory or a parameter, or the two do not fit.
+        ValueError: faiss does not know the factory or a parameter, or the two do not fit together.
         ImportError: faiss is not installed.
     """
     faiss = load()
     if not isinstance(factory, str):
         raise ValueError(f"factory: expected a string such as 'IVF4096,PQ64', got {shown(factory)}")
-    with refusals(f"factory: expected one that faiss can build for width {dim}: {shown(factory)}"):
+    with faiss_errors(
+        f"factory: expected one that faiss can build for width {dim}: {shown(factory)}"
+    ):
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if isinstance(index, faiss.IndexIDMap):
         raise ValueError(f"factory: expected rows numbered as they are added, got {shown(factory)}")
     check_kept(index, factory)
-    with refusals(f"factory: expected one that faiss can copy: {shown(factory)}"):
+    with faiss_errors(f"factory: expected one that faiss can copy: {shown(factory)}"):
         clone(index)
     if parameters:
-        with refusals(f"parameters: expected those of {shown(factory)}: {shown(parameters)}"):
+        with faiss_errors(f"parameters: expected those of {shown(factory)}: {shown(parameters)}"):
             faiss.ParameterSpace().set_index_parameters(index, parameters)
     return index
 
 
 def check_kept(index: Any, factory: str) -> None:
-    """Checks that faiss gives back the rows of an index, which it does for most classes.
+    """Check that faiss can reconstruct the rows of an index.
 
-    Reading the rows of the others gives numbers that have nothing to do with them, or ends the
-    process.
+    For some classes, reconstruction returns unrelated numbers or ends the process.
 
     Raises:
-        ValueError: it does not.
+        ValueError: faiss cannot reconstruct the rows.
     """
     faiss = load()
     if isinstance(index, faiss.IndexPreTransform):
@@ -101,32 +102,32 @@ def check_kept(index: Any, factory: str) -> None:
             f"factory: expected one whose rows faiss can save, got {factory!r}, a lattice"
         )
     elif isinstance(index, faiss.IndexIVF):
-        check_kept(faiss.downcast_index(index.quantizer), factory)  # it has the lists' centres
+        check_kept(faiss.downcast_index(index.quantizer), factory)  # holds the lists' centroids
 
 
 def clone(index: Any) -> Any:
-    """A copy that shares nothing."""
+    """Return a copy that shares no memory."""
     return load().clone_index(index)
 
 
 def training_rows(index: Any) -> int:
-    """How many vectors are enough to train on."""
+    """Return a number of vectors that is enough for training."""
     ivf = load().try_extract_index_ivf(index)
     return max(_TRAINING_ROWS, 0 if ivf is None else _ROWS_PER_LIST * ivf.nlist)
 
 
 def train(index: Any, sample: np.ndarray[Any, Any], factory: str) -> None:
-    """Trains an index.
+    """Train an index.
 
     Raises:
         ValueError: too few vectors.
     """
-    with refusals(f"vectors: expected enough of them to train {factory!r}, {len(sample)} came"):
+    with faiss_errors(f"vectors: expected enough of them to train {factory!r}, {len(sample)} came"):
         index.train(np.ascontiguousarray(sample))
 
 
 def enable_lookup(index: Any) -> None:
-    """Lets rows be found by their number, which an inverted file does not know by itself."""
+    """Make rows accessible by their number, for which an inverted file needs a direct map."""
     faiss = load()
     if isinstance(index, faiss.IndexRefine):
         enable_lookup(faiss.downcast_index(index.base_index))
@@ -140,11 +141,11 @@ def enable_lookup(index: Any) -> None:
 def search(
     index: Any, query: np.ndarray[Any, Any], k: int, parameters: Any, factory: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and rows `[B, k]`, best first, equal scores by row; missing ones -inf and -1.
+    """Return scores and rows `[B, k]`, best first; missing hits have score -inf and row -1.
 
-    faiss keeps no order among equal scores.
+    Equal scores are sorted by row, because faiss leaves their order open.
     """
-    with refusals(f"search: expected {factory!r} to search for {k} rows"):
+    with faiss_errors(f"search: expected {factory!r} to search for {k} rows"):
         found = index.search(np.ascontiguousarray(query), k, params=parameters)
     scores, rows = (torch.from_numpy(array) for array in found)
     scores = scores.masked_fill(rows < 0, -torch.inf)
@@ -153,23 +154,23 @@ def search(
     return scores.gather(1, order), rows.gather(1, order)
 
 
-def leaving_out(index: Any, barred: np.ndarray[Any, Any], factory: str) -> Any:
-    """Search parameters by which rows are left out; barred `[N]` bool.
+def excluding(index: Any, exclude: np.ndarray[Any, Any], factory: str) -> Any:
+    """Return search parameters that exclude rows; exclude is `[N]` bool.
 
     Raises:
-        ValueError: faiss cannot leave rows out of a search of this kind.
+        ValueError: faiss cannot exclude rows from a search of this kind.
     """
     faiss = load()
-    bits = np.packbits(~barred, bitorder="little")
-    return _leaving_out(faiss, index, faiss.IDSelectorBitmap(bits), factory)
+    bits = np.packbits(~exclude, bitorder="little")
+    return _excluding(faiss, index, faiss.IDSelectorBitmap(bits), factory)
 
 
-def _leaving_out(faiss: Any, index: Any, selector: Any, factory: str) -> Any:
+def _excluding(faiss: Any, index: Any, selector: Any, factory: str) -> Any:
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _leaving_out(faiss, faiss.downcast_index(index.index), selector, factory)
+        inner = _excluding(faiss, faiss.downcast_index(index.index), selector, factory)
         return faiss.SearchParametersPreTransform(index_params=inner)
     if isinstance(index, faiss.IndexRefine):
-        inner = _leaving_out(faiss, faiss.downcast_index(index.base_index), selector, factory)
+        inner = _excluding(faiss, faiss.downcast_index(index.base_index), selector, factory)
         return faiss.IndexRefineSearchParameters(base_index_params=inner, k_factor=index.k_factor)
     if isinstance(index, faiss.IndexIVFPQ):
         return faiss.IVFPQSearchParameters(
@@ -194,10 +195,10 @@ def _leaving_out(faiss: Any, index: Any, selector: Any, factory: str) -> Any:
 
 
 def check_updatable(index: Any, factory: str) -> None:
-    """Checks that rows can be overwritten.
+    """Check that rows can be overwritten.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: faiss cannot overwrite rows of this kind of index.
     """
     faiss = load()
     if isinstance(index, faiss.IndexPreTransform):
@@ -210,12 +211,12 @@ def check_updatable(index: Any, factory: str) -> None:
     ):
         raise ValueError(
             f"update: expected a factory whose rows can be overwritten (Flat, SQ, PQ, IVF), got "
-            f"{factory!r}; replace builds it anew"
+            f"{factory!r}; `replace` builds the whole index again"
         )
 
 
 def overwrite(index: Any, rows: np.ndarray[Any, Any], vectors: np.ndarray[Any, Any]) -> None:
-    """Overwrites rows of an index that `check_updatable` let pass."""
+    """Overwrite rows of an index that `check_updatable` accepts."""
     faiss = load()
     if isinstance(index, faiss.IndexPreTransform):
         for i in range(index.chain.size()):
@@ -233,26 +234,26 @@ def overwrite(index: Any, rows: np.ndarray[Any, Any], vectors: np.ndarray[Any, A
 
 
 def reconstruct(index: Any, rows: np.ndarray[Any, Any], factory: str) -> np.ndarray[Any, Any]:
-    """The vectors `[n, D]` that rows stand for.
+    """Return the vectors `[n, D]` of rows as faiss reconstructs them.
 
     Raises:
         ValueError: faiss cannot reconstruct them.
     """
-    with refusals(f"vectors: expected a factory whose rows can be reconstructed: {factory!r}"):
+    with faiss_errors(f"vectors: expected a factory whose rows can be reconstructed: {factory!r}"):
         return np.asarray(index.reconstruct_batch(rows))
 
 
 def write(index: Any, sink: Callable[[bytes], object]) -> None:
-    """Hands an index's bytes to a sink, piece by piece."""
+    """Pass the bytes of an index to `sink`, piece by piece."""
     faiss = load()
     faiss.write_index(index, faiss.PyCallbackIOWriter(sink))
 
 
 def read(data: np.ndarray[Any, Any]) -> Any:
-    """The index of what `write` gave, in memory of its own.
+    """Read an index from the bytes that `write` produced, into memory of its own.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the bytes are not an index.
     """
     faiss = load()
     at = 0
@@ -263,32 +264,32 @@ def read(data: np.ndarray[Any, Any]) -> Any:
         at += len(piece)
         return piece
 
-    with _refusals_to_read():
+    with _read_errors():
         return faiss.read_index(faiss.PyCallbackIOReader(take))
 
 
 def read_in_place(data: np.ndarray[Any, Any]) -> Any:
-    """The same, most of it left in `data`, as a rule a mapped file, which has to outlive it.
+    """Read an index that uses the memory of `data`, usually a mapped file, instead of a copy.
 
-    faiss ends the process when such an index is to be changed. What it lays out anew (fast scan) is
-    copied, and all of it by a faiss too old to map.
+    `data` must outlive the index, and the index must not be changed: faiss would end the process.
+    faiss copies the codes of a fast scan, and a version that is too old to map copies everything.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the bytes are not an index.
     """
     faiss = load()
     if not hasattr(faiss, "ZeroCopyIOReader"):
         return read(data)
-    with _refusals_to_read():
+    with _read_errors():
         return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), data.size))
 
 
-def _refusals_to_read() -> contextlib.AbstractContextManager[None]:
-    return refusals("expected an index that this faiss reads")
+def _read_errors() -> contextlib.AbstractContextManager[None]:
+    return faiss_errors("expected an index that this faiss reads")
 
 
 def require_gpu(device: torch.device) -> None:
-    """Checks that this faiss can use a device.
+    """Check that this build of faiss can use a device.
 
     Raises:
         ValueError: it cannot.
@@ -301,6 +302,6 @@ def require_gpu(device: torch.device) -> None:
 
 
 def on_gpu(index: Any, device: torch.device) -> Any:
-    """A copy of an index on a GPU."""
+    """Return a copy of an index on a GPU."""
     faiss = load()
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)

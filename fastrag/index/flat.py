@@ -1,4 +1,4 @@
-"""FlatIndex: the passage vectors, searched exactly."""
+"""FlatIndex: passage vectors in one matrix, searched exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastrag.manifests import integer, one_of, optional, record, sha256, text
 from fastrag.messages import shown
 
 FORMAT = "fastrag.FlatIndex"
-# 1: float32 rows without room between them. 2: any dtype, rows at multiples of 64 bytes.
+# 1: contiguous float32 rows. 2: any dtype, each row starts at a multiple of 64 bytes.
 VERSION = 2
 _FIELDS = record(
     {"dim": integer(1), "dtype": one_of(*codec.DTYPES), "index_version": integer()},
@@ -40,46 +40,46 @@ _FIELDS = record(
         "passages": optional(text()),
     },
 )
-# Of the blocks of an iterable, so many rows are looked at before int8 codes are chosen.
+# Number of rows from which scale and offset of int8 codes are chosen if an iterable is added.
 SAMPLE_ROWS = 16384
 
 
 class FlatIndex(RowIndex, format=FORMAT):
-    """The vectors of N passages and exact maximum inner product search over them.
+    """The vectors of N passages with exact maximum inner product search.
 
         search(q, k) = the k rows i with the largest q · x_i, ties by lowest row
 
-    Row numbers never shift: `remove` leaves a tombstone, and `len` counts it. A search runs beside
-    other searches and sees a changing row old or new, never half of each.
+    Rows keep their numbers: `remove` leaves a tombstone, and `len` counts it. Searches run
+    concurrently, and a search during a change sees either the old or the new version of the index.
 
-    int8 stores `x = offset + scale * code`, a quarter of the memory; the search is exact for those
-    x. Scale and offset, of each dimension, come from the vectors of the first `add` (of an iterable
-    of blocks, its first 16,384 rows) and stand until `replace`: values further out are clamped, and
-    `n_clamped` counts them. `astype` and `replace` measure all rows.
+    int8 stores `x = offset + scale * code` in a quarter of the memory, and the search is exact for
+    these x. Scale and offset of each dimension are chosen from the vectors of the first `add` (from
+    the first 16,384 rows of an iterable of blocks) and stay until `replace`. Later values outside
+    their range are clamped, and `n_clamped` counts them. `astype` and `replace` choose from all
+    rows.
 
-    int8 with `exact="float32"` keeps the float32 rows too, and answers as a float32 index does, to
-    the bit: a search of a large index reads all codes, and only those rows that could be among the
-    best. The codes are made by the first search after an `add` or a `replace`, from all rows, which
-    takes as long as some tens of searches; they are not saved.
+    int8 with `exact="float32"` also keeps the float32 rows and returns the same bits as a float32
+    index: a search of a large index reads all codes, but only the rows that can be among the k
+    best. The first search after an `add` or `replace` computes the codes from all rows, which takes
+    as long as some tens of searches. The codes are not saved.
 
-    Memory: a loaded index is mapped, read-only, and costs no memory of its own until it is changed;
-    the first change (`add`, `update`) copies all vectors into memory. Nothing on disk ever
-    changes but by `save`.
+    Memory: a loaded index is mapped read-only and takes no memory of its own until the first `add`
+    or `update`, which copies all vectors into memory. Only `save` changes files.
 
     Args:
         dim: D, the width of a vector.
-        dtype: how vectors are stored: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
-        device: where they are stored.
-        exact: which vectors a search is exact for: those `"stored"`, or, of an int8 index, the
-            `"float32"` ones that were added.
-        search_device: where they are searched, if not where they are: a GPU, to which each search
-            brings vectors that are stored on the CPU, block by block (of `exact="float32"` the
-            float32 rows). What its kernels cannot do, such as a k above 1024, the CPU does; the
-            answers are the same.
+        dtype: dtype of the stored vectors: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
+        device: device of the stored vectors.
+        exact: the vectors for which a search is exact: `"stored"`, or `"float32"` for the vectors
+            that were added to an int8 index.
+        search_device: device of the search, `None` for `device`. It may be a GPU if `device` is the
+            CPU: each search then copies the vectors to the GPU block by block (the float32 rows
+            with `exact="float32"`). A call that the GPU kernels do not support, such as a k above
+            1024, runs on the CPU with the same results.
 
     Raises:
-        ValueError: `dim` below 1, a dtype that is not supported, another `exact`, a device that
-            torch cannot use, or a `search_device` that is not here or does not go with the device.
+        ValueError: `dim` below 1, an unsupported `dtype` or `exact`, a device that torch cannot
+            use, or a `search_device` that the machine does not have or that does not fit `device`.
 
     Example:
         >>> index = FlatIndex(2)
@@ -107,8 +107,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         if exact != "stored" and (exact, dtype) != ("float32", "int8"):
             raise ValueError(
                 f"exact: expected 'stored', or 'float32' with dtype 'int8', got {shown(exact)} "
-                f"with {dtype!r}; of what can stand beside float32 rows, int8 is smallest and "
-                f"fastest"
+                f"with {dtype!r}; int8 codes are the smallest and fastest addition to float32 rows"
             )
         self.dtype = dtype
         self.exact = exact
@@ -129,54 +128,54 @@ class FlatIndex(RowIndex, format=FORMAT):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the vectors are stored."""
+        """Dtype, bytes per row and number of clamped values, for `fastrag index info`."""
         return {"dtype": self.dtype, "pitch": self.pitch, "clamped": self._n_clamped}
 
     @property
     def n_clamped(self) -> int:
-        """How many values were stored that lay outside the range of the int8 codes."""
+        """Number of values that were clamped because they lay outside the range of int8 codes."""
         return self._n_clamped
 
     @property
     def device(self) -> torch.device:
-        """Where the vectors are."""
+        """Device of the vectors."""
         return self._data.device
 
     @property
     def search_device(self) -> torch.device:
-        """Where they are searched."""
+        """Device on which the vectors are searched."""
         return self.device if self._host_search is None else self._host_search.device
 
     @property
     def index_emb(self) -> Tensor:
-        """What is stored `[N, D]`, tombstones included, as a view: read it, do not write to it."""
+        """View of the stored matrix `[N, D]`, including removed rows; read-only."""
         return self._data[: self._n, : self.dim]
 
     @property
     def scale(self) -> Tensor | None:
-        """What a component of an int8 code counts `[D]` float32; `None` for the other dtypes."""
+        """Scale of int8 codes, `[D]` float32; `None` for other dtypes."""
         return self._codec.scale
 
     @property
     def offset(self) -> Tensor | None:
-        """What is added to every int8 vector `[D]` float32; `None` for the other dtypes."""
+        """Offset of int8 codes, `[D]` float32; `None` for other dtypes."""
         return self._codec.offset
 
     @property
     def pitch(self) -> int:
-        """Bytes from one row to the next: a multiple of 64, but in an old file that is mapped."""
+        """Bytes from one row to the next: a multiple of 64, except in a mapped file of format 1."""
         return self._data.stride(0) * self._data.itemsize
 
     def add(self, vectors: Vectors | Iterable[Vectors]) -> range:
-        """Appends rows; all of them or, on an error, none.
+        """Append rows: all of them or, on an error, none.
 
         Args:
             vectors: `[n, D]`, in memory or mapped from a file (`numpy.load(..., mmap_mode="r")`),
-                or an iterable of such blocks. They are read block by block, and none is kept. Room
-                grows by doubling, from the rows of the first `add` or of its first block.
+                or an iterable of such blocks, which are read one at a time. The capacity grows by
+                doubling, starting at the size of the first `add` or of its first block.
 
         Returns:
-            The new rows' numbers.
+            The numbers of the new rows.
 
         Raises:
             ValueError: another width, not floating point, a NaN or infinity, or a number beyond the
@@ -202,10 +201,10 @@ class FlatIndex(RowIndex, format=FORMAT):
         return range(start, stop)
 
     def update(self, rows: Tensor | np.ndarray[Any, Any], vectors: Vectors) -> None:
-        """Overwrites rows in place. A memory-mapped index is first copied into memory.
+        """Overwrite rows in place. A mapped index is first copied into memory.
 
         Args:
-            rows: `[n]` whole numbers, each once; removed rows stay removed.
+            rows: `[n]` integers without repetition; removed rows stay removed.
             vectors: `[n, D]`; int8 codes keep their scale and offset.
 
         Raises:
@@ -221,7 +220,8 @@ class FlatIndex(RowIndex, format=FORMAT):
                 self._reserve(self._n, keep=self._n)
             with self._lock.write():
                 self._changed()
-                # Codes that an interrupt leaves out of date are made again by the next search.
+                # The codes are put back after the change. If it is interrupted, there are none, and
+                # the next search computes them.
                 row_codes, self._codes = self._codes, None
                 codec.put_rows(self.index_emb, rows, stored)
                 self._n_clamped += n_clamped
@@ -230,11 +230,11 @@ class FlatIndex(RowIndex, format=FORMAT):
                 self._codes = row_codes
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
-        """Swaps all vectors at once (a rebuilt index); tombstones are kept.
+        """Replace all vectors at once, as after encoding all passages; tombstones are kept.
 
         Args:
-            vectors: `[N, D]`, or blocks that add up to N rows. An int8 index reads them twice, so
-                that scale and offset are those of all of them, and takes no generator.
+            vectors: `[N, D]`, or blocks that add up to N rows. An int8 index reads them twice, to
+                choose scale and offset from all of them, and so rejects a generator.
 
         Raises:
             ValueError: another number of rows or width, NaN or infinity; nothing changes.
@@ -262,17 +262,17 @@ class FlatIndex(RowIndex, format=FORMAT):
 
     @torch.no_grad()
     def astype(self, dtype: str, *, exact: str = "stored") -> Self:
-        """Makes an index of the same rows and tombstones in another dtype, block by block.
+        """Return an index of the same rows and tombstones in another dtype.
 
         It is stored and searched on the same devices.
 
         Args:
-            dtype: as for the class; int8 measures all rows first.
-            exact: as for the class. `"float32"` of an index that has no float32 rows any more is
-                exact for those that it stands for.
+            dtype: as for the class; scale and offset of int8 are chosen from all rows.
+            exact: as for the class. If this index does not store float32 rows, `"float32"` means
+                the vectors that it represents.
 
         Raises:
-            ValueError: an unknown dtype, or a number beyond its range (the row is named).
+            ValueError: an unknown dtype, or a number beyond its range (the message names the row).
         """
         made = type(self)(
             self.dim, dtype, self.device, exact=exact, search_device=self.search_device
@@ -299,11 +299,11 @@ class FlatIndex(RowIndex, format=FORMAT):
     def to(
         self, device: torch.device | str, *, search_device: torch.device | str | None = None
     ) -> Self:
-        """Moves the vectors; returns the index itself.
+        """Move the vectors; return the index itself.
 
         Args:
             device: any torch device.
-            search_device: as for the class; None: they are searched where they are then.
+            search_device: as for the class; None: search on `device`.
 
         Raises:
             ValueError: as for the class; nothing changes.
@@ -319,12 +319,13 @@ class FlatIndex(RowIndex, format=FORMAT):
         return self
 
     def checksum(self) -> str:
-        """Names the content: dim, dtype, vectors and tombstones.
+        """Return a digest of the content: dim, dtype, vectors and tombstones.
 
-        Read off the manifest while the index is as it was saved, else computed once.
+        It is taken from the manifest if the index has not changed since it was saved or loaded, and
+        otherwise computed once.
 
         Returns:
-            32 hexadecimal digits; equal content gives equal digits on any device.
+            32 hexadecimal digits, the same for equal content on every device.
         """
         with self._lock.read():
             if self._checksum is None:
@@ -332,13 +333,13 @@ class FlatIndex(RowIndex, format=FORMAT):
             return self._checksum
 
     def save(self, dir: str | os.PathLike[str]) -> None:
-        """Writes the index as a folder, whole or not at all.
+        """Write the index to a folder; an interrupted save leaves the previous folder in place.
 
         Args:
-            dir: the folder; an older FlatIndex in it stays whole until the new one is.
+            dir: the folder: new, empty, or one of an older FlatIndex, which is replaced.
 
         Raises:
-            ValueError: the path is taken by something else, or cannot be written.
+            ValueError: the path holds something else or cannot be written.
         """
         with (
             self._lock.read(),
@@ -382,19 +383,18 @@ class FlatIndex(RowIndex, format=FORMAT):
         *,
         search_device: torch.device | str | None = None,
     ) -> Self:
-        """Opens a saved index, of this or an earlier format version.
+        """Open a saved index, of this or an earlier format version.
 
         Args:
             dir: the folder.
             mmap: map the vectors (CPU only) instead of reading them.
             verify: check every byte against the manifest's checksums.
-            device: where the vectors go.
+            device: device of the vectors.
             search_device: as for the class.
 
         Raises:
-            ValueError: naming the file, what was expected and what was found: missing, truncated or
-                altered file, another format, a newer format version, unreadable path; or as for the
-                class.
+            ValueError: a missing, truncated or altered file, another format, a newer format version
+                or an unreadable path (the message names the file); or as for the class.
         """
         manifest, arrays = read_folder(
             dir, format=FORMAT, version=VERSION, fields=_FIELDS, mmap=mmap, verify=verify
@@ -404,7 +404,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         with manifests.named(dir):
             index = cls(manifest["dim"], manifest["dtype"], exact=manifest.get("exact", "stored"))
         index._load_removed(removed, len(stored), dir)
-        # What torch calls a tensor of two bytes has no bearing on how bfloat16 reads them.
+        # numpy has no bfloat16, so the file holds its bits as uint16; torch reads them as int16.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
         index._data = as_tensor(raw).view(index._codec.torch_dtype)
         index._mapped = mmap
@@ -427,7 +427,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         return inputs.checked_blocks(vectors, self.dim, self.device)
 
     def _encoding(self, vectors: Vectors | Iterable[Vectors]) -> tuple[Codec, Iterable[Tensor]]:
-        """How the rows to be added are stored, and their blocks."""
+        """Return the codec for new rows, and the rows as blocks."""
         blocks = self._checked_blocks(vectors)
         if self._codec.dtype != "int8" or self._n:
             return self._codec, blocks
@@ -456,7 +456,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         )
 
     def _row_codes(self) -> RowCodes:
-        """Made once by whoever comes first; no row changes meanwhile, for searches hold a lock."""
+        """Return the codes; the first caller makes them. The caller holds the read lock."""
         with self._making_codes.write():
             if self._codes is None:
                 self._codes = RowCodes(self.index_emb)
@@ -470,7 +470,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         return iter(self.index_emb.split(n_rows)) if self._n else iter(())
 
     def _reserve(self, n: int, *, keep: int) -> None:
-        """Makes room for n rows in memory of our own and copies the first `keep`."""
+        """Allocate memory for at least n rows if needed and copy the first `keep` rows into it."""
         capacity = self._data.shape[0]
         if n <= capacity and not self._mapped:
             return
@@ -495,17 +495,17 @@ class FlatIndex(RowIndex, format=FORMAT):
 
 
 def _kept_dtype(dtype: str, exact: str) -> str:
-    """Of the vectors that are kept and saved; codes that are made of them are not."""
+    """Return the dtype of the vectors that are kept and saved; int8 codes may be made from them."""
     return "float32" if exact == "float32" else dtype
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    """The memory of stored rows without what lies between them."""
+    """Return the bytes of stored rows without the padding between rows."""
     return codec.to_numpy(block.contiguous()).data.cast("B")
 
 
 def _content_sha256(manifest: dict[str, Any]) -> str:
-    """Return the checksum of the vectors without the padding between rows, as it was saved."""
+    """Return the saved checksum of the vectors without the padding between rows."""
     whole = manifest["files"]["vectors.npy"]["sha256"]
     return str(manifest.get("content_sha256", whole))
 

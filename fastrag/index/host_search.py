@@ -1,8 +1,9 @@
-"""Vectors in host memory, searched on a GPU: they go there block by block, at every search.
+"""Search on a GPU of vectors in host memory, which each search copies to the GPU block by block.
 
-While the GPU searches one block, the next is on its way from page-locked memory, and the host
-copies the one after it there. Memory: two blocks on the host, kept between searches, as locking
-pages takes long; two on the GPU and what the search of one needs, for as long as a search lasts.
+While the GPU searches one block, the next is copied to it from page-locked memory, and the host
+copies the one after that into page-locked memory. Memory: two blocks on the host, kept between
+searches because locking pages takes long; on the GPU, two blocks and the workspace of the search of
+one, only during a search.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from fastrag.ops.mips_topk import unfit_for_triton
 
 BLOCK_BYTES = 256 << 20
 SLOTS = 2
-# Rows on the GPU begin where tensor descriptors can read them.
+# Tensor descriptors can read only rows that start at a multiple of 16 bytes.
 _ROW_ALIGNMENT = 16
 
 
 class HostSearch:
-    """Searches an index in host memory on a GPU; the answer is that of a search on the CPU.
+    """Search an index in host memory on a GPU, with the results of a search on the CPU.
 
-    Searches take turns, for they share the memory that rows pass through. A copy (also through
-    `copy.deepcopy`) has memory of its own.
+    Searches run one after the other, because they share the page-locked memory. A copy (also
+    through `copy.deepcopy`) has memory of its own.
 
     Args:
         device: the GPU.
@@ -41,17 +42,17 @@ class HostSearch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._turn = threading.Lock()
-        self._copies: Copies | None = None  # made by the first search: a copy may never be used
+        self._copies: Copies | None = None  # made by the first search, because it locks memory
 
     @classmethod
     def of(
         cls, search_device: torch.device | str | None, device: torch.device | str
     ) -> HostSearch | None:
-        """What searches vectors on `device` elsewhere; None where they are searched in place.
+        """Return a HostSearch for vectors on `device`; None if they are searched on `device`.
 
         Raises:
-            ValueError: `search_device` is unknown to torch, or neither where the vectors are nor,
-                if these are on the CPU, a GPU of this machine.
+            ValueError: torch does not know `search_device`, or it is neither `device` nor, for
+                vectors on the CPU, a GPU of this machine.
         """
         if search_device is None:
             return None
@@ -78,14 +79,15 @@ class HostSearch:
     def search(
         self, query: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None, **factors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `functional.mips_topk`, which does what the kernels of the GPU cannot.
+        """Return the results of `functional.mips_topk`.
 
-        All of `index_emb` has been read when it returns.
+        A call that the GPU kernels do not support runs on the CPU. `index_emb` has been read
+        completely when this returns.
 
         Args:
             query: `[B, D]` float32, on the GPU.
             index_emb: `[N, D]` on the host, N > 0; may be mapped from a file.
-            k: how many rows.
+            k: number of rows.
             exclude: as for `mips_topk`, on any device.
             factors: scale and offset of int8 codes, on the host.
 
@@ -96,24 +98,24 @@ class HostSearch:
         name = backends.choose("mips_topk", self.device, torch.float32, unfit)
         if name != "triton" or len(query) == 0:
             host = index_emb.device
-            barred = None if exclude is None else exclude.to(host)
-            return functional.mips_topk(query.to(host), index_emb, k, exclude=barred, **factors)
+            exclude = None if exclude is None else exclude.to(host)
+            return functional.mips_topk(query.to(host), index_emb, k, exclude=exclude, **factors)
         from fastrag.ops import triton_mips
 
         moved = {name: x.to(self.device) for name, x in factors.items()}
-        barred = None if exclude is None else exclude.to(self.device)
+        exclude = None if exclude is None else exclude.to(self.device)
         with self._turn, contextlib.closing(self._blocks(index_emb)) as blocks:
-            return triton_mips.search_blocks(query, blocks, k, barred, **moved)
+            return triton_mips.search_blocks(query, blocks, k, exclude, **moved)
 
     def _blocks(self, index_emb: Tensor) -> Generator[tuple[slice, Tensor], None, None]:
-        """Rows of the index on the GPU, each block until the next is asked for."""
+        """Yield blocks of rows on the GPU; a block is valid until the next one is requested."""
         self._copies = copies = self._copies or Copies(self.device)
         n, dim = index_emb.shape
         pitch = math.ceil(dim * index_emb.itemsize / _ROW_ALIGNMENT) * _ROW_ALIGNMENT  # bytes
         parts = workspace.even_slices(n, max(1, BLOCK_BYTES // pitch))
         sizes = [pitch * (part.stop - part.start) for part in parts]
         rooms = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes[:SLOTS]]
-        with copies.beside_the_search():
+        with copies.ordered():
             for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
                 slot = i % SLOTS
                 staging, room = copies.staging(slot, size), rooms[slot][:size]
@@ -124,27 +126,27 @@ class HostSearch:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """The GPU that is current, where none is named."""
+    """Return the device with its number; "cuda" without a number means the current GPU."""
     if device == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def _as_rows(memory: Tensor, pitch: int, like: Tensor) -> Tensor:
-    """Bytes as rows `[n, D]` of the dtype and width of `like`, `pitch` bytes apart."""
+    """View bytes as rows `[n, D]` with the dtype and width of `like`, `pitch` bytes apart."""
     return memory.view(like.dtype).view(-1, pitch // like.itemsize)[:, : like.shape[1]]
 
 
 def page_locked(n_bytes: int) -> Tensor:
-    """Memory from which a GPU copies while the host does something else."""
+    """Allocate host memory from which a GPU can copy asynchronously."""
     return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 class Copies:
-    """Bytes that go from the host to a GPU through two slots, beside what the GPU computes.
+    """Copy blocks of bytes to a GPU through two slots while the GPU searches earlier blocks.
 
-    For each block: `staging`, which the caller fills; `send`; the launches of the caller, which
-    find the block there; `searched`.
+    The caller gets memory from `staging` and fills it, calls `send`, launches the search of the
+    block, and calls `searched`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -155,8 +157,11 @@ class Copies:
         self._staging = [torch.empty(0, dtype=torch.uint8) for _ in range(SLOTS)]
 
     @contextlib.contextmanager
-    def beside_the_search(self) -> Iterator[None]:
-        """No copy into memory that was given back before, and none after it is given back."""
+    def ordered(self) -> Iterator[None]:
+        """Run the copies of a search after all earlier work of the GPU and before all later work.
+
+        Memory of the GPU that the search allocates may have been used, and may be used, by others.
+        """
         self._stream.wait_stream(self._launches())
         try:
             yield
@@ -164,7 +169,7 @@ class Copies:
             self._launches().wait_stream(self._stream)
 
     def staging(self, slot: int, n_bytes: int) -> Tensor:
-        """Page-locked memory, once all that was in it has been sent."""
+        """Return page-locked memory of a slot after its earlier content has been sent."""
         self._sent[slot].synchronize()
         if len(self._staging[slot]) < n_bytes:
             room = 1 << (n_bytes - 1).bit_length()  # an index may grow
@@ -172,7 +177,7 @@ class Copies:
         return self._staging[slot][:n_bytes]
 
     def send(self, slot: int, staging: Tensor, room: Tensor) -> None:
-        """Copies to the GPU, once the block that was there has been searched."""
+        """Copy a slot's memory to the GPU after the earlier block in `room` has been searched."""
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._searched[slot])
             room.copy_(staging, non_blocking=True)
@@ -180,7 +185,7 @@ class Copies:
         self._launches().wait_event(self._sent[slot])
 
     def searched(self, slot: int) -> None:
-        """Whatever reads the block has been launched."""
+        """Record that all kernels that read the slot's block have been launched."""
         self._searched[slot].record(self._launches())
 
     def _launches(self) -> torch.cuda.Stream:

@@ -1,4 +1,4 @@
-"""Checks of what comes into an index, the same for every kind of it."""
+"""Checks of arguments that all kinds of index share."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastrag.messages import shown
 from fastrag.ops import checks
 
 Vectors = Tensor | np.ndarray[Any, Any]
-# What is converted at a time of an array that may lie on the disk.
+# Size of the blocks in which vectors are converted to float32; the array may be mapped from a file.
 BLOCK_BYTES = 1 << 24
 
 
 def check_dim(dim: object) -> int:
-    """Returns D.
+    """Return the width of a vector as an int.
 
     Raises:
-        ValueError: not a whole number of at least 1.
+        ValueError: not an integer of at least 1.
     """
     return _count("dim", dim)
 
 
 def named_device(device: torch.device | str, name: str = "device") -> torch.device:
-    """What torch calls a device, which need not be here.
+    """Return a device by its name in torch. The machine need not have it.
 
     Raises:
         ValueError: torch has no such name.
@@ -40,15 +40,16 @@ def named_device(device: torch.device | str, name: str = "device") -> torch.devi
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """A device that can hold a tensor here.
+    """Return a device that can hold a tensor on this machine.
 
     Raises:
-        ValueError: torch has no such name, or cannot use it; its reason is told.
+        ValueError: torch has no such name or cannot use the device; the message states torch's
+            reason.
     """
     named = named_device(device)
     try:
         torch.empty(0, device=named)
-    except (RuntimeError, AssertionError) as error:  # the latter: a build of torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         why = str(error).partition("\n")[0]
         raise ValueError(f"device: expected one that torch can use, got {named}: {why}") from error
     return named
@@ -57,13 +58,13 @@ def usable_device(device: torch.device | str) -> torch.device:
 def checked_blocks(
     vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device, name: str = "vectors"
 ) -> Iterator[Tensor]:
-    """Yields vectors as float32 blocks `[n, D]` on a device, each of at most `BLOCK_BYTES`.
+    """Yield vectors as float32 blocks `[n, D]` on a device, each of at most `BLOCK_BYTES`.
 
     Args:
         vectors: `[n, D]`, in memory or mapped from a file, or an iterable of such blocks.
         dim: D.
-        device: where the blocks go.
-        name: what messages call them.
+        device: device of the blocks.
+        name: name of the argument in messages.
 
     Raises:
         ValueError: another width, not floating point, a NaN or an infinity (the row is named).
@@ -86,12 +87,13 @@ def checked_blocks(
 
 
 def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> None:
-    """Checks that all numbers of a block `[n, D]` are finite.
+    """Check that all numbers of a block `[n, D]` are finite.
 
     Raises:
         ValueError: naming the first row that is not, counted from `first_row`.
     """
-    # One sum instead of a mask as large as the block: it is finite only if all are, or overflows.
+    # A sum avoids a mask as large as the block. If it is finite, so are all numbers; if it is not,
+    # it may only have overflowed.
     if bool(block.sum().isfinite()):
         return
     finite = block.isfinite().all(dim=1)
@@ -103,12 +105,12 @@ def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> No
 
 
 def whole_length(vectors: object) -> int | None:
-    """Number of rows, where that is known beforehand."""
+    """Return the number of rows, or None if only reading an iterable of blocks would tell it."""
     return len(vectors) if isinstance(vectors, Tensor | np.ndarray) and vectors.ndim else None
 
 
 def reject_one_shot(vectors: object, why: str, name: str = "vectors") -> None:
-    """Refuses what can be walked through only once.
+    """Reject vectors that can be read only once.
 
     Raises:
         ValueError: a generator or another iterator.
@@ -121,7 +123,7 @@ def reject_one_shot(vectors: object, why: str, name: str = "vectors") -> None:
 
 
 def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
-    """Row numbers `[n]` int64 in the index, each once.
+    """Return row numbers as a tensor `[n]` int64, checked against an index of n rows.
 
     Raises:
         ValueError: another shape or dtype, unknown or repeated rows.
@@ -145,13 +147,13 @@ def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
 
 
 def checked_whole(vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device) -> Tensor:
-    """All of `checked_blocks` in one `[n, D]`."""
+    """Return the blocks of `checked_blocks` as one tensor `[n, D]`."""
     blocks = list(checked_blocks(vectors, dim, device))
     return torch.cat(blocks) if blocks else torch.zeros(0, dim, dtype=torch.float32, device=device)
 
 
 def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -> Tensor:
-    """One float32 vector for each row, `[n, D]`.
+    """Return one float32 vector for each row, `[n, D]`.
 
     Raises:
         ValueError: as `checked_blocks`, or another number of vectors than of rows.
@@ -166,10 +168,14 @@ def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -
 
 
 def check_length(n: int, expected: int) -> None:
-    """Checks that a replacement has as many rows as the index, or is at its first row too many.
+    """Check that a replacement has as many rows as the index.
+
+    Args:
+        n: number of rows of the replacement, or of its blocks so far if they are already too many.
+        expected: number of rows of the index.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the numbers differ.
     """
     if n != expected:
         more = " or more" if n > expected else ""
@@ -177,7 +183,7 @@ def check_length(n: int, expected: int) -> None:
 
 
 def check_query(query_emb: Any, dim: int, k: Any) -> int:
-    """Checks a query `[B, D]` and how many hits it asks for, which is returned.
+    """Check a query `[B, D]` and the number of hits; return the number as an int.
 
     Raises:
         ValueError: not floating point, another width, or k below 1.
@@ -191,10 +197,10 @@ def check_query(query_emb: Any, dim: int, k: Any) -> int:
 
 
 def checked_exclude(exclude: Any, n_queries: int, n: int, device: torch.device) -> Tensor:
-    """Rows never to be returned: `[B, E]` int64, or `[N]` bool.
+    """Return excluded rows on a device: `[B, E]` int64, or `[N]` bool.
 
     Raises:
-        ValueError: anything else.
+        ValueError: another shape or dtype.
     """
     checks.check_tensor("exclude", exclude)
     exclude = exclude.to(device)
@@ -211,25 +217,25 @@ def checked_exclude(exclude: Any, n_queries: int, n: int, device: torch.device) 
 
 
 def drop_excluded(scores: Tensor, rows: Tensor, exclude: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Keeps the first k hits whose row is not excluded; `[B, k + E]` to `[B, k]`."""
+    """Keep the first k hits whose row is not excluded; `[B, k + E]` to `[B, k]`."""
     if exclude.shape[1] == 0:
         return scores, rows
-    barred = exclude.sort(dim=1).values
-    at = torch.searchsorted(barred, rows).clamp(max=barred.shape[1] - 1)
-    dropped = barred.gather(1, at) == rows
+    ordered = exclude.sort(dim=1).values
+    at = torch.searchsorted(ordered, rows).clamp(max=ordered.shape[1] - 1)
+    dropped = ordered.gather(1, at) == rows
     order = dropped.to(torch.int8).argsort(dim=1, stable=True)[:, :k]
     scores = scores.masked_fill(dropped, -torch.inf).gather(1, order)
     return scores, rows.masked_fill(dropped, -1).gather(1, order)
 
 
 def missing(n_queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hits of an empty index: scores -inf, rows -1."""
+    """Return the scores and rows of an empty index: -inf and -1."""
     scores = torch.full((n_queries, k), -torch.inf, dtype=torch.float32, device=device)
     return scores, torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
 
 
 def _count(name: str, value: Any) -> int:
-    """A whole number of at least 1, also one of numpy."""
+    """Return an integer of at least 1, of Python or numpy, as an int."""
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -259,7 +265,8 @@ def _check_vectors(vectors: Any, dim: int, name: str) -> None:
 
 def _as_float32(block: Vectors, device: torch.device) -> Tensor:
     if isinstance(block, np.ndarray):
-        # numpy converts any byte order; what does not fit becomes inf, and is refused as such.
+        # numpy converts any byte order. A float64 too large for float32 becomes inf, which
+        # `check_finite` rejects.
         with np.errstate(over="ignore"):
             block = torch.from_numpy(np.array(block, dtype=np.float32))
     return block.detach().to(device, torch.float32)

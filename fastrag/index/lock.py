@@ -1,9 +1,10 @@
-"""A lock that many readers or one writer hold; no signal and no fork leaves it held.
+"""A readers-writer lock that neither a signal nor a fork leaves held.
 
-A signal handler may raise after any call of Python code, so a Python function that has taken a lock
-cannot be sure to hand it on, nor a Python `__exit__` to release it. A hold therefore lasts as long
-as a token lives, which nothing but the stack of the `with` statement refers to; the interpreter
-drops it wherever the block ends, or where the block was never reached. All that runs then is C.
+A signal handler may raise an exception after any call of Python code. A Python function that has
+acquired a lock may therefore never return it, and a Python `__exit__` may never release it. So a
+lock is held as long as a token lives. Only the stack of the `with` statement refers to the token,
+and the interpreter drops it when the block ends, or if the block is never entered. Only C code runs
+at that point.
 """
 
 from __future__ import annotations
@@ -18,51 +19,52 @@ from typing import Any, NamedTuple
 
 class _Hold(NamedTuple):
     exclusive: bool
-    lock: threading.Lock  # released when the token dies; those who wait take it for a moment
+    lock: threading.Lock  # released when the token dies; waiting threads acquire it for a moment
     token: weakref.ref[Any]
 
 
 class ReadWriteLock:
-    """Many readers or one writer, in the order in which they came.
+    """A lock for many readers or one writer, granted in the order of the calls.
 
     Not re-entrant. A copy (also through `copy.deepcopy`) is a new, free lock. After a fork the lock
-    of the child is free: the threads that held it exist in the parent alone.
+    is free in the child, where the threads that held it do not exist.
 
     Args:
-        cut_short: what to say in the child of a fork that came while another thread wrote, where
-            that leaves half a change behind; None if it does no harm.
+        inconsistent: message of the error in a child that was forked while another thread was
+            writing and may have left half a change; None if that does no harm.
 
     Attributes:
-        torn: what is wrong with that which the lock guards, if somebody found out; None: nothing.
+        broken: why the guarded data cannot be used any more, or None. Acquiring the lock then
+            raises a RuntimeError with this message.
     """
 
-    def __init__(self, cut_short: str | None = None) -> None:
-        self._cut_short = cut_short
-        self.torn: str | None = None
+    def __init__(self, inconsistent: str | None = None) -> None:
+        self._inconsistent = inconsistent
+        self.broken: str | None = None
         self._mutex = threading.Lock()
         self._queue: list[_Hold] = []
         _all.add(self)
 
     def read(self) -> AbstractContextManager[object]:
-        """Waits for earlier writers, and returns what holds the lock, for a `with` statement.
+        """Wait for earlier writers and acquire the lock for reading, in a `with` statement.
 
         Raises:
-            RuntimeError: it is torn.
+            RuntimeError: the guarded data is `broken`.
         """
         return self._enter(exclusive=False)
 
     def write(self) -> AbstractContextManager[object]:
-        """Waits for all who came earlier, and returns what holds the lock, for a `with` statement.
+        """Wait for earlier readers and writers and acquire the lock for writing.
 
         Raises:
-            RuntimeError: it is torn.
+            RuntimeError: the guarded data is `broken`.
         """
         return self._enter(exclusive=True)
 
     def _enter(self, *, exclusive: bool) -> AbstractContextManager[object]:
         token, lock = threading.Lock(), threading.Lock()
         lock.acquire()
-        # Called with the reference, as `__exit__` is called with an exception.
+        # The weak reference passes itself as an argument, which `__exit__` ignores.
         release = functools.partial(lock.__exit__, None, None)
         try:
             with self._mutex:
@@ -82,17 +84,17 @@ class ReadWriteLock:
         return [hold for hold in self._queue if hold.token() is not None]
 
     def _check_whole(self) -> None:
-        if self.torn is not None:
-            raise RuntimeError(self.torn)
+        if self.broken is not None:
+            raise RuntimeError(self.broken)
 
     def _free_in_child(self) -> None:
         if any(hold.exclusive for hold in self._alive()[:1]):
-            self.torn = self.torn or self._cut_short
+            self.broken = self.broken or self._inconsistent
         self._mutex, self._queue = threading.Lock(), []
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_whole()
-        return (ReadWriteLock, (self._cut_short,))
+        return (ReadWriteLock, (self._inconsistent,))
 
 
 _all: weakref.WeakSet[ReadWriteLock] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""PassageStore: the corpus as token ids, in both vocabularies, memory-mapped."""
+"""PassageStore: the memory-mapped corpus as token ids in both vocabularies."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ _BATCH = 1024
 
 
 class PassageStore:
-    """Passages tokenised once per vocabulary, and their texts; row i belongs to index row i.
+    """Passages tokenised in both vocabularies, and their texts. Row i is row i of the index.
 
-    Made by `build` and `load`. Stream `"encoder"` holds what the passage encoder reads (special
-    tokens included); stream `"generator"` holds the template's passage piece (no special tokens).
-    On disk both are flat int32 tokens with int64 offsets, and a loaded store maps them.
+    `build` and `load` make a store. Stream `"encoder"` holds the input of the passage encoder, with
+    special tokens; stream `"generator"` holds the passage's piece of the template, without special
+    tokens. On disk both are flat int32 token ids with int64 offsets, which a loaded store maps.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -80,7 +80,7 @@ class PassageStore:
         self, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
     ) -> None:
         self._manifest = {key: manifest[key] for key in ("n", "streams", "template")}
-        # where it came from, which is no part of the content: equal texts have equal checksums
+        # Not part of the content: stores of equal texts have equal checksums.
         self.origin: dict[str, str] = dict(manifest.get("origin", {}))
         self._arrays = dict(arrays)
         files = manifest.get("files", {})
@@ -107,19 +107,20 @@ class PassageStore:
         origin: Mapping[str, str] | None = None,
         progress: bool = False,
     ) -> Self:
-        """Tokenise a corpus, in bounded memory when a folder is given.
+        """Tokenise a corpus; with `dir`, in bounded memory.
 
         Args:
-            passages: any iterable, read once; a list gives the progress bar a total.
+            passages: any iterable, read once. If it has a length, the progress bar shows it.
             processor: tokenizers, template, prefix and length.
-            dir: write the store there, block by block, and map it; `None`: keep it in memory.
-            origin: where the passages came from, by name; kept as `origin`, also by `save`.
+            dir: write the store to this folder block by block and map it; `None`: keep it in
+                memory.
+            origin: description of the origin of the passages, by name; saved as `origin`.
             progress: show a progress bar.
 
         Raises:
-            ValueError: no passages, an empty text, an id twice (both rows named), a length that
-                leaves no room for text, or a folder that cannot be written; nothing is left behind
-                then.
+            ValueError: no passages, an empty text, an id that occurs twice (the message names both
+                rows), a length that leaves no room for text, or a folder that cannot be written.
+                No unfinished folder remains.
         """
         manifest: dict[str, Any] = {
             "template": processor.template.to_dict(),
@@ -137,20 +138,20 @@ class PassageStore:
         return cls.load(dir)
 
     def save(self, dir: str | os.PathLike[str]) -> None:
-        """Writes the store as a folder, whole or not at all.
+        """Write the store to a folder; an interrupted save leaves the previous folder in place.
 
         Args:
-            dir: the folder; an older PassageStore in it stays whole until the new one is.
+            dir: the folder: new, empty, or one of an older PassageStore, which is replaced.
 
         Raises:
-            ValueError: the path is taken by something else, or cannot be written.
+            ValueError: the path holds something else or cannot be written.
         """
         described = {**self._manifest, "origin": self.origin}
         write_folder(dir, self._arrays, {**described, "format": FORMAT, "version": VERSION})
 
     @classmethod
     def load(cls, dir: str | os.PathLike[str], mmap: bool = True, verify: bool = False) -> Self:
-        """Opens a saved store.
+        """Open a saved store.
 
         Args:
             dir: the folder.
@@ -158,7 +159,8 @@ class PassageStore:
             verify: check every byte against the manifest's SHA-256.
 
         Raises:
-            ValueError: naming the file, what was expected and what was found.
+            ValueError: a missing, truncated or altered file, or another format; the message names
+                the file.
         """
         manifest, arrays = read_folder(
             dir, format=FORMAT, version=VERSION, fields=_FIELDS, mmap=mmap, verify=verify
@@ -170,11 +172,11 @@ class PassageStore:
 
     @property
     def device(self) -> torch.device:
-        """Where the token streams are."""
+        """Device of the token streams."""
         return self._tokens["encoder"].device
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the token streams (texts stay on the host); returns the store itself.
+        """Move the token streams (texts stay on the host); return the store itself.
 
         Raises:
             ValueError: a device that torch cannot use; nothing moves.
@@ -187,26 +189,26 @@ class PassageStore:
 
     @property
     def template(self) -> Template:
-        """The template that the generator's stream was built with."""
+        """Template with which the generator's stream was built."""
         return Template.from_dict(self._manifest["template"])
 
     def title(self, row: int) -> str:
-        """The title of a row; may be empty."""
+        """Return the title of a row; it may be empty."""
         return self._titles[row]
 
     def text(self, row: int) -> str:
-        """The text of a row."""
+        """Return the text of a row."""
         return self._bodies[row]
 
     def passage(self, row: int) -> Passage:
-        """Id, title and text of a row."""
+        """Return id, title and text of a row."""
         return Passage(self.ids[row], self.title(row), self.text(row))
 
     def row_of(self, id: str) -> int:
-        """The row of a passage id, found by binary search over the ids' hashes.
+        """Return the row of a passage id, found by binary search over the hashes of the ids.
 
         Raises:
-            ValueError: no such id.
+            ValueError: no passage has this id.
         """
         hashes, rows = self._arrays["id_hashes"], self._arrays["id_rows"]
         wanted = np.uint64(_id_hash(id)[0])
@@ -218,12 +220,12 @@ class PassageStore:
         raise ValueError(f"id: expected the id of one of {len(self)} passages, got {shown(id)}")
 
     def checksum(self) -> str:
-        """Name the content: ids, texts, tokens, and how they were tokenised.
+        """Return a digest of the content: ids, texts, token ids, and how they were tokenised.
 
-        Read off the manifest of a loaded store; computed once for a store in memory.
+        It is taken from the manifest of a loaded store, and computed once for a store in memory.
 
         Returns:
-            32 hexadecimal digits; equal content gives equal digits on any device.
+            32 hexadecimal digits, the same for equal content on every device.
         """
         if not self._sha256:
             self._sha256 = {
@@ -234,19 +236,19 @@ class PassageStore:
         return hashlib.sha256(described.encode("utf-8")).hexdigest()[:32]
 
     def fingerprint(self, stream: Stream) -> str:
-        """Names the tokenizer (and passage template) that a stream was built with."""
+        """Return a digest of the tokenizer (and passage template) of a stream."""
         _check_stream(stream)
         return str(self._manifest["streams"][stream]["fingerprint"])
 
     def check_tokenizer(
         self, stream: Stream, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
     ) -> None:
-        """Refuses a tokenizer or template that would read a stream wrongly.
+        """Reject a tokenizer or template that is not the one of a stream.
 
         Args:
             stream: `"encoder"` or `"generator"`.
-            tokenizer: the one in use now.
-            template: the one in use now, for `"generator"`; `None`: the store's own.
+            tokenizer: the tokenizer to compare.
+            template: the template to compare, for `"generator"`; `None`: the store's own.
 
         Raises:
             ValueError: the stream was built with another tokenizer or passage template.
@@ -263,31 +265,31 @@ class PassageStore:
 
     @property
     def prefix(self) -> str:
-        """The text put before each passage in the encoder's stream."""
+        """Text before each passage in the encoder's stream."""
         return str(self._manifest["streams"]["encoder"]["prefix"])
 
     def max_tokens(self, stream: Stream) -> int:
-        """Tokens of the longest passage of a stream."""
+        """Return the number of tokens of the longest passage of a stream."""
         _check_stream(stream)
         return int(self._manifest["streams"][stream]["longest"])
 
     def lengths(self, stream: Stream) -> torch.Tensor:
-        """Tokens of every passage, `[N]` int64, on the CPU."""
+        """Return the number of tokens of every passage, `[N]` int64, on the CPU."""
         _check_stream(stream)
         return as_tensor(np.diff(self._arrays[f"{stream}_offsets"]))
 
     def gather(
         self, rows: torch.Tensor, stream: Stream, max_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids of passages, right-padded.
+        """Return the token ids of passages, right-padded.
 
-        Memory: one padded batch; nothing else of the store is touched. No wait for a GPU: there
-        the width is the smaller of `max_length` and the store's longest passage, on the CPU the
-        longest passage of this batch.
+        Memory: one padded batch; only its passages are read. On the CPU, the batch is as wide as
+        its longest passage. On a GPU, where reading a length would wait for the device, it is as
+        wide as the smaller of `max_length` and the store's longest passage.
 
         Args:
-            rows: `[...]` int64, any shape; -1 is missing. On a GPU a row outside the store counts
-                as missing, because raising would wait for the device.
+            rows: `[...]` int64, any shape; -1 is missing. On a GPU, a row outside the store counts
+                as missing, because an error would have to wait for the device.
             stream: `"encoder"` or `"generator"`.
             max_length: cut passages at this many tokens.
 
@@ -296,8 +298,8 @@ class PassageStore:
             both on the rows' device.
 
         Raises:
-            ValueError: unknown stream, rows that are not int64, `max_length` below 1, or (on the
-                CPU) a row outside the store or offsets that leave its tokens.
+            ValueError: unknown stream, `rows` is not an integer tensor, `max_length` below 1, or
+                (on the CPU) a row outside the store or offsets outside its tokens.
         """
         _check_stream(stream)
         checks.check_integer("rows", rows)
@@ -305,7 +307,7 @@ class PassageStore:
             raise ValueError(f"max_length: expected at least 1 token or None, got {max_length}")
         tokens, offsets = self._tokens[stream], self._offsets[stream]
         at = rows.to(tokens.device, torch.int64)
-        # torch.compile warns of an extension that it cannot look into
+        # torch.compile warns about a call of an extension, which it cannot trace.
         native = checks.readable(tokens) and not torch.compiler.is_compiling()
         if native and not backends.why_not("cpp"):
             token_ids, lengths = _gather_cpp(tokens, offsets, at, max_length)
@@ -371,7 +373,7 @@ def _check_spans(
 
 
 class _Texts(Sequence[str]):
-    """UTF-8 texts in one blob, decoded one at a time."""
+    """Texts in one array of UTF-8 bytes; each is decoded when it is accessed."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]], name: str) -> None:
         self._bytes, self._offsets = arrays[f"{name}_bytes"], arrays[f"{name}_offsets"]
@@ -400,7 +402,7 @@ class _MemoryArray:
 
 
 class _MemorySink:
-    """Takes what a FolderWriter takes and keeps it."""
+    """Collect arrays in memory with the interface of a FolderWriter."""
 
     def __init__(self) -> None:
         self._streams: dict[str, _MemoryArray] = {}
@@ -414,7 +416,7 @@ class _MemorySink:
 
 
 class _Ragged:
-    """Rows of different length as one flat array and its offsets."""
+    """Write rows of different lengths as one flat array and its offsets."""
 
     def __init__(self, sink: FolderWriter | _MemorySink, flat: str, offsets: str, dtype: Any):
         self._dtype = dtype
@@ -442,7 +444,7 @@ def _write(
     sink: FolderWriter | _MemorySink,
     progress: bool,
 ) -> dict[str, Any]:
-    """Tokenises and writes everything; returns what the manifest learns from it."""
+    """Tokenise and write all passages; return the manifest's `n` and the `longest` passages."""
     from tqdm.auto import tqdm
 
     tokens = {
@@ -518,7 +520,7 @@ def _check_stream(stream: str) -> None:
 def _check_arrays(
     path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]
 ) -> None:
-    """Raise unless the arrays belong together: N + 1 offsets that end where their data end."""
+    """Raise ValueError unless dtypes and lengths agree: N + 1 offsets that end with their data."""
     n = int(manifest["n"])
     pairs: list[tuple[str, str, Any]]
     pairs = [(f"{name}_tokens", f"{name}_offsets", np.int32) for name in STREAMS]

@@ -1,4 +1,4 @@
-"""What every index keeps of its rows: how many, which are removed, which version of them."""
+"""`RowIndex`: an index that keeps its rows in this process, with tombstones, version and lock."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from fastrag.index.lock import ReadWriteLock
 from fastrag.ops import checks
 from fastrag.profiling import stage
 
-CUT_SHORT = "the index was being changed when {}, so its rows are not whole: load or build it again"
+INCONSISTENT = (
+    "the index was being changed when {}, so its rows are not whole: load or build it again"
+)
 
 
 class RowIndex(Index):
     """Rows with tombstones, read by many threads at once and changed by one writer at a time.
 
-    A kind built on it defines how N > 0 rows are searched (`_topk`) and read back (`_vectors_of`),
-    and the methods that change them.
+    A subclass defines how N > 0 rows are searched (`_topk`) and read (`_vectors_of`), and the
+    methods that change them.
 
-    The child of a fork can use the index as its parent could. If another thread was changing the
-    index at that moment, all methods that need the rows raise a RuntimeError in the child.
+    A forked child process can use the index as well. If another thread was changing the index at
+    the time of the fork, all methods that need the rows raise a RuntimeError in the child.
 
     Args:
         dim: D, the width of a vector.
-        device: where tombstones are kept.
+        device: device of the tombstones.
 
     Raises:
         ValueError: `dim` below 1, or a device that torch cannot use.
@@ -46,8 +48,8 @@ class RowIndex(Index):
         self._version = 0
         self._source: Path | None = None
         self._checksum: str | None = None
-        self._lock = ReadWriteLock(cut_short=CUT_SHORT.format("this process was forked"))
-        # Writers prepare their rows outside `_lock`, so they also exclude each other.
+        self._lock = ReadWriteLock(inconsistent=INCONSISTENT.format("this process was forked"))
+        # A writer prepares its rows before it takes `_lock`; this lock allows one writer at a time.
         self._writer = ReadWriteLock()
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class RowIndex(Index):
 
     @property
     def search_device(self) -> torch.device:
-        """Where queries go."""
+        """Device on which the index is searched."""
         return self.device
 
     @property
@@ -70,19 +72,19 @@ class RowIndex(Index):
 
     @property
     def version(self) -> int:
-        """Goes up by one with each change of rows; saved and loaded."""
+        """Number of changes of the rows so far; saved and loaded."""
         return self._version
 
     @property
     def source(self) -> Path | None:
-        """The folder that holds exactly this content, or `None` after a change."""
+        """Folder that holds exactly this content, or None if there is none."""
         return self._source
 
     def remove(self, rows: Tensor | np.ndarray[Any, Any]) -> None:
-        """Takes rows out of every later search; their numbers are not used again.
+        """Exclude rows from every later search; their numbers are not reused.
 
         Args:
-            rows: `[n]` whole numbers, each once; removing a removed row changes nothing.
+            rows: `[n]` integers without repetition. A row may have been removed before.
 
         Raises:
             ValueError: unknown or repeated rows.
@@ -131,8 +133,8 @@ class RowIndex(Index):
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the stored vectors of rows; see `Index.vectors`.
 
-        On a GPU a row outside the index gives NaN instead of an error, because raising would wait
-        for the device.
+        On a GPU, the vector of a row outside the index is NaN: an error would have to wait for the
+        device.
         """
         return self.gather(rows)[0]
 
@@ -144,7 +146,7 @@ class RowIndex(Index):
             return self._vectors_at(rows).to(rows.device), self._version
 
     def _vectors_at(self, rows: Tensor) -> Tensor:
-        """Read rows, on the device of the tombstones. The caller holds the lock."""
+        """Read rows on the device of the tombstones. The caller holds the lock."""
         at = rows.to(self._removed.device, torch.int64)
         outside = (at < -1) | (at >= self._n)
         if at.device.type == "cpu" and bool(outside.any()):
@@ -166,14 +168,14 @@ class RowIndex(Index):
 
     @abc.abstractmethod
     def _topk(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Searches N > 0 rows; exclude `[N]` bool or `[B, E]` int64."""
+        """Search N > 0 rows; exclude is `[N]` bool, `[B, E]` int64 or None."""
 
     @abc.abstractmethod
     def _vectors_of(self, rows: Tensor) -> Tensor:
-        """float32 vectors `[..., D]` of rows of the index, of which there are some."""
+        """Return the float32 vectors `[..., D]` of rows 0 to N - 1; N > 0."""
 
     def _changed(self) -> None:
-        """Comes before the change, so that one that is interrupted leaves no checksum behind."""
+        """Invalidate the checksum. Call it before a change, which may be interrupted."""
         self._version += 1
         self._source = self._checksum = None
 
@@ -182,17 +184,17 @@ class RowIndex(Index):
         self._removed, self._n_removed = removed, n_removed
 
     def _append_live(self, n: int) -> None:
-        """Counts n more rows."""
-        # No signal is handled inside an assignment of values that are there.
+        """Count n more rows, none of them removed."""
+        # One assignment of values that are ready: a signal handler cannot raise in its middle.
         self._removed, self._n = self._removed_and(n), self._n + n
 
     def _removed_and(self, n: int) -> Tensor:
-        """The tombstones, with n live rows behind them."""
+        """Return the tombstones followed by those of n live rows."""
         new = torch.zeros(n, dtype=torch.bool, device=self._removed.device)
         return torch.cat([self._removed, new])
 
     def _load_removed(self, rows: np.ndarray[Any, Any], n: int, dir: object) -> None:
-        """Takes up n rows and the tombstones of a saved index."""
+        """Set the number of rows and the tombstones to those of a saved index."""
         if rows.dtype != np.int64 or rows.ndim != 1:
             raise ValueError(
                 f"{dir}: removed.npy: expected int64 [n], got {rows.dtype} {list(rows.shape)}"

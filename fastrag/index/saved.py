@@ -1,4 +1,4 @@
-"""Saved indexes of any kind: described, and measured against an exact search."""
+"""Description of a saved index of any kind, and its recall against an exact search."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from fastrag.index.flat import FlatIndex
 from fastrag.index.passages import PassageStore
 from fastrag.index.storage import read_manifest
 
-# What PassageStore.origin may say of both; older folders have nothing.
+# Keys of PassageStore.origin, which describes the store and its index; older folders have none.
 ORIGIN = ("encoder", "corpus", "built")
 
-# Queries searched together: each of them asks for its own rows to be left out.
+# Number of queries in one search.
 _BATCH = 64
 
 
 def describe(index: Index, passages: PassageStore | None = None) -> dict[str, Any]:
-    """Says where an index that was just opened came from, what it holds, and how.
+    """Describe the origin, content and storage of an index that was opened and not changed.
 
     Args:
         index: the index.
-        passages: its passages, which know where both came from.
+        passages: its passages, whose `origin` states the origin of both.
 
     Returns:
         Plain values by name; sizes in bytes.
+
+    Raises:
+        ValueError: the index was changed or never saved.
     """
     if index.source is None:
         raise ValueError("index: expected one as it was opened, got one that was changed")
@@ -55,7 +58,7 @@ def describe(index: Index, passages: PassageStore | None = None) -> dict[str, An
 
 
 def exact_of(index: Index) -> FlatIndex:
-    """An exact float32 index of what an index says its vectors are."""
+    """Return an exact float32 index of the vectors that an index returns for its rows."""
     exact = FlatIndex(index.dim)
     n_rows = max(1, inputs.BLOCK_BYTES // (4 * index.dim))
     exact.add(index.vectors(rows) for rows in torch.arange(len(index)).split(n_rows))
@@ -70,20 +73,20 @@ def recall(
     n_queries: int = 1000,
     seed: int = 0,
 ) -> float:
-    """Measures which share of the exact k nearest rows a search finds.
+    """Measure the share of the exact k nearest rows that a search finds.
 
-    The queries are vectors of `exact`, drawn at random; the row that a query comes from counts for
-    neither search, as any index finds a vector that it holds.
+    The queries are random vectors of `exact`. The row of a query is excluded from its results,
+    because every index finds a vector that it holds.
 
     Args:
-        index: what is measured.
-        exact: vectors of the same rows, searched exactly.
+        index: the index to measure.
+        exact: an exact index of the same rows.
         k: hits per query.
-        n_queries: number of queries; fewer where there are fewer rows.
-        seed: of the draw.
+        n_queries: number of queries, at most one for each row.
+        seed: seed of the random choice.
 
     Returns:
-        Between 0 and 1.
+        A number between 0 and 1.
 
     Raises:
         ValueError: the two differ in rows or width, or there are not k rows besides the query's.
@@ -93,8 +96,8 @@ def recall(
             f"exact: expected {len(index)} vectors of width {index.dim}, got {len(exact)} of width "
             f"{exact.dim}"
         )
-    gone = index.removed.cpu() | exact.removed.cpu()
-    live = (~gone).nonzero().flatten()
+    removed = index.removed.cpu() | exact.removed.cpu()
+    live = (~removed).nonzero().flatten()
     if not 1 <= k < len(live):
         raise ValueError(f"k: expected 1 to {len(live) - 1} for {len(live)} live rows, got {k}")
     drawn = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
@@ -103,8 +106,7 @@ def recall(
         query = exact.vectors(rows)
         hits = []
         for each in (index, exact):
-            barred = gone if bool(gone.any()) else None
-            wide = each.search(query, k + 1, exclude=barred)
+            wide = each.search(query, k + 1, exclude=removed if bool(removed.any()) else None)
             hits.append(inputs.drop_excluded(wide.scores, wide.rows, rows[:, None], k)[1])
         same = (hits[0][:, :, None] == hits[1][:, None, :]) & (hits[1][:, None, :] >= 0)
         n_found += int(same.any(dim=1).sum())

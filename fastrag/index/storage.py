@@ -1,12 +1,12 @@
-"""Folders of arrays on disk: written whole or not at all, checked when read, no pickle.
+"""Folders of arrays on disk: written atomically, checked when read, no pickle.
 
 A folder holds one `.npy` file per array and `manifest.json`: format name, format version, and for
-each file its dtype, shape, size, the SHA-256 of its data, and the CRC-32 of each 16 MiB of them,
-which says where a damaged file is damaged. The manifest carries its own SHA-256.
+each file its dtype, shape, size, the SHA-256 of its data, and the CRC-32 of each block of 16 MiB,
+which locates damage in a file. The manifest contains its own SHA-256.
 
-How a folder comes to be whole, whenever the process is killed, is in `fastrag/folders.py`;
-`read_folder` takes back a folder that was left aside, and reads the old one or the new one where it
-is replaced meanwhile.
+`fastrag/folders.py` describes how a folder stays whole if the process is killed. `read_folder`
+restores a folder that an interrupted replacement set aside. If a folder is replaced during the
+read, the old or the new one is read as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastrag.manifests import integer, items, record, sha256, table, text
 from fastrag.messages import shown
 
 MANIFEST = "manifest.json"
-# Headers are padded to one size, so that a streamed array's shape can be written last.
+# Headers have a fixed size, so that the shape of a streamed array can be written last.
 _HEADER_BYTES = 128
 _BLOCK_BYTES = 1 << 24
 _DTYPES = [np.dtype(kind) for kind in "?bBhHiIqQefd"]
@@ -42,14 +42,14 @@ _FILE = record(
         "bytes": integer(_HEADER_BYTES),
         "sha256": sha256(),
     },
-    # older folders have no checksums of blocks
+    # older folders have no CRC-32
     {"block_bytes": integer(1), "crc32": items(text("[0-9a-f]{8}", "8 hexadecimal digits"))},
 )
 _FILES = table(_FILE, text(r"[\w-]+\.npy", "the name of a .npy file"))
 
 
 def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
-    """The canonical `.npy` (version 1.0) header of a C-ordered array, 128 bytes long."""
+    """Return the canonical `.npy` (version 1.0) header of a C-ordered array, 128 bytes long."""
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     text = repr({**described, "shape": tuple(int(n) for n in shape)}).encode("ascii")
     n_text = _HEADER_BYTES - 10
@@ -59,7 +59,7 @@ def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
 
 
 class _Digests:
-    """SHA-256 of all bytes fed, and CRC-32 of each block of them; found in one pass."""
+    """Compute the SHA-256 of a stream of bytes and the CRC-32 of each block in one pass."""
 
     def __init__(self, block_bytes: int) -> None:
         self._sha = hashlib.sha256()
@@ -79,7 +79,7 @@ class _Digests:
                 self._end_block()
 
     def sha256(self) -> str:
-        """Ends the last block."""
+        """Return the SHA-256 of all bytes and add the CRC-32 of the last block to `blocks`."""
         if self._room < self._block_bytes:
             self._end_block()
         return self._sha.hexdigest()
@@ -90,7 +90,7 @@ class _Digests:
 
 
 class ArrayStream:
-    """Appends blocks to one `.npy` file, so that an array need never be whole in memory.
+    """Append blocks of rows to one `.npy` file; the whole array is never in memory.
 
     Args:
         path: the file.
@@ -106,7 +106,7 @@ class ArrayStream:
         self.n_rows = 0
 
     def append(self, block: np.ndarray[Any, Any]) -> None:
-        """Writes rows `[n, *tail]`.
+        """Write rows `[n, *tail]`.
 
         Raises:
             ValueError: another dtype or row shape.
@@ -129,7 +129,7 @@ class ArrayStream:
         self.n_rows += block.shape[0]
 
     def close(self) -> dict[str, Any]:
-        """Writes the header, flushes to the disk, and returns the file's manifest entry."""
+        """Write the header, flush the file to the disk, and return its manifest entry."""
         shape = (self.n_rows, *self._tail)
         n_bytes = self._file.tell()
         self._file.seek(0)
@@ -146,23 +146,25 @@ class ArrayStream:
         }
 
     def abort(self) -> None:
-        """Closes the file and leaves it to be deleted."""
-        with contextlib.suppress(OSError):  # what was buffered may not fit on the disk
+        """Close the file, which will be deleted."""
+        with contextlib.suppress(
+            OSError
+        ):  # closing writes buffered bytes to a disk that may be full
             self._file.close()
 
 
 class FolderWriter:
-    """Writes one folder; a context manager that leaves nothing behind unless `commit` was reached.
+    """Write one folder atomically: a context manager after which it is unchanged without `commit`.
 
     Args:
-        path: the folder to create or replace. An existing one is replaced only if it is empty or
-            holds the same format and nothing besides.
+        path: the folder to create or replace. An existing folder is replaced only if it is empty or
+            holds the same format and no other files.
         format: format name.
-        version: format version, a whole number.
-        holds: names of folders in it that have manifests of their own.
+        version: format version, an integer.
+        holds: names of subfolders that have manifests of their own.
 
     Raises:
-        ValueError: the path is taken by something else, or cannot be written.
+        ValueError: the path holds something else or cannot be written.
     """
 
     def __init__(
@@ -183,34 +185,34 @@ class FolderWriter:
             self.folder = folders.begin(self.path)
 
     def stream(self, name: str, dtype: Any, tail: tuple[int, ...] = ()) -> ArrayStream:
-        """Opens an array to append to.
+        """Open an array to append to.
 
         Args:
-            name: the file's name without `.npy`.
-            dtype: its dtype.
-            tail: its shape after the first dimension.
+            name: name of the file without `.npy`.
+            dtype: dtype of the array.
+            tail: shape of the array after the first dimension.
         """
         with _as_value_error(self.path, "a writable folder"):
             self._streams[name] = ArrayStream(self.folder / f"{name}.npy", np.dtype(dtype), tail)
         return self._streams[name]
 
     def put(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        """Writes a whole array, in blocks."""
+        """Write a whole array, in blocks."""
         array = np.atleast_1d(array)
         with _as_value_error(self.path, "a writable folder"):
             self.stream(name, array.dtype, array.shape[1:]).append(array)
 
     def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """Flushes everything and swaps the new folder in.
+        """Flush all files and replace the previous folder by the new one.
 
         Args:
-            manifest: what else the manifest says; JSON-able.
+            manifest: further entries of the manifest, JSON-serialisable.
 
         Returns:
-            The whole manifest.
+            The complete manifest.
 
         Raises:
-            ValueError: the disk is full or refuses; what was there before is whole.
+            ValueError: the disk is full or not writable; the previous folder stays as it was.
         """
         with _as_value_error(self.path, "a writable folder"):
             files = {}
@@ -227,7 +229,7 @@ class FolderWriter:
             )
             manifests.write(self.folder / MANIFEST, body)
             folders.step("manifest", self.folder)
-            # what was put there while this folder was written
+            # Other files may have been added while this folder was written.
             check_replaceable(self.path, self._format, holds=self._holds)
             folders.commit(self.folder, self.path)
             self._done = True
@@ -253,19 +255,20 @@ def write_folder(
     arrays: Mapping[str, np.ndarray[Any, Any]],
     manifest: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes arrays and a manifest as one folder, whole or not at all.
+    """Write arrays and a manifest to a folder atomically.
 
     Args:
         path: the folder to create or replace.
-        arrays: file name without `.npy` to array.
-        manifest: must hold `format` (a name) and `version` (a whole number); JSON-able.
+        arrays: arrays by file name without `.npy`.
+        manifest: entries of the manifest, JSON-serialisable, with `format` (a name) and `version`
+            (an integer).
 
     Returns:
         The manifest as written, with a `files` entry per array.
 
     Raises:
-        ValueError: `format` or `version` is missing, the path is taken by something else, or the
-            disk refuses; what was there before is whole.
+        ValueError: `format` or `version` is missing, the path holds something else, or the disk is
+            full or not writable; the previous folder stays as it was.
     """
     rest = dict(manifest)
     name, version = rest.pop("format", None), rest.pop("version", None)
@@ -286,24 +289,25 @@ def read_folder(
     mmap: bool = True,
     verify: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Reads a folder that `write_folder` wrote.
+    """Read a folder that `write_folder` wrote.
 
-    Manifest, format version, file sizes and `.npy` headers are always checked, so that a truncated
-    file is found here and not as a bus error later.
+    Manifest, format version, file sizes and `.npy` headers are always checked: a truncated file
+    that is mapped would end the process with a bus error.
 
     Args:
         path: the folder.
-        format: the format name that must stand in the manifest.
+        format: the required format name.
         version: the newest format version that the caller can read.
-        fields: describes what the manifest says besides its files.
+        fields: description of the manifest's entries besides `files`.
         mmap: map the files (read-only) instead of reading them.
-        verify: check the checksums of every file's data too; reads everything once.
+        verify: also check the checksums of all files, which reads everything once.
 
     Returns:
         manifest, and arrays by name.
 
     Raises:
-        ValueError: naming the file, what was expected and what was found.
+        ValueError: a missing, truncated or altered file, or another format; the message names the
+            file.
     """
     path = Path(path)
 
@@ -332,17 +336,17 @@ def _open_arrays(
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor on an array's memory; where that is a read-only map, nobody may write to it."""
+    """Return a tensor that shares an array's memory. Do not write to it if that is mapped."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 def entry_of(found: Mapping[str, Any], key: str, path: object, format: str) -> Any:
-    """An entry that a manifest, or a folder's arrays, must have.
+    """Return a required entry of a manifest or of a folder's arrays.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such entry.
     """
     if key not in found:
         raise ValueError(f"{path}: expected {key!r} in a {format} folder, got {sorted(found)}")
@@ -350,14 +354,14 @@ def entry_of(found: Mapping[str, Any], key: str, path: object, format: str) -> A
 
 
 def read_manifest(path: Path, format: str) -> dict[str, Any]:
-    """The manifest of a folder of any format and version, not looked into.
+    """Return the manifest of a folder of any format and version, without checking its entries.
 
     Args:
         path: the folder.
-        format: what messages call it.
+        format: name of the format in messages.
 
     Raises:
-        ValueError: there is none, or it is not a JSON object.
+        ValueError: there is no manifest, or it is not a JSON object.
     """
     file = path / MANIFEST
     if not path.exists():
@@ -437,9 +441,9 @@ def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[
     if 0 in shape:  # an empty file cannot be mapped
         return np.zeros(shape, dtype=dtype)
     with file.open("rb") as opened:
-        if mmap:  # refuses to map more than there is
+        if mmap:  # numpy raises an error if the file is shorter
             return np.memmap(opened, dtype=dtype, mode="r", offset=_HEADER_BYTES, shape=shape)
-        # Memory of torch begins at a multiple of 64 bytes, as the map does.
+        # torch, unlike numpy, allocates at multiples of 64 bytes, where the mapped data start too.
         memory = torch.empty(entry["bytes"] - _HEADER_BYTES, dtype=torch.uint8).numpy()
         opened.seek(_HEADER_BYTES)
         n_read = opened.readinto(memory.data)
@@ -451,16 +455,16 @@ def _open_array(file: Path, entry: Mapping[str, Any], mmap: bool) -> np.ndarray[
 
 
 def check_replaceable(path: Path, *formats: str, holds: Sequence[str] = ()) -> None:
-    """Raise unless a folder may be replaced: it is empty, or one of ours and nothing besides.
+    """Check that a folder may be replaced: it is empty, or has only files that a manifest lists.
 
     Args:
         path: the folder; it need not exist.
         formats: the formats that it may have.
-        holds: names of folders in it that have manifests of their own.
+        holds: names of subfolders that have manifests of their own.
 
     Raises:
-        ValueError: it is a file, has another format, or holds a file that its manifest does not
-            list; the file is named.
+        ValueError: the path is a file, has another format, or holds a file that its manifest does
+            not list; the message names the file.
     """
     if not path.exists():
         return
@@ -486,14 +490,14 @@ def check_replaceable(path: Path, *formats: str, holds: Sequence[str] = ()) -> N
 
 
 def _manifest_of(path: Path) -> dict[str, Any]:
-    """Return what a manifest says that may be of any version, or damaged."""
+    """Return the manifest of a folder, or an empty one if it is missing or damaged."""
     with contextlib.suppress(ValueError):
         return read_manifest(path, "")
     return {}
 
 
 def _listed(path: Path) -> Iterator[Path]:
-    """Yield the files that the manifest of a folder lists, and the manifest."""
+    """Yield the manifest of a folder and the files that it lists."""
     manifest = _manifest_of(path)
     names = [name for key in ("files", "parts") for name in _as_names(manifest.get(key))]
     yield from (path / name for name in (MANIFEST, *names) if manifest)
@@ -506,7 +510,7 @@ def _as_names(found: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _as_value_error(path: Path, expected: str) -> Iterator[None]:
-    """Turns the system's refusals (permission, full disk, not a folder) into one clear error."""
+    """Turn an OSError (permission, full disk, not a folder) into a ValueError with the path."""
     try:
         yield
     except OSError as error:

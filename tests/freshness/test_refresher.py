@@ -97,7 +97,7 @@ def broken(kind: str) -> tuple[nn.Module, type[Exception], str]:
 
     return Encoder(), *{
         "raises": (RuntimeError, "out of order"),
-        "narrow": (ValueError, "encoder: expected vectors of width 16 as the index holds, got 8"),
+        "narrow": (ValueError, "encoder: expected vectors of the index's width 16, got width 8"),
         "nan": (ValueError, "expected finite"),
     }[kind]
 

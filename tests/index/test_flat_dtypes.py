@@ -257,7 +257,7 @@ def test_an_error_leaves_the_index_as_it_was(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_beside_float32_rows_are_refused(dtype: str) -> None:
-    message = f"got 'float32' with '{dtype}'; of what can stand beside float32 rows, int8 is"
+    message = f"got 'float32' with '{dtype}'; int8 codes are the smallest and fastest"
     for make in (
         lambda: FlatIndex(DIM, dtype, exact="float32"),
         lambda: filled("float32", vectors()).astype(dtype, exact="float32"),

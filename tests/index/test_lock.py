@@ -215,7 +215,7 @@ def test_a_signal_anywhere_leaves_an_index_whole(
     def after() -> None:
         n = len(checked)
         assert in_time(check)
-        assert index._lock.torn or len(checked) == n + 1
+        assert index._lock.broken or len(checked) == n + 1
 
     trained, checked = index, []
     index.search(VECTORS[:2], 3)
