@@ -78,7 +78,7 @@ def doc_scores(
     offset: Tensor | None = None,
     return_log_prior: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scores each question's K passages by inner product, differentiably.
+    """Score each question's K passages by inner product, differentiably.
 
         doc_scores[b,k] = query_emb[b] . passage_emb[b,k] / tau    (Lewis et al. 2020, sec. 2.2)
         log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
@@ -437,7 +437,7 @@ def mips_topk(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Finds the k rows of the index with the largest inner product, exactly.
+    """Find the k rows of the index with the largest inner product, exactly.
 
         scores[b], rows[b] = top-k over n of query_emb[b] . index_emb[n], ties by lowest row
 

@@ -97,7 +97,7 @@ class Resources:
         return blocks * self.num_warps / _WARPS_PER_SM[self.arch]
 
     def defects(self) -> list[str]:
-        """Returns what makes this configuration unfit to ship; empty if nothing does."""
+        """Return what makes this configuration unfit to ship; empty if nothing does."""
         found = []
         if self.stack:
             found.append(f"{self.name} on sm_{self.arch} spills {self.stack} bytes a thread")
@@ -110,7 +110,7 @@ class Resources:
 
 
 def all_configs(module: str | None = None, offered_by: str = "aot_configs") -> list[AotConfig]:
-    """Returns the configurations of every kernel module, or of one.
+    """Return the configurations of every kernel module, or of one.
 
     offered_by: the function of a module that names them, `aot_configs` for what the launchers ask
     for where nothing was measured, `aot_candidates` for all that tuning may choose from.
@@ -132,7 +132,7 @@ def all_configs(module: str | None = None, offered_by: str = "aot_configs") -> l
 
 
 def sample(configs: Iterable[AotConfig]) -> list[AotConfig]:
-    """Returns as many as show every dtype, flag and block size of every kernel at least once."""
+    """Return as many as show every dtype, flag and block size of every kernel at least once."""
     chosen: list[AotConfig] = []
     seen: set[tuple[str, str, Any]] = set()
     for config in configs:
@@ -146,14 +146,14 @@ def sample(configs: Iterable[AotConfig]) -> list[AotConfig]:
 
 
 def build(config: AotConfig, arch: int) -> Any:
-    """Compiles one configuration for one compute capability: a triton CompiledKernel."""
+    """Compile one configuration for one compute capability: a triton CompiledKernel."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     target = GPUTarget("cuda", arch, _WARP_SIZE)
     return triton.compile(config.source(), target=target, options=options)
 
 
 def examine(cubin: bytes, tool: str, *options: str) -> str:
-    """Returns what a tool that comes with Triton, cuobjdump or nvdisasm, says of an object."""
+    """Return what a tool that comes with Triton, cuobjdump or nvdisasm, says of an object."""
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -165,7 +165,7 @@ def examine(cubin: bytes, tool: str, *options: str) -> str:
 
 
 def compile_config(config: AotConfig, arch: int) -> Resources:
-    """Compiles one configuration for one compute capability and reads its resources.
+    """Compile one configuration for one compute capability and read its resources.
 
     Raises:
         RuntimeError: the resources cannot be read from the compiled object.
@@ -189,7 +189,7 @@ def compile_config(config: AotConfig, arch: int) -> Resources:
 
 
 def compile_all(configs: Iterable[AotConfig], archs: Iterable[int]) -> Iterator[Resources]:
-    """Compiles every configuration for every compute capability in `archs`."""
+    """Compile every configuration for every compute capability in `archs`."""
     for arch in archs:
         for config in configs:
             if not config.archs or arch in config.archs:
@@ -197,7 +197,7 @@ def compile_all(configs: Iterable[AotConfig], archs: Iterable[int]) -> Iterator[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the resources of every configuration; exit code 1 if one of them is unfit to ship."""
+    """Print the resources of every configuration; exit code 1 if one of them is unfit to ship."""
     parser = argparse.ArgumentParser(prog="python -m fastrag.kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--module", help="one kernel module, e.g. doc_scores (default: all)")
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(found: Resources) -> str:
-    """Returns the resources as one line."""
+    """Return the resources as one line."""
     return (
         f"sm_{found.arch:<4} {found.registers:>4} registers {found.stack:>5} B stack "
         f"{found.shared:>7} B shared {found.occupancy:>5.0%} occupancy  {found.name}"

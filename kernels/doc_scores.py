@@ -40,7 +40,7 @@ _TILE = 2048
 
 
 def blocks(n_passages: int) -> dict[str, int]:
-    """Returns BLOCK_K, BLOCK_D and num_warps for K passages.
+    """Return BLOCK_K, BLOCK_D and num_warps for K passages.
 
     Raises:
         ValueError: K is above the largest block.

@@ -27,7 +27,7 @@ MAX_PASSAGES = _BLOCKS[-1][0]
 
 
 def blocks(n_passages: int) -> tuple[int, int, int]:
-    """Returns BLOCK_K, BLOCK_T and num_warps for K passages.
+    """Return BLOCK_K, BLOCK_T and num_warps for K passages.
 
     Raises:
         ValueError: K is above the largest block.

@@ -208,7 +208,7 @@ def linear_logp(
 
 
 def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Returns in how many parts the vocabulary is split for n rows."""
+    """Return in how many parts the vocabulary is split for n rows."""
     sizes = blocks(dtype)[0]
     wanted = triton.cdiv(_WANTED_PROGRAMS, triton.cdiv(n, sizes["BLOCK_M"]))
     return max(1, min(wanted, _MAX_SPLITS, triton.cdiv(vocab_size, sizes["BLOCK_V"])))

@@ -337,7 +337,7 @@ def search_rest(
     keys: Tensor,
     group: int,
 ) -> Tensor:
-    """Makes keys [B, k], the best of the chosen groups in descending order, those of all groups.
+    """Make keys [B, k], the best of the chosen groups in descending order, those of all groups.
 
     maxima [B, groups] is from the scan, runner_up [B] the largest that was not chosen (-inf: none),
     reach [B] its error. Returns where there was need to, int32 [B].

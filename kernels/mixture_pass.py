@@ -40,7 +40,7 @@ MAX_PASSAGES = _BLOCKS_K[-1]
 def blocks(
     n_passages: int, kernel: str = "mixture_gradient", device: torch.device | None = None
 ) -> dict[str, int]:
-    """Returns BLOCK_K, BLOCK_V and num_warps of a kernel for K passages.
+    """Return BLOCK_K, BLOCK_V and num_warps of a kernel for K passages.
 
     Raises:
         ValueError: K is above the largest block.
@@ -256,7 +256,7 @@ def mixture_gradient(
     spread: Tensor,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of raw [G * K, width] to out, of any dtype, or over raw itself."""
+    """Write the gradient of raw [G * K, width] to out, of any dtype, or over raw itself."""
     n_positions, n_passages = log_prior.shape
     sizes = blocks(n_passages, "mixture_gradient", raw.device)
     with device_of(raw):

@@ -221,7 +221,7 @@ def row_gradient(
     vocab_size: int,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of raw [n, width] to out [n, width] of any dtype, or over raw itself.
+    """Write the gradient of raw [n, width] to out [n, width] of any dtype, or over raw itself.
 
     bias [width], log_z [2, n] of row_statistics. vocab_size: V, of which raw may hold a slice.
     """

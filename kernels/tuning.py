@@ -36,7 +36,7 @@ def choose(
     device: torch.device | None,
     **regime: Any,
 ) -> Config:
-    """Returns the candidate of this regime that was fastest on `device` (None: the current one).
+    """Return the candidate of this regime that was fastest on `device` (None: the current one).
 
     Raises:
         ValueError: the file of measured choices is not one, or names what is no candidate.
@@ -117,7 +117,7 @@ def _choices(path: str, arch: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Reads a file of measured choices.
+    """Read a file of measured choices.
 
     Raises:
         ValueError: there is none, or it is not of the form that benchmarks.tune writes.
@@ -147,6 +147,6 @@ def _has_form(found: Any) -> bool:
 
 
 def forget() -> None:
-    """Drops what was read, so that a changed file is read anew."""
+    """Drop what was read, so that a changed file is read anew."""
     _choices.cache_clear()
     _chosen.cache_clear()

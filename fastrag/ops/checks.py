@@ -258,7 +258,7 @@ def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | N
 
 
 def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
-    """Raises ValueError unless `ids` are token ids [B, S] of a vocabulary.
+    """Raise ValueError unless `ids` are token ids [B, S] of a vocabulary.
 
     The values are looked at on the CPU alone, where that costs no wait.
     """

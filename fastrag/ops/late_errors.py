@@ -94,7 +94,7 @@ class _Device:
         return made
 
     def take_errors(self) -> list[str]:
-        """Waits for the device, empties its records and returns what stood in them."""
+        """Wait for the device, empties its records and return what stood in them."""
         _wait(self.device)
         errors = []
         for record in self.records.values():
@@ -142,7 +142,7 @@ def send(findings: Sequence[Finding]) -> None:
 
 
 def raise_late(device: torch.device) -> None:
-    """Raises what a finished call on `device` found, and forgets it. Does not wait for others.
+    """Raise what a finished call on `device` found, and forget it. Does not wait for others.
 
     Raises:
         ValueError: an earlier call found a fault.
@@ -157,7 +157,7 @@ def raise_late(device: torch.device) -> None:
 
 
 def forget() -> None:
-    """Drops all records. A CUDA graph that has captured one must not be replayed any more."""
+    """Drop all records. A CUDA graph that has captured one must not be replayed any more."""
     _devices.clear()
 
 

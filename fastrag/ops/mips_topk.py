@@ -149,7 +149,7 @@ def _torch_search(
 
 
 def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
-    """Checks on a CPU, where looking costs nothing, that every row of values [n, D] is finite.
+    """Check on a CPU, where looking costs nothing, that every row of values [n, D] is finite.
 
     Raises:
         ValueError: naming the first row that is not.

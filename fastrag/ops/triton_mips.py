@@ -67,7 +67,7 @@ class Found:
 
 
 def unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> str:
-    """Returns why this cannot be searched here, empty if it can."""
+    """Return why this cannot be searched here, empty if it can."""
     n, dim = index_emb.shape
     if index_emb.dtype not in kernels.STORAGES:
         return f"it has no scan of {index_emb.dtype}"
@@ -196,7 +196,7 @@ def search_blocks(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Searches an index that comes in pieces; the answer is that of `search` of the whole.
+    """Search an index that comes in pieces; the answer is that of `search` of the whole.
 
     blocks: which rows of the index, and these rows `[n, D]` where the queries are, as long as it
     takes to launch their search: the memory may then be filled anew in the order of the stream.
@@ -228,7 +228,7 @@ def _search_block(
 
 
 def forget_norms() -> None:
-    """Drops every norm that was kept.
+    """Drop every norm that was kept.
 
     Example:
         >>> from fastrag.ops import triton_mips
