@@ -1,4 +1,4 @@
-"""Stateless operations of retrieval-augmented training: the whole mathematics of fastrag.
+"""Stateless operations of retrieval-augmented training.
 
     doc_scores        inner products of queries with their K passages
     token_logp        log p(y_t | x, z_k, y_<t) from hidden states, without logits
@@ -7,12 +7,14 @@
     mips_topk         exact maximum inner product search
 
 Sizes: B questions, K passages per question, T target tokens, H generator hidden, V vocabulary,
-D embedding width, N passages in the index. Bad input raises ValueError naming the argument, what
-was expected and what came. What only the values of a CUDA tensor can tell makes a loss NaN, and a
-later call raises; no function waits for a GPU. None supports double backward or forward-mode
-differentiation: both raise RuntimeError. `torch.set_float32_matmul_precision` is obeyed: whoever
-allows TF32 gets it in logits and in `mips_topk`, whose order is then that of the rounded products,
-not in `doc_scores`.
+D embedding width, N passages in the index.
+
+Bad input raises a ValueError that names the argument, what was expected and what was given. No
+function waits for a GPU: a bad value in a CUDA tensor, such as a label outside the vocabulary,
+makes a loss NaN, and a later call raises the error. Double backward and forward-mode
+differentiation raise a RuntimeError. If `torch.set_float32_matmul_precision` allows TF32, logits
+use it, and so does `mips_topk` in the torch backend, which then sorts rounded products;
+`doc_scores` does not.
 """
 
 from __future__ import annotations
@@ -83,39 +85,39 @@ def doc_scores(
         doc_scores[b,k] = query_emb[b] . passage_emb[b,k] / tau    (Lewis et al. 2020, sec. 2.2)
         log_prior[b,k]  = log_softmax_k(doc_scores)[b,k] = log p(z_k | x_b)
 
-    Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and likewise for
-    fresh passages. Memory: the gathered vectors [B, K, D] are never stored, nor those that int8
-    codes stand for (but by the torch backend).
+    Gradient: d query_emb[b] = sum_k d doc_scores[b,k] passage_emb[b,k] / tau, and
+    d passage_emb[b,k] = d doc_scores[b,k] query_emb[b] / tau. Memory: except in the torch backend,
+    neither the gathered vectors [B, K, D] nor decoded int8 vectors are stored.
 
     Args:
         query_emb: question embeddings. `[B, D]`, floating point, differentiable.
-        passage_emb: passage embeddings. Either fresh `[B, K, D]`, or the whole index matrix
-            `[N, D]` together with `rows`. Floating point, differentiable; or int8 codes of the
-            vectors `offset + scale * code`, which get no gradient.
-        rows: positions in the index. `[B, K]`, int64. A missing hit is -1: it scores -inf, takes
-            no mass and no gradient, and its vector is never read. Required with `[N, D]`; with
-            `[B, K, D]` only its signs matter.
-        tau: temperature, a positive number or a 0-d tensor, which then receives a gradient.
-        scale: what each component of an int8 code counts. `[D]`, float32, not differentiable.
-            Required with int8, None otherwise.
-        offset: what is added to every int8 vector, such as the mean of the corpus. `[D]`, float32,
-            not differentiable; None for none.
+        passage_emb: passage embeddings. Either `[B, K, D]`, one vector per hit, or the whole index
+            matrix `[N, D]` together with `rows`. Floating point, differentiable; or int8 codes of
+            the vectors `offset + scale * code`, which get no gradient.
+        rows: rows of the index. `[B, K]`, int64. -1 is a missing hit: it scores -inf, gets no
+            probability and no gradient, and its vector is not read. Required with `[N, D]`; with
+            `[B, K, D]`, a negative row marks a missing hit and other values are ignored.
+        tau: temperature, a positive number or a 0-d tensor, which may receive a gradient.
+        scale: scale of int8 codes. `[D]`, float32, not differentiable. Required with int8, None
+            otherwise.
+        offset: offset of int8 codes, such as the mean of the corpus. `[D]`, float32, not
+            differentiable; None for zero.
         return_log_prior: whether to return log p(z|x) as well.
 
     Returns:
         doc_scores `[B, K]`, float32 (float64 if an embedding is); with `return_log_prior` the pair
-        (doc_scores, log_prior). A question without any passage has log_prior -inf throughout.
+        (doc_scores, log_prior). If all hits of a question are missing, its log_prior is -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, K = 0, int8 without scale, scale or offset
-            that requires grad or goes with another dtype, tau is not positive (a tensor: on a
-            CPU), or (on a CPU) a row is outside [-1, N).
+            that requires grad or is given with another dtype, tau is not positive (a tensor is
+            checked on a CPU only), or (on a CPU) a row is outside [-1, N).
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run; double backward;
             forward-mode differentiation.
 
     Note:
-        Maths in float32, also under autocast. Deterministic. Backends: cpp (on a CPU, but for
-        float64), triton (CUDA), torch.
+        The maths is in float32 (float64 for float64), also under autocast. Deterministic. Backends:
+        cpp (on a CPU, except float64), triton (CUDA), torch.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -146,10 +148,9 @@ def doc_scores(
             )
         checks.check_rows(rows, n_rows)
         if torch.is_grad_enabled() and passage_emb.requires_grad:
-            # Two questions may share a row; torch's own indexing adds their gradients up in a
-            # fixed order, which a scatter inside the op could not.
+            # Two questions may share a row. torch's indexing adds their gradients in a fixed order.
             passage_emb = passage_emb[rows.clamp(0, n_rows - 1)]
-            # Only a GPU gets here with such a row; NaN as in the op, not a fault.
+            # This can only happen on a GPU. NaN, as in the op, instead of an invalid access.
             passage_emb = passage_emb.masked_fill((rows >= n_rows).unsqueeze(2), torch.nan)
     scores, log_prior = _doc_scores(query_emb, passage_emb, rows, float(tau), scale, offset)
     if return_log_prior is True:
@@ -167,23 +168,23 @@ def token_logp(
     logit_scale: float = 1.0,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Log-probability of every label under every passage, from hidden states and head.
+    """Compute the log-probability of every label under every passage, from hidden states and head.
 
         logits = softcap * tanh(logit_scale * (hidden weight^T + bias) / softcap)
         token_logp[b,k,t] = log_softmax_v(logits[b,k,t])[labels[b,t]] = log p(y_t | x, z_k, y_<t)
 
     Gradient: d logits[b,k,t,v] = d token_logp[b,k,t] (1[v = labels[b,t]] - softmax_v). Memory: one
-    workspace of logits; `[B, K, T, V]` is never stored, backward makes it again by slices of V
-    (unless the head is frozen: then the forward makes the gradient of hidden).
+    workspace of logits; `[B, K, T, V]` is never stored. Backward recomputes the logits slice by
+    slice of V; if the head is frozen, the forward computes the gradient of hidden instead.
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]`, floating point, any
             strides, differentiable.
         weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
             that of hidden (autocast) and its gradient has its own dtype.
-        labels: target tokens, shared by the K passages. `[B, T]`, int64.
+        labels: target token ids, the same for the K passages. `[B, T]`, int64.
         bias: head bias. `[V]`, floating point, differentiable.
-        softcap: positive bound of the logits (Gemma 2), None for none.
+        softcap: positive bound of the logits (Gemma 2), or None.
         logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
         ignore_index: label that does not count; its token_logp is 0 and has no gradient.
 
@@ -196,9 +197,10 @@ def token_logp(
             forward-mode differentiation.
 
     Note:
-        Maths in float32, also under autocast. `FASTRAG_WORKSPACE_BYTES` bounds the workspace.
-        On a GPU a label outside [0, V) gives NaN, and a later call raises. Deterministic on a CPU.
-        Backends: cpp (float32 on a CPU), triton (CUDA), torch.
+        The maths is in float32 (float64 for float64), also under autocast.
+        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU, a label outside [0, V) gives NaN,
+        and a later call raises the error. Deterministic on a CPU. Backends: cpp (on a CPU, except
+        float64), triton (CUDA, except float64), torch.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -250,50 +252,51 @@ def rag_token_nll(
     valid_rows: Tensor | None = None,
     return_posterior: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RAG-Token negative log-likelihood: every target token marginalises over the passages.
+    """Compute the RAG-Token negative log-likelihood, a marginal over the passages per token.
 
         nll[b] = -sum_t log sum_k exp(log_prior[b,k] + token_logp[b,k,t])
         log_prior = log_softmax_k(doc_scores)          (Lewis et al. 2020, sec. 2.1, RAG-Token)
 
-    The sum runs over positions whose label counts. With label smoothing e the *marginal*
-    distribution is smoothed: log M[y] becomes (1 - e) log M[y] + e mean_v log M[v], where
+    The sum is over positions whose label counts. Label smoothing e applies to the marginal
+    distribution: log M[y] becomes (1 - e) log M[y] + e mean_v log M[v], where
     M[v] = sum_k exp(log_prior[k] + log p_k(v)).
 
     Gradient: with the posterior w[b,k,t] = softmax_k(log_prior + token_logp),
     d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = sum_t (prior - w).
-    Memory: gradients are made in the forward, chunk by chunk; besides them only O(B K T) numbers
-    and one workspace of logits exist. `[B, K, T, V]` is never stored.
+    Memory: gradients are computed in the forward, chunk by chunk. Apart from them, only O(B K T)
+    numbers and one workspace of logits exist; `[B, K, T, V]` is never stored.
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's
             `[B*K, T, H]`, floating point, any strides, differentiable.
         weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
             that of hidden (autocast) and its gradient has its own dtype.
-        labels: target tokens. `[B, T]`, int64.
+        labels: target token ids. `[B, T]`, int64.
         doc_scores: raw retrieval scores. `[B, K]`, floating point, differentiable; -inf marks a
             missing passage. An example without any passage has loss 0 and gradient 0.
         bias: head bias. `[V]`, floating point, differentiable.
-        softcap: positive bound of the logits (Gemma 2), None for none.
+        softcap: positive bound of the logits (Gemma 2), or None.
         logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
         label_smoothing: e in [0, 1).
         ignore_index: label that does not count.
         reduction: "mean" (sum of example_weight * nll over the normalizer), "sum" or "none".
-        normalizer: what "mean" divides by: a number or a 0-d tensor, which is never read on the
-            host. Default: the number of labels in this call that count. Pass the count of the
-            whole accumulated, global batch to make one large batch of many small ones. Where it
-            is 0 the loss is 0.
+        normalizer: divisor of "mean": a number or a 0-d tensor, which the host does not read if it
+            is on a GPU. Default: the number of labels in this call that count. For gradient
+            accumulation and data parallelism, pass the number of the whole batch, over all
+            micro-batches and processes. If it is 0, the loss is 0.
         example_weight: weight of each example, in the numerator only. `[B]`, floating point,
             differentiable. With "none" it multiplies the result.
         valid_rows: positions b * T + t whose label counts, ascending, padded with -1. `[R]`,
-            int32. Lets a GPU skip the others without asking for their number; a CPU finds them
-            itself, and only checks. On a GPU an example of which a label is not listed, or is
-            listed twice, has loss NaN, and a later call raises.
+            int32. On a GPU, the other positions are then skipped, without waiting for their number.
+            On a CPU, which finds the positions itself, they are only checked. On a GPU, an example
+            with a counted label that is missing or repeated in the list has loss NaN, and a later
+            call raises the error.
         return_posterior: whether to return log p(z | x, y_t) as well.
 
     Returns:
         loss, float32 (float64 if hidden is): `[]`, or `[B]` with reduction "none". With
-        `return_posterior` the pair (loss, log_posterior `[B, K, T]`), which has no gradient; at a
-        position that does not count it is the prior.
+        `return_posterior` the pair (loss, log_posterior `[B, K, T]`). log_posterior has no
+        gradient, and is the prior at positions that do not count.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
@@ -302,11 +305,11 @@ def rag_token_nll(
             forward-mode differentiation.
 
     Note:
-        Maths in float32, also under autocast; gradients are scaled once, in backward. Reduction
-        "none" makes the logits again there, unless the head is frozen. Deterministic on a CPU.
-        `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU a bad label or score makes its
-        example's loss NaN, and a later call raises.
-        Backends: cpp (float32 on a CPU), triton (CUDA), torch.
+        The maths is in float32 (float64 for float64), also under autocast. Gradients are scaled
+        once, in backward. With reduction "none", backward recomputes the logits unless the head is
+        frozen. Deterministic on a CPU. `FASTRAG_WORKSPACE_BYTES` bounds the workspace. On a GPU, a
+        bad label or score makes the loss of its example NaN, and a later call raises the error.
+        Backends: cpp (on a CPU, except float64), triton (CUDA, except float64), torch.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -354,29 +357,29 @@ def rag_sequence_nll(
     valid_rows: Tensor | None = None,
     return_posterior: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RAG-Sequence negative log-likelihood: one passage explains the whole target.
+    """Compute the RAG-Sequence negative log-likelihood, a marginal over the passages per target.
 
         nll[b] = -log sum_k exp(log_prior[b,k] + sum_t token_logp[b,k,t])
         log_prior = log_softmax_k(doc_scores)       (Lewis et al. 2020, sec. 2.1, RAG-Sequence)
 
-    The sum runs over positions whose label counts. With label smoothing e, token_logp becomes
-    (1 - e) log p_k(y_t) + e mean_v log p_k(v) before the marginal; the prior is left alone.
+    The sum over t is over positions whose label counts. With label smoothing e, token_logp becomes
+    (1 - e) log p_k(y_t) + e mean_v log p_k(v) before the marginal; the prior is not smoothed.
 
     Gradient: with the posterior w[b,k] = softmax_k(log_prior + sum_t token_logp),
     d logits[b,k,t,v] = w (softmax_v - 1[v = label]) and d doc_scores[b,k] = prior - w.
-    Memory: as `rag_token_nll`; where the K*T rows of logits of an example do not fit the workspace,
-    logits are computed twice, by slices of V.
+    Memory: as `rag_token_nll`. If the K*T rows of logits of an example do not fit the workspace,
+    the gradients recompute the logits slice by slice of V.
 
     Args:
         hidden: decoder hidden states before the head. `[B, K, T, H]` or Hugging Face's
             `[B*K, T, H]`, floating point, any strides, differentiable.
         weight: head matrix. `[V, H]`, floating point, differentiable; its dtype may differ from
             that of hidden (autocast) and its gradient has its own dtype.
-        labels: target tokens. `[B, T]`, int64.
+        labels: target token ids. `[B, T]`, int64.
         doc_scores: raw retrieval scores. `[B, K]`, floating point, differentiable; -inf marks a
             missing passage. An example without any passage has loss 0 and gradient 0.
         bias: head bias. `[V]`, floating point, differentiable.
-        softcap: positive bound of the logits (Gemma 2), None for none.
+        softcap: positive bound of the logits (Gemma 2), or None.
         logit_scale: factor before the softcap (Cohere; Granite: 1 / logits_scaling).
         label_smoothing: e in [0, 1).
         ignore_index: label that does not count.
@@ -389,8 +392,8 @@ def rag_sequence_nll(
 
     Returns:
         loss, float32 (float64 if hidden is): `[]`, or `[B]` with reduction "none". With
-        `return_posterior` the pair (loss, log_posterior `[B, K]`), which has no gradient; for an
-        example without counted labels it is the prior.
+        `return_posterior` the pair (loss, log_posterior `[B, K]`). log_posterior has no gradient,
+        and is the prior for an example without counted labels.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, K = 0, or (on a CPU) a label is outside
@@ -400,7 +403,7 @@ def rag_sequence_nll(
 
     Note:
         As `rag_token_nll`. Hugging Face's RagSequenceForGeneration adds the prior at the second
-        target position and multiplies it by V under smoothing; docs/math.md lists what differs.
+        target position and multiplies it by V under smoothing; docs/math.md lists the differences.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -441,23 +444,22 @@ def mips_topk(
 
         scores[b], rows[b] = top-k over n of query_emb[b] . index_emb[n], ties by lowest row
 
-    No gradient: score the rows again with `doc_scores` to train. Memory: at most the scores of one
-    block of passages; `[B, N]` is never stored.
+    No gradient: for training, score the rows again with `doc_scores`. Memory: at most the scores of
+    one block of passages; `[B, N]` is never stored.
 
     Args:
         query_emb: questions. `[B, D]`, floating point.
         index_emb: all passages. `[N, D]`, floating point; or int8 codes of the vectors
             `offset + scale * code`, for which the search is then exact.
-        k: how many to return, at least 1; more than N is allowed.
-        exclude: rows never to return: `[B, E]` int64 for each question (-1: none), or `[N]` bool
-            for all.
-        scale: what each component of an int8 code counts. `[D]`, float32. Required with int8, None
-            otherwise.
-        offset: what is added to every int8 vector. `[D]`, float32; None for none.
+        k: number of rows to return, at least 1; it may be more than N.
+        exclude: rows that must not be returned: `[B, E]` int64, E rows for each question (-1 for no
+            row), or `[N]` bool for all questions.
+        scale: scale of int8 codes. `[D]`, float32. Required with int8, None otherwise.
+        offset: offset of int8 codes. `[D]`, float32; None for zero.
 
     Returns:
-        scores `[B, k]` float32, descending, and rows `[B, k]` int64. Where fewer than k rows are
-        left, the rest is -inf and -1.
+        scores `[B, k]` float32, descending, and rows `[B, k]` int64. If fewer than k rows remain,
+        the other scores are -inf and their rows -1.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, int8 without scale, scale or offset with
@@ -467,11 +469,12 @@ def mips_topk(
         RuntimeError: `FASTRAG_BACKEND` names a backend that cannot run.
 
     Note:
-        Inner products in float32, also under autocast. Backends: cpp (on a CPU, but for
-        float64), triton (CUDA; small searches are left to torch), torch. With cpp and triton a
-        score has the same bits for any batch, number of threads, processor and way to cut the
-        index: one rounding for each element, in their order. An int8 vector is rounded once, as
-        `fma(scale, code, offset)`. `FASTRAG_WORKSPACE_BYTES` bounds the block of torch.
+        Inner products are in float32 (float64 for float64), also under autocast. Backends: cpp (on
+        a CPU, except float64), triton (CUDA; small searches run in torch), torch. With cpp and
+        triton, the bits of a score do not depend on the batch, the number of threads, the processor
+        or the blocks of the index: elements are added in order, with one rounding for each. An int8
+        vector is rounded once, as `fma(scale, code, offset)`. `FASTRAG_WORKSPACE_BYTES` bounds the
+        block of the torch backend.
 
     Example:
         >>> import torch, fastrag.functional as F
@@ -488,7 +491,7 @@ def mips_topk(
 
 
 class RagNLL(NamedTuple):
-    """The loss, log p(z|x,y), and the token_logp in them."""
+    """The loss, the log-posterior log p(z|x,y), and the log-probabilities of the labels."""
 
     loss: Tensor
     log_posterior: Tensor
@@ -512,7 +515,7 @@ def rag_nll(
     example_weight: Tensor | None = None,
     valid_rows: Tensor | None = None,
 ) -> RagNLL:
-    """Compute either loss by name, and everything else that its one pass finds.
+    """Compute either loss by name, with posterior and token log-probabilities from the same pass.
 
     Args:
         marginal: "token" or "sequence".
@@ -520,11 +523,12 @@ def rag_nll(
             ignore_index, reduction, normalizer, example_weight, valid_rows: as in `rag_token_nll`.
 
     Returns:
-        loss and log_posterior as there, and token_logp `[B, K, T]` float32, without gradient: 0
-        where the label does not count, smoothed where RAG-Sequence smooths it.
+        loss and log_posterior as in `rag_token_nll` or `rag_sequence_nll`, and token_logp
+        `[B, K, T]` in the dtype of the loss, without gradient: 0 where the label does not count.
+        RAG-Sequence with label smoothing returns smoothed log-probabilities.
 
     Raises:
-        ValueError, RuntimeError: as there; an unknown `marginal`.
+        ValueError, RuntimeError: as `rag_token_nll`; an unknown `marginal`.
 
     Example:
         >>> import torch
@@ -543,12 +547,12 @@ def rag_nll(
             f"({checks.show(doc_scores)})"
         )
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
-        rows = n_examples * n_passages
-        checks.check_floating("hidden", hidden, "[B*K, T, H]", (rows, None, None))
+        sizes = (n_examples * n_passages, None, None)
+        checks.check_floating("hidden", hidden, "[B*K, T, H]", sizes)
         hidden = hidden.unflatten(0, (n_examples, n_passages))
     else:
-        sizes = (n_examples, n_passages, None, None)
-        checks.check_floating("hidden", hidden, "[B, K, T, H], or [B*K, T, H]", sizes)
+        full = (n_examples, n_passages, None, None)
+        checks.check_floating("hidden", hidden, "[B, K, T, H], or [B*K, T, H]", full)
     softcap = checks.check_head(hidden, weight, bias, softcap, logit_scale)
     checks.check_int64("labels", labels, "[B, T]", (n_examples, hidden.shape[2]))
     checks.check_label_smoothing(label_smoothing)

@@ -5,7 +5,7 @@
                                                    (Lewis et al. 2020, sec. 2.1; a = log p(z|x))
     smoothed token  log M + e (mean_v M_v - log M)             target = w + e (mean_v r - w)
 
-    d log-probability of a row = -u w             u: weight of the example, 0 where nothing counts
+    d log-probability of a row = -u w             u: weight of the example, 0 for ignored labels
     d doc_scores = u (p - w) sequence, and summed over positions from `occupancy` = target for token
 
 What is read and written is [G, K]: launches, not bytes, are what this saves. Sums run in a fixed
@@ -55,7 +55,7 @@ def _token_group_kernel(
     share_ptr,
     position_ptr,
     example_ptr,
-    counts_ptr,
+    counted_ptr,
     prior_ptr,
     example_weight_ptr,
     bad_ptr,
@@ -78,16 +78,16 @@ def _token_group_kernel(
     mask_k = offs_k < K
     position = tl.load(position_ptr + pid)
     example = tl.load(example_ptr + pid)
-    counts = tl.load(counts_ptr + pid) != 0
+    counted = tl.load(counted_ptr + pid) != 0
     bad = tl.load(bad_ptr + position) != 0
     logp = tl.load(logp_ptr + pid * K + offs_k, mask=mask_k, other=0.0)  # [BLOCK_K]
     logp = tl.where(bad, float("nan"), logp)
     prior = tl.load(prior_ptr + example * K + offs_k, mask=mask_k, other=float("-inf"))
-    joint = tl.where(counts, prior + logp, 0.0)
+    joint = tl.where(counted, prior + logp, 0.0)
     joint = tl.where(mask_k, joint, float("-inf"))
     log_marginal, log_post = _marginal(joint)
     posterior = tl.exp(log_post)
-    upstream = tl.where(counts, tl.load(example_weight_ptr + example), 0.0)
+    upstream = tl.where(counted, tl.load(example_weight_ptr + example), 0.0)
     target = posterior
     if SMOOTHED:
         log_marginal += smoothing * (tl.load(smooth_ptr + pid) - log_marginal)
@@ -97,11 +97,11 @@ def _token_group_kernel(
         tl.store(spread_ptr + pid, upstream * spread)
     hit = upstream * posterior * (1.0 - smoothing)
     tl.store(hit_ptr + pid * K + offs_k, hit, mask=mask_k)
-    tl.store(log_marginal_ptr + position, tl.where(counts, log_marginal, 0.0))
+    tl.store(log_marginal_ptr + position, tl.where(counted, log_marginal, 0.0))
     offs_out = position * K + offs_k
-    tl.store(occupancy_ptr + offs_out, tl.where(counts, target, 0.0), mask=mask_k)
+    tl.store(occupancy_ptr + offs_out, tl.where(counted, target, 0.0), mask=mask_k)
     tl.store(log_post_ptr + offs_out, log_post, mask=mask_k)
-    tl.store(token_logp_ptr + offs_out, tl.where(counts, logp, 0.0), mask=mask_k)
+    tl.store(token_logp_ptr + offs_out, tl.where(counted, logp, 0.0), mask=mask_k)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _sequence_rows_kernel(
     mean_ptr,
     row_ptr,
     position_ptr,
-    counts_ptr,
+    counted_ptr,
     bad_ptr,
     token_logp_ptr,
     N,
@@ -124,13 +124,13 @@ def _sequence_rows_kernel(
     mask_n = offs_n < N
     group = offs_n // K
     position = tl.load(position_ptr + group, mask=mask_n, other=0)
-    counts = tl.load(counts_ptr + group, mask=mask_n, other=0) != 0
+    counted = tl.load(counted_ptr + group, mask=mask_n, other=0) != 0
     bad = tl.load(bad_ptr + position, mask=mask_n, other=0) != 0
     logp = tl.load(logp_ptr + offs_n, mask=mask_n, other=0.0)
     if SMOOTHED:
         mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)
         logp += smoothing * (mean - logp)
-    logp = tl.where(counts, tl.where(bad, float("nan"), logp), 0.0)
+    logp = tl.where(counted, tl.where(bad, float("nan"), logp), 0.0)
     row = tl.load(row_ptr + offs_n, mask=mask_n, other=0)
     tl.store(token_logp_ptr + row, logp, mask=mask_n)
 
@@ -180,7 +180,7 @@ def _sequence_weights_kernel(
     log_post_ptr,
     example_weight_ptr,
     example_ptr,
-    counts_ptr,
+    counted_ptr,
     weight_ptr,
     N,
     K,
@@ -191,10 +191,10 @@ def _sequence_weights_kernel(
     mask_n = offs_n < N
     group = offs_n // K
     example = tl.load(example_ptr + group, mask=mask_n, other=0)
-    counts = tl.load(counts_ptr + group, mask=mask_n, other=0) != 0
+    counted = tl.load(counted_ptr + group, mask=mask_n, other=0) != 0
     log_post = tl.load(log_post_ptr + example * K + offs_n % K, mask=mask_n, other=0.0)
     upstream = tl.load(example_weight_ptr + example, mask=mask_n, other=0.0)
-    weight = tl.where(counts, upstream * tl.exp(log_post), 0.0)
+    weight = tl.where(counted, upstream * tl.exp(log_post), 0.0)
     tl.store(weight_ptr + offs_n, weight, mask=mask_n)
 
 
@@ -203,7 +203,7 @@ def token_group(
     mixture: tuple[Tensor, Tensor] | None,
     position: Tensor,
     example: Tensor,
-    counts: Tensor,
+    counted: Tensor,
     log_prior: Tensor,
     example_weight: Tensor,
     bad: Tensor,
@@ -231,7 +231,7 @@ def token_group(
             *(mixture if mixture is not None else (logp, logp)),  # never read without SMOOTHED
             position,
             example,
-            counts,
+            counted,
             log_prior,
             example_weight,
             bad,
@@ -255,22 +255,22 @@ def token_group(
 def sequence_rows(
     logp: Tensor,
     mean_logp: Tensor | None,
-    row: Tensor,
+    chunk_rows: Tensor,
     position: Tensor,
-    counts: Tensor,
+    counted: Tensor,
     bad: Tensor,
     smoothing: float,
     token_logp: Tensor,
 ) -> None:
-    """logp, mean_logp, row [n] -> the entries `row` of token_logp, 0 where nothing counts."""
-    n_rows = len(row)
+    """logp, mean_logp [n] -> token_logp[chunk_rows], 0 where the label does not count."""
+    n_rows = len(chunk_rows)
     with device_of(logp):
         _sequence_rows_kernel[(triton.cdiv(n_rows, _BLOCK_ROWS),)](
             logp,
             logp if mean_logp is None else mean_logp,
-            row,
+            chunk_rows,
             position,
-            counts,
+            counted,
             bad,
             token_logp,
             n_rows,
@@ -315,9 +315,9 @@ def sequence_posterior(
 
 
 def sequence_weights(
-    log_post: Tensor, example_weight: Tensor, example: Tensor, counts: Tensor
+    log_post: Tensor, example_weight: Tensor, example: Tensor, counted: Tensor
 ) -> Tensor:
-    """log_post [B, K], example and counts [G] -> example_weight * posterior of each row [G * K]."""
+    """log_post [B, K], example, counted [G] -> example_weight * posterior of each row, [G * K]."""
     n_passages = log_post.shape[1]
     weight = log_post.new_empty(len(example) * n_passages)
     with device_of(log_post):
@@ -325,7 +325,7 @@ def sequence_weights(
             log_post,
             example_weight,
             example,
-            counts,
+            counted,
             weight,
             len(weight),
             n_passages,
@@ -341,7 +341,7 @@ def aot_configs() -> list[AotConfig]:
     types = {
         **dict.fromkeys(names, "*fp32"),
         **dict.fromkeys(("position_ptr", "example_ptr", "row_ptr"), "*i64"),
-        **dict.fromkeys(("counts_ptr", "bad_ptr", "active_ptr"), "*i1"),
+        **dict.fromkeys(("counted_ptr", "bad_ptr", "active_ptr"), "*i1"),
         **dict.fromkeys(("first", "K", "T", "N"), "i32"),
         **dict.fromkeys(("smoothing", "spread"), "fp32"),
     }

@@ -1,9 +1,9 @@
-"""Rules that every op keeps with autograd and the dispatcher.
+"""Helpers of all ops for autograd and the dispatcher.
 
-A hand-written backward is never differentiated again, and may scale in place what it saved. A small
-op may be called without torch's dispatcher: a custom op takes some ten microseconds there, forward
-and backward each, which is little next to a product with the head and several times the work of
-scoring a few passages.
+A hand-written backward rejects double differentiation and may scale saved gradients in place. A
+small op may be called without torch's dispatcher, which costs a custom op about ten microseconds in
+forward and backward each: little compared with a product with the head, but several times as much
+as scoring a few passages.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MODES, _TRANSFORMS, _TRACES = (
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces, transforms or intercepts a call with these tensors.
+    """Return True if nothing traces, transforms or intercepts a call with these tensors.
 
-    The op's implementation may then be called directly, inside a `torch.autograd.Function` of its
-    own if a gradient is wanted.
+    The implementation of an op may then be called directly, or by a `torch.autograd.Function` if a
+    gradient is needed.
     """
     if torch.compiler.is_compiling() or _MODES() or _TRANSFORMS() or _TRACES():
         return False
@@ -55,11 +55,11 @@ class _Refusal(torch.autograd.Function):
 
 
 def once_differentiable(op: str) -> Callable[[Backward], Backward]:
-    """Decorate a backward so that differentiating its gradients raises RuntimeError.
+    """Decorate a backward so that differentiating its gradients raises a RuntimeError.
 
     `torch.autograd.function.once_differentiable` raises only if the upstream gradient requires
-    grad, and says nothing for a loss whose upstream gradient is the constant 1. Here the gradients
-    are tied to every input that requires grad; the op must therefore save those inputs.
+    grad, and so not for a loss, whose upstream gradient is the constant 1. Here the gradients
+    depend on every saved input that requires grad, so the op must save its inputs.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -67,7 +67,7 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
         def guarded(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             if not torch.is_grad_enabled():
                 return backward(ctx, *grad_outputs)
-            # Before the backward, which may overwrite the tensors that it saved.
+            # Read before the backward, which may overwrite saved tensors.
             sources = (*ctx.saved_tensors, *grad_outputs)
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
@@ -86,18 +86,18 @@ def once_differentiable(op: str) -> Callable[[Backward], Backward]:
     return decorate
 
 
-# Public to extensions since torch 2.6; torch itself asks it about donated buffers of compiled
-# graphs.
+# Available since torch 2.6, which calls it itself for the donated buffers of compiled graphs.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return grad * scale in `dtype`: the product in the dtype of grad, rounded once.
+    """Return grad * scale in `dtype`: multiplied in the dtype of grad and rounded once.
 
-    Called in a backward on a gradient that the forward saved. If the graph is freed after this
-    backward (no retain_graph, no tracing), nothing reads `grad` again and the product replaces it:
-    a copy of dW would cost more than the passes over the logits. A GPU rounds while it multiplies;
-    a CPU out of place would hold the product before it is rounded, another dW.
+    A backward calls this on a gradient that the forward saved. If the graph is freed after this
+    backward (no retain_graph, no tracing), nothing reads `grad` again, so the product overwrites
+    it: a copy of dW would cost more than the passes over the logits. On a GPU, a product in another
+    dtype goes directly to its own tensor. On a CPU, torch would need a temporary of the size of dW
+    for the unrounded product, so it is computed in place too and then rounded.
     """
     freed = (
         _keeps_graph is not None

@@ -1,17 +1,17 @@
-"""The backends of the operations: which exist, which can run here, and which one a call takes.
+"""The registry of backends, and the choice of a backend for a call.
 
-Every op registers its implementations by name of backend; `choose` picks the first backend that
-can run, and `load` imports its implementation. The environment variable `FASTRAG_BACKEND` forces
-one backend for every op; if it cannot run, `choose` raises and says why. Nothing is probed before
-the first question, so importing fastrag touches neither CUDA nor triton nor the extension module
-fastrag._C.
+Each op registers its implementations by backend. `choose` returns the first backend that can run a
+call, and `load` imports its implementation. The environment variable `FASTRAG_BACKEND` forces one
+backend for every op; `choose` raises an error with the reason if it cannot run. A backend is probed
+when it is first considered, so importing fastrag loads neither CUDA nor triton nor the extension
+module fastrag._C.
 
-A backend is a class, which comes before those that are already there:
+A subclass of `Backend` is a new backend, which is preferred to all existing ones:
 
     class Mine(Backend, name="mine", implements={"doc_scores": "mine.kernels"}):
         devices = ("cpu",)
 
-What an implementation has to offer is stated where the op registers its own.
+The module of an op states the interface of an implementation where it registers its own.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from torch import Tensor
 from fastrag.ops.sources import digest
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
-# Forces an instruction set of the C++ kernels, to test or compare them: scalar; avx2 or avx512 on
-# x86; neon, or dotprod that adds products of bytes to it, on ARM.
+# Forces an instruction set of the C++ kernels, for tests and comparisons: scalar; avx2 or avx512 on
+# x86; neon or dotprod (neon with dot products of int8) on ARM.
 ISA_VARIABLE = "FASTRAG_CPU_ISA"
 _MIN_CAPABILITY = (8, 0)
 _CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for that does not exist or cannot run here; the message says why."""
+    """A requested backend does not exist or cannot run on this machine; the message says why."""
 
 
 class Backend:
-    """One way to run operations; a subclass with a name is a backend.
+    """Base class of backends; defining a subclass registers it.
 
     Attributes:
-        name: names it in `FASTRAG_BACKEND`.
-        devices: types of the devices on which it is chosen; None: all. Elsewhere it has to be
-            forced.
+        name: the value of `FASTRAG_BACKEND` that forces this backend.
+        devices: types of devices on which `choose` considers it; None: all. On other devices it
+            runs only if it is forced.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Backend:
             register(op, **{name: home})
 
     def why_not(self) -> str:
-        """Return why it cannot run on this machine; "" if it can."""
+        """Return why the backend cannot run on this machine; "" if it can."""
         return ""
 
     def refusal(self, device: torch.device, dtype: torch.dtype | None) -> str:
-        """Return why it cannot take tensors of this device and dtype; "" if it can."""
+        """Return why the backend cannot take tensors of this device and dtype; "" if it can."""
         return ""
 
 
@@ -79,43 +79,43 @@ def names() -> tuple[str, ...]:
 
 
 def register(op: str, **implementations: str) -> None:
-    """State where backends keep their implementations of `op`.
+    """Register the implementations of `op`.
 
     Args:
         op: name of the operation.
-        implementations: name of a backend -> `"module"` or `"module:attribute"`, imported when it
-            is chosen.
+        implementations: by name of the backend, `"module"` or `"module:attribute"`, which is
+            imported when the backend is chosen.
     """
     _implemented.setdefault(op, {}).update(implementations)
 
 
 def implemented() -> dict[str, tuple[str, ...]]:
-    """Return op name -> names of the backends that implement it, for every op imported so far."""
+    """Return, for every op imported so far, the names of the backends that implement it."""
     return {op: tuple(found) for op, found in _implemented.items()}
 
 
-@functools.cache  # an import statement takes as long as the scores of a few passages
+@functools.cache  # an import statement takes as long as computing the scores of a few passages
 def load(op: str, backend: str) -> Any:
-    """Import the implementation of `op` in a backend that `choose` has named."""
+    """Import the implementation of `op` in a backend that `choose` returned."""
     return pkgutil.resolve_name(_implemented[op][backend])
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), on a CPU."""
+    """Return whether Triton kernels run in Triton's interpreter on a CPU (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def why_not(name: str) -> str:
-    """Return the empty string if backend `name` can run here, else the reason why it cannot.
+    """Return why backend `name` cannot run on this machine; "" if it can.
 
     Raises:
-        BackendError: there is no backend of that name.
+        BackendError: there is no backend of this name.
     """
     return _probe(_named(name), interpreting())
 
 
 def availability() -> dict[str, str]:
-    """Return backend name -> reason why it cannot run here (empty: it can)."""
+    """Return `why_not` of every backend, by name."""
     return {name: why_not(name) for name in names()}
 
 
@@ -127,8 +127,12 @@ def choose(
 ) -> str:
     """Return the name of the backend that runs `op` on tensors of this device and dtype.
 
-    `unfit` maps a backend to a function that returns why it cannot take this very call, such as
-    for its sizes; "" if it can. Only backends that could run are asked.
+    Args:
+        op: name of the operation.
+        device: device of the tensors.
+        dtype: dtype of the maths; None: any.
+        unfit: functions by backend that return why it cannot take this call, for example because of
+            its sizes; "" if it can. They are only called for backends that can run otherwise.
 
     Raises:
         BackendError: `FASTRAG_BACKEND` names a backend that cannot run this; the message says why.
@@ -146,7 +150,7 @@ def choose(
 
 
 def check_forced() -> None:
-    """Check the variables that force a choice, before hours of work that would end in a refusal.
+    """Check the environment variables that force a choice, at the start of a long run.
 
     Raises:
         BackendError: `FASTRAG_BACKEND` names a backend that does not exist or cannot run here.
@@ -160,10 +164,10 @@ def check_forced() -> None:
 
 
 def forced_isa() -> str:
-    """Return the instruction set that `FASTRAG_CPU_ISA` forces on fastrag._C, "" for the best.
+    """Return the instruction set that `FASTRAG_CPU_ISA` forces on fastrag._C; "" means the best.
 
     Raises:
-        ValueError: this machine and this build have none of that name.
+        ValueError: this machine or this build has no such instruction set.
     """
     name = os.environ.get(ISA_VARIABLE, "")
     if name:
@@ -216,14 +220,14 @@ def _refusal(
     return unfit[name]() if unfit and name in unfit else ""
 
 
-@functools.cache  # an operation of microseconds chooses too
+@functools.cache  # an op that takes microseconds chooses a backend too
 def _able(
     backends: tuple[Backend, ...],
     device: torch.device,
     dtype: torch.dtype | None,
     interpreted: bool,
 ) -> tuple[str, ...]:
-    """Return the names of those that are chosen on this device and can take this dtype."""
+    """Return the names of the backends that are considered for this device and dtype."""
     return tuple(
         each.name
         for each in backends
@@ -239,7 +243,7 @@ def _probe(backend: Backend, interpreted: bool) -> str:
 
 
 class _Torch(Backend, name="torch"):
-    """Plain torch, which runs wherever torch does and comes last."""
+    """Plain torch: runs everywhere, and is chosen if no other backend can run."""
 
 
 class _Cpp(Backend, name="cpp"):
@@ -291,7 +295,7 @@ def _probe_extension() -> str:
         module = importlib.import_module("fastrag._C")
     except ImportError as error:
         return f"the extension module fastrag._C does not load: {error}"
-    # Only a source checkout has csrc/: there a compiled extension can be older than its callers.
+    # Only a source checkout has csrc/. Its compiled extension can be older than the Python code.
     sources = digest(_CSRC)
     if sources and sources != getattr(module, "SOURCES", ""):
         return (

@@ -1,7 +1,7 @@
-"""Checks of arguments: a ValueError names the argument, what was expected and what came.
+"""Checks of arguments: a ValueError names the argument, what was expected and what was given.
 
-They are a good part of the time of a small op, so a check that passes is one call per argument and
-makes no tensor.
+Checks take a considerable part of the time of a small op. Therefore a check that passes is one call
+per argument and makes no tensor.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastrag.messages import shown
 
 # The floating point dtypes that torch computes in.
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Flags and text are not numbers; a tensor is refused because reading it would wait for the GPU.
+# Not accepted as numbers: bool and text, and tensors, because reading one may wait for a GPU.
 _NO_NUMBERS = (bool, str, bytes, Tensor)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may read the values of x: reading those of a GPU would wait for it."""
+    """Return whether the host can read the values of x without waiting for a GPU."""
     return x.device.type == "cpu"
 
 
@@ -48,14 +48,14 @@ def check_tensor(
     Args:
         name: name of the argument.
         x: the argument.
-        layout: the shape as the message shows it, such as "[B, K]"; "" allows any shape.
-        sizes: size of each dimension, None allows any; () checks only how many there are.
-        kind: the dtypes that are allowed, behind the words for them; None allows any.
+        layout: the shape in messages, such as "[B, K]"; "" allows any shape.
+        sizes: the size of each dimension, None for any; () checks only the number of dimensions.
+        kind: a description of the allowed dtypes, and these dtypes; None allows any.
     """
     if type(x) is not Tensor and type(x) is not Parameter:
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {show(x)}")
-        # By name, because importing torch.distributed.tensor takes long.
+        # Compared by name, because importing torch.distributed.tensor takes long.
         if type(x).__name__ == "DTensor":
             raise ValueError(
                 f"{name}: expected a plain tensor, got a DTensor {show(x)} with placements "
@@ -111,7 +111,7 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
 ) -> float | None:
-    """Check a head for hidden states [..., H] that were checked before; return softcap as float."""
+    """Check a head against hidden states [..., H], already checked; return softcap as a float."""
     check_floating("weight", weight, "[V, H]", (None, hidden.shape[-1]))
     if weight.numel() == 0:
         raise ValueError(f"weight: expected V and H of at least 1, got {show(weight)}")
@@ -137,7 +137,7 @@ def check_label_smoothing(label_smoothing: float) -> None:
 
 
 def _number(x: object) -> float:
-    """Return x as a float, NaN if it is no number or one that no float can hold."""
+    """Return x as a float; NaN if it is not a number or too large for a float."""
     try:
         return math.nan if isinstance(x, _NO_NUMBERS) else float(x)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -145,7 +145,10 @@ def _number(x: object) -> float:
 
 
 def whole(name: str, x: object) -> int:
-    """Return x as an int, numpy's too; no tensor, since reading it may wait for a GPU."""
+    """Return x, an integer of Python or numpy, as an int; raise ValueError for anything else.
+
+    A tensor is rejected, since reading it may wait for a GPU.
+    """
     if type(x) is not int:
         try:
             if isinstance(x, _NO_NUMBERS):
@@ -159,7 +162,7 @@ def whole(name: str, x: object) -> int:
 
 
 def flag(name: str, x: object) -> bool:
-    """Return x as a bool; no tensor, since reading it may wait for a GPU."""
+    """Return x as a bool; reject a tensor, since reading it may wait for a GPU."""
     if isinstance(x, Tensor):
         raise ValueError(f"{name}: expected True or False, got {shown(x)}")
     try:
@@ -199,7 +202,7 @@ def check_tau(tau: float | Tensor) -> None:
 
 
 def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
-    """Reject forward-mode differentiation, which an op without a formula for it drops silently."""
+    """Reject forward-mode differentiation: an op without a formula would silently drop it."""
     if torch.compiler.is_compiling():
         return
     for x in tensors:
@@ -210,7 +213,7 @@ def check_no_tangent(op: str, *tensors: Tensor | None) -> None:
 def check_rows(
     rows: Tensor, n: int, name: str = "rows", missing: str = "a missing passage"
 ) -> None:
-    # A value check breaks a compiled graph; the kernels then guard memory, not the user.
+    # Reading values would break a compiled graph. The kernels read no memory outside their arrays.
     if torch.compiler.is_compiling() or not readable(rows):
         return
     if rows.numel() == 0:
@@ -226,7 +229,7 @@ def check_rows(
 
 
 def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
-    """Reject scale and offset that do not fit how the passages are stored."""
+    """Reject a scale and offset that do not fit the dtype of the stored passages x."""
     if (type(x) is not Tensor and type(x) is not Parameter) or x.layout is not torch.strided:
         check_tensor(name, x)
     if scale is None and offset is None and x.dtype in _FLOATING:
@@ -260,7 +263,7 @@ def check_storage(name: str, x: Tensor, scale: Tensor | None, offset: Tensor | N
 def check_ids(name: str, ids: Tensor, n_vocab: int | None) -> None:
     """Raise ValueError unless `ids` are token ids [B, S] of a vocabulary.
 
-    The values are looked at on the CPU alone, where that costs no wait.
+    Values are only checked on the CPU, because reading them would wait for a GPU.
     """
     check_integer(name, ids, "[B, S]")
     unread = not readable(ids) or torch.compiler.is_compiling()

@@ -1,16 +1,16 @@
-"""A chunk of rows: the head that makes its logits, their gradients, and the posterior they give.
+"""A chunk of rows of hidden states: its logits, their gradients, and the posterior.
 
     LinearHead     the language model head, or a slice of its vocabulary
-    HeadGradients  what chunks add to the gradients of hidden, weight and bias
+    HeadGradients  the gradients of hidden, weight and bias, summed over chunks
     ChunkLogits    the logits of one chunk: softmax statistics, then the gradient in their place
-    GroupPass      from the log-probabilities of its rows to marginal, posterior and row weights
+    GroupPass      marginal, posterior and row weights from the log-probabilities of rows
 
     z = softcap * tanh(logit_scale * (x W^T + bias) / softcap)      (no softcap: tanh's argument)
 
-`marginal_nll` and `token_logp` own the order of chunks; `ChunkLogits` owns the vocabulary-sized
-buffer of one chunk. A backend of these ops is a subclass of `ChunkLogits`, which names the
-`GroupPass` that goes with it; plain torch is here. Every backend answers the same two pairs of
-questions:
+`marginal_nll` and `token_logp` iterate over chunks; a `ChunkLogits` holds the vocabulary-sized
+buffer of one chunk. A backend implements these ops with a subclass of `ChunkLogits`, whose
+`group_pass` is its `GroupPass`. The implementation in plain torch is in this module. The main
+methods are two pairs:
 
     statistics          log p(y), and mean_v log p(v), of each row
     gradient            of -weight * log p~(y), a cross-entropy with one weight per row
@@ -21,8 +21,8 @@ questions:
 with M_v = log sum_k exp(a_k + log p_kv), the marginal distribution, and r_kv = exp(a_k + log p_kv
 - M_v), the share of passage k in it.
 
-A chunk may also hold all rows and a slice of the vocabulary. It is then given log_z, from the
-statistics of the whole vocabulary, by `resume`, and asked for the gradient only.
+A chunk may also hold all rows and a slice of the vocabulary. Then `resume` takes the log_z of the
+whole vocabulary from earlier statistics, and only the gradient is computed.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from fastrag.ops.positions import Chunk
 class LinearHead:
     """The language model head, or a slice of its vocabulary.
 
-    Products may take operands of fewer bits than the maths and are still accumulated in `dtype`.
+    The operands of products may have a shorter dtype than the maths; sums have the dtype `dtype`.
 
     Args:
-        weight: `[n_words, H]`, in any dtype.
-        bias: `[n_words]`.
-        softcap: bound of the logits, None for none.
+        weight: `[n_ids, H]`, in any dtype; n_ids is V or the number of token ids of a slice.
+        bias: `[n_ids]`, or None.
+        softcap: bound of the logits, or None.
         logit_scale: factor before the softcap.
         dtype: dtype of the maths.
-        operand_dtype: dtype in which products take their operands; None: `dtype`.
-        vocab_size: V; None where the weight is not a slice, so that V = n_words.
+        operand_dtype: dtype of the operands of products; None: `dtype`.
+        vocab_size: V; None if the weight is the whole head.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class LinearHead:
     ) -> None:
         self.weight, self.bias, self.softcap, self.logit_scale = weight, bias, softcap, logit_scale
         self.dtype, self.operand_dtype = dtype, operand_dtype or dtype
-        self.n_words = weight.shape[0]
-        self.vocab_size = self.n_words if vocab_size is None else vocab_size
+        self.n_ids = weight.shape[0]
+        self.vocab_size = self.n_ids if vocab_size is None else vocab_size
 
-    def words(self, part: slice) -> LinearHead:
-        """Return the head of a slice of the vocabulary, its weight converted to an operand."""
+    def vocab_slice(self, part: slice) -> LinearHead:
+        """Return the head of a slice of the vocabulary, its weight in the dtype of operands."""
         return LinearHead(
             self.weight[part].to(self.operand_dtype),
             None if self.bias is None else self.bias[part],
@@ -82,28 +82,29 @@ class LinearHead:
         )
 
     def weight_slices(self) -> Iterable[tuple[slice, Tensor]]:
-        """Return (rows of W, those rows as an operand): all of W at once if it needs no cast."""
+        """Return slices of W and their weight in the dtype of operands: one if W has this dtype."""
         if self.weight.dtype == self.operand_dtype:
-            return ((slice(0, self.n_words), self.weight),)
+            return ((slice(0, self.n_ids), self.weight),)
         row_bytes = self.weight.shape[1] * self.operand_dtype.itemsize
-        slices = self.word_slices(workspace.WEIGHT_SLICE_BYTES // row_bytes)
+        slices = self.vocab_slices(workspace.WEIGHT_SLICE_BYTES // row_bytes)
         return ((part, self.weight[part].to(self.operand_dtype)) for part in slices)
 
-    def word_slices(self, limit: int) -> Iterator[slice]:
-        """Cut the vocabulary into slices of at most `limit` words, or of one."""
-        # A slice of the logits starts at a multiple of this: cuBLAS needs aligned matrices.
+    def vocab_slices(self, limit: int) -> Iterator[slice]:
+        """Yield slices of the vocabulary of at most `limit` token ids, or of one."""
+        # A slice of the logits starts at a multiple of 64: cuBLAS needs aligned matrices.
         step = 64 if limit >= 64 else 1
-        for part in workspace.even_slices(-(-self.n_words // step), max(1, limit // step)):
-            yield slice(part.start * step, min(part.stop * step, self.n_words))
+        for part in workspace.even_slices(-(-self.n_ids // step), max(1, limit // step)):
+            yield slice(part.start * step, min(part.stop * step, self.n_ids))
 
 
 class HeadGradients:
     """Accumulate the gradients of hidden, weight and bias over chunks.
 
-    With `late` they are unscaled and multiplied in backward. dhidden is then kept in the dtype of
-    hidden, except for float16, whose range would undo loss scaling; dweight and dbias are kept in
-    the dtype of the maths until the final cast. Otherwise dhidden and dweight have the dtypes of
-    their inputs. dweight then cannot accumulate and takes one `add_words` for each slice.
+    With `late`, the gradients are unscaled, and backward multiplies them. Then dhidden has the
+    dtype of hidden, except for float16, whose small range would defeat loss scaling, and dweight
+    and dbias have the dtype of the maths until they are cast in the end. Without `late`, dhidden
+    and dweight have the dtypes of hidden and weight; dweight is then not accumulated but written by
+    one `add_vocab_slice` for each slice of the vocabulary.
 
     Attributes:
         wanted: whether any gradient is needed.
@@ -122,7 +123,7 @@ class HeadGradients:
         self.head = head
         n_rows, width = hidden.shape[:-1].numel(), hidden.shape[-1]
         self.shape = hidden.shape
-        # One more row, which the padding of `valid_rows` writes to (see marginal_nll).
+        # The padding of `valid_rows` writes to an additional last row.
         dx_dtype = dhidden_dtype(hidden.dtype) if late else hidden.dtype
         self.dhidden = hidden.new_zeros(n_rows + 1, width, dtype=dx_dtype) if need_dx else None
         weight, dtype = head.weight, head.dtype if late else head.weight.dtype
@@ -131,10 +132,10 @@ class HeadGradients:
         )
         self.dbias = weight.new_zeros(head.vocab_size, dtype=head.dtype) if need_db else None
         self.wanted = need_dx or need_dw or need_db
-        self._written = False  # the first chunk writes dweight: zeroing V * H numbers costs a pass
+        self._written = False  # the first chunk writes dweight, which saves zeroing it
 
-    def add(self, draw: Tensor, x: Tensor, rows: Tensor) -> None:
-        """Add a chunk: draw [n, V] is the gradient of x W^T + bias, x the rows [n] of hidden."""
+    def add(self, draw: Tensor, x: Tensor, chunk_rows: Tensor) -> None:
+        """Add a chunk: draw [n, V] is the gradient of x W^T + bias, x = hidden[chunk_rows]."""
         if self.dbias is not None:
             self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))
         if self.dweight is not None:
@@ -144,10 +145,10 @@ class HeadGradients:
             dx = torch.empty_like(x, dtype=self.head.dtype)
             for part, weight in self.head.weight_slices():
                 add_product(dx, draw[:, part], weight, first=part.start == 0)
-            self.put_rows(dx, rows)
+            self.put_rows(dx, chunk_rows)
 
-    def add_words(self, part: slice, draw: Tensor, x: Tensor) -> None:
-        """Write the part of a slice of the vocabulary: draw [n, n_words], of all rows."""
+    def add_vocab_slice(self, part: slice, draw: Tensor, x: Tensor) -> None:
+        """Write a slice of dweight and dbias from draw [n, n_ids] of all rows x [n, H]."""
         if self.dbias is not None:
             torch.sum(draw, 0, dtype=self.dbias.dtype, out=self.dbias[part])
         if self.dweight is not None:
@@ -160,13 +161,13 @@ class HeadGradients:
                 dweight.copy_(wide)
             self._written = True
 
-    def put_rows(self, dx: Tensor, rows: Tensor) -> None:
-        """Write dx [n, H], the complete gradient, at its rows [n] of hidden."""
+    def put_rows(self, dx: Tensor, chunk_rows: Tensor) -> None:
+        """Write dx [n, H], the complete gradient of hidden[chunk_rows]."""
         if self.dhidden is not None:
-            self.dhidden[rows] = dx.to(self.dhidden.dtype)
+            self.dhidden[chunk_rows] = dx.to(self.dhidden.dtype)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dhidden (shaped as hidden), dweight and dbias; empty where not needed."""
+        """Return dhidden (in the shape of hidden), dweight and dbias; empty if not needed."""
         if self.dweight is not None and not self._written:
             self.dweight.zero_()
         empty, dtype = self.head.weight.new_empty, self.head.dtype
@@ -178,10 +179,10 @@ class HeadGradients:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """Compute total += a b; for the first product of a sum total = a b, whatever it held.
+    """Compute total += a b, or total = a b for the first product of a sum.
 
-    Operands of fewer bits than total are multiplied as they are and accumulated in its dtype. torch
-    cannot do this on a CPU, so they are converted first there, to the same result.
+    On a GPU, operands of a shorter dtype are multiplied as they are and accumulated in the dtype of
+    total. On a CPU, where torch cannot do this, they are converted first, with the same result.
     """
     if a.dtype == total.dtype or not total.is_cuda:
         a, b = a.to(total.dtype), b.to(total.dtype)
@@ -196,7 +197,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which the unscaled gradient of hidden states of `dtype` is kept."""
+    """Return the dtype of the unscaled gradient of hidden states of `dtype`."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -205,10 +206,10 @@ class RowStats:
     """The softmax statistics of each row."""
 
     logp: Tensor  # [n], log p(y)
-    # [2, n]: max_v z and log sum_v exp(z - max_v z), whose sum is log Z. They are kept apart: if
-    # logits are large, the sum would lose the digits of the second.
+    # [2, n]: max_v z and log sum_v exp(z - max_v z), whose sum is log Z. They are kept separately,
+    # because the sum of a large maximum and the second would lose digits of the second.
     log_z: Tensor
-    mean_logp: Tensor | None = None  # [n], mean_v log p(v), if asked for
+    mean_logp: Tensor | None = None  # [n], mean_v log p(v), if requested
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +218,8 @@ class Call:
 
     log_prior: Tensor  # [B, K]
     example_weight: Tensor  # [B]
-    active: Tensor  # [B] bool, whether a label counts
-    bad: Tensor  # [B*T + 1] bool, whether the label is outside the vocabulary
+    active: Tensor  # [B] bool, whether any label of the example counts
+    bad: Tensor  # [B*T + 1] bool, whether the label of a position is outside the vocabulary
     smoothing: float
     vocab_size: int
 
@@ -228,14 +229,14 @@ class TokenSums:
     """Results of RAG-Token by position; padding writes to the last entry."""
 
     log_marginal: Tensor  # [B*T + 1]
-    occupancy: Tensor  # [B*T + 1, K], sum_v of the gradient's target
+    occupancy: Tensor  # [B*T + 1, K], sum over v of the target distribution
     log_post: Tensor  # [B*T + 1, K]
     token_logp: Tensor  # [B*T + 1, K]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """The weights of ChunkLogits.gradient (hit alone) or of mixture_gradient (all three)."""
+    """The weights of ChunkLogits.gradient (only hit) or of mixture_gradient (all three)."""
 
     hit: Tensor  # [G, K]
     target: Tensor | None = None  # [G, K]
@@ -246,20 +247,20 @@ class TokenWeights:
 class SequenceSums:
     """Results of RAG-Sequence."""
 
-    token_logp: Tensor  # [B*K*T + 1], by row; padding writes to the last entry
+    token_logp: Tensor  # [B*K*T + 1], by row of hidden; padding writes to the last entry
     nll: Tensor  # [B]
     log_post: Tensor  # [B, K]
     dscores: Tensor  # [B, K]
 
 
 class GroupPass(ABC):
-    """From the log-probabilities of a chunk's rows to marginal, posterior and row weights.
+    """Compute marginal, posterior and row weights from the log-probabilities of a chunk's rows.
 
         token     w_kt = softmax_k(a_k + l_kt)             a group is the K rows of a position
         sequence  w_k = softmax_k(a_k + sum_t l_kt)        a group is the K*T rows of an example
 
-    Small numbers only: [n] in, [G, K] out, and [B, K, T] at most for the whole call. Every method
-    writes into the sums of its call.
+    All tensors are small: [n] and [G, K] for a chunk, and at most [B, K, T] for the call. Every
+    method writes its results to `sums`.
     """
 
     @staticmethod
@@ -271,26 +272,26 @@ class GroupPass(ABC):
         mixture: tuple[Tensor, Tensor] | None,
         sums: TokenSums,
     ) -> TokenWeights:
-        """Return the row weights for logp [n]; mixture: mean_v M_v [G], mean_v r_kv [G, K]."""
+        """Return the row weights from logp [n]; mixture: mean_v M_v [G] and mean_v r_kv [G, K]."""
 
     @staticmethod
     @abstractmethod
     def sequence_rows(call: Call, chunk: Chunk, stats: RowStats, sums: SequenceSums) -> None:
-        """Store the smoothed log-probabilities of the chunk by row; 0 where no label counts."""
+        """Store the smoothed log-probabilities of the rows; 0 where the label does not count."""
 
     @staticmethod
     @abstractmethod
     def sequence_posterior(call: Call, examples: slice, sums: SequenceSums) -> None:
-        """Finish examples whose rows have all been stored."""
+        """Compute the posterior of examples of which all rows have been stored."""
 
     @staticmethod
     @abstractmethod
     def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
-        """Return the weights [n] of ChunkLogits.gradient for rows of finished examples."""
+        """Return the weights [n] of ChunkLogits.gradient from the posterior of the examples."""
 
 
 class TorchGroupPass(GroupPass):
-    """Plain torch, on every device and in every dtype."""
+    """The group pass in plain torch, for every device and dtype."""
 
     @staticmethod
     def token(
@@ -300,22 +301,22 @@ class TorchGroupPass(GroupPass):
         mixture: tuple[Tensor, Tensor] | None,
         sums: TokenSums,
     ) -> TokenWeights:
-        counts = chunk.counts.unsqueeze(1)
+        counted = chunk.counted.unsqueeze(1)
         prior = call.log_prior[chunk.example]
         logp = logp.view(prior.shape).masked_fill(call.bad[chunk.position].unsqueeze(1), torch.nan)
-        joint = torch.where(counts, prior + logp, 0.0)
+        joint = torch.where(counted, prior + logp, 0.0)
         log_marginal = joint.logsumexp(1)
-        # Not joint - log_marginal: both may be far from 0, and w would take their rounding.
+        # joint - log_marginal would be less accurate: both may be large, and w gets their rounding.
         log_post = joint.log_softmax(1)
         target = posterior = log_post.exp()
         if mixture is not None:
             log_marginal = torch.lerp(log_marginal, mixture[0], call.smoothing)
             target = torch.lerp(posterior, mixture[1], call.smoothing)
-        sums.log_marginal[chunk.position] = torch.where(chunk.counts, log_marginal, 0.0)
-        sums.occupancy[chunk.position] = torch.where(counts, target, 0.0)
+        sums.log_marginal[chunk.position] = torch.where(chunk.counted, log_marginal, 0.0)
+        sums.occupancy[chunk.position] = torch.where(counted, target, 0.0)
         sums.log_post[chunk.position] = log_post
-        sums.token_logp[chunk.position] = torch.where(counts, logp, 0.0)
-        upstream = torch.where(chunk.counts, call.example_weight[chunk.example], 0.0)
+        sums.token_logp[chunk.position] = torch.where(counted, logp, 0.0)
+        upstream = torch.where(chunk.counted, call.example_weight[chunk.example], 0.0)
         hit = upstream.unsqueeze(1) * posterior
         if mixture is None:
             return TokenWeights(hit)
@@ -327,9 +328,10 @@ class TorchGroupPass(GroupPass):
         logp = stats.logp
         if stats.mean_logp is not None:
             logp = torch.lerp(logp, stats.mean_logp, call.smoothing)
-        logp = logp.view(len(chunk.counts), -1)
+        logp = logp.view(len(chunk.counted), -1)
         logp = logp.masked_fill(call.bad[chunk.position].unsqueeze(1), torch.nan)
-        sums.token_logp[chunk.row] = torch.where(chunk.counts.unsqueeze(1), logp, 0.0).view(-1)
+        logp = torch.where(chunk.counted.unsqueeze(1), logp, 0.0)
+        sums.token_logp[chunk.chunk_rows] = logp.view(-1)
 
     @staticmethod
     def sequence_posterior(call: Call, examples: slice, sums: SequenceSums) -> None:
@@ -345,17 +347,17 @@ class TorchGroupPass(GroupPass):
     @staticmethod
     def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
         weight = call.example_weight.unsqueeze(1) * sums.log_post.exp()
-        return torch.where(chunk.counts.unsqueeze(1), weight[chunk.example], 0.0).view(-1)
+        return torch.where(chunk.counted.unsqueeze(1), weight[chunk.example], 0.0).view(-1)
 
 
 class ChunkLogits(ABC):
     """The logits [n, V] of rows x [n, H] with labels gold [n]; n = G * K, position-major.
 
-    Ask for the statistics of one kind, then, at most once, for the gradient of the same kind. The
-    gradient overwrites the logits and lives as long as this object.
+    Call the statistics of one kind first, then, at most once, the gradient of the same kind. The
+    gradient overwrites the logits and is valid as long as this object.
 
-    For a slice of the vocabulary (`LinearHead.words`) labels count from its first word and are -1
-    outside it; `resume` replaces `statistics`, and there are no mixtures.
+    For a slice of the vocabulary (`LinearHead.vocab_slice`), labels are relative to its first token
+    id and -1 outside it; `resume` replaces `statistics`, and there are no mixtures.
 
     Attributes:
         group_pass: the group pass of the backend.
@@ -380,7 +382,7 @@ class ChunkLogits(ABC):
     def forward(
         cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
     ) -> RowStats:
-        """Return `statistics` of logits that will not be asked for a gradient."""
+        """Return the `statistics` of logits whose gradient is not needed."""
         return cls(head, x, gold).statistics(with_mean=with_mean)
 
     @classmethod
@@ -390,15 +392,15 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        """Return log p(y) and log Z of each row, and mean_v log p(v) if asked for."""
+        """Return log p(y) and log Z of each row, and mean_v log p(v) with `with_mean`."""
 
     @abstractmethod
     def resume(self, log_z: Tensor) -> None:
-        """Take the log_z [2, n] of earlier `statistics` of the whole vocabulary."""
+        """Use log_z [2, n] from earlier `statistics` of the whole vocabulary."""
 
     @abstractmethod
     def gradient(self, weight: Tensor, smoothing: float = 0.0) -> Tensor:
-        """Return the gradient [n, V] of -sum_i weight_i log p~_i(y_i) in x W^T + bias, weight [n].
+        """Return the gradient [n, V] of -sum_i weight_i log p~_i(y_i) by x W^T + bias, weight [n].
 
         log p~(y) = (1 - smoothing) log p(y) + smoothing * mean_v log p(v), hence
         d/dz = weight * (p - smoothing / V - (1 - smoothing) 1[v = y]).
@@ -406,25 +408,25 @@ class ChunkLogits(ABC):
 
     @abstractmethod
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
-        """Return log p(y) of each row, mean_v M_v [G] and mean_v r_kv [G, K], log_prior [G, K]."""
+        """Return the statistics of each row, mean_v M_v [G] and mean_v r_kv [G, K]."""
 
     @abstractmethod
     def mixture_gradient(
         self, log_prior: Tensor, hit: Tensor, target: Tensor, spread: Tensor
     ) -> Tensor:
-        """Return the gradient [n, V] in x W^T + bias of a target over passages and words.
+        """Return the gradient [n, V] of the smoothed marginal distribution by x W^T + bias.
 
-        d/dz_kv = target_k p_kv - spread r_kv - hit_k 1[v = y], with hit and target [G, K] and
-        spread [G] already weighted by the example.
+        d/dz_kv = target_k p_kv - spread r_kv - hit_k 1[v = y], where hit and target [G, K] and
+        spread [G] include the weight of the example.
         """
 
 
 class TorchChunkLogits(ChunkLogits):
-    """Plain torch, on every device and in every dtype."""
+    """The logits in plain torch, for every device and dtype."""
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         super().__init__(head, x, gold)
-        z = x.new_empty(x.shape[0], head.n_words)
+        z = x.new_empty(x.shape[0], head.n_ids)
         for part, weight in head.weight_slices():
             torch.mm(x, weight.t(), out=z[:, part])
         if head.bias is not None:
@@ -439,10 +441,10 @@ class TorchChunkLogits(ChunkLogits):
 
     @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
-        # tanh, for the chain rule, is a buffer; the mixture is one row of V numbers for each
-        # position, and the share of one passage in it another.
+        # The chain rule needs a buffer for tanh. The mixture needs V numbers for each position, and
+        # so does the share of one passage in it.
         buffers = (1 if head.softcap is None else 2) + (2 / n_passages if mixture else 0)
-        return buffers * head.n_words * head.dtype.itemsize
+        return buffers * head.n_ids * head.dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
         z, (peak, picked) = self._z, self._center()
@@ -467,7 +469,7 @@ class TorchChunkLogits(ChunkLogits):
 
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         n_passages = log_prior.shape[1]
-        # z becomes log softmax(z), which, unlike exp(z - max z), never underflows.
+        # z becomes log softmax(z), which never underflows, unlike exp(z - max z).
         z, (peak, picked) = self._z, self._center()
         log_sum = torch.empty_like(picked)
         for k in range(n_passages):
@@ -476,7 +478,7 @@ class TorchChunkLogits(ChunkLogits):
         logp = z.view(-1, n_passages, z.shape[1])
         mixture = logp[:, 0] + log_prior[:, :1]
         for k in range(1, n_passages):
-            # logaddexp has no fused multiply: the sum with the prior is its only temporary.
+            # The sum with the prior is the only temporary.
             torch.logaddexp(mixture, logp[:, k] + log_prior[:, k : k + 1], out=mixture)
         self._mixture = mixture
         share = [self._share(log_prior, k).mean(1) for k in range(n_passages)]

@@ -1,6 +1,6 @@
-"""The backend of a CPU: C++ of `fastrag._C` on the memory of the tensors, nothing copied.
+"""The backend for CPUs: kernels of `fastrag._C`, which read and write torch's memory in place.
 
-CppChunkLogits    logits of one chunk: GEMMs of torch, and passes in C++ between them
+CppChunkLogits    logits of one chunk: torch's GEMMs with C++ passes between them
 doc_scores_fwd    scores of given rows and their log-softmax; doc_scores_bwd
 mips_topk         exact maximum inner product search
 CodedIndex        the same search, through int8 codes of float32 rows
@@ -22,19 +22,21 @@ from fastrag.profiling import stage
 
 
 class CppChunkLogits(ChunkLogits):
-    """float32 on the CPU, in the buffer that the thread keeps between chunks.
+    """Logits in float32 on the CPU, in the buffer that the thread keeps between chunks.
 
-    The buffer is [V, n] = W X^T, the orientation in which the GEMM is fastest; the two GEMMs that
-    follow read it as it is. It holds x W^T throughout: each pass recomputes bias, logit_scale and
-    softcap, so the gradient needs no second buffer. csrc/loss/row_pass.h has the equations.
+    The buffer is [V, n] = W X^T, the orientation in which the GEMM is fastest and which the two
+    GEMMs that follow can read. It holds x W^T until the gradient overwrites it: each pass applies
+    bias, logit_scale and softcap itself, so no second buffer is needed. csrc/loss/row_pass.h has
+    the equations.
 
-        statistics   one read of the buffer          gradient   one read and write of it
-        (the statistics of a mixture: one more read)
+        statistics            reads the buffer once
+        mixture_statistics    reads it twice
+        gradients             read and write it once
     """
 
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         self.head, self.x, self.gold = head, x, gold
-        shape = (head.n_words, x.shape[0])
+        shape = (head.n_ids, x.shape[0])
         self._buffer = workspace.take(shape[0] * shape[1])
         self._z0 = self._buffer[: shape[0] * shape[1]].view(shape)
         for part, weight in head.weight_slices():
@@ -50,13 +52,13 @@ class CppChunkLogits(ChunkLogits):
         )
 
     def __del__(self) -> None:
-        buffer = getattr(self, "_buffer", None)  # None if __init__ raised before it was taken
+        buffer = getattr(self, "_buffer", None)  # None if __init__ raised early
         if buffer is not None:
             workspace.give_back(buffer)
 
     @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
-        return head.n_words * head.dtype.itemsize
+        return head.n_ids * head.dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
         logp, log_z = self.x.new_empty(len(self.x)), self.x.new_empty(2, len(self.x))
@@ -97,8 +99,8 @@ def doc_scores_fwd(
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D]; passage_emb [B, K, D], or [N, D] with rows -> s, log_prior, float32.
 
-    Fresh passages are rows b * K + k of a matrix [B * K, D]. Arrays go as DLPack capsules: most of
-    the time of a small call would be the making of numpy arrays.
+    Passages [B, K, D] are passed as rows b * K + k of a matrix [B * K, D]. Tensors are passed as
+    DLPack capsules, because making numpy arrays would take most of the time of a small call.
     """
     shape = passage_emb.shape[:2] if rows is None else rows.shape
     scores = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -124,7 +126,7 @@ def doc_scores_bwd(
     scale: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return gradients of query_emb and of fresh passage_emb; None where not needed."""
+    """Return the gradients of query_emb and of passage_emb [B, K, D]; None if not needed."""
     dquery = dpassage = None
     if need_dq:
         dquery = torch.empty(query_emb.shape, dtype=torch.float32, device="cpu")
@@ -154,7 +156,7 @@ def _scored(
     scale: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Any, Any, Any, float, Any, Any, int, str]:
-    """Return the arguments that forward and backward of the scores share."""
+    """Return the arguments that doc_scores and doc_scores_backward of fastrag._C share."""
     index_emb = passage_emb
     if passage_emb.dim() == 3:
         shape = passage_emb.shape[:2]
@@ -165,7 +167,7 @@ def _scored(
         offset = torch.zeros_like(scale)
     given = (query_emb.to(torch.float32), rows, scale, offset)
     query, rows_at, scale_of, offset_of = _capsules(*given)
-    # Not made contiguous: the kernels read an index in place, whatever its strides.
+    # The kernels read an index in place and handle its strides, so it need not be contiguous.
     index = to_dlpack(index_emb)
     threads = torch.get_num_threads()
     return query, index, rows_at, tau, scale_of, offset_of, threads, forced_isa()
@@ -181,7 +183,7 @@ def mips_topk(
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D] float32, index_emb [N, D] not float64 -> scores [B, k], rows [B, k]."""
     stored = index_emb.detach()
-    if stored.dtype == torch.bfloat16:  # which numpy does not know: its bits
+    if stored.dtype == torch.bfloat16:  # numpy has no bfloat16: pass the bits
         stored = stored.view(torch.uint16)
     factors = {}
     if scale is not None:
@@ -204,18 +206,20 @@ def mips_topk(
 
 
 class CodedIndex:
-    """float32 rows with int8 codes of them: the answers of the rows, mostly at the cost of codes.
+    """Exact search of float32 rows that reads their int8 codes first and only few of the rows.
 
-        score[b,n] is in  q_b . offset + t_b (digits_b . codes_n)  +-  a bound of the pair
+        score[b,n] is in  q_b . offset + t_b (digits_b . codes_n)  +-  a bound for b and n
 
-    Rows that the bounds leave are scored as `mips_topk` scores them, so the answer has its bits. A
-    search of few queries reads a quarter of the bytes; one of many multiplies whole numbers.
+    Only rows that can be among the k best by these bounds are read. They are scored as in
+    `mips_topk`, so the results have the same bits. With few queries, a search reads a quarter of
+    the bytes; with many, its arithmetic is that of integers.
 
     Args:
         index_emb: `[N, D]` float32, read in place.
-        codes: `[N, D]` int8, of offset + scale * code ~ index_emb; better codes leave fewer rows.
+        codes: `[N, D]` int8 with offset + scale * code ~ index_emb; the closer, the fewer rows are
+            read.
         scale: `[D]` float32.
-        offset: `[D]` float32; the mean of the rows makes better codes than zero.
+        offset: `[D]` float32; the mean of the rows gives closer codes than zero.
 
     Raises:
         ValueError: shapes or dtypes disagree, or a row is not finite.
@@ -231,11 +235,11 @@ class CodedIndex:
         }
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arguments of a search besides queries; a copy has arrays of its own memory."""
+        """Return the array arguments of a search, as views of the current tensors."""
         return {name: x.numpy() for name, x in self._parts.items()}
 
     def update(self, rows: Tensor) -> None:
-        """Measure rows `[n]` again whose numbers and codes have changed; no search may run."""
+        """Measure rows `[n]` again after a change of index_emb and codes; no search may run."""
         part = {name: self._parts[name][rows] for name in ("index_emb", "codes")}
         found = _measured(**part, scale=self._parts["scale"], offset=self._parts["offset"])
         for name, values in found.items():
@@ -249,7 +253,7 @@ class CodedIndex:
         return scores, rows
 
     def n_rows_read(self, query_emb: Tensor, k: int) -> int:
-        """Return how many rows of index_emb a search reads, over all queries."""
+        """Return how many rows of index_emb a search reads, summed over the queries."""
         return self._search(query_emb, k, None)[2]
 
     def _search(
@@ -272,7 +276,7 @@ class CodedIndex:
 
 
 def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
-    """Return what a search through codes needs to know of each row."""
+    """Return norms and sums of each row for the bounds of a search through codes."""
     n = len(index_emb)
     found = {
         "code_norm": torch.empty(n, dtype=torch.float32),
@@ -286,7 +290,7 @@ def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -
 
 
 def _excluding(exclude: Tensor | None) -> dict[str, Any]:
-    """Return the argument for `exclude`, which is a mask [N] or rows [B, E]."""
+    """Return `exclude`, a mask [N] or rows [B, E], as the keyword argument of fastrag._C."""
     if exclude is None:
         return {}
     name = "removed" if exclude.dtype == torch.bool else "exclude"

@@ -5,9 +5,10 @@
     ds = g_s + g_a - softmax_k(s) sum_k g_a          (upstream gradients of s and of log_prior)
     dq_b = sum_k ds_bk d_bk / tau,   dd_bk = ds_bk q_b / tau
 
-Maths in float32 (float64 for float64), whatever the storage dtype and under autocast. Passages are
-either fresh, [B, K, D], or rows of the index matrix [N, D], which gets no gradient. int8 passages
-are codes c of vectors d = offset + scale c, scale and offset [D]; none of the three gets one:
+The maths is in float32 (float64 for float64) for every storage dtype, also under autocast. Passages
+are either re-encoded, [B, K, D], or rows of the index matrix [N, D], which gets no gradient. int8
+passages are codes c of vectors d = offset + scale c, with scale and offset [D], and get no gradient
+either:
 
     s[b,k] = ((q_b scale) . c_bk + q_b . offset) / tau
     dq_b = (scale sum_k ds_bk c_bk + offset sum_k ds_bk) / tau
@@ -25,7 +26,7 @@ from fastrag.ops import backends, checks, workspace
 from fastrag.ops.autograd import is_plain, once_differentiable
 from fastrag.profiling import stage
 
-# modules with doc_scores_fwd and doc_scores_bwd
+# Each implementation is a module with doc_scores_fwd and doc_scores_bwd.
 backends.register(
     "doc_scores",
     cpp="fastrag.ops.cpp",
@@ -33,7 +34,7 @@ backends.register(
     torch="fastrag.ops.doc_scores",
 )
 
-# One program of the Triton kernel holds all the scores of a question.
+# One program of the Triton kernel holds all scores of a question.
 TRITON_MAX_PASSAGES = 1024
 
 
@@ -98,7 +99,7 @@ def doc_scores(
     inputs = (query_emb, passage_emb, rows, tau, scale, offset)
     if not is_plain(query_emb, passage_emb, rows, scale, offset):
         return doc_scores_op(*inputs)
-    # scale and offset have no gradient and are rejected if they ask for one.
+    # scale and offset get no gradient; the checks reject them if they require one.
     if torch.is_grad_enabled() and (query_emb.requires_grad or passage_emb.requires_grad):
         return DocScores.apply(*inputs)
     return _forward(*inputs)
@@ -154,7 +155,7 @@ def _gradients(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return gradients of query_emb and of fresh passage_emb, in their dtypes; None if unneeded."""
+    """Return the gradients of query_emb and passage_emb [B, K, D], in their dtypes, if needed."""
     upstream = (dscores, dlog_prior, log_prior)
     args = (*upstream, query_emb, passage_emb, rows, tau, need_dq, need_dp, scale, offset)
     with stage("doc_scores_backward"):
@@ -170,7 +171,7 @@ def _gradients_or_empty(
     passage_emb: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return the same as an op must: empty tensors instead of None."""
+    """Return the gradients as an op has to, with empty tensors in place of None."""
     dq, dp = _gradients(dscores, dlog_prior, log_prior, query_emb, passage_emb, *rest)
     return (
         query_emb.new_empty(0) if dq is None else dq,
@@ -209,7 +210,7 @@ def _(
 
 
 def _implementation(passage_emb: Tensor, dtype: torch.dtype, n_passages: int) -> Any:
-    """Return the module whose doc_scores_fwd and doc_scores_bwd take this call."""
+    """Return the module of the backend that takes this call."""
     unfit = {}
     if passage_emb.dim() == 2:
         unfit["cpp"] = functools.partial(backends.strided, passage_emb)
@@ -228,7 +229,7 @@ def _dtype(query_emb: Tensor, passage_emb: Tensor) -> torch.dtype:
 
 
 def _gather(passage_emb: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the K passages (or codes) of each query [B, K, D] in `dtype`, zero where missing."""
+    """Return the K passages (or codes) of each query, [B, K, D] in `dtype`; zero if missing."""
     if rows is None:
         return passage_emb.to(dtype)
     index = rows.clamp(0, passage_emb.shape[-2] - 1)
@@ -250,7 +251,7 @@ def doc_scores_fwd(
         vectors = _gather(passage_emb, rows, dtype)
         query = query_emb.to(dtype)
         weights = query if scale is None else query * scale
-        # No matrix product: one would round to TF32 or bfloat16 where the user allows that.
+        # A matrix product would be in TF32 or bfloat16 if the user allows that for products.
         scores = (vectors * weights.unsqueeze(1)).sum(2)
         if offset is not None:
             scores += (query * offset).sum(1, keepdim=True)
@@ -259,7 +260,7 @@ def doc_scores_fwd(
             return scores, scores.log_softmax(1)
         missing = rows < 0
         if passage_emb.dim() == 2:
-            # Only on a GPU: a CPU has rejected such a row.
+            # This can only happen on a GPU; on a CPU the checks reject such rows.
             scores = scores.masked_fill(rows >= passage_emb.shape[0], torch.nan)
         scores = scores.masked_fill(missing, -torch.inf)
         log_prior = scores.log_softmax(1).masked_fill(missing, -torch.inf)
@@ -331,7 +332,7 @@ doc_scores_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class DocScores(torch.autograd.Function):
-    """The op without the dispatcher, for plain calls."""
+    """The op without the dispatcher; see `is_plain`."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""Score and row of a hit in one int64, so that the largest keys are the best hits.
+"""Score and row of a hit in one int64 key, so that the largest keys are the best hits.
 
-The score's bits, in a form that sorts as the scores do, stand above the complement of the row. All
-keys differ, so a selection of them is exact and ties go to the lowest row.
+The upper half of a key holds the bits of the score in a form that sorts like the scores, the lower
+half the complement of the row. All keys differ, so selecting the largest is unambiguous, and among
+equal scores the lowest row wins.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _ROW_MASK = 0xFFFFFFFF
 
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
     """Return the keys of float32 scores [B, n] of rows [n]."""
-    # Adding zero turns -0.0 into +0.0, which compares equal and must tie.
+    # Adding zero turns -0.0 into +0.0: the two compare equal, so their keys must tie.
     bits = (scores + 0.0).view(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of int32 = order of float32
     return (bits.long() << 32) | (_ROW_MASK - rows)
 
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scores and rows of keys; -inf and -1 for `NOTHING`."""
+    """Return the scores and rows of keys; -inf and -1 for `NOTHING`."""
     nothing = keys == NOTHING
     bits = (keys >> 32).to(torch.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,23 +1,23 @@
-"""Errors that only values on a GPU can tell: found without waiting, raised by a later call.
+"""Errors that depend on values on a GPU: detected without waiting, raised by a later call.
 
-A check makes a tensor that is zero if all is well. On a CPU it is read, and `positions` raises the
-error at once. On another device reading it would stop the host until the device has caught up.
-There
+A check computes a tensor that is zero if there is no fault. On a CPU the tensor is read, and
+`positions` raises the error at once. On another device, reading it would stop the host until the
+device has caught up. There, two small kernels for each check
 
-    found <- where(flag, found, what this call found)        the first fault stays
+    found <- where(flag, found, fault of this call)        the first fault stays
     flag  <- any(found)
 
-run on the device, two small kernels for each check, and one copy per call sends the flags, a byte
-each, to page-locked memory of the host. Every call begins with a plain read of those bytes. If one
-is set, the call is going to raise and may wait: it fetches what was found, words the error as on a
-CPU, and clears both sides.
+run on the device, and one copy per call sends the flags, a byte each, to page-locked memory of the
+host. Every call begins with a plain read of these bytes. If one is set, the call will raise and may
+wait: it reads the faults, words the error as on a CPU, and clears the records.
 
 A record belongs to a check, its settings and a shape, and lasts as long as the process. A captured
-CUDA graph writes into it at every replay, and the next call outside of graphs raises. While a graph
-is being captured nothing is raised and nothing allocated: a shape without a record from earlier
-calls has its NaN and no record, as has every shape beyond the first `MAX_RECORDS`. Devices have
-their own records. Threads and streams share them: a call may raise what another thread's found, and
-if two streams write one record at the same time one report may be lost, but none is made up.
+CUDA graph writes to it at every replay, and the next call outside of a graph raises. During a
+capture, nothing is raised and nothing is allocated. So a new shape in a capture has no record, and
+neither has a shape beyond the first `MAX_RECORDS`; a fault then only makes the loss NaN. Each
+device has its own records, which threads and streams share. A call may raise a fault of another
+thread's call. If two streams write to one record at the same time, a report may be lost, but a
+report is never false.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Makes the text of an error from place (list of indices) and value of the first entry that is not
-# zero, and the settings. A function of a module, because records are identified by it.
+# Makes the message from the indices (a list) and the value of the first entry that is not zero, and
+# the settings. It has to be a function of a module, because it identifies a record.
 Wording = Callable[..., str]
-# A tensor of any shape that is 0, or False, if all is well; its wording; the settings.
+# A tensor of any shape that is 0 or False if there is no fault; its wording; the settings.
 Finding = tuple[Any, ...]
 
 MAX_RECORDS = 1024
-# Memory is taken by blocks, because taking it is the one step that waits; a record starts where any
-# dtype may.
+# Memory is allocated in blocks, because allocating is the only step that waits. A record is aligned
+# for every dtype.
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 16
 
@@ -76,7 +76,7 @@ class _Device:
     def record(
         self, found: Tensor, wording: Wording, settings: tuple[Hashable, ...]
     ) -> _Record | None:
-        """The record of this check and shape, None where there can be none."""
+        """Return the record of this check and shape, or None if there can be none."""
         key = (wording, settings, found.shape, found.dtype)
         if key in self.records:
             return self.records[key]
@@ -87,14 +87,14 @@ class _Device:
             if _capturing(self.device):
                 return None
             self.block, self.used = _zeros(self.device, max(_BLOCK_BYTES, found.nbytes)), 0
-        with torch.inference_mode(False):  # for views that any other call may write to
+        with torch.inference_mode(False):  # later calls in any mode must be able to write to it
             kept = self._take(found.shape, found.dtype)
             made = _Record(wording, settings, kept, self.flags[place], self.seen[place])
         self.records[key] = made
         return made
 
     def take_errors(self) -> list[str]:
-        """Wait for the device, empties its records and return what stood in them."""
+        """Wait for the device, clear its records and return the messages of their faults."""
         _wait(self.device)
         errors = []
         for record in self.records.values():
@@ -102,9 +102,9 @@ class _Device:
                 found = torch.empty(record.found.shape, dtype=record.found.dtype)
                 found.copy_(record.found, non_blocking=True)
                 _wait(self.device)
-                # Two streams at one record may leave a flag without a fault.
+                # Two streams that write to one record may leave a flag without a fault.
                 if found.any():
-                    errors.append(word(found, record.wording, record.settings))
+                    errors.append(message(found, record.wording, record.settings))
                 record.found.zero_()
         self.flags.zero_()
         _wait(self.device)
@@ -117,10 +117,10 @@ _lock = threading.Lock()
 
 
 def send(findings: Sequence[Finding]) -> None:
-    """Raise what earlier calls on the device found, record the findings of this one.
+    """Raise faults of earlier calls on the device, then record the findings of this call.
 
-    All checks of a call go into one `send`, in the order in which they are reported. Their tensors
-    are on one device.
+    A call passes all its checks to one `send`, in the order in which they should be reported. Their
+    tensors are on one device.
 
     Raises:
         ValueError: an earlier call found a fault.
@@ -142,7 +142,7 @@ def send(findings: Sequence[Finding]) -> None:
 
 
 def raise_late(device: torch.device) -> None:
-    """Raise what a finished call on `device` found, and forget it. Does not wait for others.
+    """Raise the faults that finished calls on `device` found and clear them, without waiting.
 
     Raises:
         ValueError: an earlier call found a fault.
@@ -161,26 +161,26 @@ def forget() -> None:
     _devices.clear()
 
 
-# The memory goes while the driver is still there.
+# The memory must be freed before the driver shuts down.
 atexit.register(forget)
 
 
-def word(found: Tensor, wording: Wording, settings: Iterable[Hashable]) -> str:
-    """Return the text of the error of a finding that is not all zeros."""
+def message(found: Tensor, wording: Wording, settings: Iterable[Hashable]) -> str:
+    """Return the error message of a finding that is not all zeros."""
     place = found.nonzero()[0].tolist()
     return wording(place, found[tuple(place)].item(), *settings)
 
 
 def _zeros(device: torch.device, size: int, *, pinned: bool = False) -> Tensor:
-    """Zeroed bytes that belong to nobody else, once they are all written."""
+    """Allocate zeroed bytes outside of any memory pool, and wait until they are written."""
 
     def make() -> Tensor:
         made = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
         _wait(device)
         return made
 
-    # In a thread of its own, for which the caller's inference mode and memory pool do not hold: a
-    # pool is taken back by torch.compile(mode="reduce-overhead"), after the run that warms it up.
+    # A new thread has neither the caller's inference mode nor its memory pool. The pool of
+    # torch.compile(mode="reduce-overhead") is freed after the warm-up run.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()
 

@@ -1,4 +1,4 @@
-"""RAG-Token and RAG-Sequence negative log-likelihood, with its gradients made in the forward.
+"""RAG-Token and RAG-Sequence negative log-likelihood, with gradients computed in the forward.
 
     token     nll_b = -sum_t m_bt log sum_k exp(a_bk + l_bkt)
     sequence  nll_b = -log sum_k exp(a_bk + sum_t m_bt l_bkt)
@@ -10,22 +10,23 @@ With the posterior w (softmax_k of the same exponents):
     d doc_scores_bk = e_b (p_bk sum_t m_bt - sum_t m_bt w_bkt)     token      (p = exp a)
                       e_b (p_bk - w_bk)                            sequence
 
-**Group-resident chunks.** All rows of one group lie in one chunk: the K rows of a position (token)
-or the K*T rows of an example (sequence). So w is known while the chunk's logits are alive, and
-the gradients of sum_b e_b nll_b (e = example_weight) cost three GEMMs; nothing of size
-[B, K, T, V] ever exists.
+**Group-resident chunks.** All rows of one group are in one chunk: the K rows of a position (token)
+or the K*T rows of an example (sequence). So w is known while the chunk's logits exist, and the
+gradients of sum_b e_b nll_b (e = example_weight) cost three GEMMs. No tensor of size [B, K, T, V]
+ever exists.
 
-**Vocabulary-major.** If a Sequence example is larger than the workspace, or chunks would have so
-few rows that reading and writing dW for each of them costs more than a GEMM, all statistics come
-first, then all weights, then the gradients by slices of the vocabulary (`vocab_major`).
+**Vocabulary-major.** If an example of RAG-Sequence is larger than the workspace, or if chunks would
+have so few rows that reading and writing dW for each of them costs more than a GEMM, the statistics
+of all rows are computed first, then all weights, then the gradients slice by slice of the
+vocabulary (`vocab_major`).
 
-**Late scale.** Gradients are saved without upstream gradient and normalizer and multiplied by them
-in backward: in place if the graph is freed afterwards, so that no copy of dW is made
-(`autograd.scaled`). With a vector upstream gradient (reduction "none", `deferred=True`) only dX and
-the gradient of doc_scores can be scaled so, example by example, which is enough for a frozen head.
-Gradients that need the head's are made in backward: d nll / d token_logp = -w, and
-token_logp_backward continues from there. Smoothed RAG-Token is no function of token_logp: it runs
-once more with example_weight = upstream.
+**Late scale.** Gradients are saved without the upstream gradient and the normalizer, and backward
+multiplies them by both, in place if the graph is freed afterwards, so that dW is not copied
+(`autograd.scaled`). If the upstream gradient is a vector (reduction "none", `deferred=True`), only
+dX and the gradient of doc_scores can be scaled in this way, example by example; this suffices if
+the head is frozen. If the head is trained, backward computes the gradients of hidden and head:
+d nll / d token_logp = -w, from which token_logp_backward continues. Smoothed RAG-Token is not a
+function of token_logp, so backward runs the op again with example_weight = upstream.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ backends.register(
     torch="fastrag.ops.chunks:TorchChunkLogits",
 )
 
-# One Triton program holds the values of all passages of a group; for smoothing, a few words too.
+# One Triton program holds the values of all passages of a group; with smoothing, for several token
+# ids at once.
 TRITON_MAX_PASSAGES = 1024
 TRITON_MAX_MIXED = 256
 
 _N_INPUTS = 17
-_NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: inputs that backward can reach
+_NEEDS = (0, 1, 2, 4)  # hidden, weight, bias, doc_scores: the inputs with a saved gradient
 
 
 @torch.library.custom_op(
@@ -96,11 +98,11 @@ def marginal_nll(
 ) -> tuple[Tensor, ...]:
     """Return total, nll, log_posterior, token_logp, dhidden, dweight, dbias, ddoc_scores, log_z.
 
-    total [] = sum_b example_weight_b nll_b and nll [B] are the loss; the first is differentiable
-    unless `deferred`, the second if `deferred`. The gradients are those of total; gradients that
-    are not needed, or left to backward, are empty. token_logp [B, K, T] are the log-probabilities
+    total [] = sum_b example_weight_b nll_b and nll [B] are the loss: total is differentiable unless
+    `deferred`, nll is if `deferred`. The gradients are those of total; gradients that are not
+    needed, or are computed in backward, are empty. token_logp [B, K, T] are the log-probabilities
     in the marginal, without gradient, and 0 where the label does not count. log_z [2, B, K, T] are
-    the halves of log Z (RowStats), for a backward that needs them.
+    the two parts of log Z (RowStats) if backward needs them, else empty.
     """
     n_passages = hidden.shape[1]
     limit = TRITON_MAX_MIXED if marginal == "token" and label_smoothing else TRITON_MAX_PASSAGES
@@ -145,9 +147,10 @@ def marginal_nll(
 def _late(
     marginal: str, smoothing: float, deferred: bool, need_dw: bool, need_db: bool
 ) -> tuple[bool, bool]:
-    """Return whether the gradients of hidden and head are left to backward, and start from log Z.
+    """Return whether backward computes the gradients of hidden and head, and whether from log Z.
 
-    Rows of dX can be scaled later, dW cannot. Smoothed RAG-Token is no function of token_logp.
+    It does for a vector upstream gradient: rows of dX can be scaled later, dW cannot. It cannot
+    start from log Z for smoothed RAG-Token, which is not a function of token_logp.
     """
     late = deferred and (need_dw or need_db)
     return late, late and not (marginal == "token" and smoothing > 0.0)
@@ -174,9 +177,9 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 class _Marginal:
-    """One call: the prior, the masks and the walk over groups of chunks."""
+    """One call of the op: the prior, the masks and the iteration over chunks."""
 
-    # Whether smoothing needs the marginal distribution at every word, not only at the label.
+    # Whether smoothing needs the marginal distribution at every token id, not only at the label.
     mixes: ClassVar[bool]
 
     def __init__(
@@ -211,7 +214,7 @@ class _Marginal:
             else example_weight.to(head.dtype)
         )
         if self.unlisted is not None:
-            # Gradients that lack a part must not look like gradients.
+            # Incomplete gradients must not look valid.
             self.example_weight = self.example_weight.masked_fill(self.unlisted, torch.nan)
         self.positions = Positions(hidden, labels, counted, present, valid_rows, head.operand_dtype)
         self.call = Call(
@@ -226,19 +229,19 @@ class _Marginal:
         row_bytes = open_chunk.row_bytes(head, self.n_passages, mixture=mixture)
         # positions per chunk
         self.limit = workspace.rows_per_chunk(self.n_passages * row_bytes, hidden.device)
-        # Gradients, if any, then go by slices of the vocabulary.
-        self.statistics_first = not mixture and (not sums.wanted or self.better_by_words())
+        # If so, the gradients, if any, are computed slice by slice of the vocabulary.
+        self.statistics_first = not mixture and (not sums.wanted or self.prefers_vocab_slices())
         keep_log_z = keep_log_z or (sums.wanted and self.statistics_first)
         self.log_z = scores.new_zeros(2, hidden.shape[:3].numel() + 1 if keep_log_z else 0)
 
-    def better_by_words(self) -> bool:
+    def prefers_vocab_slices(self) -> bool:
         if self.sums.dweight is None or self.positions.n_visited <= self.limit:
-            return False  # One chunk writes dW once.
+            return False  # A single chunk writes dW once.
         n_rows, per_chunk = (n * self.n_passages for n in (self.positions.n_visited, self.limit))
         return vocab_major.is_better(n_rows, per_chunk, self.positions.hidden.device)
 
     def forward(self, *, with_mean: bool = False) -> Iterator[tuple[Chunk, RowStats]]:
-        """Yield the statistics of all chunks, which will not be asked for a gradient."""
+        """Yield all chunks with their statistics, without computing gradients."""
         row_bytes = self.open_chunk.forward_bytes(self.head, self.n_passages, with_mean=with_mean)
         device = self.positions.hidden.device
         limit = workspace.rows_per_chunk(self.n_passages * row_bytes, device)
@@ -248,12 +251,12 @@ class _Marginal:
             with stage("marginal_nll/statistics"):
                 stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold, with_mean=with_mean)
             if self.log_z.numel():
-                self.log_z[:, chunk.row] = stats.log_z
+                self.log_z[:, chunk.chunk_rows] = stats.log_z
             yield chunk, stats
 
     def add_gradients(self, chunk: Chunk, weight: Tensor, smoothing: float = 0.0) -> None:
-        """Add all gradients at once, from the chunk of all positions."""
-        log_z = self.log_z[:, chunk.row]
+        """Add all gradients from the chunk of all positions."""
+        log_z = self.log_z[:, chunk.chunk_rows]
         vocab_major.add_gradients(self.sums, self.open_chunk, chunk, log_z, weight, smoothing)
 
 
@@ -263,7 +266,7 @@ class _Token(_Marginal):
     mixes = True
 
     def run(self) -> None:
-        # one entry per position, and one that the padding of valid_rows writes to
+        # One entry per position, and one for the padding of valid_rows.
         n, zeros = self.n_examples * self.n_tokens + 1, self.log_prior.new_zeros
         k = self.n_passages
         self.found = TokenSums(zeros(n), zeros(n, k), zeros(n, k), zeros(n, k))
@@ -279,10 +282,9 @@ class _Token(_Marginal):
         if self.sums.wanted and hits:
             self.add_gradients(self.positions.everything(), torch.cat(hits))
 
-    # A chunk's logits are local to one call, so that they are freed before the next chunk's exist.
-
+    # A method of its own, so that the logits of a chunk are freed before the next chunk's exist.
     def _chunk(self, part: slice) -> None:
-        """Smooth the marginal distribution, if anything.
+        """Compute loss and gradients of the positions `part`; smoothing is of the marginal.
 
         With G_kv = (1 - s) w_k 1[v = y] + (s / V) r_kv, whose sum over v is `target`, the gradient
         of the logits is upstream * (target_k p_kv - G_kv).
@@ -294,8 +296,8 @@ class _Token(_Marginal):
         mixture = None
         with stage("marginal_nll/statistics"):
             if self.smoothing:
-                counts = chunk.counts.unsqueeze(1)
-                prior = torch.where(counts, self.log_prior[chunk.example], 0.0)
+                counted = chunk.counted.unsqueeze(1)
+                prior = torch.where(counted, self.log_prior[chunk.example], 0.0)
                 stats, smooth, share = logits.mixture_statistics(prior)
                 mixture = (smooth, share)
             else:
@@ -310,7 +312,7 @@ class _Token(_Marginal):
             else:
                 draw = logits.gradient(weights.hit.view(-1))
         with stage("marginal_nll/products"):
-            self.sums.add(draw, chunk.x, chunk.row)
+            self.sums.add(draw, chunk.x, chunk.chunk_rows)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         found, shape = self.found, (self.n_examples, self.n_tokens, self.n_passages)
@@ -332,8 +334,8 @@ class _Sequence(_Marginal):
     mixes = False
 
     def run(self) -> None:
-        # By row, so that the sum over t runs the same way for each k: passages with equal
-        # log-probabilities get the same posterior, to the bit.
+        # token_logp is stored by row of hidden, so that the sum over t has the same order for each
+        # k: passages with equal log-probabilities get the same posterior, bit for bit.
         n_rows = self.n_examples * self.n_passages * self.n_tokens
         self.found = SequenceSums(
             self.log_prior.new_zeros(n_rows + 1),
@@ -342,7 +344,7 @@ class _Sequence(_Marginal):
             torch.zeros_like(self.log_prior),
         )
         if not self.positions.n_visited:
-            return  # the prior stands
+            return  # the posterior is the prior
         if not self.statistics_first:
             for part, examples in self._chunks():
                 self._resident(part, examples)
@@ -357,15 +359,15 @@ class _Sequence(_Marginal):
             weight = self.group.sequence_weights(self.call, chunk, self.found)
             self.add_gradients(chunk, weight, self.smoothing)
 
-    def better_by_words(self) -> bool:
+    def prefers_vocab_slices(self) -> bool:
         per_example = self.positions.per_example
-        # If only the device knows where an example ends, all of them are one chunk.
+        # If the host does not know where an example ends, all positions are one chunk.
         everything = self.positions.n_visited
         largest = everything if per_example is None else max(per_example, default=0)
-        return largest > self.limit or super().better_by_words()
+        return largest > self.limit or super().prefers_vocab_slices()
 
     def _chunks(self) -> list[tuple[slice, slice]]:
-        """Return slices of positions, each with the whole examples that lie in it."""
+        """Return slices of positions that contain whole examples, with the slices of examples."""
         if self.positions.per_example is None:
             return [(slice(0, self.positions.n_visited), slice(0, self.n_examples))]
         chunks: list[tuple[slice, slice]] = []
@@ -379,8 +381,7 @@ class _Sequence(_Marginal):
             chunks.append((slice(start, stop), slice(first, self.n_examples)))
         return chunks
 
-    # A chunk's logits are local to one call, so that they are freed before the next chunk's exist.
-
+    # A method of its own, so that the logits of a chunk are freed before the next chunk's exist.
     def _resident(self, part: slice, examples: slice) -> None:
         with stage("marginal_nll/gather"):
             chunk = self.positions.gather(part)
@@ -395,7 +396,7 @@ class _Sequence(_Marginal):
         with stage("marginal_nll/gradient"):
             draw = logits.gradient(weight, self.smoothing)
         with stage("marginal_nll/products"):
-            self.sums.add(draw, chunk.x, chunk.row)
+            self.sums.add(draw, chunk.x, chunk.chunk_rows)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (self.n_examples, self.n_passages, self.n_tokens)
@@ -411,7 +412,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.needed = dict(zip(_NEEDS, settings[6:], strict=True))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(total if ctx.deferred else nll, log_posterior, *rest)
-    # The inputs are saved to reject double backward, and for gradients that backward makes.
+    # The inputs are saved to reject double backward, and for gradients computed in backward.
     _, *grads = rest
     ctx.save_for_backward(
         hidden, weight, bias, labels, scores, example_weight, valid_rows, nll, log_posterior, *grads
@@ -441,7 +442,7 @@ def _backward(ctx: Any, dtotal: Tensor | None, dnll: Tensor | None, *_: Any) -> 
             del found[place]
     for place, grad in found.items():
         if ctx.needs_input_grad[place]:
-            # One number for each example, or one for all.
+            # One factor for each example, or one for all.
             scale = upstream.view(-1, *[1] * (grad.dim() - 1)) if ctx.deferred else upstream
             result[place] = scaled(grad, scale, inputs[place].dtype)
     if example_weight is not None and ctx.needs_input_grad[5]:
@@ -458,17 +459,17 @@ def _head_gradients(
     log_posterior: Tensor,
     log_z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gradients of hidden, weight and bias for upstream [B]."""
+    """Return the gradients of hidden, weight and bias for the upstream gradient [B]."""
     hidden, weight, bias, labels, scores = inputs
     marginal, softcap, logit_scale, smoothing, ignore_index, *_ = ctx.settings
     need = [ctx.needed[place] for place in _NEEDS[:3]]
     if not _late(marginal, smoothing, True, *need[1:])[1]:
         again = marginal_nll(*inputs, upstream, valid_rows, *ctx.settings[:5], False, *need, False)
         return again[4], again[5], again[6]
-    posterior = log_posterior.exp()  # [B, K, T], or of a sequence [B, K]
+    posterior = log_posterior.exp()  # [B, K, T], or [B, K] for RAG-Sequence
     if posterior.dim() == 2:
         posterior = posterior.unsqueeze(2)
-    # A loss that is NaN has no gradient that is a number.
+    # The gradient of a NaN loss is NaN.
     scale = torch.where(nll.isnan(), torch.nan, upstream)
     grad = (scale.view(-1, 1, 1) * -posterior).expand(hidden.shape[:3])
     present = scores != -torch.inf
@@ -500,9 +501,9 @@ def reduce_examples(
     normalizer: float | Tensor,
     example_weight: Tensor | None = None,
 ) -> Tensor:
-    """Weight values [B] by example; "none" keeps them, "sum" adds them, "mean" divides the sum.
+    """Reduce values [B] times example_weight: "none", "sum", or "mean", which is sum / normalizer.
 
-    "mean" divides by `normalizer`, the number of labels that count, and not by B.
+    The normalizer is the number of labels that count and not B, unless the caller gives another.
     """
     weighted = values if example_weight is None else values * example_weight.to(values.dtype)
     if reduction == "none":
@@ -514,9 +515,9 @@ def reduce_examples(
 def divide(total: Tensor, normalizer: float | Tensor) -> Tensor:
     """Return total / normalizer; 0 with gradient 0 if the normalizer is 0."""
     if not isinstance(normalizer, Tensor):
-        # torch takes no integer of more than 64 bits
+        # A float, because torch takes no integer of more than 64 bits.
         return total / float(normalizer) if normalizer > 0 else total * 0.0
-    # To a GPU without waiting; from a GPU the host has to wait anyway.
+    # A copy to a GPU need not wait. In a copy from a GPU the host has to.
     normalizer = normalizer.to(total.device, total.dtype, non_blocking=total.is_cuda).reshape(())
     empty = normalizer == 0
     return torch.where(empty, 0.0, total) / torch.where(empty, 1.0, normalizer)

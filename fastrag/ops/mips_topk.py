@@ -1,18 +1,18 @@
-"""Exact maximum inner product search, with a running top-k.
+"""Exact maximum inner product search.
 
     scores[b,n] = q_b . x_n;  the k largest by (score descending, row ascending)
     int8 rows are codes c of vectors x = offset + scale c, scale and offset [D]
 
 cpp, for CPU tensors except float64, sums each product in the order of its elements
-(csrc/mips/mips.h), so that a score has the same bits in any search; no block of scores exists, and
-an index of half precision is read as it is.
+(csrc/mips/mips.h), so a score has the same bits in every search. It stores no block of scores and
+reads an index of half precision without conversion.
 
 triton, for CUDA tensors, reads the index once and keeps the best score of each group of rows
-(triton_mips); its answers have the bits of cpp. Small searches are left to torch.
+(triton_mips). Its results have the same bits as those of cpp. Small searches run in torch.
 
-torch goes by blocks of passages and packs score and row into one key (`keys`), so that the order in
-which blocks are merged cannot change the answer. Only [B, block] scores ever exist; their rounding
-is that of the matrix product.
+torch searches block by block and packs score and row into one key (`keys`), so that the order in
+which blocks are merged does not change the result. Only the scores of one block [B, n] exist at a
+time; their rounding is that of the matrix product.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ backends.register(
     torch="fastrag.ops.mips_topk:_torch_search",
 )
 
-# A block holds its scores once as float32 and up to three times as int64 keys.
+# The scores of a block exist once as float32 and up to three times as int64 keys.
 _BYTES_PER_SCORE = 4 + 3 * 8
 
 
@@ -93,7 +93,7 @@ def mips_topk(
         from fastrag.ops.triton_mips import pays
 
         if pays(query_emb, index_emb, k, exclude):
-            query = query_emb  # which it converts itself
+            query = query_emb  # the kernels convert it themselves
         else:
             backend = "torch"
     with stage("mips_topk"):
@@ -149,10 +149,10 @@ def _torch_search(
 
 
 def check_finite(name: str, values: Tensor, first_row: int = 0) -> None:
-    """Check on a CPU, where looking costs nothing, that every row of values [n, D] is finite.
+    """Check that all values [n, D] are finite; on a GPU, where reading them would wait, do nothing.
 
     Raises:
-        ValueError: naming the first row that is not.
+        ValueError: a value is not finite; the message names the first such row.
     """
     if not checks.readable(values):
         return
@@ -170,7 +170,7 @@ def _vectors(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Ten
 
 
 def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> Tensor:
-    """The keys [B, n] of the rows `part`; `NOTHING` where the row is excluded."""
+    """Return the keys [B, n] of the rows `part`; `NOTHING` if a row is excluded."""
     n = part.stop - part.start
     scores = (query @ block.t()).float()
     if checks.readable(scores) and not bool(scores.isfinite().all()):
@@ -184,7 +184,7 @@ def _keys(query: Tensor, block: Tensor, part: slice, exclude: Tensor | None) -> 
         return found
     if exclude.dtype == torch.bool:
         return found.masked_fill_(exclude[part], keys.NOTHING)
-    # Rows of other blocks, and -1, are sent to one column more than there are.
+    # Rows of other blocks, and -1, go to an additional last column.
     inside = (exclude >= part.start) & (exclude < part.stop)
     column = torch.where(inside, exclude - part.start, n)
     padded = torch.nn.functional.pad(found, (0, 1))

@@ -1,10 +1,10 @@
-"""Label positions that count, with their rows of hidden states, and the checks of their values.
+"""Label positions that count, their hidden states, and the checks of labels and scores.
 
-A position is p = b * T + t. It has K rows hidden[b, :, t], one for each passage, which stay
-together so that a marginal over passages never crosses a chunk. On a CPU only positions whose label
-counts are visited. A GPU cannot be asked for their number without waiting, so there either
-`valid_rows` lists them (from a caller who has the labels on the host) or all B*T are visited;
-positions that do not count then have weight zero, and their hidden states are read as zero.
+A position is p = b * T + t. It has K rows hidden[b, :, t], one for each passage, which are always
+in one chunk, because the marginal is a sum over them. On a CPU, only positions whose label counts
+are visited. On a GPU, reading their number would wait for the device. There, a caller who has the
+labels on the host can list the positions in `valid_rows`; otherwise all B*T are visited, and
+positions that do not count have weight zero and hidden states of zero.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from fastrag.ops import checks, late_errors
 
-# The default label that does not count: that of torch's cross_entropy and of batches of
-# transformers. The oracle in fastrag/reference.py, which imports nothing of ours, has its own.
+# The default label that does not count, as in torch's cross_entropy and transformers' batches.
+# fastrag/reference.py repeats it, because it imports nothing of ours.
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """G positions and their n = G * K rows, position-major."""
+    """G positions and their n = G * K rows of hidden states, position-major."""
 
     position: Tensor  # [G], B*T where the entry is padding
     example: Tensor  # [G], b
-    counts: Tensor  # [G] bool
+    counted: Tensor  # [G] bool, whether the label counts
     gold: Tensor  # [n], label
-    row: Tensor  # [n], (b * K + k) * T + t, B*K*T where the entry is padding
+    chunk_rows: Tensor  # [n], (b * K + k) * T + t, B*K*T where the entry is padding
     x: Tensor  # [n, H], in the dtype of the operands of products
 
 
 class Positions:
-    """Visit the rows of hidden [B, K, T, H] by slices of counted positions."""
+    """The counted positions of hidden [B, K, T, H], which `gather` reads slice by slice."""
 
     def __init__(
         self,
@@ -50,13 +50,13 @@ class Positions:
         n_examples, _, n_tokens, _ = hidden.shape
         self.n_positions = n_examples * n_tokens
         self.labels = torch.where(counted, labels, 0).reshape(-1)
-        # The padding of valid_rows points to the entry behind the last position.
+        # The padding of valid_rows points to the entry after the last position.
         self.counted = torch.nn.functional.pad(counted.reshape(-1), (0, 1))
         self.per_example: list[int] | None = None
         if checks.readable(hidden):
             self.index = counted.reshape(-1).nonzero().squeeze(1)
             self.per_example = counted.sum(1).tolist()
-        elif valid_rows is not None and self.n_positions:  # else its padding would point nowhere
+        elif valid_rows is not None and self.n_positions:  # its padding needs a position to read
             self.index = _padded(valid_rows, self.n_positions)
         else:
             self.index = torch.arange(self.n_positions, device=hidden.device)
@@ -67,14 +67,14 @@ class Positions:
         return self.gather(slice(0, self.n_visited))
 
     def gather(self, part: slice) -> Chunk:
-        """Return the positions `part` with a copy of their hidden states."""
+        """Return a slice of the counted positions as a chunk, which copies their hidden states."""
         _, n_passages, n_tokens, width = self.hidden.shape
         position = self.index[part]
-        counts = self.counted[position]
+        counted = self.counted[position]
         place = position.clamp(max=self.n_positions - 1)
         example, token = place // n_tokens, place % n_tokens
         x = self.hidden[example, :, token].to(self.dtype).contiguous()  # [G, K, H]
-        keep = counts.unsqueeze(1)
+        keep = counted.unsqueeze(1)
         if self.present is not None:
             keep = keep & self.present[example]
         x.masked_fill_(~keep.expand(x.shape[:2]).unsqueeze(2), 0.0)
@@ -83,14 +83,14 @@ class Positions:
         padding = (position == self.n_positions).unsqueeze(1)
         row = torch.where(padding, n_passages * self.n_positions, row)
         gold = self.labels[place].repeat_interleave(n_passages)
-        return Chunk(position, example, counts, gold, row.view(-1), x.view(-1, width))
+        return Chunk(position, example, counted, gold, row.view(-1), x.view(-1, width))
 
 
 def check_label_values(labels: Tensor, counted: Tensor, vocab_size: int) -> Tensor:
     """Return the bool mask [B, T] of counted labels outside [0, V).
 
     Raises:
-        ValueError: on a CPU if there is any; elsewhere if an earlier call found a fault.
+        ValueError: on a CPU, a label is outside; on a GPU, an earlier call found a fault.
     """
     bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
     _raise_or_record((labels * bad, _label_error, vocab_size))
@@ -100,19 +100,20 @@ def check_label_values(labels: Tensor, counted: Tensor, vocab_size: int) -> Tens
 def check_values(
     labels: Tensor, counted: Tensor, vocab_size: int, scores: Tensor, valid_rows: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Check labels, scores [B, K], which are finite or -inf, and valid_rows, all in one go.
+    """Check labels, scores [B, K], which must be finite or -inf, and valid_rows.
 
     Returns:
         The bool mask [B, T] of counted labels outside [0, V), and the bool mask [B] of examples
-        whose counted positions valid_rows does not list once each; None without valid_rows.
+        with a counted position that valid_rows does not list exactly once (None without
+        valid_rows).
 
     Raises:
-        ValueError: on a CPU if a value is wrong; elsewhere if an earlier call found a fault.
+        ValueError: on a CPU, a value is wrong; on a GPU, an earlier call found a fault.
     """
     bad = counted & (labels.clamp(0, vocab_size - 1) != labels)
-    # The threshold keeps what is not at most the largest number: +inf and NaN.
+    # The result is 0 for all scores except +inf and NaN.
     wrong_score = torch.threshold(scores, torch.finfo(scores.dtype).max, 0.0)
-    # A bad label is not 0, which is in every vocabulary.
+    # A bad label is never 0, because every vocabulary has a token id 0.
     wrong_label = (labels * bad, _label_error, vocab_size)
     if valid_rows is None:
         _raise_or_record((wrong_score, _score_error), wrong_label)
@@ -135,7 +136,7 @@ def _raise_or_record(*findings: late_errors.Finding) -> None:
         return
     for found, wording, *settings in findings:
         if found.any():
-            raise ValueError(late_errors.word(found, wording, settings))
+            raise ValueError(late_errors.message(found, wording, settings))
 
 
 _VALID_ROWS = (
@@ -159,6 +160,6 @@ def _valid_rows_error(place: list[int], value: int) -> str:
 
 
 def _padded(valid_rows: Tensor, n_positions: int) -> Tensor:
-    """Return valid_rows with entries that are no position, such as -1, sent behind the last one."""
+    """Return valid_rows with n_positions in place of entries that are not positions, such as -1."""
     inside = (valid_rows >= 0) & (valid_rows < n_positions)
     return torch.where(inside, valid_rows, n_positions).long()

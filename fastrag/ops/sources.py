@@ -1,4 +1,4 @@
-"""Identify the sources of the extension module. setup.py runs this file by itself."""
+"""Identify the sources of the extension module. setup.py runs this file on its own."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""log p(y_t | x, z_k, y_<t) from hidden states, never holding [B, K, T, V].
+"""log p(y_t | x, z_k, y_<t) from hidden states, without a tensor [B, K, T, V].
 
     token_logp[b,k,t] = logits[b,k,t,y_bt] - logsumexp_v logits[b,k,t,v]
     d logits[b,k,t,v] = g[b,k,t] * (1[v = y_bt] - softmax_v)
 
-The weight g of a row is not known while the forward holds its logits. So the forward keeps log Z of
-each row, and the backward recomputes the logits, slice by slice of the vocabulary (`vocab_major`):
-four GEMMs, while `marginal_nll`, which knows its weights, needs three.
+The upstream gradient g is not known in the forward, when the logits exist. Therefore the forward
+keeps log Z of each row, and the backward recomputes the logits slice by slice of the vocabulary
+(`vocab_major`). This takes four GEMMs; `marginal_nll`, which knows its weights, takes three.
 
-A frozen head does not need this: a row of dX is g times its value for g = 1, which the forward
-computes; two GEMMs instead of three.
+If the head is frozen, the forward computes dX for g = 1, and the backward multiplies its rows by g.
+This takes two GEMMs instead of three.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def token_logp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [B, K, T, H], labels [B, T] -> token_logp, log_z, dhidden.
 
-    token_logp [B, K, T] is zero where the label is ignored. log_z [2, B, K, T] are the halves of
-    log Z (RowStats), for a backward that needs them; dhidden is the gradient of the sum of
-    token_logp, if the head is frozen. Otherwise they are empty.
+    token_logp [B, K, T] is zero where the label is ignored. log_z [2, B, K, T] are the two parts of
+    log Z (RowStats) if the head needs a gradient, else empty. dhidden is the gradient of the sum of
+    token_logp if only hidden needs a gradient, else empty.
     """
     at_once = need_dx and not (need_dw or need_db)
     with stage("token_logp"), workspace.without_autocast(hidden.device):
@@ -107,10 +107,10 @@ def token_logp_backward(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias from grad [B, K, T], in their dtypes; empty if unneeded.
+    """Return the gradients of hidden, weight and bias, in their dtypes; empty if not needed.
 
-    present [B, K] bool: passages that exist (None: all). valid_rows: as in Positions. With
-    label_smoothing, token_logp was (1 - label_smoothing) log p(y) + label_smoothing mean_v log p.
+    grad [B, K, T] is the gradient of (1 - label_smoothing) log p(y) + label_smoothing mean_v log p.
+    present [B, K] bool: passages that exist (None: all). valid_rows: as in Positions.
     """
     with stage("token_logp_backward"), workspace.without_autocast(hidden.device):
         settings = (softcap, logit_scale, ignore_index)
@@ -119,8 +119,8 @@ def token_logp_backward(
         sums = HeadGradients(walk.head, hidden, **need, late=False)
         chunk = walk.positions.everything()
         padded = torch.nn.functional.pad(grad.reshape(-1).to(walk.head.dtype), (0, 1))
-        log_z = torch.nn.functional.pad(log_z.reshape(2, -1), (0, 1))[:, chunk.row]
-        row_weight = walk.mask(chunk, -padded[chunk.row])
+        log_z = torch.nn.functional.pad(log_z.reshape(2, -1), (0, 1))[:, chunk.chunk_rows]
+        row_weight = walk.mask(chunk, -padded[chunk.chunk_rows])
         vocab_major.add_gradients(sums, walk.open_chunk, chunk, log_z, row_weight, label_smoothing)
         dhidden, dweight, dbias = sums.results()
         bias_dtype = weight.dtype if bias is None else bias.dtype
@@ -142,7 +142,7 @@ def _(
 def fake_head_gradients(
     hidden: Tensor, weight: Tensor, need_dx: bool, need_dw: bool, need_db: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return empty tensors shaped as the results of HeadGradients with `late`."""
+    """Return uninitialised tensors in the shapes of HeadGradients.results with `late`."""
     dtype = workspace.accumulate_dtype(hidden.dtype)
     empty = [weight.new_empty(0, dtype=dtype) for _ in range(3)]
     if need_dx:
@@ -155,7 +155,7 @@ def fake_head_gradients(
 
 
 class _Walk:
-    """The rows of one call, shared by forward and backward."""
+    """Backend, head and positions of one call, for forward and backward."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Walk:
         self.positions = Positions(hidden, labels, counted, present, valid_rows, operand)
 
     def parts(self, with_gradient: bool) -> list[slice]:
-        """Chunks of positions for the forward."""
+        """Return the slices of positions that the forward visits one at a time."""
         if with_gradient:
             row_bytes = self.open_chunk.row_bytes(self.head, self.n_passages, mixture=False)
         else:
@@ -190,8 +190,7 @@ class _Walk:
         limit = workspace.rows_per_chunk(self.n_passages * row_bytes, self.positions.hidden.device)
         return workspace.even_slices(self.positions.n_visited, limit)
 
-    # A chunk's logits are local to one call, so that they are gone before the next chunk's exist.
-
+    # A method of its own, so that the logits of a chunk are freed before the next chunk's exist.
     def forward(self, part: slice, logp: Tensor, log_z: Tensor, sums: HeadGradients) -> None:
         chunk = self.positions.gather(part)
         if sums.wanted:
@@ -203,18 +202,18 @@ class _Walk:
             with stage("token_logp/gradient"):
                 draw = logits.gradient(weight)
             with stage("token_logp/products"):
-                sums.add(draw, chunk.x, chunk.row)
+                sums.add(draw, chunk.x, chunk.chunk_rows)
         else:
             with stage("token_logp/statistics"):
                 stats = self.open_chunk.forward(self.head, chunk.x, chunk.gold)
-        logp[chunk.row] = self.mask(chunk, stats.logp)
-        log_z[:, chunk.row] = stats.log_z
+        logp[chunk.chunk_rows] = self.mask(chunk, stats.logp)
+        log_z[:, chunk.chunk_rows] = stats.log_z
 
     def mask(self, chunk: Chunk, per_row: Tensor) -> Tensor:
         """Return per_row [n]: 0 where the label does not count, NaN where it is not in [0, V)."""
         bad = self.bad[chunk.position].repeat_interleave(self.n_passages)
-        counts = chunk.counts.repeat_interleave(self.n_passages)
-        return torch.where(counts, per_row.masked_fill(bad, torch.nan), 0.0)
+        counted = chunk.counted.repeat_interleave(self.n_passages)
+        return torch.where(counted, per_row.masked_fill(bad, torch.nan), 0.0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,10 +1,11 @@
 """The chunks of the triton backend: cuBLAS products with Triton passes between them.
 
-The products keep the dtype of the hidden states, bfloat16 or float16, and leave float32 logits in
-rows padded to a multiple of 64: V = 50265 is odd, and a matrix whose rows start at odd addresses
-cannot use the fast products. The passes that read the logits apply bias, scale and softcap. They
-also cover the padding, with loads and stores of 16 bytes; its numbers mean nothing. The gradient
-goes to a second buffer in the dtype of the operands or, for float32, overwrites the logits.
+The operands of products have the dtype of the hidden states, such as bfloat16 or float16, and the
+logits are float32. Rows of logits are padded to a multiple of 64, because the fast products need
+aligned rows, and V may be odd (50265). The passes apply bias, scale and softcap when they read the
+logits. They load and store 16 bytes at a time and include the padding, whose values are never used.
+The gradient goes to a second buffer in the dtype of the operands or, for float32, overwrites the
+logits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PITCH = 64
 
 
 class TritonGroupPass(GroupPass):
-    """One launch each; maths in float32."""
+    """The group pass in Triton, one launch per method, with maths in float32."""
 
     @staticmethod
     def token(
@@ -45,7 +46,7 @@ class TritonGroupPass(GroupPass):
             mixture,
             chunk.position,
             chunk.example,
-            chunk.counts,
+            chunk.counted,
             call.log_prior,
             call.example_weight,
             call.bad,
@@ -63,9 +64,9 @@ class TritonGroupPass(GroupPass):
         group_pass.sequence_rows(
             stats.logp,
             stats.mean_logp,
-            chunk.row,
+            chunk.chunk_rows,
             chunk.position,
-            chunk.counts,
+            chunk.counted,
             call.bad,
             call.smoothing,
             sums.token_logp,
@@ -88,12 +89,12 @@ class TritonGroupPass(GroupPass):
     @staticmethod
     def sequence_weights(call: Call, chunk: Chunk, sums: SequenceSums) -> Tensor:
         return group_pass.sequence_weights(
-            sums.log_post, call.example_weight, chunk.example, chunk.counts
+            sums.log_post, call.example_weight, chunk.example, chunk.counted
         )
 
 
 class TritonChunkLogits(ChunkLogits):
-    """Operands in the dtype of the hidden states, logits and statistics in float32."""
+    """Logits and statistics in float32 from operands in the dtype of the hidden states."""
 
     group_pass = TritonGroupPass
 
@@ -112,16 +113,16 @@ class TritonChunkLogits(ChunkLogits):
     @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
         operand = 0 if head.operand_dtype == torch.float32 else head.operand_dtype.itemsize
-        return padded(head.n_words) * (4 + operand)
+        return padded(head.n_ids) * (4 + operand)
 
     @classmethod
     def forward(
         cls, head: LinearHead, x: Tensor, gold: Tensor, *, with_mean: bool = False
     ) -> RowStats:
-        """Compute the statistics in the epilogue of the product; logits are never written."""
+        """Compute the statistics in the epilogue of the product, without writing the logits."""
         if with_mean:
             return super().forward(head, x, gold, with_mean=True)
-        n_splits = linear_logp.splits(x.shape[0], head.n_words, x.dtype)
+        n_splits = linear_logp.splits(x.shape[0], head.n_ids, x.dtype)
         settings = (head.bias, head.logit_scale, head.softcap, n_splits)
         return RowStats(*linear_logp.linear_logp(x, head.weight_slices(), gold, *settings))
 
@@ -129,7 +130,8 @@ class TritonChunkLogits(ChunkLogits):
     def forward_bytes(cls, head: LinearHead, n_passages: int, *, with_mean: bool) -> float:
         if with_mean:
             return super().forward_bytes(head, n_passages, with_mean=True)
-        # The rows themselves, gathered and on their way there; splits are for few rows.
+        # The hidden states of the rows and a temporary of their gather. The product is split, which
+        # takes more memory, only for few rows.
         return 2 * head.weight.shape[1] * head.operand_dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
@@ -137,7 +139,7 @@ class TritonChunkLogits(ChunkLogits):
             self._raw,
             self.gold,
             *self._head,
-            vocab_size=self.head.n_words,
+            vocab_size=self.head.n_ids,
             with_mean=with_mean,
         )
         return RowStats(logp, self._log_z, mean)
@@ -157,7 +159,7 @@ class TritonChunkLogits(ChunkLogits):
             self.head.vocab_size,
             out,
         )
-        return out[:, : self.head.n_words]
+        return out[:, : self.head.n_ids]
 
     def mixture_statistics(self, log_prior: Tensor) -> tuple[RowStats, Tensor, Tensor]:
         stats = self.statistics()
@@ -166,7 +168,7 @@ class TritonChunkLogits(ChunkLogits):
             *self._head,
             *self._log_z,
             log_prior.contiguous(),
-            vocab_size=self.head.n_words,
+            vocab_size=self.head.n_ids,
         )
         return stats, smooth, share
 
@@ -182,28 +184,28 @@ class TritonChunkLogits(ChunkLogits):
             *(x.contiguous() for x in (log_prior, hit, target, spread)),
             out,
         )
-        return out[:, : self.head.n_words]
+        return out[:, : self.head.n_ids]
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
-        """Allocate [n, words] with padding behind the last word of each row."""
-        return self.x.new_empty(self.x.shape[0], padded(self.head.n_words), dtype=dtype)
+        """Allocate [n, n_ids] with padding after each row."""
+        return self.x.new_empty(self.x.shape[0], padded(self.head.n_ids), dtype=dtype)
 
     def _gradient_buffer(self) -> Tensor:
-        # Numbers of one size may overwrite each other: each is read and written by one thread.
+        # In place for numbers of equal size: each is read and written by the same thread.
         same = self.x.dtype == self._raw.dtype
         return self._raw if same else self._buffer(self.x.dtype)
 
 
-def padded(n_words: int) -> int:
-    """Return the numbers from one row to the next."""
-    return -(-n_words // PITCH) * PITCH
+def padded(n_ids: int) -> int:
+    """Return the number of elements from one row of logits to the next."""
+    return -(-n_ids // PITCH) * PITCH
 
 
 def _padded_bias(bias: Tensor) -> Tensor:
-    """Return bias as [padded(words)]: bias itself if it needs no padding."""
-    n_words = bias.shape[0]
-    if n_words == padded(n_words):
+    """Return bias with padding, `[padded(n_ids)]`; bias itself if it needs none."""
+    n_ids = bias.shape[0]
+    if n_ids == padded(n_ids):
         return bias
-    out = bias.new_empty(padded(n_words))
-    out[:n_words] = bias
+    out = bias.new_empty(padded(n_ids))
+    out[:n_ids] = bias
     return out

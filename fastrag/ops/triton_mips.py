@@ -1,15 +1,15 @@
-"""Exact maximum inner product search on a GPU: a scan of the index, and what makes it exact.
+"""Exact maximum inner product search on a GPU: an approximate scan, then exact scores.
 
 1. The scan (`kernels.mips`) reads the index once and keeps the best score of each group of rows.
-2. The best k groups and some more are chosen, `SLACK` of them so that most answers are certain.
-3. Their rows are scored again, in the order of summation that defines a score
-   (`kernels.mips_rescore`), and the best k of them taken.
-4. Where a group that was not chosen could hold a better row, given the proven error of the scan,
-   such groups are scored too. The device decides; the host waits for nothing.
+2. The best k + `SLACK` groups are chosen; with the slack, step 4 is rarely needed.
+3. The rows of these groups are scored again, in the order of summation that defines a score
+   (`kernels.mips_rescore`), and the best k of them are taken.
+4. If, by the proven error bound of the scan, another group may hold a better row, such groups are
+   scored too. The device decides this, so the host does not wait.
 
-The bound of step 4 needs the largest norm in the index. It costs one more pass, so it is kept for
-as long as torch counts no change of the index; a CUDA graph computes it at every replay. A kernel
-that writes to an index behind torch's back has to be followed by `forget_norms`.
+The bound of step 4 needs the largest norm in the index, which takes another pass. It is kept until
+torch's version counter shows a change of the index; a CUDA graph computes it at every replay. Call
+`forget_norms` after a kernel outside torch has written to an index.
 
 Memory: 4 N / group bytes for each query of a slice, within `FASTRAG_WORKSPACE_BYTES`; never scores.
 """
@@ -31,43 +31,44 @@ from fastrag.ops import backends, workspace
 from fastrag.ops.keys import unpack
 from fastrag.profiling import stage
 
-# Groups beyond k that are scored. TF32 has the wider error, and more groups within it.
+# Number of groups beyond k that are chosen. TF32 has a larger error, so more groups are within it.
 SLACK = 8
 SLACK_FLOAT32 = 16
-MAX_EXCLUDED = 256  # rows of a query, each compared with each row that is scored
-# Fewer scores than this are made and sorted before the launches of a scan are through.
+MAX_EXCLUDED = 256  # rows per query; each is compared with each row that is scored
+# With fewer scores than this, computing and sorting all takes less time than launching a scan.
 _LEAST_SCORES = 1 << 22
 _TMA_CAPABILITY = (9, 0)
-# Of a block, which tiles read by descriptors are made for: 227 KiB on data centre GPUs. Consumer
-# GPUs of compute capability 12 have descriptors and 99 KiB, as much as tiles read by pointers take.
+# Shared memory of a block that tiles read by descriptors need: 227 KiB, as on data centre GPUs.
+# Consumer GPUs of compute capability 12 have descriptors but 99 KiB, enough for tiles read by
+# pointers.
 _TMA_SHARED = 227 << 10
-# Wider rows of maxima are sorted by the best of so many.
+# Rows of maxima wider than _WIDE are first reduced to the largest of each _BUNDLE numbers.
 _WIDE, _BUNDLE = 1 << 14, 64
 _KEPT_NORMS = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one search is made; every plan with a true `error` gives the same answer."""
+    """Settings of one search. They do not affect the results if `error` is a valid bound."""
 
-    group: int
-    n_chosen: int  # groups that are scored in any case
+    group: int  # rows per group
+    n_chosen: int  # number of groups that are always scored
     tile: kernels.Tile
     use_tma: bool
-    has_low: bool  # whether queries are two numbers of the operand dtype
-    error: float  # of a maximum, relative to the bound of its sum of magnitudes
+    has_low: bool  # whether a query is the sum of two vectors of the operand dtype
+    error: float  # bound of the error of a maximum, relative to the sum of magnitudes
 
 
 @dataclass(frozen=True)
 class Found:
-    """keys [B, k], in descending order, and the queries that step 4 was needed for, int32 [B]."""
+    """Results of a search before the keys are unpacked."""
 
-    keys: Tensor
-    uncertain: Tensor
+    keys: Tensor  # [B, k], in descending order
+    uncertain: Tensor  # [B] int32, not 0 if the query needed step 4
 
 
 def unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> str:
-    """Return why this cannot be searched here, empty if it can."""
+    """Return why these kernels cannot search this index; "" if they can."""
     n, dim = index_emb.shape
     if index_emb.dtype not in kernels.STORAGES:
         return f"it has no scan of {index_emb.dtype}"
@@ -81,7 +82,7 @@ def unfit(index_emb: Tensor, k: int, exclude: Tensor | None) -> str:
 
 
 def pays(query_emb: Tensor, index_emb: Tensor, k: int, exclude: Tensor | None) -> bool:
-    """Whether a product and a sort of all scores would take longer."""
+    """Return whether a scan is faster than computing and sorting all scores."""
     n = index_emb.shape[0]
     scored = (k + _n_excluded(exclude) + SLACK) * mips_rescore.group_size(k)
     return query_emb.shape[0] * n >= _LEAST_SCORES and 4 * scored <= n
@@ -98,8 +99,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """query_emb [B, D], index_emb [N, D] -> scores [B, k] float32, rows [B, k].
 
-    With `exact`, float32 [N, D], the scores are those of its rows, of which index_emb holds
-    approximations; the answer is then that of a search of `exact`.
+    With `exact`, float32 [N, D], index_emb holds approximations of the rows of `exact`, and the
+    results are those of a search of `exact`.
     """
     query = query_emb if query_emb.stride(-1) == 1 else query_emb.contiguous()
     norm = _kept_norm(index_emb, None, None, None) if index_emb.dtype != torch.int8 else None
@@ -143,10 +144,10 @@ def find(
     exact: Tensor | None = None,
     gap: Tensor | None = None,
 ) -> Found:
-    """Steps 1 to 4 for queries [B, D] with contiguous elements.
+    """Run steps 1 to 4 for queries [B, D] with contiguous elements.
 
     norm: the largest |x| of the index, `[]` on its device; None for codes, whose range is known.
-    gap: the largest distance of a row of the index from that of `exact`.
+    gap: the largest distance between a row of the index and the same row of `exact`.
     """
     index, n_queries = passages.index, query.shape[0]
     with stage("mips_topk/prepare"):
@@ -161,11 +162,11 @@ def find(
         kernels.group_maxima(
             operand, index, passages.removed, plan.group, plan.tile, plan.use_tma, maxima
         )
-    # Products that vanish in float32 are outside of any relative bound.
+    # No relative bound covers products that underflow in float32.
     reach = operand.size * (plan.error if norm is None else norm * plan.error)
     reach = reach + index.shape[1] * torch.finfo(torch.float32).tiny
     if exact is not None and gap is not None:
-        # Of the two sums that differ, each rounds on its own.
+        # The two scores differ by the gap, and each has its own rounding.
         reach = reach + operand.norm * (gap * (1.01 + plan.error))
         passages = Passages(
             exact, None, None, passages.removed, passages.exclude, passages.first_row
@@ -196,10 +197,10 @@ def search_blocks(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Search an index that comes in pieces; the answer is that of `search` of the whole.
+    """Search an index block by block, with the results of `search` on the whole index.
 
-    blocks: which rows of the index, and these rows `[n, D]` where the queries are, as long as it
-    takes to launch their search: the memory may then be filled anew in the order of the stream.
+    blocks: slices of rows and their vectors `[n, D]`, on the device of the queries. The iterable
+    may overwrite a block once the next one is requested, in the order of the current stream.
     """
     query = query_emb.contiguous()
     best = torch.full((len(query), k), mips_rescore.NOTHING, device=query.device)
@@ -228,7 +229,7 @@ def _search_block(
 
 
 def forget_norms() -> None:
-    """Drop every norm that was kept.
+    """Drop all norms that are kept.
 
     Example:
         >>> from fastrag.ops import triton_mips
@@ -243,14 +244,14 @@ _norms: dict[tuple[object, ...], tuple[list[StorageWeakRef], Tensor]] = {}
 def _kept_norm(
     index: Tensor, scale: Tensor | None, offset: Tensor | None, exact: Tensor | None
 ) -> Tensor:
-    """`kernels.max_norm`, kept as long as no memory that it was made from is freed or written."""
+    """Return `kernels.max_norm`, kept until the memory of an argument is freed or written."""
     sources = [x for x in (index, scale, offset, exact) if x is not None]
     stream = 0
     if index.is_cuda:
         stream = torch.cuda.current_stream(index.device).cuda_stream
         if torch.cuda.is_current_stream_capturing():
             return kernels.max_norm(index, scale, offset, exact)
-    if any(x.is_inference() for x in sources):  # of which torch counts no changes
+    if any(x.is_inference() for x in sources):  # inference tensors have no version counter
         return kernels.max_norm(index, scale, offset, exact)
     key = (stream, index.device, *(_identity(x) for x in sources))
     for old in [k for k, (refs, _) in _norms.items() if any(ref.expired() for ref in refs)]:
@@ -304,14 +305,14 @@ def _has_tma(device: torch.device) -> bool:
 
 
 def _queries_at_once(index: Tensor, plan: Plan) -> int:
-    """Queries whose maxima, and the keys of whose chosen groups, fit the workspace."""
+    """Return for how many queries maxima and keys of the chosen groups fit the workspace."""
     n = index.shape[0]
     n_chosen = min(plan.n_chosen, math.ceil(n / plan.group))
     return workspace.rows_per_chunk(4 * n / plan.group + 16 * n_chosen * plan.group, index.device)
 
 
 def _top_groups(maxima: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row [B, width], and where they are; of wide rows in two steps."""
+    """Return the n largest maxima of each query and their groups; in two steps for wide rows."""
     if maxima.shape[1] <= _WIDE:
         top, groups = maxima.topk(n, dim=1)
         return top, groups
@@ -323,7 +324,7 @@ def _top_groups(maxima: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _best(keys: Tensor, k: int) -> Tensor:
-    """The best k keys of each row, in descending order; `NOTHING` where there are fewer."""
+    """Return the k largest keys of each query in descending order, padded with `NOTHING`."""
     best = keys.topk(min(k, keys.shape[1]), dim=1).values
     missing = k - best.shape[1]
     return torch.nn.functional.pad(best, (0, missing), value=mips_rescore.NOTHING)

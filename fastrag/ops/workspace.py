@@ -1,7 +1,7 @@
-"""Vocabulary-sized memory: how large a chunk may be, and the buffer that outlives it on a CPU.
+"""Vocabulary-sized memory: the size of a chunk, and a buffer that is reused between chunks.
 
-On a CPU the first touch of fresh pages costs as much as several passes over them. So `take` gives
-a buffer that the thread keeps from one chunk to the next, and `advise` asks for huge pages.
+On a CPU, the first access to new pages costs as much as several passes over them. Therefore `take`
+returns a buffer that the thread keeps from one chunk to the next, and `advise` requests huge pages.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from fastrag.ops import backends
 
 WORKSPACE_VARIABLE = "FASTRAG_WORKSPACE_BYTES"
-# Each chunk reads and writes all of dW once, so a chunk wants thousands of rows on a GPU. On a CPU
-# first-touching fresh pages costs more than that traffic, hence the smaller default.
+# Each chunk reads and writes all of dW once, so a chunk should have thousands of rows on a GPU. On
+# a CPU, the first access to new pages costs more than this traffic, hence the smaller default.
 DEFAULT_WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-# A weight stored in another dtype than the maths is converted by slices of at most this size.
+# A weight in another dtype than the maths is converted slice by slice, at most so many bytes each.
 WEIGHT_SLICE_BYTES = 32 << 20
-# Below this size page faults are not worth a call.
+# Smaller tensors have too few pages for `advise` to pay.
 _ADVISED_BYTES = 8 << 20
 
 
@@ -37,7 +37,7 @@ def workspace_bytes(device: torch.device) -> int:
     """Return the limit in bytes: `FASTRAG_WORKSPACE_BYTES` if set, else the device's default.
 
     Raises:
-        ValueError: the variable is not a positive whole number.
+        ValueError: the variable is not a positive integer.
     """
     text = os.environ.get(WORKSPACE_VARIABLE, "")
     if not text:
@@ -53,7 +53,7 @@ def rows_per_chunk(row_bytes: float, device: torch.device) -> int:
 
 
 def even_slices(total: int, limit: int) -> list[slice]:
-    """Cut range(total) into the fewest slices of at most `limit`, as equal as possible."""
+    """Cut range(total) into the fewest slices of at most `limit`, of nearly equal length."""
     if total == 0:
         return []
     starts = range(0, total, math.ceil(total / math.ceil(total / limit)))
@@ -67,34 +67,35 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Return a context without autocast: the maths of an op has the dtype that the op chose."""
-    # Meta tensors have no autocast; only their shapes are computed.
+    """Return a context without autocast, since an op chooses the dtype of its maths itself."""
+    # There is no autocast for meta tensors, of which only shapes are computed.
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def take(numel: int) -> Tensor:
-    """Return a flat float32 buffer on the CPU of at least `numel` numbers of unknown value.
+    """Return an uninitialised flat float32 buffer on the CPU of at least `numel` numbers.
 
-    It belongs to the caller until `give_back`. Then the thread keeps it, so that the next chunk
-    finds its pages mapped. Sizes are powers of two up to the limit, because batches differ.
+    It belongs to the caller until `give_back`. Then the thread keeps it, so that its pages are
+    mapped already for the next chunk. Sizes are powers of two up to the limit, so that batches of
+    different sizes use one buffer.
     """
     kept, _kept.buffer = _kept.buffer, None
     if kept is not None and kept.numel() >= numel:
         return kept
-    del kept  # its memory first, then that of the larger one
+    del kept  # freed before the larger buffer is allocated
     limit = workspace_bytes(torch.device("cpu")) // torch.float32.itemsize
     size = max(numel, min(1 << (numel - 1).bit_length(), limit))
     return advise(torch.empty(size, dtype=torch.float32))
 
 
 def give_back(buffer: Tensor) -> None:
-    """End the use of a buffer from `take`; one larger than the limit is not kept."""
+    """Return a buffer from `take`; the thread keeps it unless it is larger than the limit."""
     if buffer.nbytes <= workspace_bytes(buffer.device):
         _kept.buffer = buffer
 
 
 def release() -> None:
-    """Free the buffer that this thread keeps between chunks, if any; the next one is fresh.
+    """Free the buffer that this thread keeps between chunks, if any.
 
     Example:
         >>> from fastrag.ops import workspace
@@ -105,8 +106,8 @@ def release() -> None:
 
 
 def advise(fresh: Tensor) -> Tensor:
-    """Ask for huge pages under a large tensor that has not been written yet, and return it."""
-    # A subclass may have no memory, as the fake tensors of torch.compile.
+    """Request huge pages for a large tensor that has not been written yet, and return it."""
+    # A subclass may have no memory, for example the fake tensors of torch.compile.
     plain = type(fresh) is Tensor and fresh.device.type == "cpu" and fresh.is_contiguous()
     if plain and fresh.nbytes >= _ADVISED_BYTES and not backends.why_not("cpp"):
         from fastrag import _C

@@ -40,7 +40,7 @@ SHAPES = {
 WORKSPACES = {
     "whole": ("", 1),
     "some": ("20000", 1),
-    "some words": ("20000", 10**6),
+    "some token ids": ("20000", 10**6),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 smoothed = pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["hard", "smoothed"])
@@ -307,7 +307,7 @@ def test_token_group(smoothing: float) -> None:
 @smoothed
 def test_sequence_group(smoothing: float) -> None:
     call, chunk, (n_examples, n_passages, n_tokens) = call_and_chunk(smoothing)
-    logp = -5.0 * torch.rand(len(chunk.row))
+    logp = -5.0 * torch.rand(len(chunk.chunk_rows))
     stats = RowStats(logp, 2.0 * logp if smoothing else None)
     results = []
     for implementation in (TorchGroupPass, TritonChunkLogits.group_pass):

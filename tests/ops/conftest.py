@@ -8,12 +8,12 @@ from fastrag.ops import backends, checks, late_errors, vocab_major
 
 # Bytes, and rows below which a chunk is not worth its dW: everything in one chunk; a few positions
 # a chunk; one position a chunk (a Sequence example that does not fit: slices of the vocabulary);
-# and slices of the vocabulary, of several words and of one.
+# and slices of the vocabulary, of several token ids and of one.
 WORKSPACES = {
     "whole": ("", 1),
     "some": ("2000", 1),
     "one": ("1", 1),
-    "some words": ("2000", 10**6),
+    "some token ids": ("2000", 10**6),
     "one word": ("1", 10**6),
 }
 

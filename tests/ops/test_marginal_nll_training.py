@@ -29,7 +29,7 @@ from .cases import (
 # B, K, T, H, V: one comment per regime
 EDGES = {
     **SHAPES,
-    "two words": (3, 2, 3, 4, 2),  # fewer than a vector has lanes
+    "two token ids": (3, 2, 3, 4, 2),  # fewer than a vector has lanes
     "one word": (2, 3, 2, 4, 1),  # certain, whatever the weights
     "one unit": (2, 3, 2, 1, 9),
     "many passages": (2, 33, 2, 4, 9),

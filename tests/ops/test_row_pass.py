@@ -127,14 +127,16 @@ class Rows:
         head = LinearHead(self.weight, self.bias, self.softcap, self.logit_scale, self.x.dtype)
         return kind(head, self.x, self.gold)
 
-    def by_words(self, kind: type[ChunkLogits], log_z: Tensor, smoothing: float) -> Tensor:
+    def by_vocab_slices(self, kind: type[ChunkLogits], log_z: Tensor, smoothing: float) -> Tensor:
         """The gradient from slices of the vocabulary."""
         head, parts = self.open(kind).head, []
-        for part in head.word_slices(70):
+        for part in head.vocab_slices(70):
             gold = torch.where(part.start <= self.gold, self.gold - part.start, -1)
-            words = kind(head.words(part), self.x, gold.masked_fill(self.gold >= part.stop, -1))
-            words.resume(log_z)
-            parts.append(words.gradient(self.row_weight, smoothing).clone())
+            logits = kind(
+                head.vocab_slice(part), self.x, gold.masked_fill(self.gold >= part.stop, -1)
+            )
+            logits.resume(log_z)
+            parts.append(logits.gradient(self.row_weight, smoothing).clone())
         return torch.cat(parts, 1)
 
     def run(self, kind: type[ChunkLogits]) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ class Rows:
         found["gradient"] = plain.gradient(self.row_weight).clone()
         smooth.statistics()
         found["smoothed gradient"] = smooth.gradient(self.row_weight, 0.1).clone()
-        found["gradient of slices"] = self.by_words(kind, stats.log_z, 0.1)
+        found["gradient of slices"] = self.by_vocab_slices(kind, stats.log_z, 0.1)
         stats, found["mean mixture"], found["mean share"] = mixed.mixture_statistics(self.log_prior)
         target = (self.log_prior + stats.logp.view_as(self.log_prior)).softmax(1)
         upstream = self.row_weight.view_as(self.log_prior)[:, :1]
@@ -193,7 +195,7 @@ SHAPES = {
     "odd": (13, 5, 16, 131),
     "one row": (1, 1, 4, 7),
     "one word": (3, 2, 4, 1),  # p = 1
-    "fewer words than a block, fewer rows than a vector": (1, 3, 4, 5),
+    "fewer token ids than a block, fewer rows than a vector": (1, 3, 4, 5),
     "whole vectors": (16, 8, 16, 256),
     "vectors and a rest": (29, 3, 8, 300),
     "many passages": (3, 50, 8, 129),
@@ -229,7 +231,7 @@ def test_adversarial(isa: str, kind: str) -> None:
     elif kind == "missing":
         problem.log_prior[:, 1] = -torch.inf
         problem.log_prior[0, 1:] = -torch.inf
-    elif kind == "impossible":  # a block of words, and one word of another, that nobody says
+    elif kind == "impossible":  # a block of token ids, and one id of another, with probability 0
         problem.bias[128:256] = -torch.inf
         problem.bias[7] = -torch.inf
         problem.gold.fill_(3)

@@ -22,12 +22,12 @@ from tests.ops.cases import (
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Collects (rows, words) of every buffer of logits."""
+    """Collect (rows, token ids) of every buffer of logits."""
     found = []
     init = TorchChunkLogits.__init__
 
     def spy(self: TorchChunkLogits, head: LinearHead, x: Tensor, gold: Tensor) -> None:
-        found.append((len(x), head.n_words))
+        found.append((len(x), head.n_ids))
         init(self, head, x, gold)
 
     monkeypatch.setattr(TorchChunkLogits, "__init__", spy)
@@ -53,7 +53,7 @@ def test_logits_are_made_once_where_a_chunk_knows_its_weights(
 
 
 @both_marginals
-def test_a_long_example_goes_by_words(
+def test_a_long_example_goes_by_vocab_slices(
     marginal: str, opened: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RAG-Sequence, whose group is an example; RAG-Token cuts it between positions."""
@@ -61,9 +61,9 @@ def test_a_long_example_goes_by_words(
     monkeypatch.setattr(vocab_major, "LEAST_ROWS", {"cpu": 1})
     monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(20 * 131 * 8))  # an example has 35 rows
     LOSSES[marginal](*p.args()).backward()
-    words = [n for rows, n in opened if rows == 105]
-    assert sum(words) == (131 if marginal == "sequence" else 0)
-    rows = [n for n, words in opened if words == 131]
+    ids = [n for rows, n in opened if rows == 105]
+    assert sum(ids) == (131 if marginal == "sequence" else 0)
+    rows = [n for n, ids in opened if ids == 131]
     assert sum(rows) == 105 and max(rows) <= 20
 
 
@@ -77,7 +77,7 @@ def test_vector_gradient_makes_the_logits_twice(
     monkeypatch.setenv("FASTRAG_WORKSPACE_BYTES", str(105 * 40 * 8))
     nll.sum().backward()
     assert [rows for rows, _ in opened] == [105] * len(opened)
-    assert sum(words for _, words in opened) == 2 * 131 and len(opened) > 2
+    assert sum(ids for _, ids in opened) == 2 * 131 and len(opened) > 2
 
 
 @both_marginals
