@@ -1,4 +1,4 @@
-"""Parts that all evaluations share: the chosen questions, their batches, and a progress bar."""
+"""Helpers of all evaluations: choice of questions, batches, and a progress bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_evaluated(
     ks: int | Sequence[int],
     limit: int | None,
 ) -> tuple[list[Question], tuple[int, ...]]:
-    """Check what evaluations have in common; return the chosen questions, each read once, and ks.
+    """Check the arguments that all evaluations have; return the chosen questions and ks.
 
     Raises:
         ValueError: there is no question, one is malformed, or a number is not positive.
@@ -40,15 +40,15 @@ def check_evaluated(
 
 
 def choose_fixed(questions: Sequence[Any], limit: int | None) -> list[Any]:
-    """Choose the same questions at every call: all of them, or a spread sample in file order.
+    """Choose all questions, or an evenly spaced sample, which is the same at every call.
 
     Args:
         questions: the questions.
-        limit: how many to take; None takes all.
+        limit: largest number of questions; None: all.
 
     Returns:
-        A list of at most `limit` questions, evenly spread, so that a file sorted by topic gives
-        every topic its share.
+        A list of at most `limit` questions in their order. In a file sorted by topic, the sample
+        has questions of every topic in proportion.
 
     Raises:
         ValueError: limit < 1.
@@ -66,7 +66,7 @@ def choose_fixed(questions: Sequence[Any], limit: int | None) -> list[Any]:
 
 
 class _Batches:
-    """Iterates over batches of questions while a bar counts questions, in fractions too."""
+    """Iterate over batches of questions and move a progress bar, also within a batch."""
 
     def __init__(self, questions: list[Question], batch_size: int, bar: Any) -> None:
         self.questions = questions
@@ -83,7 +83,7 @@ class _Batches:
             self._move(start + len(batch))
 
     def advance(self, share: float) -> None:
-        """Say that so much of the current batch is done."""
+        """Move the bar to this share of the current batch."""
         self._move(self._done + share * self._size)
 
     def _move(self, done: float) -> None:
@@ -95,7 +95,7 @@ class _Batches:
 def in_batches(
     questions: list[Question], batch_size: int, progress: bool, description: str
 ) -> Iterator[_Batches]:
-    """Open a progress bar and give the batches that move it."""
+    """Open a progress bar and yield batches that move it."""
     from tqdm.auto import tqdm
 
     with tqdm(
@@ -104,7 +104,7 @@ def in_batches(
         unit="q",
         disable=not progress,
         leave=False,
-        smoothing=0.0,  # the mean: the parts of a batch take unequal times
+        smoothing=0.0,  # show the mean rate, because the parts of a batch take unequal times
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} questions "
         "[{elapsed}<{remaining}, {rate_inv_fmt}]",
     ) as bar:

@@ -1,8 +1,8 @@
-"""Evaluation of a RAG model on questions: recall@k, exact match, F1 and, if asked, the loss.
+"""Evaluation of a RAG model on questions: recall@k, exact match, F1 and optionally the loss.
 
 Recall is measured on the passages that the index returns for a question. Exact match and F1 are
-measured on the answer of `RagModel.generate`, whose decoding is that of the model's marginal:
-RAG-Token or RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
+measured on the answer of `RagModel.generate`, which decodes by the model's marginal, RAG-Token or
+RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer to one question, with the passage that it came from.
+    """The answer to one question, with the retrieved passages.
 
     Attributes:
         id: the question's id.
         question: the question.
-        answers: the accepted answers; empty when none are known.
-        prediction: the answer found.
+        answers: the accepted answers; empty if none are known.
+        prediction: the generated answer.
         log_prob: log of the answer's marginal probability over the K passages.
-        n_tokens: tokens that the answer took, its end included.
-        passage_id: the passage with the largest share in the answer; empty when none was found.
+        n_tokens: number of tokens of the answer, including its end.
+        passage_id: id of the passage that contributes most to the answer; empty if none was found.
         retrieved: ids of the retrieved passages, best first.
         exact_match: 1.0 or 0.0; NaN without accepted answers.
         f1: word overlap with the best answer; NaN without accepted answers.
-        hit_rank: place of the first right passage in `retrieved`, from 0; -1 when none is right,
-            None when neither positives nor answers say what is right.
+        hit_rank: place of the first right passage in `retrieved`, from 0; -1 if none is right; None
+            if the question has neither positive passages nor answers.
     """
 
     id: str
@@ -58,16 +58,16 @@ class Prediction:
 
     @property
     def probability_per_token(self) -> float:
-        """Geometric mean of the probabilities of the answer's tokens, comparable across lengths."""
+        """Geometric mean of the probabilities of the tokens, comparable between answers."""
         return math.exp(self.log_prob / self.n_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Metrics over all questions, and what was answered to each.
+    """Metrics over all questions, and the answer to each.
 
     Attributes:
-        metrics: `recall@k` for each k, `em`, `f1`, `n_questions`, and `loss` where asked for.
+        metrics: `recall@k` for each k, `em`, `f1`, `n_questions`, and `loss` if requested.
         predictions: one per question, in the order of the questions.
     """
 
@@ -91,22 +91,21 @@ def evaluate(
 ) -> EvalResult:
     """Answer questions and measure retrieval and answers.
 
-    recall@k = share of questions with a right passage among the first k. A question that names its
-    positive passages is judged by them; one that does not counts a passage as right when it
-    contains an accepted answer (Karpukhin et al. 2020). Questions without either are left out of
-    recall; questions without answers are left out of EM and F1.
+    recall@k = share of questions with a right passage among the first k. If a question names its
+    positive passages, these are right; otherwise a passage is right if it contains an accepted
+    answer (Karpukhin et al. 2020). Questions without either do not count in recall, and questions
+    without answers do not count in EM and F1.
 
     Args:
-        model: the model, whose processor collates the questions; its training mode is restored
-            afterwards.
+        model: the model; its training mode is restored afterwards.
         questions: the questions.
         batch_size: questions per batch.
-        ks: the k of recall@k, or one.
-        limit: look at `choose_fixed(questions, limit)` of `fastrag.eval.batches` only.
-        max_new_tokens: longest answer.
-        n_docs: passages per question for the answer; None takes the model's.
-        marginal: decoding of the answers, see `RagModel.generate`; None: that of the model.
-        loss: compute the marginal NLL per label token as well.
+        ks: one k of recall@k, or several.
+        limit: evaluate only `choose_fixed(questions, limit)` of `fastrag.eval.batches`.
+        max_new_tokens: length limit of an answer.
+        n_docs: passages per question for the answer; None: as in the model.
+        marginal: decoding of the answers, see `RagModel.generate`; None: as in the model.
+        loss: also compute the marginal NLL per label token.
         progress: show a progress bar.
         description: label of the progress bar.
 
@@ -137,7 +136,7 @@ def evaluate(
     ):
         for rows in batches:
             batch = _to_device(_collated(rows, model.processor, loss), model)
-            # one search serves recall, answer and loss: the best k are the first of the best k + 1
+            # One search for recall, answer and loss: the best k are the first of a larger k.
             found = _search(model, batch, max(*ks, n_docs, model.n_docs))
             generation: Any = model.generate(
                 **(batch if n_docs == model.n_docs else {**batch, "labels": None}),
@@ -150,7 +149,7 @@ def evaluate(
             if "labels" in batch:
                 counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
                 batch_loss = generation.loss
-                if batch_loss is None:  # other passages than those of the answer
+                if batch_loss is None:  # the answer has another number of passages
                     batch_loss = model(**batch, rows=found[:, : model.n_docs]).loss
                 nll += float(batch_loss) * counted
                 n_tokens += counted
@@ -161,7 +160,7 @@ def evaluate(
 
 
 def _collated(questions: list[Question], processor: RagProcessor, loss: bool) -> dict[str, Any]:
-    """Collate a batch in which some questions may have no answers: their labels do not count."""
+    """Collate a batch; the labels of questions without answers do not count."""
     answered = [i for i, question in enumerate(questions) if question.answers]
     if loss and len(answered) == len(questions):
         return processor.collate(questions)
@@ -183,7 +182,7 @@ def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
 
 
 def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
-    """Rows of the k best passages of each question, `[B, k]`."""
+    """Return the rows of the k best passages of each question, `[B, k]`."""
     return model.retrieve(batch["input_ids"], batch["attention_mask"], k).rows
 
 

@@ -1,4 +1,4 @@
-"""Exact match, F1 and recall@k as the open-domain question answering literature counts them.
+"""Exact match, F1, recall@k, MRR and nDCG as in the literature on open-domain question answering.
 
     EM = max_a [normalize(prediction) = normalize(a)]         (Rajpurkar et al. 2016, sec. 6.1)
     F1 = max_a 2 P R / (P + R) over bags of normalised words              (ibid.)
@@ -9,7 +9,7 @@
         DCG = sum over right passages in the k best of 1 / log2(place + 1)
                                                          (Järvelin & Kekäläinen 2002, binary)
 
-Nothing here needs a model or a tensor: every function takes plain strings and sequences.
+All functions take plain strings and sequences; none needs a model or a tensor.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 def normalize_answer(text: str) -> str:
-    """Bring an answer to the form in which SQuAD compares answers.
+    """Normalise an answer as SQuAD does before it compares answers.
 
-    Lower case, without ASCII punctuation, without the articles a, an, the, and with single
-    spaces (Rajpurkar et al. 2016, the official evaluation script).
+    The text is converted to lower case; ASCII punctuation, the articles a, an, the and extra spaces
+    are removed (Rajpurkar et al. 2016, the official evaluation script).
 
     Args:
         text: the answer as written.
@@ -50,11 +50,11 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Say whether a prediction equals any of the answers after `normalize_answer`.
+    """Return 1.0 if a prediction equals any of the answers after `normalize_answer`, else 0.0.
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers; a text is one.
+        answers: one accepted answer, or a sequence of them.
 
     Returns:
         1.0 or 0.0.
@@ -71,13 +71,13 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Give the word overlap of a prediction with the best of the answers.
+    """Return the word overlap of a prediction with the best of the answers.
 
-    F1 = 2 P R / (P + R) over bags of normalised words; two empty texts agree fully.
+    F1 = 2 P R / (P + R) over bags of normalised words; it is 1 for two empty texts.
 
     Args:
         prediction: the predicted text.
-        answers: one or more accepted answers; a text is one.
+        answers: one accepted answer, or a sequence of them.
 
     Returns:
         A number in [0, 1].
@@ -96,15 +96,15 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 def recall_at(
     retrieved: Sequence[Sequence[str]], positives: Sequence[Sequence[str]], k: int
 ) -> float:
-    """Give the share of questions that have at least one positive passage among the first k.
+    """Return the share of questions with at least one positive passage among the first k.
 
     Args:
         retrieved: for each question, passage ids from best to worst.
-        positives: for each question, the ids of the passages that count as right.
-        k: how many of the retrieved ids to look at, at least 1.
+        positives: for each question, the ids of the right passages.
+        k: number of retrieved ids that count, at least 1.
 
     Returns:
-        A number in [0, 1]; 0.0 when there is no question.
+        A number in [0, 1]; 0.0 if there is no question.
 
     Raises:
         ValueError: k < 1, or the two sequences differ in length.
@@ -130,17 +130,17 @@ def recall_at(
 
 
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Say whether a passage contains one of the answers as a run of whole words.
+    """Return whether a passage contains one of the answers as a sequence of whole words.
 
-    Compared without case and after Unicode decomposition, as the DPR evaluation does for
+    The comparison ignores case and uses the Unicode decomposition, as the DPR evaluation does for
     questions that name no positive passage (Karpukhin et al. 2020).
 
     Args:
         text: title and text of the passage.
-        answers: accepted answers, or one; an answer without any word never matches.
+        answers: one accepted answer, or a sequence of them; an answer without words never matches.
 
     Returns:
-        True when one of the answers occurs.
+        True if one of the answers occurs.
 
     Example:
         >>> contains_answer("Paris is the capital.", ["paris"])
@@ -152,17 +152,17 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def words_of(text: str) -> str:
-    """Give the words of a text as `has_words` compares them, lower case and decomposed."""
+    """Return the words of a text for `has_words`, in lower case and decomposed."""
     return "\0".join(_WORDS.findall(unicodedata.normalize("NFD", text).lower()))
 
 
 def has_words(words: str, wanted: Sequence[str]) -> bool:
-    """Say whether `words` contains one of `wanted` as a run; all of them from `words_of`."""
+    """Return whether `words` contains one of `wanted` as a sequence; all come from `words_of`."""
     return any(each and f"\0{each}\0" in f"\0{words}\0" for each in wanted)
 
 
 def reciprocal_rank(hits: Sequence[int]) -> float:
-    """Give 1 / place of the first right passage, or 0.0 without one.
+    """Return 1 / place of the first right passage (counted from 1), or 0.0 if there is none.
 
     Args:
         hits: places of the right passages in the ranking, counted from 0, ascending.
@@ -175,15 +175,15 @@ def reciprocal_rank(hits: Sequence[int]) -> float:
 
 
 def ndcg_at(hits: Sequence[int], n_right: int, k: int) -> float:
-    """Give the normalised discounted cumulative gain of a ranking with binary relevance.
+    """Return the normalised discounted cumulative gain of a ranking with binary relevance.
 
     Args:
         hits: places of the right passages in the ranking, counted from 0.
-        n_right: how many right passages there are.
-        k: how many of the ranked passages to look at, at least 1.
+        n_right: number of right passages.
+        k: number of ranked passages that count, at least 1.
 
     Returns:
-        A number in [0, 1]; 0.0 when nothing is right.
+        A number in [0, 1]; 0.0 if there is no right passage.
 
     Raises:
         ValueError: k < 1.
@@ -201,12 +201,12 @@ def ndcg_at(hits: Sequence[int], n_right: int, k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], n: int = 1000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Give the percentile bootstrap interval of a mean (Efron & Tibshirani 1993, ch. 13).
+    """Return the percentile bootstrap interval of a mean (Efron & Tibshirani 1993, ch. 13).
 
     Args:
         values: one value per question, for example the exact matches.
         n: number of resamples, at least 1.
-        seed: seed of the resampling, so that a report can be repeated.
+        seed: seed of the resampling.
         level: share of the resampled means inside the interval, in (0, 1).
 
     Returns:

@@ -1,12 +1,13 @@
-"""Evaluation of retrieval alone: recall@k, MRR and nDCG@10 of a ranking, in seconds.
+"""Evaluation of retrieval without a generator: recall@k, MRR and nDCG@10 of a ranking.
 
-Relevance is binary, and judged in two ways that are never mixed in one figure:
+Relevance is binary, and judged in two ways, which are reported separately:
 
     gold     a passage is right if the question names its id        (questions that name passages)
     answer   a passage is right if it contains an accepted answer   (questions with answers)
 
-For `gold`, the right passages are those that the question names; for `answer`, they are those found
-in the ranking, since nobody reads the whole corpus for more. MRR looks at the passages retrieved.
+The ideal ranking of nDCG has all passages that the question names for `gold`, and only the right
+ones among those retrieved for `answer`, because the whole corpus is not searched for answers. MRR
+only considers the retrieved passages.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ if TYPE_CHECKING:
     from fastrag.nn.retriever import Retriever
 
 NDCG_K = 10
-# Anserini's defaults, with which BM25 is most often reported.
+# Anserini's defaults, which most reports of BM25 use.
 BM25_K1, BM25_B = 0.9, 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The passages that were retrieved for one question, and which of them are right.
+    """The passages that were retrieved for one question, and the places of the right ones.
 
     Attributes:
         id: the question's id.
         question: the question.
         retrieved: ids of the retrieved passages, best first.
-        gold_hits: places in `retrieved`, from 0, of the passages that the question names; None when
+        gold_hits: places in `retrieved`, from 0, of the passages that the question names; None if
             it names none.
-        n_gold: how many passages the question names.
+        n_gold: number of passages that the question names.
         answer_hits: places of the passages that contain an accepted answer; None without answers.
     """
 
@@ -55,7 +56,7 @@ class Ranking:
 
     @property
     def hits(self) -> tuple[int, ...] | None:
-        """Right places as `evaluate` judges them: by id if passages are named, else by answer."""
+        """Places of right passages, as in `evaluate`: by id if any are named, else by answer."""
         return self.answer_hits if self.gold_hits is None else self.gold_hits
 
 
@@ -64,7 +65,7 @@ class RetrievalResult:
     """Measures of retrieval over all questions.
 
     Attributes:
-        values: for each measure, one value for each question that it is taken of.
+        values: for each measure, its values for the questions that can be judged by it.
         rankings: one per question, in the order of the questions.
     """
 
@@ -73,13 +74,13 @@ class RetrievalResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The mean of each measure, such as `gold-recall@5`, and `n_questions`."""
+        """Mean of each measure, such as `gold-recall@5`, and `n_questions`."""
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         return means | {"n_questions": float(len(self.rankings))}
 
 
 class Judge:
-    """Says which passages are right; the words of a passage are found once.
+    """Decide which passages are right. The words of a passage are extracted only once.
 
     Args:
         passages: the passages.
@@ -90,7 +91,7 @@ class Judge:
         self._words: dict[int, str] = {}
 
     def ranking(self, question: Question, rows: Sequence[int]) -> Ranking:
-        """Judge the passages `rows`, best first, -1 where missing."""
+        """Judge the passages `rows`, best first; -1 is missing."""
         found = [row for row in rows if row >= 0]
         ids = tuple(self.passages.ids[row] for row in found)
         gold = answers = None
@@ -111,7 +112,7 @@ class Judge:
 
 
 class DenseRetriever:
-    """Retrieves with a question encoder and an index; needs no generator.
+    """Retrieve with a question encoder and an index, without a generator.
 
     Args:
         retriever: encoder, index and passages.
@@ -124,7 +125,7 @@ class DenseRetriever:
 
     @property
     def passages(self) -> PassageStore:
-        """The passages that are searched."""
+        """Passages that are searched."""
         return self.retriever.passages
 
     def __call__(self, questions: Sequence[Question], k: int) -> Tensor:
@@ -135,7 +136,7 @@ class DenseRetriever:
 
 
 class BM25Retriever:
-    """Retrieves by BM25 over title and text, without stop words and stemming (package `bm25s`).
+    """Retrieve by BM25 over title and text, without stop words and stemming (package `bm25s`).
 
     Args:
         passages: the passages.
@@ -179,17 +180,17 @@ def evaluate_retrieval(
     """Measure a ranking of passages, without generating answers.
 
     Args:
-        retriever: gives the rows of the k best of its passages for a batch of questions.
-        questions: the questions; those without answers and named passages are not judged.
-        ks: the k of recall@k, or one.
+        retriever: returns the rows of the k best passages for a batch of questions.
+        questions: the questions; those with neither answers nor named passages are not judged.
+        ks: one k of recall@k, or several.
         batch_size: questions per batch.
-        limit: look at `choose_fixed(questions, limit)` only.
+        limit: evaluate only `choose_fixed(questions, limit)` of `fastrag.eval.batches`.
         progress: show a progress bar.
         description: label of the progress bar.
 
     Returns:
         `gold-recall@k`, `gold-mrr@n` and `gold-ndcg@10`, and the same with `answer-`; n is the
-        number of passages retrieved, the largest of 10 and `ks`.
+        number of retrieved passages, the largest of 10 and `ks`.
 
     Raises:
         ValueError: there is no question, one is malformed, or batch_size, ks or limit is not
@@ -203,7 +204,7 @@ def evaluate_retrieval(
     chosen, ks = check_evaluated(questions, batch_size, ks, limit)
     depth = max(NDCG_K, *ks)
     judge = Judge(retriever.passages)
-    # questions of like length together: padding costs as much as text
+    # Questions of similar length share a batch, because padding costs as much as text.
     order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].question))
     found: list[list[int]] = []
     with in_batches([chosen[i] for i in order], batch_size, progress, description) as batches:
@@ -215,11 +216,11 @@ def evaluate_retrieval(
 
 
 def recall(rankings: Sequence[Ranking], ks: Sequence[int]) -> dict[str, float]:
-    """Give `recall@k` as `evaluate` judges it, and `n_questions`.
+    """Return `recall@k` for each k, judged as in `evaluate`, and `n_questions`.
 
     Args:
-        rankings: one per question; those without a judgement are left out of recall.
-        ks: the k.
+        rankings: one per question; those that cannot be judged do not count in recall.
+        ks: the values of k.
     """
     judged = [each.hits for each in rankings if each.hits is not None]
     metrics = {

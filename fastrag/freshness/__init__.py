@@ -1,4 +1,4 @@
-"""Freshness: when stored passage vectors are encoded again, while the passage encoder trains."""
+"""Encode stored passages again while the passage encoder trains."""
 
 from fastrag.freshness.policies import RefreshPolicy
 from fastrag.freshness.refresher import IndexRefresher, Refresh

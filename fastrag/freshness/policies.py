@@ -1,7 +1,8 @@
-"""Refresh policies: which passages are encoded again after a training step.
+"""Refresh policies: the choice of passages to encode again after a training step.
 
-Stored vectors become stale while the passage encoder trains. `frozen` never refreshes them (Lewis
-et al. 2020 train the question encoder only), `every:n` encodes all passages every n steps.
+Stored vectors become stale while the passage encoder trains. `frozen` never refreshes them, as in
+Lewis et al. 2020, who train only the question encoder; `every:n` encodes all passages every n
+steps.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ Rows = Tensor | Literal["all"] | None
 
 
 class RefreshPolicy(abc.ABC):
-    """Choose the passages to encode again after a step; a subclass with a word is a setting.
+    """Choose the passages to encode again after a step; a subclass with `word` becomes a setting.
 
         class Half(RefreshPolicy, word="half"):
-            usage = "half:n"                # takes a whole number, as in `refresh: half:3`
+            usage = "half:n"                # takes an integer, as in `policy: half:3`
 
             def __init__(self, n): self.n = n
 
             def choose(self, step, retriever, retrieved, encoder): ...
 
     Attributes:
-        word: names the policy in a config.
-        usage: how a config spells it, `word` or `word:n`. A policy with another kind of argument
+        word: name of the policy in a config.
+        usage: form of the setting, `word` or `word:n`. A policy with another kind of argument
             overrides `from_argument` and `__str__`.
-        changes_index: whether the policy ever chooses a passage. If not, a checkpoint names the
-            index by checksum instead of holding a copy.
+        changes_index: whether the policy ever chooses a passage. If not, a checkpoint contains the
+            checksum of the index instead of a copy.
 
     Example:
         >>> policy = RefreshPolicy.parse("every:20")
@@ -66,7 +67,7 @@ class RefreshPolicy(abc.ABC):
             text: for example `"frozen"` or `"every:20"`; a policy is returned as it is.
 
         Raises:
-            ValueError: an unknown word or a bad argument; the message lists the known settings.
+            ValueError: an unknown name or a bad argument; the message lists the known settings.
         """
         if isinstance(text, RefreshPolicy):
             return text
@@ -80,7 +81,7 @@ class RefreshPolicy(abc.ABC):
 
     @classmethod
     def from_argument(cls, argument: str | None) -> RefreshPolicy | None:
-        """Make the policy from the text after the colon; return None if that does not fit."""
+        """Make the policy from the text after the colon; return None for an invalid text."""
         if ":" not in cls.usage:
             return cls() if argument is None else None
         make: Any = cls
@@ -100,23 +101,23 @@ class RefreshPolicy(abc.ABC):
         Args:
             step: number of optimiser steps done.
             retriever: the retriever whose index is refreshed, with `index` and `passages`.
-            retrieved: question vectors and hits of this step, if the loop passes them. The hits
-                hold the stored vectors that the step used.
-            encoder: the passage encoder in its present state.
+            retrieved: question vectors and hits of this step, if the training loop passes them. The
+                hits contain the stored vectors that the step used.
+            encoder: the passage encoder with its current weights.
 
         Returns:
-            Rows `[n]` int64, each once; "all"; or None.
+            Rows `[n]` int64 without repetition, "all", or None.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: numbers, text and tensors."""
+        """Return the state that a resumed run needs: numbers, text and tensors."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned.
 
         Raises:
-            ValueError: it is not the state of such a policy.
+            ValueError: the state belongs to another policy.
         """
         if state_dict:
             raise ValueError(f"state_dict: expected no state of {self}, got {shown(state_dict)}")
@@ -135,7 +136,7 @@ class RefreshPolicy(abc.ABC):
 
 
 class Frozen(RefreshPolicy, word="frozen"):
-    """Never refresh: the passage encoder does not train."""
+    """Never encode passages again, for a passage encoder that does not train."""
 
     changes_index = False
 
@@ -145,7 +146,7 @@ class Frozen(RefreshPolicy, word="frozen"):
 
 
 class Every(RefreshPolicy, word="every"):
-    """Encode all passages every n steps, while training waits.
+    """Encode all passages every n steps; training waits for it.
 
     Args:
         n: number of steps, at least 1.
@@ -159,5 +160,5 @@ class Every(RefreshPolicy, word="every"):
         self.n = n
 
     def choose(self, step: int, *_: Any) -> Rows:
-        """Choose all passages at every n-th step, not at step 0."""
+        """Choose all passages at every n-th step, but not at step 0."""
         return "all" if step > 0 and step % self.n == 0 else None

@@ -1,4 +1,4 @@
-"""IndexRefresher: keep the vectors of an index in step with the passage encoder."""
+"""IndexRefresher: update the vectors of an index as the passage encoder trains."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Refresh:
-    """What `IndexRefresher` did.
+    """Report of a refresh.
 
     Attributes:
-        step: number of optimiser steps done.
-        n_passages: how many passages were encoded.
-        version: the version of the index since then.
+        step: number of optimiser steps before the refresh.
+        n_passages: number of passages that were encoded.
+        version: version of the index after the refresh.
     """
 
     step: int
@@ -34,12 +34,12 @@ class Refresh:
 
 
 class IndexRefresher:
-    """Encode passages again when a policy says so, and write the vectors into the index.
+    """Encode the passages that a policy chooses, and write their vectors into the index.
 
-    One line in any training loop, after the optimiser's step. `RefreshCallback(refresher)` calls it
-    under `transformers.Trainer`. The new vectors appear in the index at once; a step that has
-    already searched keeps the vectors of its version. If encoding fails, index and policy stay as
-    they were.
+    Call `step` after each optimiser step; `RefreshCallback(refresher)` does so under
+    `transformers.Trainer`. The index changes to the new vectors at once. A training step that has
+    already searched keeps the vectors of the version that it searched. If encoding fails, index and
+    policy are unchanged.
 
     Args:
         retriever: a `Retriever`, or the `RagModel` that has one.
@@ -86,15 +86,15 @@ class IndexRefresher:
 
         Args:
             step: number of optimiser steps done.
-            retrieved: what the retriever returned in this step, for policies that measure it.
+            retrieved: result of the retriever in this step, for policies that use it.
             encoder: encodes the passages; None: the retriever's passage encoder.
 
         Returns:
-            What was done, or None if nothing was due.
+            The report of the refresh, or None if the policy chose no passages.
 
         Raises:
             ValueError: there is no passage encoder, its vectors do not fit the index, or the policy
-                needs `retrieved`. Index and policy are then unchanged.
+                needs `retrieved`. Index and policy are unchanged.
         """
         before = self.policy.state_dict()
         encoder = self.retriever.passage_encoder if encoder is None else encoder
@@ -110,15 +110,15 @@ class IndexRefresher:
     def refresh(
         self, step: int, rows: Tensor | None = None, encoder: PassageEncoder | None = None
     ) -> Refresh:
-        """Encode passages now, whatever the policy.
+        """Encode passages now, without asking the policy.
 
         Args:
-            step: number of optimiser steps done, kept in `refreshed_at`.
-            rows: rows to encode `[n]`, each once; None: all.
+            step: number of optimiser steps done, stored in `refreshed_at`.
+            rows: rows to encode, `[n]` without repetition; None: all.
             encoder: as for `step`.
 
         Returns:
-            What was done.
+            The report of the refresh.
 
         Raises:
             ValueError: as `step`.
@@ -138,11 +138,11 @@ class IndexRefresher:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; the index itself is not part of it.
+        """Load the result of `state_dict`; the index itself is not part of it.
 
         Raises:
-            ValueError: it is the state of another policy, or a value is not as expected. Nothing
-                changes then.
+            ValueError: the state belongs to another policy, or a value is not as expected. Nothing
+                is loaded.
         """
         expected = self.state_dict()
         if not isinstance(state_dict, Mapping) or state_dict.keys() != expected.keys():
