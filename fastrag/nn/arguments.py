@@ -105,10 +105,10 @@ def _positions(generator: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def require_same_device(name: str, module: nn.Module, inputs: Tensor) -> None:
-    """Raise ValueError if a module's parameters are not where its token ids are.
+def explain_failure(name: str, module: nn.Module, inputs: Tensor, error: RuntimeError) -> None:
+    """Raise ValueError if a module failed because of where its weights are.
 
-    It is called when the module has failed, so that a step that works does not pay for it.
+    Only a step that fails pays for it.
     """
     for parameter in module.parameters():
         if parameter.device != inputs.device:
@@ -116,6 +116,18 @@ def require_same_device(name: str, module: nn.Module, inputs: Tensor) -> None:
                 f"{name}: expected weights on '{inputs.device}', where its token ids are, got "
                 f"'{parameter.device}'"
             )
+    if is_sharded(module) and "DTensor" in str(error):
+        raise ValueError(
+            f"{name}: expected whole weights, got the shards of fully_shard; they are gathered in "
+            "RagModel.forward, and in other methods after "
+            "torch.distributed.fsdp.register_fsdp_forward_method(model, 'generate')"
+        )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has distributed a weight of the module and not gathered it."""
+    # By name, because importing torch.distributed.tensor takes long.
+    return any(type(parameter).__name__ == "DTensor" for parameter in module.parameters())
 
 
 def require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) -> None:

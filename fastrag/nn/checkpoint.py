@@ -26,6 +26,7 @@ from fastrag.data.processor import RagProcessor
 from fastrag.data.templates import Template
 from fastrag.data.tokenization import load_tokenizer
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
+from fastrag.nn.arguments import is_sharded
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.generators import GeneratorAdapter
 from fastrag.nn.heads import base_model
@@ -90,12 +91,18 @@ def save_model(
     """Write `model` as the folder `path`; see `RagModel.save_pretrained`.
 
     Raises:
-        ValueError: an encoder that cannot write itself, a generator that is not of transformers,
-            several PEFT adapters, a merge that would change a tied embedding, or a folder that
-            cannot be replaced.
+        ValueError: sharded weights, an encoder that cannot write itself, a generator that is not
+            of transformers, several PEFT adapters, a merge that would change a tied embedding, or
+            a folder that cannot be replaced.
     """
     from fastrag.index.storage import FolderWriter
 
+    if is_sharded(model):
+        raise ValueError(
+            "model: expected whole weights to save, got the shards of fully_shard; load "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) into a model without shards and save that"
+        )
     for name in ("question_encoder", "passage_encoder"):
         encoder = getattr(model, name)
         if encoder is not None and not hasattr(encoder, "save_pretrained"):

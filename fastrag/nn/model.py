@@ -13,7 +13,12 @@ from transformers import PreTrainedConfig
 from fastrag.data.processor import Contexts, RagProcessor
 from fastrag.messages import shown
 from fastrag.nn.activation_checkpointing import ActivationCheckpointing
-from fastrag.nn.arguments import check_answers, check_count, check_processor
+from fastrag.nn.arguments import (
+    check_answers,
+    check_count,
+    check_processor,
+    explain_failure,
+)
 from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
 from fastrag.nn.objectives import RetrieverTerm
@@ -309,7 +314,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 on_progress=on_progress,
                 **{"tokenizer": self.processor.generator_tokenizer, **generate_kwargs},
             )
-            return decoder(search)
+            try:
+                return decoder(search)
+            except RuntimeError as error:
+                explain_failure("generator", self.generator, context.ids, error)
+                raise
 
     def refresh_index(self, batch_size: int = 256, *, progress: bool = False) -> None:
         """Encode all passages again and swap the vectors in; see `Retriever.refresh_index`."""

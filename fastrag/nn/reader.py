@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from fastrag.nn.arguments import require_same_device
+from fastrag.nn.arguments import explain_failure
 from fastrag.nn.generators import adapt_generator
 from fastrag.nn.heads import LMHead
 
@@ -107,6 +107,6 @@ class Reader(nn.Module):
         """
         try:
             return self.adapter.hidden(context_ids, context_mask, labels)
-        except RuntimeError:
-            require_same_device("generator", self.generator, context_ids)
+        except RuntimeError as error:
+            explain_failure("generator", self.generator, context_ids, error)
             raise

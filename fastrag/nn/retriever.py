@@ -22,12 +22,7 @@ from torch import Tensor, nn
 from fastrag import functional
 from fastrag.index.base import Hits, Index
 from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
-from fastrag.nn.arguments import (
-    check_count,
-    check_numbers,
-    require_finite,
-    require_same_device,
-)
+from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.sentence_encoder import SentenceEncoder, is_sentence_transformer
@@ -237,8 +232,8 @@ class Retriever(nn.Module):
         with stage("encode_questions"):
             try:
                 query_emb = self.question_encoder(input_ids, attention_mask)
-            except RuntimeError:
-                require_same_device("question_encoder", self.question_encoder, input_ids)
+            except RuntimeError as error:
+                explain_failure("question_encoder", self.question_encoder, input_ids, error)
                 raise
         require_finite(
             query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
@@ -253,8 +248,8 @@ class Retriever(nn.Module):
             ids, mask = encoder_inputs(self.passages, unique, rows.device)
             try:
                 vectors = encoder(ids, mask)
-            except RuntimeError:
-                require_same_device("passage_encoder", encoder, ids)
+            except RuntimeError as error:
+                explain_failure("passage_encoder", encoder, ids, error)
                 raise
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique

@@ -1,4 +1,4 @@
-"""Two ranks under DistributedDataParallel give the gradients of one process."""
+"""Two ranks train as one process does, with replicated and with sharded weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_two_ranks_equal_one(tmp_path, kind):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(tmp_path, kind, wrapper):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.nn.ranks", kind, str(tmp_path / "rendezvous")],
+        [sys.executable, "-m", "tests.nn.ranks", kind, wrapper, str(tmp_path / "rendezvous")],
         capture_output=True,
         text=True,
         timeout=300,
