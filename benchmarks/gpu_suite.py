@@ -152,7 +152,7 @@ class Suite:
         ]
 
     def run(self, steps: Sequence[Step], deadline: float) -> None:
-        """Run steps one after another, those in the background beside them."""
+        """Run steps one after another, and those in the background at the same time."""
         with ThreadPoolExecutor() as pool:
             for step in steps:
                 if step.background:
@@ -298,9 +298,9 @@ def table(steps: Sequence[Step], budget: float) -> str:
     lines, at = [f"plan for {budget:.0f} s, most important first:"], 0.0
     for step in steps:
         fits = step.background or budget - at >= LEAST_SHARE * step.estimate
-        when = "beside" if step.background else f"{at:5.0f} s" if fits else "budget"
+        when = "alongside" if step.background else f"{at:5.0f} s" if fits else "budget"
         lines.append(
-            f"  {when:>7}  {step.name:<24} about {step.estimate:4.0f} s, at most "
+            f"  {when:>9}  {step.name:<24} about {step.estimate:4.0f} s, at most "
             f"{step.most:4.0f}  {step.about}"
         )
         if fits and not step.background:

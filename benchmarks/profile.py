@@ -275,9 +275,9 @@ def _roofline(parser: Parser, args: argparse.Namespace) -> int:
         parser.error(f"--roofline: {error}")
     op = OPS[args.op]
     try:
-        groups, beside = roofline.groups_for(op, args.csv)
+        groups, others = roofline.groups_for(op, args.csv)
         args.out.mkdir(parents=True, exist_ok=True)
-        written = roofline.draw(op, groups, beside, args.out / "roofline.svg")
+        written = roofline.draw(op, groups, others, args.out / "roofline.svg")
     except (OSError, ValueError) as error:
         parser.error(f"--roofline: {error}")
     print("\n".join(map(str, written)))

@@ -33,7 +33,7 @@ from benchmarks.ops import OPS
 PROCESS_BYTES = 600 << 20
 SAFE_SHARE = 0.8
 MAX_REGRESSION = 1.10
-# Assumed least cost of a point of an op of which none was timed yet.
+# Assumed least cost of a point of an op before any was timed.
 FIRST_SECONDS = 60.0
 ALL = "all"  # ops
 

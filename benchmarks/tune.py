@@ -48,13 +48,13 @@ DEFAULT_OUT = Path("tuned.json")
 ROUNDS = 5
 WIDTH = 768
 GROUP = group_size(10)
-# Rows of an index: of the check, and what is many times the cache of any GPU.
+# Rows of an index: for the check, and for times, many times the cache of any GPU.
 FEW_ROWS, MANY_ROWS = 2048, 2_000_000
 SMALL_HEAD, LARGE_HEAD = (37, 128, 1031), (2560, 1024, 50265)  # rows, H, V
 Outputs = tuple[Tensor, ...]
 
 
-# the call of a candidate; its error over what is allowed, at a small shape only
+# the call of a candidate, and its error over the allowed one, at a small shape only
 Problem = tuple[Callable[[Any], Outputs], Callable[[Outputs], float]]
 
 
@@ -73,7 +73,7 @@ class Job:
 
 
 def excess(found: Tensor, true: Tensor, relative: float, least: float = 1e-5) -> float:
-    """Return the largest error over what is allowed, infinite for NaN."""
+    """Return the largest error over the allowed one, infinite for NaN."""
     return over(found.double() - true, least + relative * true.abs())
 
 
@@ -295,7 +295,7 @@ def _wrong(problem: Problem, candidate: Any) -> str:
         found = error_of(call(candidate))
     except Exception as error:  # such as one that needs more of a multiprocessor than there is
         return error_text(error)
-    return "" if found <= 1.0 else f"the error is {found:.3g} times what is allowed"
+    return "" if found <= 1.0 else f"the error is {found:.3g} times the allowed one"
 
 
 def measure_job(name: str) -> tuple[str, str]:

@@ -47,7 +47,7 @@ _OURS = re.compile(r"\b_\w+_kernel\b")
 _COUNT = re.compile(r"^={9} \w+ SUMMARY: ([1-9]\d* .*)$", re.M)
 
 HALF, FLOAT, INT8 = torch.bfloat16, torch.float32, torch.int8
-# compute-sanitizer, a process of its own, may take this long to print what it found in a case.
+# compute-sanitizer, a process of its own, may take this long to print the faults of a case.
 SETTLE_SECONDS = 0.1
 # Other backends launch torch's kernels. Each tensor gets an allocation of its own, so that the
 # memory next to it belongs to nobody.
@@ -217,7 +217,7 @@ def with_reports(record: Record, output: str) -> Record:
 
 
 def unexplained(records: Iterable[Record], output: str) -> str:
-    """Return what the tool counted although no case failed, "" if nothing."""
+    """Return the counts of the tool if no case failed, "" if they are zero."""
     if any(record.bad for record in records):
         return ""
     counts = _COUNT.findall(output)

@@ -86,7 +86,7 @@ def end_on_signals() -> Iterator[Callable[[], int]]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it printed."""
+    """The end of a command, and its output."""
 
     code: int
     seconds: float
@@ -109,7 +109,7 @@ def run_limited(
     began = heard = time.monotonic()
     size, why = 0, ""
     with tempfile.TemporaryFile() as log:
-        # The session is that of this process: whoever ends a session ends the children with it.
+        # The child shares the session of this process: ending the session ends the child as well.
         child = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -221,7 +221,7 @@ def run_isolated(
                 stack.close()
                 process = None
         if process is not None:
-            process.pipe.close()  # it ends, and a wrapper prints what it has found
+            process.pipe.close()  # it ends, and a wrapper prints its findings
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.child.wait(GRACE_SECONDS)
             hear(process.output())

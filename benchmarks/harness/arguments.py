@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
     def add_problem(self, *, several: bool = False) -> None:
-        """Add the options that say what is run: --shape, --mode, --dtype, --device."""
+        """Add the options that describe a problem: --shape, --mode, --dtype, --device."""
         nargs = "+" if several else None
         self.add_argument("--shape", nargs=nargs, help="such as 2,5,32,512,50265; default: sweep")
         self.add_argument("--mode", "--marginal", nargs=nargs, help="of the op's modes")

@@ -36,10 +36,10 @@ def nbytes(tensors: Sequence[Tensor]) -> int:
 
 
 def extra_bytes(call: Call, device: torch.device) -> int | None:
-    """Return the peak of a call's memory above what was there before and what it returns.
+    """Return the peak of a call's memory above the memory before it and that of its outputs.
 
-    On a CPU that is the resident set of this process; None if the system does not tell. What the
-    call keeps for the next one counts if this call is the first that needs it.
+    On a CPU that is the resident set of this process; None if the system does not tell. Memory that
+    the call keeps for the next one counts if this call is the first that needs it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -133,7 +133,7 @@ def facts(device: torch.device) -> dict[str, str]:
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor_name(),
-        "driver": _output(*driver).partition("\n")[0] if on_gpu else "",
+        "driver": (_output(*driver).partition("\n")[0] or "unknown") if on_gpu else "",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": _version("triton"),

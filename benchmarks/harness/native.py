@@ -17,7 +17,7 @@ COMPILER = "g++"
 
 
 def compiler_version() -> str:
-    """Return the first line of what the compiler says about itself, "" if there is none."""
+    """Return the name and version that the compiler prints, "" if there is no compiler."""
     if shutil.which(COMPILER) is None:
         return ""
     done = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True)
@@ -25,7 +25,7 @@ def compiler_version() -> str:
 
 
 def sources(bound: bool = False) -> list[Path]:
-    """The sources of the extension that need no Python, or those that bind it to Python."""
+    """Return the sources of the extension that need no Python, or those that bind it to Python."""
     found = sorted((ROOT / "csrc").rglob("*.cpp"))
     return [path for path in found if ("pybind11" in path.read_text(encoding="utf-8")) == bound]
 
@@ -37,8 +37,10 @@ def build(
     compiler: str = COMPILER,
     machine: str = platform.machine(),
 ) -> Path:
-    """Returns the program of the files, called as the first one, each with the flags it has in a
-    wheel for `machine` beside those given."""
+    """Build a program of the files, named like the first one.
+
+    Each file is compiled with `flags` and those that it has in a wheel for `machine`.
+    """
     with mock.patch("setuptools.setup"):
         of_machine = runpy.run_path(str(ROOT / "setup.py"))["SOURCE_FLAGS"].get(machine, {})
 

@@ -85,7 +85,7 @@ class Process:
         self.child.wait()
 
     def output(self) -> str:
-        """Return what the child has printed."""
+        """Return the output of the child so far."""
         self.log.seek(0)
         return self.log.read().decode(errors="replace").strip()
 

@@ -24,7 +24,7 @@ from benchmarks.harness.shared import Spec
 Shape = tuple[int, ...]
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
-Prepare = Callable[[str, Any], Call]  # mode, problem -> what is timed
+Prepare = Callable[[str, Any], Call]  # mode, problem -> the timed call
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HALF = ("bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -129,7 +129,7 @@ class Op:
     # dimension -> shapes along it, at one or a few settings of the others
     curves: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
     curve_providers: tuple[str, ...] = ()  # timed along a curve by default; empty: all
-    # provider, mode, problem, outputs -> what is wrong, for outputs that have no small error
+    # provider, mode, problem, outputs -> the fault, for outputs that have no small error
     check: Callable[[Provider, str, Any, Outputs], str] | None = None
     # mode, shape -> tensors that all processes on a CPU need
     share: Callable[[str, Shape], Mapping[str, Spec]] | None = None
@@ -211,7 +211,7 @@ def forced_backend(name: str) -> Iterator[None]:
 def error_of(
     op: Op, provider: Provider, mode: str, shape: Shape, dtype: str, device: torch.device
 ) -> str:
-    """Return what is wrong with a provider's outputs at this shape, "" if nothing is.
+    """Return the fault of a provider's outputs at this shape, "" if they are right.
 
     The op's own check decides, if it has one. Otherwise the measure is the oracle in float64 on the
     same numbers: the error may have twice the norm and three times the maximum of the error of

@@ -60,7 +60,7 @@ def descriptors() -> list[int]:
 
 
 def handles() -> dict[str, Any]:
-    """Return what a child needs to know for `take`."""
+    """Return the arguments of `take` in a child."""
     return {
         name: (file.fileno(), tuple(_tensors[name].shape), _tensors[name].dtype)
         for name, file in _files.items()
@@ -68,7 +68,7 @@ def handles() -> dict[str, Any]:
 
 
 def take(handed: Mapping[str, Any]) -> None:
-    """Map what the parent holds."""
+    """Map the tensors that the parent holds."""
     # All pages at once: a page first touched in a call would count as its time and memory.
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     for name, (descriptor, shape, dtype) in handed.items():

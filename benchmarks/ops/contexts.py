@@ -82,17 +82,10 @@ def with_fastrag(mode: str, problem: Problem) -> Call:
 
 
 def with_hugging_face(mode: str, problem: Problem) -> Call:
-    from transformers import BartConfig, DPRConfig, RagConfig, RagRetriever
+    from transformers import BartConfig, DPRConfig, RagRetriever
 
-    n_questions, n_docs, context_width, _ = problem.shape
-    config = RagConfig.from_question_encoder_generator_configs(
-        DPRConfig(),
-        BartConfig(),
-        n_docs=n_docs,
-        max_combined_length=context_width,
-        title_sep=texts.TITLE_SEP,
-        doc_sep=texts.DOC_SEP,
-    )
+    _, n_docs, context_width, _ = problem.shape
+    config = texts.rag_config(DPRConfig(), BartConfig(), n_docs, context_width)
     corpus, tokenizer = problem.corpus(), texts.tokenizer()
     nothing: Any = object()  # an index that no search reaches
     retriever = RagRetriever(config, tokenizer, tokenizer, index=nothing, init_retrieval=False)

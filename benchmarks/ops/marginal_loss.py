@@ -222,7 +222,7 @@ OP = Op(
             (8, 5, 64, 1024, 50265),  # S1: BART-large, the paper's training batch
             (8, 5, 64, 1024, 50304),  # S1 with a vocabulary that is a multiple of 64
             (8, 10, 128, 1024, 50265),  # S2: BART-large, K = 10, long answers
-            (8, 10, 128, 1024, 50304),  # S2, likewise
+            (8, 10, 128, 1024, 50304),  # S2, with that vocabulary
             (4, 8, 256, 2048, 128256),  # S3: Llama 3.2 1B
         ),
     },
@@ -237,7 +237,7 @@ OP = Op(
     ),
     workspace=workspace_bytes,
     curves={
-        # around a short answer to five passages; a vocabulary of which many points can be afforded
+        # around a short answer to five passages; the vocabulary is small enough for many points
         "B": tuple((n, 5, 32, 512, 16384) for n in (1, 2, 4, 8)),
         "K": tuple((2, n, 32, 512, 16384) for n in (1, 2, 5, 10, 20)),
         "T": tuple((2, 5, n, 512, 16384) for n in (8, 16, 32, 64, 128)),

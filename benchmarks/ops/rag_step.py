@@ -255,11 +255,13 @@ class HfStep(Step):
 
         parts = self.parts
         kind = getattr(modeling_rag, f"Rag{parts.marginal.title()}ForGeneration")
+        encoder, generator = parts.question_encoder, parts.generator
+        sizes = parts.n_docs, parts.context_width
+        config = texts.rag_config(encoder.config, generator.config, *sizes)
+        config.retrieval_vector_size = parts.vectors.shape[1]
+        retriever = None if parts.is_given else self._retriever(config)
         model = kind(
-            config=self._config(),
-            question_encoder=parts.question_encoder,
-            generator=parts.generator,
-            retriever=None if parts.is_given else self._retriever(),
+            config=config, question_encoder=encoder, generator=generator, retriever=retriever
         )
         labels = parts.batch["labels"]
         self.n_labels = int((labels >= 0).sum())
@@ -270,21 +272,7 @@ class HfStep(Step):
         self.question = {name: parts.batch[name] for name in ("input_ids", "attention_mask")}
         return model.train()
 
-    def _config(self) -> Any:
-        from transformers import RagConfig
-
-        parts = self.parts
-        return RagConfig.from_question_encoder_generator_configs(
-            parts.question_encoder.config,
-            parts.generator.config,
-            n_docs=parts.n_docs,
-            max_combined_length=parts.context_width,
-            retrieval_vector_size=parts.vectors.shape[1],
-            title_sep=texts.TITLE_SEP,
-            doc_sep=texts.DOC_SEP,
-        )
-
-    def _retriever(self) -> Any:
+    def _retriever(self, config: Any) -> Any:
         import datasets
         import faiss
         import pyarrow as pa
@@ -302,7 +290,7 @@ class HfStep(Step):
         datasets.disable_progress_bars()
         dataset.add_faiss_index("embeddings", metric_type=faiss.METRIC_INNER_PRODUCT)
         index = CustomHFIndex(width, dataset)
-        return RagRetriever(self._config(), tokenizer, tokenizer, index=index)
+        return RagRetriever(config, tokenizer, tokenizer, index=index)
 
     def output(self) -> Any:
         if not self.parts.is_given:
@@ -402,7 +390,7 @@ def least_bytes(mode: str, shape: Shape, itemsize: int) -> float:
 
 
 def memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
-    """Bound weights, gradients, moments and vectors twice, and generously what is computed."""
+    """Bound weights, gradients, moments and vectors twice, and, generously, the activations."""
     n_questions, n_docs, context_width, answer_width, width, n_passages = shape
     size = size_of(width)
     n_contexts = n_questions * n_docs

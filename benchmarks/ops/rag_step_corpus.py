@@ -68,6 +68,20 @@ def processor(max_context: int = 512) -> RagProcessor:
     )
 
 
+def rag_config(encoder: Any, generator: Any, n_docs: int, context_width: int) -> Any:
+    """Return Hugging Face's configuration of a RAG model of these two configurations."""
+    from transformers import RagConfig
+
+    return RagConfig.from_question_encoder_generator_configs(
+        encoder,
+        generator,
+        n_docs=n_docs,
+        max_combined_length=context_width,
+        title_sep=TITLE_SEP,
+        doc_sep=DOC_SEP,
+    )
+
+
 @functools.cache
 def n_tokens(text: str) -> int:
     return len(tokenizer()(text, add_special_tokens=False)["input_ids"])

@@ -1,1 +1,1 @@
-"""What `benchmarks.profile` shows beside a timeline: kernel counters, instructions, rooflines."""
+"""Views of `benchmarks.profile` other than the timeline: counters, instructions, rooflines."""

@@ -95,20 +95,20 @@ def save(figure: Figure, path: Path, **options: Any) -> list[Path]:
     return files
 
 
-def draw(op: Op, groups: Sequence[Group], beside: Sequence[Group], path: Path) -> list[Path]:
+def draw(op: Op, groups: Sequence[Group], others: Sequence[Group], path: Path) -> list[Path]:
     """Write the roofline of an op, the same bytes for the same rows; see `figure_of`."""
-    figure = figure_of(op, groups, beside)
+    figure = figure_of(op, groups, others)
     with mpl.rc_context(STYLE):
         return save(figure, path, dpi=150)
 
 
-def figure_of(op: Op, groups: Sequence[Group], beside: Sequence[Group], source: str = "") -> Figure:
+def figure_of(op: Op, groups: Sequence[Group], others: Sequence[Group], source: str = "") -> Figure:
     """Return the roofline of an op.
 
     Args:
         op: the op.
         groups: timings of the op; only those on the first one's device and threads count.
-        beside: other groups, for ceilings that `groups` lack.
+        others: groups of other ops, for ceilings that `groups` lack.
         source: a line below the figure about the origin of the rows.
 
     Raises:
@@ -123,7 +123,7 @@ def figure_of(op: Op, groups: Sequence[Group], beside: Sequence[Group], source: 
 
     def ceiling(names: Sequence[str], column: str) -> float:
         own = highest(groups, groups[0], names, column)
-        return own or highest(beside, groups[0], names, column)
+        return own or highest(others, groups[0], names, column)
 
     limits = 1e3 * ceiling(ARITHMETIC, "tflops"), ceiling(BANDWIDTH, "gbps")
     title = f"{op.name}: measured rates under what the machine can do"

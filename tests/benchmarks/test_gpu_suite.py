@@ -98,12 +98,6 @@ def test_a_limit_ends_grandchildren_too(tmp_path: Path) -> None:
     pytest.fail("the grandchild lives")
 
 
-def test_a_command_that_says_nothing_more_is_ended() -> None:
-    code = "import time; print('said', flush=True); time.sleep(60)"
-    ended = run_limited([sys.executable, "-c", code], time.monotonic() + 30.0, patience=1.0)
-    assert ended.why == "nothing happened for 1 s" and ended.output == "said\n"
-
-
 TESTS = """
 import sys
 from types import SimpleNamespace
@@ -258,7 +252,7 @@ def test_what_is_known_outlives_the_suite(tmp_path: Path, number: signal.Signals
 def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--dry-run", "--budget-minutes", "8", "--no-build"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[2 if " s  " in line[:12] else 1] for line in lines[1:]]
+    names = [line.split()[2 if " s  " in line[:14] else 1] for line in lines[1:]]
     assert names[:3] == ["environment", "tests", "marginal_loss"]
     assert {"mips", "doc_scores", "token_logp", "memcheck", "racecheck", "tune"} <= set(names)
     assert "build" not in names

@@ -20,6 +20,8 @@ from benchmarks.ops import OPS, mips
 OP = OPS["mips"]
 CPU = torch.device("cpu")
 SHAPE = (200, 24, 3, 5)
+Answer = tuple[Tensor, Tensor]
+Change = Callable[[Tensor, Tensor], Answer]
 
 
 @pytest.fixture(autouse=True)
@@ -31,33 +33,30 @@ def nothing_is_held() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ check
 
 
-def twin_first(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row has its like half the matrix later, which the best come with."""
-    half = SHAPE[0] // 2
-    rows = rows.clone()
-    rows[:, 0] = (rows[:, 0] + half) % SHAPE[0]
-    rows[:, 1] = (rows[:, 0] + half) % SHAPE[0]
-    return scores, rows
+def rows_changed(change: Callable[[Tensor], None]) -> Change:
+    def changed(scores: Tensor, rows: Tensor) -> Answer:
+        rows = rows.clone()
+        change(rows)
+        return scores, rows
+
+    return changed
 
 
-def rounded(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    return scores.bfloat16().float(), rows
+@rows_changed
+def twin_first(rows: Tensor) -> None:
+    """Every row has its like half the matrix later, so the two best rows have equal scores."""
+    rows[:, 0] = (rows[:, 0] + SHAPE[0] // 2) % SHAPE[0]
+    rows[:, 1] = (rows[:, 0] + SHAPE[0] // 2) % SHAPE[0]
 
 
-def repeated(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    rows = rows.clone()
+@rows_changed
+def repeated(rows: Tensor) -> None:
     rows[:, 1] = rows[:, 0]
-    return scores, rows
 
 
-def another(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    rows = rows.clone()
+@rows_changed
+def another(rows: Tensor) -> None:
     rows[0, -1] = next(n for n in range(SHAPE[0]) if n not in rows[0])
-    return scores, rows
-
-
-def narrow(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    return scores[:, :-1], rows[:, :-1]
 
 
 @pytest.mark.parametrize(
@@ -65,15 +64,18 @@ def narrow(scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     [
         (twin_first, "torch", "rows: ties are not in the order of the rows"),
         (twin_first, "mm-xq", ""),  # a peer may order ties as it likes
-        (rounded, "mm-xq", "scores: "),
+        (lambda scores, rows: (scores.bfloat16().float(), rows), "mm-xq", "scores: "),
         (repeated, "mm-xq", "rows: a query has a row twice"),
         (another, "mm-xq", "rows: not those that have the scores"),
-        (narrow, "mm-xq", "scores [5, 2], rows [5, 2], expected [5, 3]"),
+        (
+            lambda scores, rows: (scores[:, :-1], rows[:, :-1]),
+            "mm-xq",
+            "scores [5, 2], rows [5, 2], expected [5, 3]",
+        ),
     ],
+    ids=["ties", "ties of a peer", "rounded", "repeated", "another", "narrow"],
 )
-def test_the_check_finds_what_is_wrong(
-    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], provider: str, said: str
-) -> None:
+def test_the_check_finds_what_is_wrong(change: Change, provider: str, said: str) -> None:
     right = OP.provider(provider)
     wrong = replace(right, prepare=directly(lambda mode, p: change(*right.prepare(mode, p)())))
     found = error_of(OP, wrong, "float32", SHAPE, "float32", CPU)
@@ -179,6 +181,14 @@ def test_the_loop_of_reads_folds_all(n: int) -> None:
         assert native.read_loop(numbers, threads=2, isa=isa) == expected
     with pytest.raises(ValueError, match=r"bytes: expected int8 \[n\], got format 'f'"):
         native.read_loop(np.zeros(3, np.float32))
+
+
+def test_the_ceiling_of_products_does_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = pytest.importorskip("fastrag._C", reason="the extension is not built")
+    asked: list[int] = []
+    monkeypatch.setattr(native, "fma_loop", lambda n_fmas, **options: asked.append(n_fmas))
+    OP.provider("fma").prepare("float32", OP.make((7, 5, 1, 3), torch.float32, CPU))()
+    assert asked == [7 * 5 * 3]
 
 
 def test_the_loop_of_products_refuses_what_it_cannot_do() -> None:

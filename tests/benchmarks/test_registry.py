@@ -105,6 +105,13 @@ def test_flops_and_bytes_of_the_loss() -> None:
     assert op.bytes("token", (2, 3, 5, 7, 11), 2) == 2 * 2 * (30 * 7 + 11 * 7)
 
 
+@pytest.mark.parametrize("mode", OPS["doc_scores"].modes)
+def test_the_copy_moves_the_least_bytes(mode: str) -> None:
+    op, shape = OPS["doc_scores"], (3, 4, 50, 16)
+    (made,) = op.provider("copy").prepare(mode, op.make(shape, torch.float32, CPU))()
+    assert 2 * measure.nbytes((made,)) == op.bytes(mode, shape, 4)  # read and written
+
+
 def test_the_backend_is_forced_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     with forced_backend("torch"):
@@ -167,29 +174,22 @@ def test_a_turn_is_the_calls_of_the_provider(monkeypatch: pytest.MonkeyPatch) ->
     assert calls == [(2, 2, 3, 8)] * 7 and turn.wall > 0.0
 
 
-def test_memory_is_what_stands_above_the_outputs() -> None:
+@pytest.mark.parametrize(("n_kept", "n_passing"), [(0, 64), (32, 0)], ids=["passing", "kept"])
+def test_memory_is_above_the_outputs_and_includes_what_a_call_keeps(
+    n_kept: int, n_passing: int
+) -> None:
+    kept: list[torch.Tensor] = []
+
     def call() -> tuple[torch.Tensor, ...]:
-        passing = torch.ones(64 * MIB, dtype=torch.uint8)
+        kept.append(torch.ones(n_kept * MIB, dtype=torch.uint8))
+        passing = torch.ones((n_passing + 16) * MIB, dtype=torch.uint8)
         return (passing[: 16 * MIB].clone(),)
 
     found = measure.extra_bytes(call, CPU)
     if found is None:
         pytest.skip("this system does not tell the peak of a process")
-    assert abs(found - 64 * MIB) < 4 * MIB
-
-
-def test_memory_kept_for_the_next_call_counts() -> None:
-    kept: list[torch.Tensor] = []
-
-    def call() -> tuple[torch.Tensor, ...]:
-        if not kept:
-            kept.append(torch.ones(32 * MIB, dtype=torch.uint8))
-        return ()
-
-    found = measure.extra_bytes(call, CPU)
-    if found is None:
-        pytest.skip("this system does not tell the peak of a process")
-    assert abs(found - 32 * MIB) < 4 * MIB
+    # the copy exists next to the memory that it is made of
+    assert abs(found - (n_kept + n_passing + 16) * MIB) < 4 * MIB
 
 
 def test_outputs_that_share_memory_count_once() -> None:

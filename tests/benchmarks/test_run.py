@@ -84,14 +84,6 @@ def test_the_columns_of_the_csv(tmp_path: Path) -> None:
     assert found["peak_mib"] == "1.0"
 
 
-def test_a_provider_that_cannot_run_has_a_row() -> None:
-    (found,) = run._time([Case("marginal_loss", "cce", "token", SHAPE, "float32", "cpu")], 1)
-    row = measured(found, FACTS)
-    assert row["status"] == "unavailable: runs on cuda only, not on cpu"
-    assert row["ms_p50"] == row["peak_mib"] == row["tflops"] == ""
-    assert "cce: unavailable: runs on cuda only" in results.table(group_of(found))
-
-
 def test_ratios_of_the_table() -> None:
     found = [
         result("gemms", 10.0),
@@ -140,10 +132,23 @@ def test_two_ceilings_have_a_column_each() -> None:
     assert "extra memory 33 MiB: at most 32" in text
 
 
-def test_only_ours_breaks_the_run() -> None:
-    assert run._broken(OP, [result("torch", status="wrong: loss")])
-    assert not run._broken(OP, [result("hf", status="wrong: loss"), result("torch", 1.0)])
-    assert not run._broken(OP, [result("triton", status="unavailable: no GPU")])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ({"torch": "wrong: loss"}, 1),
+        ({"torch": "failed: its process ended"}, 1),
+        ({"hf": "wrong: loss"}, 0),
+        ({"triton": "unavailable: no GPU"}, 0),
+    ],
+    ids=["wrong", "failed", "a peer", "unavailable"],
+)
+def test_only_ours_breaks_the_run(
+    status: dict[str, str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [result(name, status=why) for name, why in status.items()]
+    monkeypatch.setattr(run, "_time", lambda *args: [*found, result("gather", 1.0)])
+    options = ["--op", "marginal_loss", "--shape", shape_text(SHAPE), "--device", "cpu"]
+    assert run.main([*options, "--mode", "token"]) == code
 
 
 # --------------------------------------------------------------------------------------- turns
@@ -324,19 +329,6 @@ def test_a_regression_fails(
     assert "ratio 1.050: at most 1.10" in capsys.readouterr().out
 
 
-def test_who_cannot_run_is_not_compared_but_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    @contextmanager
-    def fake(ref: str) -> Iterator[Path]:
-        yield ROOT
-
-    monkeypatch.setattr(run, "checkout", fake)
-    arguments = ["--op", "doc_scores", "--base", "HEAD", "--device", "cpu", "--shape", "3,4,50,17"]
-    assert run.main([*arguments, "--mode", "forward", "--providers", "triton"]) == 0
-    assert "triton: unavailable: runs on cuda only" in capsys.readouterr().out
-
-
 def test_what_the_other_commit_lacks_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,6 +336,33 @@ def test_what_the_other_commit_lacks_is_said(
     assert compared(monkeypatch, missing, result("torch", 1.0)) == 0
     assert "HEAD: failed: ImportError: no such op; now: ok" in capsys.readouterr().out
     assert compared(monkeypatch, result("torch", 1.0), missing) == 1
+    absent = result("triton", status="unavailable: no GPU")
+    assert compared(monkeypatch, absent, absent) == 0
+    assert "triton: unavailable: no GPU" in capsys.readouterr().out
+
+
+def test_the_base_is_built_and_takes_turns_with_this_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[tuple[str, Path]] = []
+    trees: list[list[Path]] = []
+
+    def fake(*command: str, cwd: Path = ROOT, check: bool = True) -> str:
+        ran.append((" ".join(command[1:3]), cwd))
+        if command[1:3] == ("worktree", "add"):
+            (Path(command[4]) / "csrc").mkdir(parents=True)
+        return "abc"
+
+    def timed(cases: list[Case], rounds: int, of_each: list[Path]) -> list[Result]:
+        trees.append(of_each)
+        return [Result(case) for case in cases]
+
+    monkeypatch.setattr(commits, "_run", fake)
+    monkeypatch.setattr(commits, "time_cases", timed)
+    with commits.checkout("HEAD") as tree:
+        (pair,) = commits.compare([result("torch").case], tree, 1)
+    assert ("setup.py --quiet", tree) in ran and ran[-1] == ("worktree remove", ROOT)
+    assert trees == [[tree, ROOT]] and pair.ratio is None
 
 
 def test_an_unknown_commit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
