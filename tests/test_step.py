@@ -16,7 +16,7 @@ ROOT = str(Path(fastrag.__file__).parent)
 
 # Lower them with every call that goes; never raise them without a reason in the commit.
 MOST_FILES = 27
-MOST_CALLS = 225
+MOST_CALLS = 220
 
 
 def calls_of_a_step(kind: str) -> Counter[str]:

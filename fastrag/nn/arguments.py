@@ -14,8 +14,8 @@ from fastrag.nn.heads import base_model
 from fastrag.ops import checks
 
 if TYPE_CHECKING:
-    from fastrag.index import PassageStore
     from fastrag.nn.reader import Reader
+    from fastrag.nn.retriever import Retriever
 
 
 def check_numbers(
@@ -55,20 +55,8 @@ def check_answers(labels: Tensor, n_questions: int | None = None) -> None:
         )
 
 
-def check_processor(
-    processor: object,
-    reader: Reader,
-    encoders: dict[str, nn.Module | None],
-    passages: PassageStore,
-) -> None:
-    """Raise ValueError unless a processor belongs to a reader, to encoders and to passages.
-
-    Args:
-        processor: the processor.
-        reader: the generator and its adapter.
-        encoders: the encoder that each prefix of the processor is for.
-        passages: the passages.
-    """
+def check_processor(processor: object, reader: Reader, retriever: Retriever) -> None:
+    """Raise ValueError unless a processor fits the generator, the encoders and the passages."""
     if not isinstance(processor, RagProcessor):
         raise ValueError(f"processor: expected a RagProcessor, got {type(processor).__name__}")
     if processor.kind != reader.kind:
@@ -88,14 +76,15 @@ def check_processor(
             f"max_context: expected at most the generator's {positions} positions, got "
             f"{processor.max_context}"
         )
-    for name, encoder in encoders.items():
+    for role in ("question", "passage"):
+        encoder, name = getattr(retriever, f"{role}_encoder"), f"{role}_prefix"
         own, prefix = getattr(encoder, "prefix", None), getattr(processor, name)
         if own is not None and own != prefix:
             raise ValueError(
                 f"processor: expected the encoder's {name} {shown(own)}, got {shown(prefix)}; "
                 f"RagProcessor.for_encoders takes both prefixes from the encoders"
             )
-    processor.check(passages)
+    processor.check(retriever.passages)
 
 
 def _positions(generator: nn.Module) -> int | None:

@@ -119,11 +119,11 @@ class GeneratorAdapter:
                 f"{list(context_ids.shape)}"
             )
         check_answers(labels)
-        counted = labels != ignore_index
+        counted, n_vocab = labels != ignore_index, self._live_head.n_vocab
         if torch.compiler.is_compiling():  # to look would break the graph; the loss looks as well
-            outside = counted & ((labels < 0) | (labels >= self.n_vocab))
+            outside = counted & ((labels < 0) | (labels >= n_vocab))
         else:
-            outside = check_label_values(labels, counted, self.n_vocab)
+            outside = check_label_values(labels, counted, n_vocab)
         labels = labels.masked_fill(outside, 0)  # an embedding may not be asked for them
         inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
         if state:

@@ -116,14 +116,9 @@ class LiveHead:
     @property
     def n_vocab(self) -> int:
         """V, the rows of the output projection."""
-        module: Any = self.module
+        module: Any = _output_module(self.model)
         module = getattr(module, "original_module", module)
         return int(getattr(module, "base_layer", module).weight.shape[0])
-
-    @property
-    def module(self) -> nn.Module:
-        """The output projection, in whatever adapter layer it is wrapped."""
-        return _output_module(base_model(self.model))
 
     @contextmanager
     def capture(self, replace: Tensor | None = None) -> Iterator[list[Tensor]]:
@@ -138,7 +133,7 @@ class LiveHead:
             seen.append(args[0])
             return (args[0][:1, :1] if replace is None else replace, *args[1:])
 
-        handle = self.module.register_forward_pre_hook(hook)
+        handle = _output_module(self.model).register_forward_pre_hook(hook)
         try:
             yield seen
         finally:
@@ -156,15 +151,16 @@ class LiveHead:
             seen.append(args[0][:, -1:])
             return (seen[-1], *args[1:])
 
-        handle = self.module.register_forward_pre_hook(hook)
+        handle = _output_module(self.model).register_forward_pre_hook(hook)
         try:
             yield seen
         finally:
             handle.remove()
 
 
-def _output_module(base: Any) -> nn.Module:
-    """Return the output projection of a transformers model."""
+def _output_module(model: Any) -> nn.Module:
+    """Return the output projection of a model, in whatever adapter layer it is wrapped."""
+    base = base_model(model)
     module: nn.Module | None = base.get_output_embeddings()
     if module is None:
         raise ValueError(

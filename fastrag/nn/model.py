@@ -142,8 +142,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
         self.processor = processor
-        self._checked: tuple[Any, ...] = ()
-        self._check_parts()
+        check_processor(processor, self.reader, self.retriever)
+        self._checked: tuple[Any, ...] = ()  # parts that were found to fit the processor
         keep_one_name_per_tensor(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -342,24 +342,15 @@ class RagModel(ActivationCheckpointing, nn.Module):
         """
         if prompt_ids is None:
             raise ValueError("prompt_ids: expected the questions in the generator's vocabulary")
-        with stage("contexts"):
-            self._check_parts()
-            passages = self.retriever.passages
-            return self.processor.contexts(passages, rows, prompt_ids, prompt_mask)
-
-    def _check_parts(self) -> None:
-        """Raise ValueError unless processor, generator, encoders and passages fit each other.
-
-        Each may be replaced at any time; a step only compares those that it has not met before.
-        """
-        retriever, processor = self.retriever, self.processor
+        retriever, reader, processor = self.retriever, self.reader, self.processor
         encoders = (retriever.question_encoder, retriever.passage_encoder)
-        parts = (*encoders, retriever.passages, self.reader.generator, processor)
-        if parts != self._checked:
-            prefixes = ("question_prefix", "passage_prefix")
-            encoder_of = dict(zip(prefixes, encoders, strict=True))
-            check_processor(processor, self.reader, encoder_of, retriever.passages)
-            self._checked = parts
+        passages = retriever.passages
+        parts = (*encoders, passages, reader.generator, processor)
+        with stage("contexts"):
+            if parts != self._checked:  # each may have been replaced since the last step
+                check_processor(processor, reader, retriever)
+                self._checked = parts
+            return processor.contexts(passages, rows, prompt_ids, prompt_mask)
 
     def _checkpointed_parts(self) -> list[Any]:
         """The transformers models inside that train."""
