@@ -30,7 +30,13 @@ def add(commands: Any) -> None:
         nargs="*",
         help="questions; without any, they are read from a prompt or line by line from a pipe",
     )
-    ask.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default 32")
+    ask.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="longest answer, in tokens (default 32)",
+    )
     ask.add_argument("--json", action="store_true", help="print one JSON object per question")
     ask.set_defaults(run=run)
 

@@ -26,14 +26,35 @@ def add(commands: Any) -> None:
     )
     add_model(evaluate, required=False)
     evaluate.add_argument("--questions", required=True, help="questions file, or `default:<split>`")
-    evaluate.add_argument("--limit", type=positive, help="number of fixed questions; default: all")
-    evaluate.add_argument("--k", type=positive, nargs="+", default=[1, 5, 20], metavar="K")
-    evaluate.add_argument("--batch-size", type=positive, default=16, metavar="N")
-    evaluate.add_argument("--max-new-tokens", type=positive, default=32, metavar="N")
+    evaluate.add_argument(
+        "--limit", type=positive, metavar="N", help="number of fixed questions (default: all)"
+    )
+    evaluate.add_argument(
+        "--k",
+        type=positive,
+        nargs="+",
+        default=[1, 5, 20],
+        metavar="K",
+        help="the k of recall@k (default 1 5 20)",
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="questions per batch (default 16)",
+    )
+    evaluate.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="longest answer, in tokens (default 32)",
+    )
     evaluate.add_argument(
         "--marginal",
         choices=("token", "sequence"),
-        help="how answers are decoded; default: as the model was trained",
+        help="how answers are decoded (default: as the model was trained)",
     )
     evaluate.add_argument("--out", help="write predictions to this JSONL file")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
@@ -46,7 +67,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--encoder",
         metavar="DIR",
-        help="with --retrieval-only and --index: folder of a question encoder, in place of --model",
+        help="with --retrieval-only and --index: model folder or Hub id of a question "
+        "encoder, in place of --model",
     )
     evaluate.set_defaults(run=run)
 

@@ -22,9 +22,13 @@ def add(commands: Any) -> None:
     build = actions.add_parser("build", help="tokenise and encode a corpus")
     build.add_argument("--corpus", required=True, help="JSONL, CSV or TSV file, or `default`")
     build.add_argument(
-        "--encoder", "--passage-encoder", required=True, help="folder of the passage encoder"
+        "--encoder",
+        "--passage-encoder",
+        required=True,
+        metavar="ENCODER",
+        help="model folder or Hub id of the passage encoder",
     )
-    build.add_argument("--generator", required=True, help="folder of the generator")
+    build.add_argument("--generator", required=True, help="model folder or Hub id of the generator")
     build.add_argument("--out", required=True, help="folder to write")
     build.add_argument(
         "--template",
@@ -36,7 +40,13 @@ def add(commands: Any) -> None:
     build.add_argument(
         "--max-passage", type=positive, metavar="TOKENS", help="cut longer passages (default 256)"
     )
-    build.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    build.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="passages per batch (default 64)",
+    )
     build.add_argument(
         "--dtype",
         type=_dtype,

@@ -19,7 +19,7 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
 
 
 def positive(text: str) -> int:

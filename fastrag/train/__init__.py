@@ -1,6 +1,6 @@
 """Training: RagTrainer on transformers.Trainer, the run's config, callbacks and checkpoints.
 
-Names load on first use, so that reading a config does not import transformers.
+Names load on first use, so that reading a config does not import transformers.Trainer.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from fastrag.folders import replacing
 from fastrag.freshness import RefreshPolicy
 from fastrag.messages import shown
 from fastrag.nn.objectives import objective_words
-from fastrag.train.parsing import read_yaml, require, typed
+from fastrag.train.parsing import dotted, dotted_hints, read_yaml, require, typed
 from fastrag.train.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -424,7 +424,8 @@ class RagConfig:
             ValueError: retriever.n_docs: expected 5 as in runs/x/config.yaml, got 8
         """
         bound = [f"training.{name}" for name in BOUND_IN_TRAINING]
-        then, now = (dict(_dotted(dataclasses.asdict(each))) for each in (other, self))
+        hints = dotted_hints(RagConfig)
+        then, now = (dict(dotted(dataclasses.asdict(each), hints)) for each in (other, self))
         for name, before in then.items():
             free = name.startswith(FREE_ON_RESUME)
             if name.startswith("training."):
@@ -511,14 +512,6 @@ def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
             value = _merged(below, value)
         merged[name] = value
     return merged
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Any:
-    for name, value in values.items():
-        if prefix in ("", "reader.") and isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _require_text(name: str, value: str) -> None:

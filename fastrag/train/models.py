@@ -6,17 +6,19 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, set_seed
 
 from fastrag.data import RagCollator, RagProcessor
 from fastrag.data.default import DEFAULT, load_passages
 from fastrag.data.processor import MAX_PASSAGE, shortest
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.eval import DenseRetriever
+from fastrag.index import Index, PassageStore
 from fastrag.index.encoding import encode_passages
-from fastrag.nn import RagModel, checkpoint
+from fastrag.nn import RagModel, TextEncoder, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.nn.hub import model_folder
 from fastrag.nn.retriever import Retriever
@@ -29,6 +31,7 @@ from fastrag.train.checkpoint_contents import (
 )
 from fastrag.train.checkpoints import STATE
 from fastrag.train.config import RagConfig
+from fastrag.train.distributed import is_first_process, launched_processes
 from fastrag.train.indexing import build_index, load_index
 from fastrag.train.pretrained import (
     choose_dtype,
@@ -39,12 +42,6 @@ from fastrag.train.pretrained import (
     make_template,
 )
 from fastrag.train.record import CONFIG_FILE, INDEX_FOLDER, MODEL_FOLDER
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from fastrag.index import Index, PassageStore
-    from fastrag.nn import TextEncoder
 
 # Smallest cosine of a stored vector and a new one; vectors in half precision stay above it.
 _SAME_ENCODER_COSINE = 0.99
@@ -75,11 +72,6 @@ def build_model(
     Raises:
         ValueError: a part is missing or does not fit the others.
     """
-    import torch
-    from transformers import set_seed
-
-    from fastrag.train.distributed import is_first_process, launched_processes
-
     built = Path(config.training.output_dir) / INDEX_FOLDER
     if (
         config.retriever.index is None
@@ -182,8 +174,6 @@ def _warn_of_another_encoder(
     index: Index, passages: PassageStore, encoder: TextEncoder, folder: str
 ) -> None:
     """Warn if the index holds vectors of another encoder: encode a few passages and compare."""
-    import torch
-
     rows = torch.linspace(0, len(index) - 1, 16).long().unique()
     fresh = encode_passages(encoder, passages, rows=rows)
     stored = index.vectors(rows)
@@ -239,7 +229,7 @@ def load_retriever(
     if (path / STATE).is_file():
         config = _config_of(path, index)
         known = config.retriever
-        dense = _from_parts(known.question_encoder, str(known.index), config.data.max_question)
+        dense = open_retriever(known.question_encoder, str(known.index), config.data.max_question)
         read_encoder(dense.retriever.question_encoder, path)
         if index is None:
             read_index(dense.retriever, path)
@@ -250,13 +240,16 @@ def load_retriever(
 
 
 def open_retriever(
-    encoder: str | os.PathLike[str], index: str | os.PathLike[str]
+    encoder: str | os.PathLike[str],
+    index: str | os.PathLike[str],
+    max_question: int | None = None,
 ) -> DenseRetriever:
     """Make a retriever of an encoder and an index.
 
     Args:
-        encoder: the folder of the question encoder.
+        encoder: folder or Hub id of the question encoder.
         index: a folder from `fastrag index build`.
+        max_question: question tokens; None: as many as the encoder takes.
 
     Returns:
         The retriever, in eval mode on the CPU.
@@ -264,14 +257,6 @@ def open_retriever(
     Raises:
         ValueError: a folder cannot be read, or the index was built with another tokenizer or width.
     """
-    return _from_parts(encoder, index)
-
-
-def _from_parts(
-    encoder: str | os.PathLike[str],
-    index: str | os.PathLike[str],
-    max_question: int | None = None,
-) -> DenseRetriever:
     name = "question_encoder"
     question_encoder = load_encoder(encoder, name, "query")
     tokenizer = load_tokenizer(encoder, name)

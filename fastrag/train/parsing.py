@@ -240,12 +240,12 @@ def typed(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
         {'loss': {'tau_lm': 0.001}}
     """
     hints = dotted_hints(settings)
-    given = dict(_leaves(values, hints))
+    given = dict(dotted(values, hints))
     try:
         found = _parser_of(settings).parse_object(dict(values), defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ValueError(explained(error, settings, given)) from None
-    for name, value in _leaves(found, hints):
+    for name, value in dotted(found, hints):
         # jsonargparse accepts null for a setting of any type
         nullable = value is not None or types.NoneType in _options(hints[name])
         require(name, nullable, expected(hints[name]), value)
@@ -351,7 +351,7 @@ def require(name: str, holds: bool, expected: str, got: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {shown(got)}")
 
 
-def _leaves(
+def dotted(
     values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
     """Yield each setting with its dotted name; raise for a name that is unknown."""
@@ -361,7 +361,7 @@ def _leaves(
             yield name, value
         elif isinstance(key, str) and any(each.startswith(f"{name}.") for each in hints):
             require(name, isinstance(value, Mapping), "a mapping of settings", value)
-            yield from _leaves(value, hints, f"{name}.")
+            yield from dotted(value, hints, f"{name}.")
         else:
             raise ValueError(unknown(name, hints))
 

@@ -6,13 +6,21 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
 from fastrag.data import Template
+from fastrag.nn import TextEncoder
+from fastrag.nn.checkpoint import load_whole
+from fastrag.nn.hub import model_folder
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from fastrag.nn import TextEncoder
     from fastrag.train.config import LoraConfig, RagConfig
 
 
@@ -33,9 +41,6 @@ def load_encoder(
     Raises:
         ValueError: the folder cannot be read.
     """
-    from fastrag.nn import TextEncoder
-    from fastrag.nn.hub import model_folder
-
     folder = model_folder(name, path)
     try:
         return TextEncoder.from_pretrained(folder, role=role)
@@ -61,11 +66,6 @@ def load_generator(
     Raises:
         ValueError: the folder cannot be read, or LoRA is asked for and peft is not installed.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from fastrag.nn.checkpoint import load_whole
-
     kind = AutoModelForSeq2SeqLM if generator_kind(path) == "seq2seq" else AutoModelForCausalLM
     try:
         model = load_whole(kind, path, dtype=dtype or torch.float32, allow_unexpected=True)
@@ -102,8 +102,6 @@ def choose_dtype(config: RagConfig) -> tuple[torch.dtype, torch.dtype | None]:
     Raises:
         ValueError: the folder holds no readable config.
     """
-    import torch
-
     stored = getattr(_generator_config(config.reader.generator), "dtype", None)
     if config.reader.dtype != "auto":
         return getattr(torch, config.reader.dtype), stored
@@ -126,17 +124,8 @@ def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokeniz
     Raises:
         ValueError: the folder holds none.
     """
-    from transformers import AutoTokenizer
-
-    from fastrag.nn.hub import model_folder
-
-    folder = model_folder(name, path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{name}: expected a tokenizer in {folder}: {_first_line(error)}"
-        ) from error
+    tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, "a tokenizer", name, path)
+    return tokenizer
 
 
 def make_template(
@@ -165,22 +154,22 @@ def make_template(
 
 
 def _generator_config(path: str | os.PathLike[str]) -> Any:
-    from transformers import AutoConfig
+    return _read(AutoConfig, "a model config", "generator", path)
 
-    from fastrag.nn.hub import model_folder
 
-    folder = model_folder("generator", path)
+def _read(kind: Any, expected: str, name: str, path: str | os.PathLike[str]) -> Any:
+    folder = model_folder(name, path)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"generator: expected a model config in {folder}: {_first_line(error)}"
+            f"{name}: expected {expected} in {folder}: {_first_line(error)}"
         ) from error
 
 
 def _with_lora(model: Any, lora: LoraConfig, rank: int) -> Any:
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        import peft
     except ImportError:
         raise ValueError("reader.lora: expected peft to be installed (pip install peft)") from None
     seq2seq = model.config.is_encoder_decoder
@@ -188,14 +177,14 @@ def _with_lora(model: Any, lora: LoraConfig, rank: int) -> Any:
     # PEFT matches a text against the whole path of a layer, so its name alone needs a list
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
         targets = [targets]
-    return get_peft_model(
+    return peft.get_peft_model(
         model,
-        LoraConfig(
+        peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank if lora.alpha is None else lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets,
-            task_type=TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
+            task_type=peft.TaskType.SEQ_2_SEQ_LM if seq2seq else peft.TaskType.CAUSAL_LM,
         ),
     )
 

@@ -83,17 +83,6 @@ def git_state(folder: str | os.PathLike[str] = ".") -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
 
 
-def write_versions(path: str | os.PathLike[str]) -> None:
-    """Write `versions()` as JSON.
-
-    Args:
-        path: the file.
-    """
-    text = json.dumps(versions(), indent=1) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
     """Write versions and settings into a run folder, which is created if it is missing.
 
@@ -103,7 +92,8 @@ def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
     """
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
-    write_versions(folder / VERSIONS_FILE)
+    with replacing(folder / VERSIONS_FILE) as temporary:
+        temporary.write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
     if config is not None:
         config.save(folder / CONFIG_FILE)
 
