@@ -188,7 +188,7 @@ SEAMS = (
     Mistake(
         "a checkpoint's manifest is not checked",
         "fastrag/train/trainer.py",
-        "        checkpoints.check_files(checkpoint)\n",
+        "        checkpoint_contents.check_files(checkpoint)\n",
         "",
         "tests/train/test_checkpoint_files.py",
     ),
