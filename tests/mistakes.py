@@ -118,8 +118,8 @@ SEAMS = (
     Mistake(
         "a step scores the index as it is by then, not as it was searched",
         "fastrag/nn/retriever.py",
-        "self.encode_rows(hits.rows) if fresh else cast(Tensor, hits.vectors)",
-        "self.encode_rows(hits.rows) if fresh else self.index.index_emb[hits.rows]",
+        "self.encode_rows(rows) if fresh else stored\n",
+        "self.encode_rows(rows) if fresh else self.index.index_emb[rows]\n",
         "tests/nn/test_retriever.py",
     ),
     Mistake(
