@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
     from fastrag.nn.loss import RagLoss
 
-# Settings that make transformers search greedily, whatever the model's own generation config says.
+# Settings that make transformers search greedily, whatever the model's own generation config has.
 # Those that greedy search does not read have their neutral value: transformers warns of any other.
 _GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -92,8 +92,8 @@ class GreedySearch:
 
     Args:
         adapter: adapter of the generator, whose model should be in eval mode.
-        context_ids: `[B*K, L]` int64, the K contexts of a question next to each other, padded as
-            the adapter's kind wants it.
+        context_ids: `[B*K, L]` int64, the K contexts of a question next to each other, padded on
+            the side of the adapter's kind.
         context_mask: `[B*K, L]`, 1 at tokens.
         doc_scores: `[B, K]`, -inf at missing passages.
         rows: `[B, K]` int64, -1 at missing passages.
@@ -101,7 +101,7 @@ class GreedySearch:
             `generation_config`, else 32.
         pad_id: token id that fills answers after their end.
         eos_id: token id that ends an answer in addition to the generator's own; not used if
-            `eos_token_id` or `generation_config` says what ends an answer.
+            `eos_token_id` or `generation_config` names the token that ends an answer.
         labels: `[B, T]` int64, padded with -100: compute their loss from the same reading of the
             contexts.
         loss_fn: the loss of the labels, required with them.
@@ -218,7 +218,7 @@ class GreedySearch:
         return [contexts.view(-1, unit)[part].flatten() for part in parts]
 
     def processors(self, rows_per_question: int) -> LogitsProcessorList:
-        """Return the caller's logits processors, to be called with so many rows per question."""
+        """Return the caller's logits processors for calls with this many rows per question."""
         processors = LogitsProcessorList(self._logits_processor)
         if self._prefix_allowed_tokens_fn is not None:
             constraint = PrefixConstrainedLogitsProcessor(
@@ -391,8 +391,8 @@ def _greedy_config(
 ) -> GenerationConfig:
     """Return the config of a greedy search with the caller's settings.
 
-    It is the given `generation_config`, else the generator's own, with what `settings` say. Only
-    the caller's own choices are refused if they contradict a greedy search.
+    It is the given `generation_config`, else the generator's own, changed by `settings`. Only the
+    caller's own choices are refused if they contradict a greedy search.
     """
     own = base_model(adapter.model).generation_config
     given = settings.pop("generation_config", None)
@@ -432,7 +432,7 @@ def _greedy_config(
 
 
 def _unknown(names: list[str]) -> str:
-    """Say which arguments nobody knows, with the nearest known one of each."""
+    """Return the message for unknown arguments, with the nearest known name of each."""
     known = {
         *vars(GenerationConfig()),
         *inspect.signature(GenerationMixin.generate).parameters,

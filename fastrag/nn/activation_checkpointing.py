@@ -1,4 +1,4 @@
-"""transformers' switches for recomputing activations, passed on to the models inside a module."""
+"""Pass transformers' switches for recomputed activations on to the models inside a module."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class ActivationCheckpointing:
-    """Gives a module the four methods that Trainer and users know from transformers' models.
+    """Give a module the four methods that Trainer calls on the models of transformers.
 
-    The module says in `_checkpointed_parts` which models they reach.
+    A subclass defines `_checkpointed_parts`.
     """
 
     def _checkpointed_parts(self) -> list[Any]:
-        """The transformers models whose activations may be recomputed."""
+        """Return the transformers models whose activations may be recomputed."""
         raise NotImplementedError
 
     def activation_checkpointing_enable(
@@ -30,7 +30,7 @@ class ActivationCheckpointing:
         for part in self._checkpointed_parts():
             if hasattr(part, "activation_checkpointing_enable"):
                 part.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
-            else:  # transformers before 5.20 knows the older name alone
+            else:  # transformers before 5.20 only has the older name
                 part.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def activation_checkpointing_disable(self) -> None:
@@ -44,9 +44,9 @@ class ActivationCheckpointing:
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """The name of `activation_checkpointing_enable` in transformers before 5.20."""
+        """Call `activation_checkpointing_enable`, named so from transformers 5.20 on."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """The name of `activation_checkpointing_disable` in transformers before 5.20."""
+        """Call `activation_checkpointing_disable`, named so from transformers 5.20 on."""
         self.activation_checkpointing_disable()

@@ -120,7 +120,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def require_finite(vectors: Tensor, message: str, rows: Tensor | None = None) -> None:
-    """Raise for NaN or inf, naming the row; on the CPU alone, where looking costs no wait."""
+    """Raise ValueError for NaN or inf, naming the row; only on the CPU, where it costs no wait."""
     if vectors.device.type != "cpu":
         return
     finite = vectors.detach().isfinite().all(dim=-1)

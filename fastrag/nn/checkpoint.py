@@ -75,7 +75,7 @@ _SAVED = record(
         "tau_lm": number(above=0),
         "index": INDEX_FIELDS,
     },
-    # of versions 1 and 2, which have no file of the processor
+    # versions 1 and 2, which have no file of the processor
     {"max_context": integer(1), "template": record({})},
     closed=True,
 )
@@ -204,7 +204,7 @@ def _load_model(
 
 
 def _saved_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of a saved model, taken back if a kill left it aside."""
+    """Return the folder of a saved model, restored if a killed save had set it aside."""
     folders.recover(Path(path))
     return model_folder("path", path, holding=" that save_pretrained wrote", whole=True)
 
@@ -230,7 +230,7 @@ def load_retriever(
 
 
 def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
-    """Return what rag_config.json says."""
+    """Return the content of rag_config.json."""
     from fastrag import __version__
 
     tau = model.tau
@@ -276,7 +276,7 @@ def _check_parts(folder: Path, manifest: dict[str, Any], given_base: bool) -> No
 def _read_settings(folder: Path, *, given_base: bool) -> dict[str, Any]:
     from fastrag.index.storage import read_folder
 
-    # also takes back what a kill left aside
+    # Also restores a folder that a killed save had set aside.
     manifest, _ = read_folder(folder, format=FORMAT, version=VERSION, fields=_MANIFEST)
     settings: dict[str, Any] = manifests.read(folder / CONFIG, _SAVED)
     _check_parts(folder, manifest, given_base)
@@ -301,7 +301,7 @@ def _save_generator(generator: Any, folder: Path, merge_adapter: bool) -> str:
     if base_model(generator).name_or_path:
         generator.save_pretrained(folder / "generator")
         return "adapter"
-    # A base model without a name of its own cannot be found again: keep it beside its adapter.
+    # A base model without a name cannot be found again, so it is saved next to its adapter.
     copy.deepcopy(generator).unload().save_pretrained(folder / "generator_base")
     generator.save_pretrained(folder / "generator", save_embedding_layers=False)
     return "adapter on generator_base"
@@ -328,7 +328,7 @@ def _load_encoder(folder: Path) -> TextEncoder | SentenceEncoder:
             return SentenceEncoder.from_pretrained(folder)
         return TextEncoder.from_pretrained(folder, dtype="auto")
     except ValueError as error:
-        # from_pretrained calls the folder what its argument is called
+        # from_pretrained names its own argument, which the caller of load_model never gave.
         raise ValueError(f"{folder.name}: {str(error).removeprefix('path: ')}") from error
 
 
@@ -378,7 +378,7 @@ def load_whole(
 ) -> Any:
     """Load a generator whose every weight must be in the folder.
 
-    Transformers gives a missing weight random values and says so in a log line at most.
+    transformers gives a missing weight random values and at most logs a line about it.
 
     Args:
         loader: class with transformers' `from_pretrained`.

@@ -29,8 +29,8 @@ Role = Literal["query", "passage"]
 
 POOLINGS = ("cls", "mean", "last", "pooler")
 CONFIG_NAME = "fastrag_encoder.json"
-# AutoModel goes by model_type, which for these names another class: the question's side of DPR, or
-# all of an encoder-decoder.
+# AutoModel chooses by model_type, which names another class for these: the question encoder of DPR,
+# or a whole encoder-decoder.
 _OWN_CLASSES = ("DPRContextEncoder", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 _FORMAT = "fastrag-text-encoder"
 _VERSION = 1
@@ -72,9 +72,9 @@ class TextEncoder(nn.Module):
         model: a transformers model that returns `last_hidden_state` or `pooler_output`.
         pooling: one of the four above.
         normalize: divide each vector by its Euclidean length.
-        prefix: text put before each question or passage ("query: "). Kept here for whoever
+        prefix: text put before each question or passage ("query: "). It is kept for the code that
             tokenises; the encoder itself sees token ids.
-        max_length: longest input in tokens, for whoever tokenises; None: no limit is known.
+        max_length: longest input in tokens, for the code that tokenises; None: no limit is known.
 
     Raises:
         ValueError: an unknown pooling.
@@ -174,9 +174,9 @@ class TextEncoder(nn.Module):
 
     @without_bars()
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder with `fastrag_encoder.json` beside the weights.
+        """Write a Hugging Face folder with `fastrag_encoder.json` next to the weights.
 
-        PEFT adapters on the encoder are merged in what is written.
+        PEFT adapters on the encoder are merged into the weights that are written.
 
         Args:
             path: folder; made if it does not exist.
@@ -188,7 +188,7 @@ class TextEncoder(nn.Module):
         self.save_settings(path)
 
     def save_settings(self, path: str | os.PathLike[str]) -> None:
-        """Write `fastrag_encoder.json` alone into a folder; see `with_settings`."""
+        """Write only `fastrag_encoder.json` into a folder; see `with_settings`."""
         settings = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -299,7 +299,7 @@ def _vocabulary_size(model: Any) -> int | None:
 
 
 def _read_settings(folder: Path, role: Role | None) -> dict[str, Any]:
-    """Return what a folder says about pooling, normalisation, prefix and length."""
+    """Return the pooling, normalisation, prefix and length that a folder states."""
     if role not in (None, "query", "passage"):
         raise ValueError(f"role: expected 'query', 'passage' or None, got {shown(role)}")
     if (folder / CONFIG_NAME).is_file():
@@ -331,8 +331,8 @@ def _read_sentence_transformers(folder: Path, role: Role | None) -> dict[str, An
             )
     config = folder / "config_sentence_transformers.json"
     if config.is_file():
-        said = manifests.read(config, _ST_CONFIG)
-        prompts, default = said.get("prompts"), said.get("default_prompt_name")
+        stated = manifests.read(config, _ST_CONFIG)
+        prompts, default = stated.get("prompts"), stated.get("default_prompt_name")
         settings["prefix"] = prompt_of_role(prompts, default, role)
     return settings
 
@@ -427,10 +427,10 @@ def _load_model(folder: Path, dtype: torch.dtype | str, pooling: str | None) -> 
 
 
 def _without_missing_pooler(folder: Path) -> dict[str, bool]:
-    """Return the argument that keeps transformers from making up a pooler that is not stored.
+    """Return the argument that keeps transformers from making a pooler that is not stored.
 
-    It would start from random values, with a report on the terminal, and nothing would read it.
-    Where the names of the weights cannot be had without the weights, the argument is left out.
+    The pooler would have random values and a report on the terminal, and nothing would read it. If
+    the names of the weights cannot be read without the weights, the argument is left out.
     """
     from transformers import MODEL_MAPPING, AutoConfig
 

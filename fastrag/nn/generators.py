@@ -2,13 +2,13 @@
 
     hidden = adapter.hidden(context_ids, context_mask, labels)     # [B, K, T, H], before the head
     head = adapter.head()                                          # LMHead, with gradients
-    state = adapter.read(context_ids, context_mask)                # contexts that are read once:
-    hidden = adapter.hidden(context_ids, context_mask, labels, state=state)     # for labels,
-    model.generate(context_ids, attention_mask=context_mask, **state)           # then for answers
+    state = adapter.read(context_ids, context_mask)                # read the contexts once,
+    hidden = adapter.hidden(context_ids, context_mask, labels, state=state)     # for labels
+    model.generate(context_ids, attention_mask=context_mask, **state)           # and for answers
 
 Seq2seq: the encoder reads the context `[B*K, L]` once, the decoder reads the labels shifted right.
 Causal: context (left-padded) and answer (right-padded) are one sequence with explicit positions;
-the state that predicts label t stands one column before it.
+the state that predicts label t is one column before it.
 
 An adapter checks itself when it is made: hidden states and head must reproduce the model's own
 logits on two tokens, plain and with the head's input scaled up until a softcap would show.
@@ -52,7 +52,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class GeneratorAdapter:
-    """Shared part of the two adapters; `adapt_generator` makes the right one.
+    """Base class of the two adapters; `adapt_generator` makes the right one.
 
     Args:
         model: a transformers model with a language-model head, or a PEFT model around one.
@@ -73,7 +73,7 @@ class GeneratorAdapter:
         return self._live_head.n_vocab
 
     def room(self, context_width: int) -> int | None:
-        """Answer tokens that the model's positions leave behind a context; None: no limit.
+        """Return how many answer tokens the model's positions leave after a context; None: any.
 
         Args:
             context_width: L, the padded length of the context.
@@ -120,11 +120,11 @@ class GeneratorAdapter:
             )
         check_answers(labels)
         counted, n_vocab = labels != ignore_index, self._live_head.n_vocab
-        if torch.compiler.is_compiling():  # to look would break the graph; the loss looks as well
+        if torch.compiler.is_compiling():  # reading values breaks the graph; the loss checks too
             outside = counted & ((labels < 0) | (labels >= n_vocab))
         else:
             outside = check_label_values(labels, counted, n_vocab)
-        labels = labels.masked_fill(outside, 0)  # an embedding may not be asked for them
+        labels = labels.masked_fill(outside, 0)  # the embedding has no such rows
         inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
         if state:
             inputs = self._continued(inputs, context_ids.shape[1], state)
@@ -132,15 +132,15 @@ class GeneratorAdapter:
         return states.unflatten(0, (n_questions, -1))
 
     def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
-        """Read contexts once, for `hidden` and for the model's `generate` to go on from.
+        """Read contexts once; `hidden` and the model's `generate` continue from the result.
 
         Args:
             context_ids: `[B*K, L]` int64, padded as for `hidden`.
             context_mask: `[B*K, L]`, 1 at tokens.
 
         Returns:
-            Keyword arguments of the model's `generate`, which uses them up; nothing where the
-            model cannot go on from what it has read.
+            Keyword arguments of the model's `generate`, which uses them up; an empty dict if the
+            model cannot continue from them.
         """
         raise NotImplementedError
 
@@ -154,7 +154,7 @@ class GeneratorAdapter:
     def _continued(
         self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return `inputs` without what the model has read already, given the state after it."""
+        """Return `inputs` without the contexts, continuing from the state after them."""
         raise NotImplementedError
 
     def _inputs(
@@ -280,7 +280,7 @@ class CausalAdapter(GeneratorAdapter):
             inputs["position_ids"] = _positions(before)
         with self._live_head.capture():
             outputs = self.model(**inputs)
-        # the first alone: an output that has the new name answers to the old one too
+        # Only the first, because an output with the new name also answers to the old one.
         found = [name for name in _CACHE_NAMES if name in outputs.keys()][:1]  # noqa: SIM118
         return {name: outputs[name] for name in found}
 
@@ -297,9 +297,9 @@ class CausalAdapter(GeneratorAdapter):
 
     @functools.cached_property
     def _continues(self) -> bool:
-        """Whether the model gives the same states when it goes on from its cache.
+        """Whether the model gives the same states when it continues from its cache.
 
-        Models without a cache do not, nor do recurrent ones that take one token at a time then.
+        Models without a cache do not, nor do recurrent ones that then take one token at a time.
         """
         embedding = base_model(self.model).get_input_embeddings()
         vocab = min(embedding.weight.shape[0], self.n_vocab)
@@ -312,7 +312,7 @@ class CausalAdapter(GeneratorAdapter):
             try:
                 state = self._read(ids, mask)
                 return bool(state) and _close(self.hidden(ids, mask, labels, state=state), whole)
-            except Exception:  # whatever a model raises here, it can still be run in one piece
+            except Exception:  # models raise many kinds here, and still run in one piece
                 return False
 
     def room(self, context_width: int) -> int | None:
@@ -326,13 +326,13 @@ class CausalAdapter(GeneratorAdapter):
         room = self.room(context_ids.shape[1])
         if room is not None and labels.shape[1] > room:
             raise ValueError(
-                f"labels: expected at most {room} tokens behind a context of "
+                f"labels: expected at most {room} tokens after a context of "
                 f"{context_ids.shape[1]} in the generator's positions, got {labels.shape[1]} "
                 f"(lower max_context or max_answer)"
             )
         counted = labels != ignore_index
         n_docs = context_ids.shape[0] // labels.shape[0]
-        # The last label is predicted but never read. Padding stands behind what it could disturb.
+        # The last label is predicted but never read. Padding is after all that it could disturb.
         answer = labels.masked_fill(~counted, 0)[:, :-1].repeat_interleave(n_docs, dim=0)
         answer_mask = counted[:, :-1].repeat_interleave(n_docs, dim=0).to(context_mask.dtype)
         mask = torch.cat([context_mask, answer_mask], dim=1)
@@ -389,10 +389,10 @@ def adapt_generator(model: Any) -> GeneratorAdapter:
 
 
 def _refuse_wrapped(model: Any) -> None:
-    """Raise for a model inside a wrapper, whose forward passes the adapter would go past.
+    """Raise ValueError for a model inside a wrapper, which the adapter would bypass.
 
-    With the module inside, DDP would average no gradients and torch.compile compile nothing, both
-    silently.
+    If the inner module were used, DDP would average no gradients and torch.compile would compile
+    nothing, both silently.
     """
     inner = getattr(model, "_orig_mod", None)
     if inner is None:
@@ -417,7 +417,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _branch(cache: Any) -> Any:
-    """Return a cache that grows by itself, and shares the tensors that are in it by now if it can.
+    """Return a cache that grows independently and shares the present tensors if possible.
 
     The layers named here replace their tensors when they grow; others may write into them.
     """

@@ -3,10 +3,10 @@
     logits = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap)     with a softcap
     logits = logit_scale * (hidden W^T + bias)                               without one
 
-`hidden` is what enters the output projection. It is captured at the projection itself, so that
-everything an architecture does before it (the d_model**-0.5 of tied T5, the transform of BERT's
-head) is part of `hidden` and of its gradient, and no list of architectures is needed. What comes
-after it is read from the model's own configuration and then tested against the model's own logits.
+`hidden` is the input of the output projection. It is captured at the projection itself, so all
+that an architecture does before it (the d_model**-0.5 of tied T5, the transform of BERT's head) is
+part of `hidden` and of its gradient, and no list of architectures is needed. Scale and softcap are
+read from the model's own configuration and tested against the model's own logits.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def base_model(model: Any) -> Any:
         if getattr(config, "is_prompt_learning", False):
             kind = config.peft_type
             raise ValueError(
-                f"generator: expected a PEFT adapter on the weights (LoRA and its kin), got the "
+                f"generator: expected a PEFT adapter on the weights (such as LoRA), got the "
                 f"prompt-learning adapter {name!r} of type {getattr(kind, 'value', kind)}"
             )
     return model.get_base_model()
@@ -81,7 +81,7 @@ def architecture(model: Any) -> str:
 
 
 class LiveHead:
-    """The head of `model`, read anew at each call, so that it is never a stale copy.
+    """The head of `model`, read again at each call, so that it is never a stale copy.
 
     Gradients reach the weight whether it is tied to the input embedding or not, and the LoRA
     matrices A and B where the head carries LoRA. It holds after `load_state_dict`, `.to()`,
@@ -107,7 +107,7 @@ class LiveHead:
     def __call__(self) -> LMHead:
         base = base_model(self.model)
         weight, bias = _projection(_output_module(base), type(base).__name__)
-        extra = getattr(base, "final_logits_bias", None)  # BART and its kin
+        extra = getattr(base, "final_logits_bias", None)  # BART, mBART, Marian
         if extra is not None:
             extra = extra.reshape(-1).to(weight.dtype)
             bias = extra if bias is None else bias + extra
@@ -122,7 +122,7 @@ class LiveHead:
 
     @contextmanager
     def capture(self, replace: Tensor | None = None) -> Iterator[list[Tensor]]:
-        """Record what enters the projection while the model runs inside the ``with`` block.
+        """Record the inputs of the projection while the model runs inside the ``with`` block.
 
         The projection itself then sees one position only, so the vocabulary-sized logits are
         never made. With `replace`, it sees that tensor instead.
@@ -222,7 +222,7 @@ def _active_copy(module: Any, name: str) -> Any:
 
 
 def _lora_projection(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    """W + sum of scaling * B A over the active adapters; refuse what is not plain LoRA."""
+    """Return W + sum of scaling * B A over the active adapters; refuse any variant of LoRA."""
     weight, bias = _projection(layer.base_layer, name)
     if not all(hasattr(layer, part) for part in ("lora_A", "lora_B", "scaling")):
         raise ValueError(

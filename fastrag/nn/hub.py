@@ -20,14 +20,14 @@ def model_folder(
 ) -> Path:
     """Return the folder of a model, whose repository is downloaded if no folder has its name.
 
-    What was downloaded before is taken from the cache of huggingface_hub, which is all that is
-    asked in offline mode (HF_HUB_OFFLINE=1).
+    Files that were downloaded before come from the cache of huggingface_hub. In offline mode
+    (HF_HUB_OFFLINE=1) only that cache is used.
 
     Args:
         name: the argument that the source was given for.
         source: a folder, or the id of a repository, such as "intfloat/e5-small-v2".
-        holding: what the message should say of the folder.
-        whole: download all files, and not those alone that hold models and tokenizers.
+        holding: description of the folder in the message.
+        whole: download all files, not only those of models and tokenizers.
 
     Raises:
         ValueError: it is neither; the message says what was tried.

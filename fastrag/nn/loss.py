@@ -49,7 +49,7 @@ class RagLoss(nn.Module):
             "emdr2", "pdist" and "replug" as above. A `RetrieverTerm` takes the place of theirs.
         tau_lm: temperature of the generator's distribution over passages (pdist, replug), > 0.
         generator_loss: "marginal", or "none" for a generator that does not train: nothing flows
-            to hidden states and head. None takes what the objective says.
+            to hidden states and head. None: that of the objective.
         label_smoothing: share of the target distribution spread over the vocabulary, in [0, 1).
         ignore_index: label that does not count.
         reduction: "mean" (over counted label tokens, or `normalizer`), "sum" or "none" (`[B]`).

@@ -31,7 +31,7 @@ from fastrag.profiling import stage
 if TYPE_CHECKING:
     from fastrag.index import Hits, Index, PassageStore
 
-# Where RagModel's attributes of these names are: read and set there.
+# The part that owns each of these attributes of RagModel: they are read and set there.
 _OWNERS = {
     "question_encoder": "retriever",
     "passage_encoder": "retriever",
@@ -63,7 +63,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         question_encoder: module of `(input_ids [B, S], attention_mask) -> [B, D]`, for example a
             `TextEncoder`; or a `SentenceTransformer`, which becomes a `SentenceEncoder`.
         passage_encoder: the same for passages; may be the very same module; None if the index
-            never has to be made anew.
+            is never rebuilt.
         generator: any seq2seq or causal language model of transformers, plain or with PEFT.
         index: vectors of the passages, in the order of `passages`; may still be empty, see
             `refresh_index`.
@@ -72,12 +72,12 @@ class RagModel(ActivationCheckpointing, nn.Module):
         n_docs: K, passages per question.
         marginal: "token" or "sequence".
         tau: temperature of the prior; None: 0.05 if both encoders normalise, else 1.
-        learn_tau: train log tau along, from `tau` on.
-        train_passage_encoder: encode the K passages of a training step anew, with gradient. If
-            not, its parameters are set to `requires_grad=False`, but for those that the question
-            encoder has too (one encoder for both, or one model under two prefixes).
+        learn_tau: train log tau too, starting from `tau`.
+        train_passage_encoder: encode the K passages of a training step again, with gradient.
+            Without it, the parameters of the passage encoder are set to `requires_grad=False`,
+            except those that the question encoder also has (one model under two prefixes).
         explore: in training, m of the K passages are drawn without replacement from the softened
-            prior softmax(s / explore_tau) over the candidates behind the first K - m.
+            prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
         adapter: an `Adapter` of the generator, for a model that is not of transformers.
@@ -166,9 +166,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """What transformers.Trainer asks of a model: the outputs that it cannot join over batches.
+        """The outputs that transformers.Trainer must leave out when it joins batches.
 
-        The length T of the posterior [B, K, T] of a token model differs between batches.
+        The length T of a token model's `log_posterior` `[B, K, T]` differs between batches.
         """
         ragged = ["log_posterior"] if self.marginal == "token" else []
         return PreTrainedConfig(keys_to_ignore_at_inference=ragged)
@@ -197,8 +197,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prompt_ids: questions in the generator's vocabulary, `[B, S']` int64, right-padded.
             prompt_mask: `[B, S']`, 1 at tokens.
             labels: answers, `[B, T]` int64, padded with -100; None: retrieval only.
-            rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
-            num_items_in_batch: what the loss is divided by; default this batch's label tokens.
+            rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
+            num_items_in_batch: divisor of the loss; None: the label tokens of this batch.
             example_weight: `[B]` factors of the examples in the loss.
 
         Returns:
@@ -265,7 +265,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 None: the marginal that the model is trained with.
             max_new_tokens: longest answer; None: that of `generation_config` if given, else 32.
             n_docs: passages per question; None: the model's.
-            rows: take these passages instead of searching, `[B, K]` int64, -1 = missing.
+            rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
             labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
                 from the same reading of the contexts.
             on_progress: called with the share of the work that was done since the last call.
@@ -353,7 +353,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             return processor.contexts(passages, rows, prompt_ids, prompt_mask)
 
     def _checkpointed_parts(self) -> list[Any]:
-        """The transformers models inside that train."""
+        """Return the transformers models that train."""
         encoders: list[Any] = [self.question_encoder]
         if self.train_passage_encoder and self.passage_encoder is not self.question_encoder:
             encoders.append(self.passage_encoder)
@@ -382,14 +382,17 @@ class RagModel(ActivationCheckpointing, nn.Module):
     ) -> None:
         """Write encoders, generator, tokenizers, template and settings as one folder.
 
-        The folder appears whole or not at all; one that stood there before stays until then.
+        The folder appears whole or not at all; an older one stays until the new one is complete.
 
         Args:
             path: the folder; replaced if it is one of this kind.
             merge_adapter: merge a PEFT adapter into a copy of the generator instead of writing it
                 as an adapter.
-            include_index: write index and passages into it too; otherwise the index is named by
-                checksum and given to `from_pretrained`.
+            include_index: also write index and passages. Otherwise the folder names the index by
+                checksum, and `from_pretrained` is given both.
+
+        Raises:
+            ValueError: a part cannot be saved (it is named), or the path cannot be replaced.
         """
         from fastrag.nn.checkpoint import save_model
 
@@ -410,17 +413,19 @@ class RagModel(ActivationCheckpointing, nn.Module):
 
         Args:
             path: the folder, or the Hub id of a repository that holds its files.
-            index: the index; None: the one in the folder.
+            index: the index; None: the one in the folder. Other content than that of the saved
+                model's index gets a warning.
             passages: the passages; None: those in the folder.
-            base_generator: the model that a PEFT adapter belongs on, if not found by its name.
-            generator_class: class with `from_pretrained`, where the automatic class is not it.
+            base_generator: the model under a PEFT adapter, if it cannot be found by its name.
+            generator_class: class with `from_pretrained`, if the automatic class is another one.
             overrides: settings of the constructor that replace the stored ones.
 
         Returns:
             A RagModel.
 
         Raises:
-            ValueError: a file is missing or of another configuration, or no index is to be had.
+            ValueError: a file is missing or of another configuration, there is no index, or it has
+                another width or length than encoder and passages.
         """
         from fastrag.nn.checkpoint import load_model
 

@@ -104,8 +104,8 @@ class PDist(RetrieverTerm, word="pdist"):
     """KL(softmax_k(s / tau_lm) || softmax_k(doc_scores))."""
 
     def forward(self, doc_scores: Tensor, token_logp: Tensor, label_mask: Tensor) -> Tensor:
-        said = _sequence_logp(token_logp, label_mask) / self.tau_lm
-        return _divergence(doc_scores, said, label_mask)
+        target_scores = _sequence_logp(token_logp, label_mask) / self.tau_lm
+        return _divergence(doc_scores, target_scores, label_mask)
 
 
 class REPLUG(RetrieverTerm, word="replug"):
@@ -115,8 +115,8 @@ class REPLUG(RetrieverTerm, word="replug"):
 
     def forward(self, doc_scores: Tensor, token_logp: Tensor, label_mask: Tensor) -> Tensor:
         n_tokens = label_mask.sum(1, keepdim=True).clamp(min=1)
-        said = _sequence_logp(token_logp, label_mask) / n_tokens / self.tau_lm
-        return _divergence(doc_scores, said, label_mask)
+        target_scores = _sequence_logp(token_logp, label_mask) / n_tokens / self.tau_lm
+        return _divergence(doc_scores, target_scores, label_mask)
 
 
 def _checked_tau(tau_lm: float) -> float:
@@ -126,14 +126,14 @@ def _checked_tau(tau_lm: float) -> float:
 
 
 def _sequence_logp(token_logp: Tensor, label_mask: Tensor) -> Tensor:
-    """s [B, K]."""
+    """Return s = sum_t m l, `[B, K]`."""
     return torch.where(label_mask.unsqueeze(1), token_logp.detach(), 0.0).sum(2)
 
 
 def _divergence(doc_scores: Tensor, target_scores: Tensor, label_mask: Tensor) -> Tensor:
-    """KL(softmax_k(target_scores) || softmax_k(doc_scores)) over the present passages, [B].
+    """Return KL(softmax_k(target_scores) || softmax_k(doc_scores)) of the present passages, `[B]`.
 
-    0 for an example without passages, or without a label that says which of them helped.
+    It is 0 for an example without passages or without a counted label.
     """
     present, log_prior = _log_prior(doc_scores)
     live = present.any(1)
@@ -144,7 +144,7 @@ def _divergence(doc_scores: Tensor, target_scores: Tensor, label_mask: Tensor) -
 
 
 def _log_prior(doc_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a mask of the present passages and a [B, K]: -inf elsewhere, 0 if none is present."""
+    """Return the mask of present passages and log p(z|x) `[B, K]`, uniform if none is present."""
     present = doc_scores != -torch.inf
     dtype = torch.float64 if doc_scores.dtype == torch.float64 else torch.float32
     # A row without any passage must not reach log_softmax: its gradient there is NaN, not 0.

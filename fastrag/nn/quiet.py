@@ -1,4 +1,4 @@
-"""Weights read and written without the progress bars of transformers."""
+"""Read and write weights without the progress bars of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 def without_bars() -> Iterator[None]:
     """Switch transformers' progress bars off within the block, also as a decorator.
 
-    One bar for each part of a model says little and breaks up what the caller prints.
+    One bar for each part of a model tells little and interrupts the output of the caller.
     """
     from transformers.utils import logging
 

@@ -21,7 +21,7 @@ from fastrag.nn.heads import LMHead
 
 @runtime_checkable
 class Adapter(Protocol):
-    """The knowledge of a generator that a reader needs.
+    """Connects a generator to a reader: hidden states before the head, and the head.
 
     Attributes:
         kind: "causal" (contexts are padded on the left) or "seq2seq" (on the right).

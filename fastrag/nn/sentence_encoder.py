@@ -127,7 +127,7 @@ class SentenceEncoder(nn.Module):
         self.save_settings(path)
 
     def save_settings(self, path: str | os.PathLike[str]) -> None:
-        """Write `fastrag_sentence_encoder.json` alone into a folder; see `with_settings`."""
+        """Write only `fastrag_sentence_encoder.json` into a folder; see `with_settings`."""
         settings = {"format": _FORMAT, "version": _VERSION, "prefix": self.prefix}
         manifests.write(Path(path, CONFIG_NAME), settings)
 

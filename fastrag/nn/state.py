@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def keep_one_name_per_tensor(module: nn.Module) -> None:
-    """Make `module.state_dict()` free of tied duplicates, and loadable all the same."""
+    """Leave tied duplicates out of `module.state_dict()`, and restore them when it is loaded."""
     module.register_state_dict_post_hook(_drop_aliases)
     module.register_load_state_dict_pre_hook(_restore_aliases)
 
