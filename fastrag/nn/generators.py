@@ -89,7 +89,6 @@ class GeneratorAdapter:
         context_ids: Tensor,
         context_mask: Tensor,
         labels: Tensor,
-        ignore_index: int = IGNORE_INDEX,
         *,
         state: Mapping[str, Any] | None = None,
     ) -> Tensor:
@@ -99,8 +98,7 @@ class GeneratorAdapter:
             context_ids: `[B*K, L]` int64, the K contexts of a question next to each other;
                 left-padded for a causal model, right-padded for seq2seq.
             context_mask: `[B*K, L]`, 1 at tokens.
-            labels: `[B, T]` int64, padded on the right with `ignore_index`.
-            ignore_index: label that does not count.
+            labels: `[B, T]` int64, padded on the right with -100.
             state: what `read` returned for these contexts, which are then not read again; it is
                 left as it is.
 
@@ -119,13 +117,13 @@ class GeneratorAdapter:
                 f"{list(context_ids.shape)}"
             )
         check_answers(labels)
-        counted, n_vocab = labels != ignore_index, self._live_head.n_vocab
+        counted, n_vocab = labels != IGNORE_INDEX, self._live_head.n_vocab
         if torch.compiler.is_compiling():  # reading values breaks the graph; the loss checks too
             outside = counted & ((labels < 0) | (labels >= n_vocab))
         else:
             outside = check_label_values(labels, counted, n_vocab)
         labels = labels.masked_fill(outside, 0)  # the embedding has no such rows
-        inputs = self._inputs(context_ids, context_mask, labels, ignore_index)
+        inputs = self._inputs(context_ids, context_mask, labels)
         if state:
             inputs = self._continued(inputs, context_ids.shape[1], state)
         states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]
@@ -157,9 +155,7 @@ class GeneratorAdapter:
         """Return `inputs` without the contexts, continuing from the state after them."""
         raise NotImplementedError
 
-    def _inputs(
-        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
-    ) -> dict[str, Any]:
+    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
         """Return the keyword arguments of the model whose last T states predict the labels."""
         raise NotImplementedError
 
@@ -184,9 +180,9 @@ class GeneratorAdapter:
         labels = torch.tensor([[vocab // 4, vocab // 5]], device=device)
         other = torch.tensor([[vocab // 6, vocab // 5]], device=device)
         with evaluating(self.model):
-            inputs = self._inputs(context, torch.ones_like(context), labels, IGNORE_INDEX)
+            inputs = self._inputs(context, torch.ones_like(context), labels)
             hidden = self._captured(heads[0], inputs)
-            changed = self._inputs(context, torch.ones_like(context), other, IGNORE_INDEX)
+            changed = self._inputs(context, torch.ones_like(context), other)
             if not _close(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
                 raise ValueError(
                     f"generator: expected a causal decoder, got {architecture(self.model)}, whose "
@@ -223,10 +219,8 @@ class Seq2SeqAdapter(GeneratorAdapter):
     ) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name != "input_ids"} | {**state}
 
-    def _inputs(
-        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
-    ) -> dict[str, Any]:
-        decoder_ids = self._shift_right(labels, ignore_index)
+    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
+        decoder_ids = self._shift_right(labels)
         n_docs = context_ids.shape[0] // labels.shape[0]
         return {
             "input_ids": context_ids,
@@ -236,11 +230,11 @@ class Seq2SeqAdapter(GeneratorAdapter):
             "return_dict": True,
         }
 
-    def _shift_right(self, labels: Tensor, ignore_index: int) -> Tensor:
+    def _shift_right(self, labels: Tensor) -> Tensor:
         """Return the decoder's input: its start token, then the labels but the last."""
         base = base_model(self.model)
         pad = getattr(base.config, "pad_token_id", None) or 0
-        known = labels.masked_fill(labels == ignore_index, pad)
+        known = labels.masked_fill(labels == IGNORE_INDEX, pad)
         start = getattr(base.config, "decoder_start_token_id", None)
         if start is None:
             start = getattr(base.generation_config, "decoder_start_token_id", None)
@@ -320,9 +314,7 @@ class CausalAdapter(GeneratorAdapter):
         # The last answer token is predicted but never read: it needs no position.
         return None if positions is None else int(positions) - context_width + 1
 
-    def _inputs(
-        self, context_ids: Tensor, context_mask: Tensor, labels: Tensor, ignore_index: int
-    ) -> dict[str, Any]:
+    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
         room = self.room(context_ids.shape[1])
         if room is not None and labels.shape[1] > room:
             raise ValueError(
@@ -330,7 +322,7 @@ class CausalAdapter(GeneratorAdapter):
                 f"{context_ids.shape[1]} in the generator's positions, got {labels.shape[1]} "
                 f"(lower max_context or max_answer)"
             )
-        counted = labels != ignore_index
+        counted = labels != IGNORE_INDEX
         n_docs = context_ids.shape[0] // labels.shape[0]
         # The last label is predicted but never read. Padding is after all that it could disturb.
         answer = labels.masked_fill(~counted, 0)[:, :-1].repeat_interleave(n_docs, dim=0)

@@ -89,6 +89,12 @@ class RagModel(ActivationCheckpointing, nn.Module):
             processor of another kind, vocabulary, prefix or passage tokenizer, or with a longer
             window than the generator has positions; a generator that `adapt_generator` refuses.
 
+    Note:
+        Under `torch.distributed.fsdp.fully_shard`, the generator's embedding and head have to be in
+        the group of the root, which is gathered while the loss is computed: shard the encoders and
+        the generator's blocks, then the model. `fully_shard` leaves the index where it is, so move
+        the model to its device before. It shards no scalar, such as that of `learn_tau`.
+
     Example:
         >>> processor = RagProcessor(question_tokenizer, generator_tokenizer)  # doctest: +SKIP
         >>> passages = PassageStore.build(corpus, processor)                   # doctest: +SKIP
