@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -188,10 +189,13 @@ def check_fits(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         ValueError: the groups have other sizes, a parameter has another shape, or only one of the
             two has float32 copies.
     """
-    own = isinstance(getattr(optimizer, "optimizer", optimizer), MasterWeights)  # accelerate wraps
-    copies = ["without float32 copies", "with float32 copies"]
-    if own != ("masters" in state):
-        raise ValueError(f"expected an optimiser state {copies[own]}, got one {copies[not own]}")
+    wrapped = getattr(optimizer, "optimizer", optimizer)  # by accelerate
+    has_copies = isinstance(wrapped, MasterWeights)
+    if has_copies != ("masters" in state):
+        words = ("with", "without") if has_copies else ("without", "with")
+        raise ValueError(
+            f"expected an optimiser state {words[0]} float32 copies, got one {words[1]} them"
+        )
     groups = [group["params"] for group in optimizer.param_groups]
     saved = [group["params"] for group in state.get("param_groups", ())]
     expected, got = ([len(group) for group in each] for each in (groups, saved))
@@ -199,15 +203,14 @@ def check_fits(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         raise ValueError(
             f"expected the optimiser state of groups of {expected} parameters, got {got}"
         )
-    for i, (group, keys) in enumerate(zip(groups, saved, strict=True)):
-        for j, (parameter, key) in enumerate(zip(group, keys, strict=True)):
-            for name in _SHAPED_STATE & state["state"].get(key, {}).keys():
-                expected, got = list(parameter.shape), list(state["state"][key][name].shape)
-                if expected != got:
-                    raise ValueError(
-                        f"expected {name} of shape {expected} for parameter {j} of group {i}, got "
-                        f"{got}"
-                    )
+    for i, (parameter, key) in enumerate(zip(chain(*groups), chain(*saved), strict=True)):
+        kept = state["state"].get(key, {})
+        for name in sorted(_SHAPED_STATE & kept.keys()):
+            if kept[name].shape != parameter.shape:
+                raise ValueError(
+                    f"expected {name} of shape {list(parameter.shape)} for parameter {i}, got "
+                    f"{list(kept[name].shape)}"
+                )
 
 
 def _is_low(parameter: Tensor) -> bool:

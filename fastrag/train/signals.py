@@ -20,9 +20,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Tell the caller of `RagTrainer.train` that a signal came and its checkpoint is on disk.
+    """Report that a signal ended `RagTrainer.train`, when its checkpoint is on disk.
 
-    A KeyboardInterrupt, so that a script which does not handle it stops as after any Ctrl-C.
+    This is a KeyboardInterrupt, so a script that does not handle it stops as after any Ctrl-C.
 
     Args:
         signum: the signal that came.
