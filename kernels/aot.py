@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation of every shipped kernel configuration, on any machine, with no GPU.
+"""Ahead-of-time compilation of every shipped kernel configuration, on a machine without a GPU.
 
-A kernel module offers `aot_configs()`: the specialisations that its launchers can ask for. This
-module finds them all, compiles them for each architecture and reads back what the assembler gave
-them. A kernel that spills, or that wants more shared memory than the architecture has, is a defect
-that shows here rather than on the user's GPU.
+`aot_configs()` of a kernel module returns the specialisations that its launchers can use. This
+module compiles all of them for each architecture and reads their resources from the assembler. It
+thus finds kernels that spill, or need more shared memory than the architecture has, before they run
+on a user's GPU.
 
     python -m fastrag.kernels.aot [--arch 90] [--module NAME] [--candidates] [--sample] [--json]
 """

@@ -6,18 +6,17 @@
     ds[b,k] = g_s[b,k] + g_a[b,k] - exp(a[b,k]) sum_j g_a[b,j]   (upstream g_s of s, g_a of a)
     dq_b = sum_k ds_bk d_bk / tau,   dd_bk = ds_bk q_b / tau
 
-Passages are fresh, [B, K, D], or rows of the index matrix [N, D] gathered by `rows` [B, K]. Stored
-as int8 codes c with a scale r and an offset m of each component, d = m + r c, and
+Passages are re-encoded, [B, K, D], or rows of the index matrix [N, D] gathered by `rows` [B, K]. If
+they are int8 codes c with scale r and offset m, d = m + r c, and
 
     s[b,k] = (sum_i (q_bi r_i) c_bki + sum_i q_bi m_i) / tau
     dq_b   = (r sum_k ds_bk c_bk + m sum_k ds_bk) / tau           (no gradient to c, r, m)
 
 Memory traffic, w bytes per stored number of a passage, u of a query: forward B D (w K + u) + 8 B K
-read, 8 B K written; backward to q the same vectors once more, u B D written. With int8 w = 1, a
-quarter of float32, and 8 D more for scale and offset, which every question finds in cache. Not
-materialised: the gathered [B, K, D], which a framework writes and reads again (3 times the traffic;
-with int8 9 times, since what it writes are float32 vectors), and any [B, K] between product and
-softmax.
+read, 8 B K written; the backward to q reads the same vectors again and writes u B D. With int8,
+w = 1, a quarter of float32, and 8 D more are read for scale and offset, mostly from cache. Not
+materialised: the gathered [B, K, D], which a framework writes and reads again (3 times the traffic,
+or 9 times with int8, where it writes float32 vectors), and any [B, K] between product and softmax.
 
 Storage float32, float16, bfloat16 or int8, converted on load; products and sums in float32. Every
 sum has a fixed order and there are no atomics: the same input gives the same bits.
@@ -331,7 +330,7 @@ def doc_scores_bwd(
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: unit strides along D; queries in float32 or the passages' dtype.
+    """Return what the gate compiles: unit strides along D; queries in float32 or like the passages.
 
     The backward is compiled for equal dtypes alone, and for int8 with queries in float32: a
     conversion on load is all that others add.

@@ -1,4 +1,4 @@
-"""Marginal, posterior and row weights of groups of rows, one launch where torch takes fifteen.
+"""Marginal, posterior and row weights of groups of rows, in one launch instead of torch's fifteen.
 
     token     log M = log sum_k exp(a_k + l_k)                 w = softmax_k(a_k + l_k)
     sequence  log p(y|x) = log sum_k exp(a_k + sum_t l_kt)     w = softmax_k(a_k + sum_t l_kt)
@@ -8,8 +8,8 @@
     d log-probability of a row = -u w             u: weight of the example, 0 for ignored labels
     d doc_scores = u (p - w) sequence, and summed over positions from `occupancy` = target for token
 
-What is read and written is [G, K]: launches, not bytes, are what this saves. Sums run in a fixed
-order which is the same for every k: passages that say the same get the same posterior, to the bit.
+All arrays are [G, K], so this saves launches rather than bytes. Sums have a fixed order that is the
+same for every k: passages with equal log-probabilities get the same posterior, bit for bit.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def sequence_weights(
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: every block of K, with and without smoothing."""
+    """Return what the gate compiles: every block of K, with and without smoothing."""
     names = {name for kernel in _KERNELS for name in kernel.arg_names if name.endswith("_ptr")}
     types = {
         **dict.fromkeys(names, "*fp32"),

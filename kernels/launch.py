@@ -1,4 +1,4 @@
-"""What every launcher does: make the device of its tensors the current one."""
+"""Helper of all launchers: make the device of the tensors the current one."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """The device of x, which need not be the current one; nothing in the interpreter."""
+    """Return a context in which the device of x is current; it does nothing on a CPU."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,17 +1,17 @@
-"""log p(y) of rows from hidden states and head, where no gradient will be asked for.
+"""log p(y) of rows from hidden states and head, without a gradient.
 
     z_iv = c tanh(s (x_i . W_v + b_v) / c)         log p(y_i) = z_iy - logsumexp_v z_iv
 
-Forward only: the gradient needs the logits again (`row_pass`). A matrix product whose epilogue
-keeps the running maximum and sum of each row; the logits [n, V] exist in registers alone.
+Only the forward: a gradient needs the logits again (`row_pass`). The epilogue of the matrix product
+keeps the running maximum and sum of each row, so the logits [n, V] only exist in registers.
 
-Memory traffic, w bytes per number: w H (1 / BLOCK_V + 1 / BLOCK_M) bytes a logit are read, of which
-L2 serves most, and 12 bytes a row and split are written, where a product and a pass over what it
-left would write and read 8 bytes a logit.
+Memory traffic, w bytes per number: w H (1 / BLOCK_V + 1 / BLOCK_M) bytes per logit are read, mostly
+from L2, and 12 bytes per row and split are written. A product followed by a pass over its result
+would write and read 8 bytes per logit.
 
-Each program takes one block of rows through one split of the vocabulary; a second kernel joins the
-splits in their order. No atomics: the same input gives the same bits. Products of half operands are
-added up in float32; float32 operands are multiplied without rounding them to TF32.
+Each program processes one block of rows and one split of the vocabulary; a second kernel merges the
+splits in order. No atomics: the same input gives the same bits. Products of half-precision operands
+are accumulated in float32; float32 operands are not rounded to TF32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BLOCK_JOIN = 64
 
 
 def blocks(dtype: torch.dtype) -> tuple[dict[str, int], ...]:
-    """The candidates: tensor cores for half operands, plain FMA for float32."""
+    """Return the candidates: tensor cores for half operands, plain FMA for float32."""
     if dtype == torch.float32:
         sizes = [(64, 64, 16, 8, 2), (64, 64, 16, 4, 2), (64, 64, 32, 8, 2), (128, 64, 16, 8, 2)]
     else:
@@ -215,13 +215,13 @@ def splits(n: int, vocab_size: int, dtype: torch.dtype) -> int:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: the weight contiguous and H a multiple of BLOCK_H, as in models."""
+    """Return what the gate compiles: a contiguous weight, and H a multiple of BLOCK_H."""
     join = AotConfig(_join_kernel, _TYPES, {"BLOCK_N": _BLOCK_JOIN}, 2)
     return [join, *_configs(slice(1))]
 
 
 def aot_candidates() -> list[AotConfig]:
-    """All that the launcher may choose from."""
+    """Return all candidates of the launcher."""
     return list(_configs(slice(None)))
 
 

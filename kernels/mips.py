@@ -2,10 +2,10 @@
 
     maxima[b, g] ~ 2^-e_b max over live n of group g of q_b . x_n       groups of GROUP rows each
 
-The k best passages lie in the k best groups, so a search reads the index once and keeps B N / GROUP
-numbers, where scores would be B N (float32: 86 GB at 1024 queries and 21 million passages). What
-the scan computes is near the score that `mips_rescore` defines, not equal to it. The query goes to
-the tensor cores as 2^-e q, which is below 2, as one number or as two of the operand dtype:
+The k best passages are in the k best groups, so a search reads the index once and keeps B N / GROUP
+numbers instead of B N scores (float32: 86 GB at 1024 queries and 21 million passages). The scan
+approximates the score that `mips_rescore` defines. The tensor cores get the query as 2^-e q, which
+is below 2, as one number or as the sum of two numbers of the operand dtype:
 
     2^-e q = high + low + rest,   |rest| <= 2^-17 |2^-e q| + 2^-25    each element, sqrt(D) of these
     |2^e maxima - score| <= reach_b = error_bound(...) * (bound of sum_d |q_d x_d|)
@@ -19,8 +19,8 @@ The sum of magnitudes is bounded by |q| max|x|, or for int8 codes c, x = m + r c
 Memory traffic, w bytes per stored number: w N D read once for all queries of a tile (further tiles
 find the passages in L2), 4 B N / GROUP written. Not materialised: the scores.
 
-A group with a score that is not finite has maximum inf: the rescoring has to look at it. Removed
-passages count for nothing. Offsets are 64-bit; no atomics: the same input gives the same bits.
+A group with a score that is not finite has maximum inf, so that it is scored again. Removed
+passages are ignored. Offsets are 64-bit. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def tile_for(
 
 
 def tiles(stored: torch.dtype, n_queries: int, has_low: bool, use_tma: bool) -> tuple[Tile, ...]:
-    """The candidates for up to n_queries, one of QUERIES; by pointers there is one.
+    """Return the candidates for up to n_queries, one of QUERIES; by pointers there is one.
 
     Up to 64 queries memory is the limit, and two programs share a multiprocessor so that one loads
     while the other compares. Tensor cores take few queries as columns, of which 8 are enough. int8
@@ -492,7 +492,7 @@ _HAVE_TMA, _HAVE_NOT = (90, 100), (80, 86)
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: every tile and storage, with tombstones.
+    """Return what the gate compiles: every tile and storage, with tombstones.
 
     Of bfloat16 also queries in one term, smaller groups, and a D that is no multiple of BLOCK_D.
     """
@@ -540,7 +540,7 @@ def _scan_configs() -> Iterator[AotConfig]:
 
 
 def aot_candidates() -> list[AotConfig]:
-    """All that `tile_for` may choose from."""
+    """Return all candidates of `tile_for`."""
     some = {}
     for stored in STORAGES:
         for has_low in {stored != torch.float32, stored == torch.int8}:

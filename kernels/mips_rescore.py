@@ -1,28 +1,28 @@
-"""The exact half of an inner product search: scores of chosen groups, a certificate, the rest.
+"""The exact part of an inner product search: scores of chosen groups, a check, further groups.
 
     score[b, n] = fma(q_D-1, x_D-1, ... fma(q_1, x_1, fma(q_0, x_0, 0)))      float32
 
-in the order of the elements, one rounding for each: the order of csrc/mips/mips.h, so that a GPU
-and a CPU find the same bits. It is that of a product of float32 tiles which Triton computes without
-tensor cores, one chain of fused multiply-adds for each number (input_precision "ieee").
-A number stored as a code is fma(scale, code, offset).
+in the order of the elements, with one rounding for each, as in csrc/mips/mips.h, so a GPU and a CPU
+compute the same bits. Triton multiplies float32 tiles in this order without tensor cores, with one
+chain of fused multiply-adds for each number (input_precision "ieee"). A number that is stored as a
+code is fma(scale, code, offset).
 
-Score and row become one key of 64 bits, the score's in an order-preserving form above the
-complement of the row: the larger key is the better passage, ties to the lowest row, and no two keys
-are equal. A score that is not finite becomes NaN and comes first. NOTHING is the key of no passage.
+Score and row form a 64-bit key: the score in an order-preserving form above the complement of the
+row. A larger key is a better passage, ties go to the lowest row, and no two keys are equal. A score
+that is not finite becomes NaN, which sorts first. NOTHING is the key of no passage.
 
-`rescore` writes the keys of the groups that the scan (`mips`) chose. Then, with the k-th best score
-among them, what the scan said of the best group that was not chosen, and reach, the error of a
-maximum, an answer is certain if
+`rescore` writes the keys of the groups that the scan (`mips`) chose. Let the k-th score be the k-th
+best among them, runner_up the maximum of the best group that was not chosen, and reach the error
+bound of a maximum. The result is certain if
 
     2^e runner_up + base + reach < k-th score
 
-Where it is not, `search_rest` looks at every group that could hold a better passage and writes the
-answer anew; where it is, its programs end at once. Nobody waits to know which.
+If it is not certain, `search_rest` scores every group that could hold a better passage and writes
+the new result; otherwise its programs end at once. The host does not wait to know which.
 
-Memory traffic: w GROUP D bytes for each chosen group read, 8 GROUP written; of `search_rest` the
-same for each group looked at, plus 4 N / GROUP for each query that is not certain. No atomics; the
-order of a merge cannot change its result.
+Memory traffic: w GROUP D bytes read and 8 GROUP written for each chosen group; in `search_rest` the
+same for each further group, and 4 N / GROUP read for each query that is not certain. There are no
+atomics, and the order of a merge does not change its result.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from torch import Tensor
 NOTHING = torch.iinfo(torch.int64).min
 _NOTHING = tl.constexpr(NOTHING)
 _LAST_ROW = tl.constexpr(0xFFFFFFFF)
-# Sorted by one program: sums of 64-bit keys that registers hold.
+# One program sorts the keys, which have to fit its registers.
 MAX_K = 1024
-_BLOCK_D = 16  # the least that a product may have
+_BLOCK_D = 16  # the least inner size of a product
 _BLOCK_GROUPS = 128
-_LEAST_LIST = 128  # of shorter ones the assembler spills
-# Programs that have nothing to do cost little, and where they have, many are wanted.
+_LEAST_LIST = 128  # the assembler spills with shorter lists
+# Many programs are needed for uncertain queries, and programs without work cost little.
 _LISTS_BYTES = 16 << 20
 _MAX_SPLITS = 256
 
@@ -71,7 +71,7 @@ def _row_keys(
     GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys [GROUP] of the passages of one group."""
+    """Return the keys [GROUP] of the passages of one group."""
     offs_d = tl.arange(0, BLOCK_D)
     row = (group * GROUP + tl.arange(0, GROUP)).to(tl.int64)
     live = row < N
@@ -88,7 +88,7 @@ def _row_keys(
     row += first_row
     for e in range(0, E):
         live = live & (row != tl.load(exclude_ptr + e))
-    # Adding zero turns -0 into 0, with which it ties.
+    # Adding zero turns -0 into 0: the two are equal, so their keys must tie.
     score = tl.reshape(score, (GROUP,)) + 0.0
     score = tl.where(tl.abs(score) < float("inf"), score, float("nan"))
     bits = score.to(tl.int32, bitcast=True)
@@ -107,15 +107,15 @@ def _key_score(key):
 
 @triton.jit
 def _with_nothing(keys):
-    """Twice as many keys, in any order."""
+    """Pad keys with as many NOTHING, in any order."""
     nothing = tl.full(keys.shape, _NOTHING, dtype=tl.int64)
     return tl.reshape(tl.join(keys, nothing), (2 * keys.shape[0],))
 
 
 @triton.jit
 def _best_of_both(best, keys):
-    """Of a descending and an ascending list the larger half, in descending order."""
-    # Of each pair the smaller has as many above it as the list is long; the larger are bitonic.
+    """Return the larger half of a descending and an ascending list, in descending order."""
+    # The smaller of each pair has at least a whole list of larger keys; the larger are bitonic.
     return tl.bitonic_merge(tl.maximum(best, keys), descending=True)
 
 
@@ -210,7 +210,7 @@ def _rest_kernel(
     need = worst - tl.load(base_ptr + pid_b) - tl.load(reach_ptr + pid_b)
     need *= tl.load(unit_ptr + pid_b)
     runner_up = tl.load(runner_up_ptr + pid_b)
-    # A NaN among the best is reported as it is: no other passage could follow it.
+    # If the k-th score is NaN, so are all better ones, and the result is final.
     uncertain = (runner_up > float("-inf")) & (runner_up >= need)
     if split == 0:
         tl.store(flag_ptr + pid_b, uncertain.to(tl.int32))
@@ -261,7 +261,7 @@ def _join_rest_kernel(
     n_splits,
     LIST: tl.constexpr,
 ):
-    # One program owns one query, and joins the lists of its splits if it was not certain.
+    # One program owns one query, and merges the lists of its splits if it was not certain.
     pid = tl.program_id(0).to(tl.int64)
     if tl.load(flag_ptr + pid) != 0:
         offs = tl.arange(0, LIST)
@@ -275,7 +275,7 @@ def _join_rest_kernel(
 
 @dataclass(frozen=True)
 class Passages:
-    """What scores are made of: the rows [N, D], how they are stored and which do not count."""
+    """The rows [N, D] of an index, their storage and the excluded rows."""
 
     index: Tensor
     scale: Tensor | None  # [D], of int8
@@ -289,7 +289,7 @@ class Passages:
         return 0 if self.exclude is None else self.exclude.shape[1]
 
     def pointers(self) -> tuple[Tensor, ...]:
-        """index, scale, offset, removed, exclude; what there is not is never read."""
+        """Return index, scale, offset, removed and exclude, with the index in place of None."""
         some = self.index
         removed = None if self.removed is None else self.removed.view(torch.uint8)
         given = (self.scale, self.offset, removed, self.exclude)
@@ -304,7 +304,7 @@ class Passages:
 
 
 def rescore(query: Tensor, passages: Passages, groups: Tensor, group: int) -> Tensor:
-    """query [B, D], groups int64 [B, S] -> keys of all their passages, int64 [B, S * group]."""
+    """query [B, D], groups int64 [B, S] -> keys of their passages, int64 [B, S * group]."""
     n_queries, n_chosen = groups.shape
     keys = groups.new_empty(n_queries, n_chosen * group)
     with device_of(query):
@@ -337,10 +337,10 @@ def search_rest(
     keys: Tensor,
     group: int,
 ) -> Tensor:
-    """Make keys [B, k], the best of the chosen groups in descending order, those of all groups.
+    """Replace keys [B, k], the best of the chosen groups in descending order, by the best of all.
 
-    maxima [B, groups] is from the scan, runner_up [B] the largest that was not chosen (-inf: none),
-    reach [B] its error. Returns where there was need to, int32 [B].
+    maxima [B, groups] is from the scan, runner_up [B] its largest number that was not chosen (-inf
+    for none), reach [B] the error bound. Returns [B] int32, 1 for queries that were not certain.
     """
     n_queries, k = keys.shape
     n_groups = triton.cdiv(passages.index.shape[0], group)
@@ -386,12 +386,12 @@ def search_rest(
 
 
 def group_size(k: int) -> int:
-    """Rows of a group: many results are worth more maxima, because fewer rows are rescored."""
+    """Return the rows per group. For large k, smaller groups pay: fewer rows are scored again."""
     return GROUPS[0] if k <= 32 else GROUPS[1]
 
 
 def list_size(k: int, group: int) -> int:
-    """Length of the lists that are merged: a power of two, at least k and a group."""
+    """Return the length of the merged lists: a power of two, at least k and the group size."""
     return max(_LEAST_LIST, group, triton.next_power_of_2(k))
 
 
@@ -404,12 +404,12 @@ def _warps(size: int) -> int:
 
 
 def _rest_options(size: int) -> dict[str, int]:
-    """Loads in flight would cost registers, of which sorting takes many."""
+    """Return launch options. One stage: sorting needs the registers that loads in flight take."""
     return {"num_warps": 8 if size <= _LEAST_LIST else 16, "num_stages": 1}
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: with tombstones, for both sizes of groups, and the longest lists."""
+    """Return what the gate compiles: tombstones, both group sizes, the longest lists."""
     return list(_configs())
 
 

@@ -9,10 +9,10 @@
 Label smoothing e of the marginal distribution has hit = (1 - e) w, spread = e / V and target =
 (1 - e) w + e mean_v r: d/dz of -((1 - e) M_y + e mean_v M_v).
 
-The K rows of a position are consecutive and in one program; `row_pass` has left max z and log sum.
-Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 or 4 written. M and r exist
-in registers alone: the gradient makes them again. No atomics, a fixed order of sums. Rows and bias
-are padded as in `row_pass`.
+The K rows of a position are consecutive and in one program; max z and log sum come from `row_pass`.
+Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 or 4 written. M and r only
+exist in registers, and the gradient recomputes them. No atomics, and a fixed order of sums. Rows
+and bias are padded as in `row_pass`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 _BLOCKS_K = (4, 16, 64, 256)
 # Logits per program and tile, and num_warps: 16 a thread; then others that a GPU may like better.
 _TILES = ((2048, 4), (2048, 8), (1024, 4))
-# A grid has at most 65535 programs along its second axis, and each takes so many words.
+# A grid has at most 65535 programs along its second axis, each for so many token ids.
 _LEAST_WORDS = 8
 MAX_PASSAGES = _BLOCKS_K[-1]
 
@@ -52,7 +52,7 @@ def blocks(
 
 
 def tiles(block_k: int) -> tuple[dict[str, int], ...]:
-    """The candidates for up to block_k passages."""
+    """Return the candidates for up to block_k passages."""
     return tuple(
         {"BLOCK_K": block_k, "BLOCK_V": tile // block_k, "num_warps": num_warps}
         for tile, num_warps in _TILES
@@ -73,7 +73,7 @@ def _log_softmax_tile(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """log p of K rows and BLOCK_V words, and x W^T + bias of the same."""
+    """Return log p of K rows and BLOCK_V token ids, and x W^T + bias of the same."""
     mask = mask_k[:, None] & in_row[None, :]
     raw = tl.load(raw_ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_V]
     if HAS_BIAS:
@@ -169,7 +169,7 @@ def _mixture_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns BLOCK_V words of the K rows of a position; draw may be raw itself.
+    # One program owns BLOCK_V token ids of the K rows of a position; draw may be raw itself.
     pid = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -290,12 +290,12 @@ def _flags(bias: Tensor | None, softcap: float | None) -> dict[str, Any]:
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: every block of K, every flag, the bias in the gradient's dtype."""
+    """Return what the gate compiles: every block of K, every flag, bias in the gradient's dtype."""
     return list(_configs(1))
 
 
 def aot_candidates() -> list[AotConfig]:
-    """All that the launchers may choose from."""
+    """Return all candidates of the launchers."""
     return list(_configs(len(_TILES)))
 
 

@@ -6,20 +6,21 @@
 
     dr_v = w (p_v - e / V - (1 - e) 1[v = y]) s (1 - tanh^2(s (r_v + b_v) / c))
 
-the gradient of -w ((1 - e) log p(y) + e mean_v log p(v)), which is that of -log p(z|x,y) of Lewis
-et al. 2020, sec. 2.1, when w is the posterior of the row's passage. It may be asked for a slice of
-the vocabulary, with the statistics of all of it; a label outside is -1.
+This is the gradient of -w ((1 - e) log p(y) + e mean_v log p(v)). If w is the posterior of the
+row's passage, it is the gradient of -log p(y|x) of Lewis et al. 2020, sec. 2.1. It can also be
+computed for a slice of the vocabulary, with the statistics of the whole vocabulary; a label outside
+the slice is -1.
 
 Memory traffic per logit: statistics 4 bytes read; gradient 4 read and 2 (bf16, fp16) or 4 written.
-Not materialised: z and p, which exist in registers alone, and the tanh that the chain rule needs.
+Not materialised: z and p, which only exist in registers, and the tanh of the chain rule.
 
-V is rarely a multiple of 4, and a mask that ends inside 16 bytes makes 4 or 8 accesses of one. So
-the launchers take rows with their padding, and a bias of the same width: what stands behind word V
-may be anything, does not reach the statistics, and has a meaningless gradient. Tensors without
-padding are as good, and slower.
+V is rarely a multiple of 4, and a mask that ends within 16 bytes splits an access into 4 or 8.
+Therefore the launchers take rows with their padding, and a bias of the same width. The padding may
+have any value, does not affect the statistics, and gets a meaningless gradient. Tensors without
+padding work too, but more slowly.
 
-Offsets are 64-bit. A NaN among the words of a row makes its statistics NaN. Sums are in float32 and
-in a fixed order; there are no atomics.
+Offsets are 64-bit. A NaN in a row makes its statistics NaN. Sums are in float32 and in a fixed
+order; there are no atomics.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _row_statistics_kernel(
     WITH_MEAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns one row, V words of `width` numbers, and reads it once.
+    # One program owns one row, V token ids of `width` numbers, and reads it once.
     pid = tl.program_id(0).to(tl.int64)
     raw_ptr += pid * stride_raw
     offs_v = tl.arange(0, BLOCK_V)
@@ -249,7 +250,7 @@ def row_gradient(
 
 
 def statistics_blocks(with_mean: bool) -> tuple[dict[str, int], ...]:
-    """The candidates; the assembler spills the second sum of larger blocks, and of most others."""
+    """Return the candidates; in most larger blocks, the assembler spills the second sum."""
     blocks = (
         ((2048, 4), (1024, 2)) if with_mean else (sizes for sizes in _BLOCKS if sizes[0] < 8192)
     )
@@ -283,12 +284,12 @@ HEAD_TYPES = {
 
 
 def aot_configs() -> list[AotConfig]:
-    """What the gate compiles: the bias in the dtype of the gradient, and every flag."""
+    """Return what the gate compiles: the bias in the dtype of the gradient, and every flag."""
     return list(_configs(1))
 
 
 def aot_candidates() -> list[AotConfig]:
-    """All that the launchers may choose from."""
+    """Return all candidates of the launchers."""
     return list(_configs(len(_BLOCKS)))
 
 

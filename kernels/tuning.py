@@ -1,13 +1,13 @@
-"""Which of a kernel's candidates runs fastest on a GPU, where somebody has measured it.
+"""The choice among the candidate configurations of a kernel, from files of measurements.
 
-A kernel module names its candidates for a regime, such as up to 64 queries against bfloat16: all of
-them give the right answer and compile without spilling, and the first is what runs where nothing
-was measured. `python -m benchmarks.tune` times them and writes the fastest into one file for each
-architecture, kernels/tuned/sm_90.json for instance:
+A kernel module lists candidates for a regime, such as up to 64 queries against bfloat16. All of
+them are correct and compile without spilling; the first runs if nothing was measured.
+`python -m benchmarks.tune` times them and writes the fastest to one file for each architecture, for
+example kernels/tuned/sm_90.json:
 
     {"architecture": "sm_90", "choices": {"group_max": {"n_queries=64,...": {"config": {...}}}}}
 
-FASTRAG_TUNED names another such file. Nothing is timed here, neither at import nor at a call.
+FASTRAG_TUNED names another such file. This module times nothing, neither at import nor at a call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def choose(
     """Return the candidate of this regime that was fastest on `device` (None: the current one).
 
     Raises:
-        ValueError: the file of measured choices is not one, or names what is no candidate.
+        ValueError: the file is not a file of choices, or it names an unknown candidate.
     """
     if kernel in _forced:
         return _forced[kernel]
