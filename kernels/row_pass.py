@@ -250,7 +250,7 @@ def row_gradient(
 
 
 def statistics_blocks(with_mean: bool) -> tuple[dict[str, int], ...]:
-    """Return the candidates; in most larger blocks, the assembler spills the second sum."""
+    """Return the candidates; with most other blocks, the assembler spills the second sum."""
     blocks = (
         ((2048, 4), (1024, 2)) if with_mean else (sizes for sizes in _BLOCKS if sizes[0] < 8192)
     )
