@@ -1,4 +1,4 @@
-// fastrag._C: checks what Python hands over, lets go of the GIL and calls.
+// fastrag._C: checks the arguments, releases the GIL and calls the kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace fastrag {
 namespace {
 
-// What all passes over one buffer share; made once for each chunk.
+// The arguments that all passes over the buffer of a chunk share.
 class Pass {
  public:
   Pass(const py::buffer& z0, const py::buffer& gold, const std::optional<py::buffer>& bias,
@@ -36,8 +36,8 @@ class Pass {
                static_cast<float>(softcap),
                gold_.data()};
     for (int64_t i = 0; i < logits_.n_rows; ++i)
-      if (logits_.gold[i] < -1 || logits_.gold[i] >= logits_.n_words)
-        throw py::value_error("gold: expected labels in [0, " + std::to_string(logits_.n_words) +
+      if (logits_.gold[i] < -1 || logits_.gold[i] >= logits_.n_ids)
+        throw py::value_error("gold: expected labels in [0, " + std::to_string(logits_.n_ids) +
                               "), or -1 for none, got " + std::to_string(logits_.gold[i]) +
                               " at [" + std::to_string(i) + "]");
   }
@@ -58,10 +58,10 @@ class Pass {
                 std::optional<int64_t> vocab_size) {
     const Array<float> sums("log_z", log_z, {2, logits_.n_rows});
     const Array<float> weights("weight", weight, {logits_.n_rows});
-    const Smoothing target{static_cast<float>(smoothing), vocab_size.value_or(logits_.n_words)};
-    if (target.vocab_size < logits_.n_words)
-      throw py::value_error("vocab_size: expected at least the " + std::to_string(logits_.n_words) +
-                            " words of z0, got " + std::to_string(target.vocab_size));
+    const Smoothing target{static_cast<float>(smoothing), vocab_size.value_or(logits_.n_ids)};
+    if (target.vocab_size < logits_.n_ids)
+      throw py::value_error("vocab_size: expected at least the " + std::to_string(logits_.n_ids) +
+                            " token ids of z0, got " + std::to_string(target.vocab_size));
     const py::gil_scoped_release nogil;
     row_gradient(logits_, halves(sums), weights.data(), target, threads_);
   }
@@ -128,8 +128,8 @@ void apply(const std::string& name, const py::buffer& x, const py::buffer& y,
   elementwise(name.c_str(), in.data(), out.data(), in.size(0), threads_of(1, isa).isa);
 }
 
-// Asks the kernel for huge pages in the whole pages of a buffer that nobody has touched yet: it
-// maps, and clears, 2 MiB at a time. Only advice: where it is not taken nothing changes.
+// Asks the operating system for huge pages for a buffer that has not been accessed yet, so that it
+// maps and clears 2 MiB at a time. It may ignore this.
 void advise_huge_pages(const py::buffer& buffer) {
 #ifdef MADV_HUGEPAGE
   const py::buffer_info info = buffer.request();
@@ -152,7 +152,7 @@ void bind_peaks(py::module_& m);
 
 }  // namespace fastrag
 
-// Of the sources that this was built from; setup.py defines it.
+// setup.py defines FASTRAG_SOURCES, a digest of the sources of this build.
 #define FASTRAG_TEXT_OF(x) #x
 #define FASTRAG_TEXT(x) FASTRAG_TEXT_OF(x)
 

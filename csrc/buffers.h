@@ -1,4 +1,4 @@
-// What the bindings share: memory of Python as checked pointers, and the choice of threads.
+// Helpers of all bindings: checked pointers to memory of Python, and the choice of threads.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -47,7 +47,7 @@ struct Element<int32_t> {
   static constexpr const char* kFormats = "i";
 };
 
-// The bits of a bfloat16, which the buffer protocol has no name for, or a float16.
+// A float16, or the bits of a bfloat16, for which the buffer protocol has no format.
 template <>
 struct Element<uint16_t> {
   static constexpr const char* kName = "float16, or bfloat16 as uint16";
@@ -66,7 +66,7 @@ bool has_type(const pybind11::buffer_info& info) {
          std::strchr(Element<T>::kFormats, info.format[0]);
 }
 
-// A buffer of Python, or a capsule of DLPack, which a tensor makes in a tenth of an ndarray's time.
+// A Python buffer or a DLPack capsule. torch makes a capsule in a tenth of the time of an ndarray.
 class Memory : public pybind11::object {
  public:
   static bool is_memory(PyObject* x) { return PyObject_CheckBuffer(x) || is_dlpack(x); }
@@ -79,7 +79,7 @@ class Memory : public pybind11::object {
   }
 };
 
-// Memory of Python as a pointer. An extent of -1 in `shape` is any.
+// A checked pointer to memory of Python. A size of -1 in `shape` allows any size.
 template <class T>
 class Array {
  public:
@@ -97,7 +97,7 @@ class Array {
       throw pybind11::value_error(std::string(name) +
                                   ": expected an address that is a multiple of " +
                                   std::to_string(alignof(T)) + ", got one that is not");
-    if (info_.size == 0) return;  // strides say nothing
+    if (info_.size == 0) return;  // the strides of an empty array have no meaning
     pybind11::ssize_t dense = sizeof(T);
     for (size_t i = shape.size(); i-- > 0;) {
       const bool free = info_.shape[i] == 1 || (pitched && i == 0 && info_.strides[i] >= dense &&

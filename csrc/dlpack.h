@@ -1,4 +1,4 @@
-// What DLPack (github.com/dmlc/dlpack, of before its versions) says of a tensor in a capsule.
+// Access to a tensor in a DLPack capsule (github.com/dmlc/dlpack, the unversioned protocol).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,8 +12,8 @@ namespace fastrag {
 
 constexpr const char* kDlpackName = "dltensor";
 
-// The first member of what the capsule points to, and all that is looked at: the capsule stays the
-// owner.
+// The first member of the struct in the capsule. The other members are not needed, because the
+// capsule keeps ownership.
 struct DlpackTensor {
   void* data;
   int32_t device_type;
@@ -23,7 +23,7 @@ struct DlpackTensor {
   uint8_t type_bits;
   uint16_t type_lanes;
   int64_t* shape;
-  int64_t* strides;  // in elements; null where there are no gaps
+  int64_t* strides;  // in elements; null if the tensor is contiguous
   uint64_t byte_offset;
 };
 
@@ -31,7 +31,8 @@ inline bool is_dlpack(PyObject* x) {
   return PyCapsule_CheckExact(x) && PyCapsule_IsValid(x, kDlpackName);
 }
 
-// The letter of the buffer protocol; bfloat16 has none and goes as its bits. Empty for any other.
+// The format letter of the buffer protocol. bfloat16, which has none, gets that of its bits; other
+// dtypes get an empty string.
 inline const char* dlpack_format(const DlpackTensor& x) {
   enum { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
   if (x.type_lanes != 1) return "";

@@ -1,4 +1,4 @@
-// Scores of given rows as Python sees them; bindings.cpp adds them to the module.
+// Bindings of the scores of given rows; bindings.cpp adds them to the module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// The gather of tokens as Python sees it; bindings.cpp adds it to the module.
+// Bindings of the gather of token ids; bindings.cpp adds them to the module.
 #include <pybind11/pybind11.h>
 
 #include "buffers.h"

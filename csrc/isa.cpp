@@ -16,7 +16,7 @@ namespace {
 #ifdef __aarch64__
 bool has_dotprod() {
 #if defined(__APPLE__)
-  return true;  // from its first processor on
+  return true;  // all of Apple's processors have it
 #elif defined(__linux__)
   constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which old headers lack
   return (getauxval(AT_HWCAP) & kAsimdDp) != 0;

@@ -1,4 +1,4 @@
-// The search as Python sees it; bindings.cpp adds it to the module.
+// Bindings of the search; bindings.cpp adds them to the module.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace fastrag {
 namespace {
 
-// The question and where its answer goes, with what keeps their memory.
+// The question and its answer, with references to their memory.
 struct Call {
   Call(const py::buffer& query_emb, const py::buffer& scores, const py::buffer& rows,
        const OptionalBuffer& removed, const OptionalBuffer& exclude, int64_t n_rows)
@@ -28,16 +28,16 @@ struct Call {
       question.removed = mask->data();
     }
     if (exclude) {
-      barred.emplace("exclude", *exclude, std::vector<py::ssize_t>{query.size(0), -1});
-      question.exclude = barred->data();
-      question.n_exclude = barred->size(1);
+      excluded.emplace("exclude", *exclude, std::vector<py::ssize_t>{query.size(0), -1});
+      question.exclude = excluded->data();
+      question.n_exclude = excluded->size(1);
     }
   }
 
   const Array<float> query, best;
   const Array<int64_t> best_rows;
   std::optional<Array<bool>> mask;
-  std::optional<Array<int64_t>> barred;
+  std::optional<Array<int64_t>> excluded;
   MipsQuestion question;
   MipsAnswer answer;
 };
@@ -57,7 +57,7 @@ void search(const py::buffer& query_emb, const py::buffer& index_emb, const py::
   mips_topk(call.question, matrix.get(), call.answer, with);
 }
 
-// A matrix of float32 with its codes and what bounds their difference.
+// A float32 matrix with its codes and the bounds of their difference.
 class CodedMatrix {
  public:
   CodedMatrix(const py::buffer& index_emb, const py::buffer& codes, const py::buffer& scale,

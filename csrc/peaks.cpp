@@ -1,5 +1,5 @@
-// What this machine can do at the most, for benchmarks: multiplications and additions on registers
-// alone, and reading of memory with next to no arithmetic.
+// The peak rates of this machine, for benchmarks: multiplications and additions in registers, and
+// reading of memory with almost no arithmetic.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -26,9 +26,9 @@ namespace {
 
 constexpr int64_t kFmasOfATask = int64_t{1} << 26;
 
-// n_steps of x = a x + b, or x + a b, on each of enough vectors to hide the latency; returns what
-// they come to.
-// Functions with a target of their own: this file is compiled for any processor.
+// Runs n_steps of x = a x + b, or x + a b, on enough vectors to hide the latency, and returns the
+// result. Each function has its own target attribute, because this file is compiled for any
+// processor.
 #ifdef FASTRAG_X86
 constexpr int kChains512 = 16, kChains256 = 12;
 
@@ -105,7 +105,7 @@ void fma_loop(int64_t n_fmas, int threads, const std::string& isa) {
   const int64_t n_tasks = (n_fmas + kFmasOfATask - 1) / kFmasOfATask;
   parallel_for(with.count, n_tasks, [&](int64_t task) {
     const int64_t n = std::min(kFmasOfATask, n_fmas - task * kFmasOfATask);
-    // The compiler must believe that somebody looks.
+    // The compiler must assume that the result is used.
     volatile float seen = loop.run((n + loop.fmas_of_a_step - 1) / loop.fmas_of_a_step);
     (void)seen;
   });
@@ -113,12 +113,11 @@ void fma_loop(int64_t n_fmas, int threads, const std::string& isa) {
 
 constexpr int64_t kBytesOfATask = int64_t{1} << 20;
 constexpr int64_t kLine = 64;  // bytes of a cache line
-// Read side by side, which memory gives faster than one after another; and nothing is asked for
-// ahead: with so little to do for a line, the processor holds enough loads in flight by itself.
+// Several streams are read in parallel, which is faster than one after another. There is no
+// explicit prefetch: with so little work per line, the processor has enough loads in flight.
 constexpr int64_t kStreams = 4;
 
-// The exclusive or of kStreams times n bytes, n a multiple of kLine, as words whose exclusive or
-// it is.
+// Writes words whose exclusive or is that of kStreams times n bytes; n is a multiple of kLine.
 #ifdef FASTRAG_X86
 __attribute__((target("avx512f"))) void fold_avx512(const int8_t* bytes, int64_t n,
                                                     uint64_t* words) {
@@ -175,7 +174,7 @@ Fold fold_of([[maybe_unused]] Isa isa) {
   return fold;
 }
 
-// The exclusive or of the bytes, in each byte of the result.
+// Returns the exclusive or of the bytes, repeated in each byte of the result.
 uint64_t folded(Fold fold_streams, const int8_t* bytes, int64_t n) {
   const int64_t n_stream = n / (kStreams * kLine) * kLine;
   uint64_t words[kLineWords];

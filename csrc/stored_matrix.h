@@ -1,4 +1,4 @@
-// A matrix of any storage as Python hands it over.
+// A matrix in any storage format, from buffers of Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,7 +17,7 @@ namespace fastrag {
 
 using OptionalBuffer = std::optional<Memory>;
 
-// A matrix of any storage, and what keeps its memory.
+// A matrix in any storage format; holds references to its memory.
 class Matrix {
  public:
   Matrix(const Memory& index_emb, const OptionalBuffer& scale, const OptionalBuffer& offset,

@@ -1,4 +1,4 @@
-// Threads over blocks of words, and what joins the blocks.
+// Parallel loops over blocks of token ids, and the reductions over the blocks.
 #include "loss/row_pass.h"
 
 #include <algorithm>
@@ -30,9 +30,9 @@ const KernelTable* kernels(Isa isa) {
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-WordRange block_words(const Logits& logits, int64_t block) {
-  const int64_t begin = block * kBlockWords;
-  return {begin, std::min(begin + kBlockWords, logits.n_words)};
+IdRange block_ids(const Logits& logits, int64_t block) {
+  const int64_t begin = block * kBlockIds;
+  return {begin, std::min(begin + kBlockIds, logits.n_ids)};
 }
 
 // f(first, last) on ranges that together are [0, n).
@@ -44,23 +44,23 @@ void for_row_blocks(int64_t n, Threads threads, F f) {
 }
 
 // The argument of the softcap; the logit itself without one.
-float argument_of(const Logits& logits, float z0, int64_t word) {
-  return (z0 + (logits.bias ? logits.bias[word] : 0.0f)) * logits.logit_scale;
+float argument_of(const Logits& logits, float z0, int64_t id) {
+  return (z0 + (logits.bias ? logits.bias[id] : 0.0f)) * logits.logit_scale;
 }
 
-double slope_of(const Logits& logits, float z0, int64_t word) {
+double slope_of(const Logits& logits, float z0, int64_t id) {
   if (logits.softcap == 0.0f) return logits.logit_scale;
-  const double cosh = std::cosh(double{argument_of(logits, z0, word)} / logits.softcap);
+  const double cosh = std::cosh(double{argument_of(logits, z0, id)} / logits.softcap);
   return logits.logit_scale / (cosh * cosh);
 }
 
-// The row has a label.
+// Whether the row has a label.
 float* gold_of(const Logits& logits, int64_t row) {
   return logits.z0 + logits.gold[row] * logits.pitch + row;
 }
 
-// What a gradient pass overwrites before it is done with it: z0 of the label of each row, 0 for a
-// row without one.
+// z0 at the label of each row, 0 for a row without a label. A gradient pass still needs these
+// numbers after it has overwritten them.
 std::vector<float> gold_z0(const Logits& logits) {
   std::vector<float> found(logits.n_rows);
   for (int64_t i = 0; i < logits.n_rows; ++i)
@@ -68,7 +68,7 @@ std::vector<float> gold_z0(const Logits& logits) {
   return found;
 }
 
-// The logits of the labels, as the passes have them.
+// The logits of the labels, with the bits of the passes.
 std::vector<float> gold_logits(const Logits& logits, const std::vector<float>& z0,
                                const KernelTable& table) {
   std::vector<float> found(logits.n_rows);
@@ -86,11 +86,11 @@ void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa)
 
 void row_statistics(const Logits& logits, const RowStats& out, Threads threads) {
   const KernelTable& table = *kernels(threads.isa);
-  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_words, kBlockWords);
+  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_ids, kBlockIds);
   const bool with_mean = out.mean_logp != nullptr;
   std::vector<float> max(n_blocks * n), sum(n_blocks * n), centred(with_mean ? n_blocks * n : 0);
   parallel_for(threads.count, n_blocks, [&](int64_t block) {
-    table.statistics(logits, block_words(logits, block), &max[block * n], &sum[block * n],
+    table.statistics(logits, block_ids(logits, block), &max[block * n], &sum[block * n],
                      with_mean ? &centred[block * n] : nullptr);
   });
   const std::vector<float> gold_logit = gold_logits(logits, gold_z0(logits), table);
@@ -100,14 +100,14 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
       for (int64_t b = 0; b < n_blocks; ++b) top = max[b * n + i] > top ? max[b * n + i] : top;
       double total = 0.0, mean = 0.0;
       for (int64_t b = 0; b < n_blocks; ++b) {
-        // A block without a finite logit has sums that are centred on 0. With a row of such
-        // blocks only, top is -inf and the difference NaN, which is the answer.
+        // The sums of a block without a finite logit are centred on 0. If all blocks of a row are
+        // such, top is -inf and the difference is NaN, which is the correct result.
         const double step = static_cast<double>(max[b * n + i]) - top;
         total += sum[b * n + i] * (step == 0.0 ? 1.0 : std::exp(step));
         if (with_mean) {
-          const WordRange words = block_words(logits, b);
+          const IdRange ids = block_ids(logits, b);
           const bool empty = max[b * n + i] == -std::numeric_limits<float>::infinity();
-          mean += centred[b * n + i] + (words.end - words.begin) * (empty ? 0.0 : step);
+          mean += centred[b * n + i] + (ids.end - ids.begin) * (empty ? 0.0 : step);
         }
       }
       const double log_sum = std::log(total);
@@ -115,7 +115,7 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
       out.log_z.log_sum[i] = static_cast<float>(log_sum);
       out.logp[i] = logits.gold[i] < 0 ? std::numeric_limits<float>::quiet_NaN()
                                        : static_cast<float>(double{gold_logit[i]} - top - log_sum);
-      if (with_mean) out.mean_logp[i] = static_cast<float>(mean / logits.n_words - log_sum);
+      if (with_mean) out.mean_logp[i] = static_cast<float>(mean / logits.n_ids - log_sum);
     }
   });
 }
@@ -132,11 +132,11 @@ void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, 
     constant[i] = weight[i] * share;
   }
   const GradientRows rows{log_z.shift, factor.data(), constant.data()};
-  parallel_for(threads.count, blocks(logits.n_words, kBlockWords),
-               [&](int64_t block) { table.gradient(logits, block_words(logits, block), rows); });
+  parallel_for(threads.count, blocks(logits.n_ids, kBlockIds),
+               [&](int64_t block) { table.gradient(logits, block_ids(logits, block), rows); });
   for (int64_t i = 0; i < n; ++i) {
     if (logits.gold[i] < 0) continue;
-    // p - 1 = expm1(log p): no cancellation where the label is all but certain.
+    // p - 1 = expm1(log p) avoids cancellation if p is close to 1.
     const double logp = double{gold_logit[i]} - log_z.shift[i] - log_z.log_sum[i];
     const double dz = std::expm1(logp) + smoothing.smoothing - share;
     const double slope = slope_of(logits, z0[i], logits.gold[i]);
@@ -147,7 +147,7 @@ void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, 
 void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                         float* mean_mixture, float* mean_share, Threads threads) {
   const KernelTable& table = *kernels(threads.isa);
-  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_words, kBlockWords);
+  const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_ids, kBlockIds);
   const int64_t n_positions = n / mixture.n_passages;
   const MixtureRows rows{log_z.shift, log_z.log_sum, mixture.log_prior,
                          nullptr,     nullptr,       mixture.n_passages};
@@ -155,15 +155,15 @@ void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& 
   std::vector<float> mixtures(n_blocks * n_positions), shares(n_blocks * n);
   parallel_for(threads.count, n_blocks, [&](int64_t block) {
     std::vector<float> scratch(scratch_size);
-    table.mixture_statistics(logits, block_words(logits, block), rows,
-                             &mixtures[block * n_positions], &shares[block * n], scratch.data());
+    table.mixture_statistics(logits, block_ids(logits, block), rows, &mixtures[block * n_positions],
+                             &shares[block * n], scratch.data());
   });
   const auto mean = [&](const std::vector<float>& sums, int64_t width, float* out) {
     for_row_blocks(width, threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         double total = 0.0;
         for (int64_t b = 0; b < n_blocks; ++b) total += sums[b * width + i];
-        out[i] = static_cast<float>(total / logits.n_words);
+        out[i] = static_cast<float>(total / logits.n_ids);
       }
     });
   };
@@ -181,9 +181,9 @@ void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mi
                          target,      spread_of_row.data(), mixture.n_passages};
   const std::vector<float> z0 = gold_z0(logits);
   const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
-  parallel_for(threads.count, blocks(logits.n_words, kBlockWords), [&](int64_t block) {
+  parallel_for(threads.count, blocks(logits.n_ids, kBlockIds), [&](int64_t block) {
     std::vector<float> scratch(scratch_size);
-    table.mixture_gradient(logits, block_words(logits, block), rows, scratch.data());
+    table.mixture_gradient(logits, block_ids(logits, block), rows, scratch.data());
   });
   for (int64_t i = 0; i < n; ++i) {
     if (logits.gold[i] < 0) continue;

@@ -1,18 +1,18 @@
 // Passes over the logits of one chunk of rows, for the marginal likelihood loss.
 //
-// Memory: the buffer is z0 = W X^T, [n_words, n_rows], row-major: one line for each word of the
-// vocabulary, `pitch` elements (int64) from one line to the next. It is the faster orientation of
-// the GEMM, and makes every row of logits one lane of a vector: no reduction crosses lanes. All
-// other arrays are contiguous. The logits are
+// Memory: the buffer is z0 = W X^T, [n_ids, n_rows], row-major, with one line for each token id and
+// `pitch` elements (int64) from one line to the next. This is the faster orientation of the GEMM.
+// Every row of logits is a lane of a vector, so no reduction crosses lanes. All other arrays are
+// contiguous. The logits
 //
 //     z = softcap * tanh(logit_scale * (z0 + bias) / softcap)
 //
-// and never stored: each pass makes them again from z0. Sums over the vocabulary are float32
-// within a block of kBlockWords and float64 across blocks, in the order of the blocks, so that no
-// result depends on the number of threads.
+// are never stored: each pass computes them from z0. Sums over the vocabulary are float32 within a
+// block of kBlockIds token ids and float64 across blocks, in the order of the blocks, so no result
+// depends on the number of threads.
 //
-// The buffer may hold a slice of the vocabulary only, for a gradient pass with the statistics of
-// all of it; the label of a row then may be outside.
+// For a gradient pass with the statistics of the whole vocabulary, the buffer may hold a slice of
+// the vocabulary. The label of a row may then be outside the slice.
 #pragma once
 
 #include <cstdint>
@@ -21,35 +21,35 @@
 
 namespace fastrag {
 
-constexpr int64_t kBlockWords = 128;
+constexpr int64_t kBlockIds = 128;
 
-// What every pass reads.
+// The input of every pass.
 struct Logits {
-  float* z0;          // [n_words, n_rows]; a gradient pass writes it
-  int64_t n_words;    // V, or the words of a slice
+  float* z0;          // [n_ids, n_rows]; a gradient pass writes it
+  int64_t n_ids;      // V, or the number of token ids of a slice
   int64_t n_rows;     // n
   int64_t pitch;      // elements
-  const float* bias;  // [n_words], or null
+  const float* bias;  // [n_ids], or null
   float logit_scale;
   float softcap;        // 0: none
-  const int64_t* gold;  // [n_rows], in [0, n_words), or -1: not among these words
+  const int64_t* gold;  // [n_rows], in [0, n_ids), or -1: outside the slice
 };
 
-// log sum_v exp(z) = shift + log_sum, kept apart: where logits are large their sum would lose the
-// digits of log_sum. Both [n_rows].
+// log sum_v exp(z) = shift + log_sum, both [n_rows]. They are kept separately, because the sum of a
+// large shift and log_sum would lose digits of log_sum.
 struct LogZ {
   float* shift;    // max_v z
   float* log_sum;  // log sum_v exp(z - shift)
 };
 
-// What the first pass says of each row; all [n_rows].
+// The results of the first pass for each row; all [n_rows].
 struct RowStats {
   LogZ log_z;
   float* logp;       // log p(gold), NaN without a label
   float* mean_logp;  // mean_v log p(v), or null
 };
 
-// The K rows of each of G positions stand next to each other: row g * K + k, n_rows = G * K.
+// The K rows of each of G positions are next to each other: row g * K + k, n_rows = G * K.
 struct Mixture {
   const float* log_prior;  // a [G, K]
   int64_t n_passages;      // K
@@ -57,7 +57,7 @@ struct Mixture {
 
 void row_statistics(const Logits& logits, const RowStats& out, Threads threads);
 
-// A target that is spread out: smoothing / vocab_size on each word of the whole vocabulary.
+// The target distribution gets smoothing / vocab_size at each token id of the whole vocabulary.
 struct Smoothing {
   float smoothing;
   int64_t vocab_size;
@@ -77,7 +77,7 @@ void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& 
 void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                       const float* hit, const float* target, const float* spread, Threads threads);
 
-// y = f(x) for f one of "exp", "log", "tanh", "sech2", n numbers: for tests of accuracy.
+// y = f(x) for n numbers and f one of "exp", "log", "tanh", "sech2", to test their accuracy.
 void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa);
 
 }  // namespace fastrag

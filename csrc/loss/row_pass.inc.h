@@ -1,8 +1,8 @@
-// The kernels on a vector type Vec, of which each row_pass_<instruction set>.cpp defines its own
-// before it includes this file, inside its unnamed namespace.
+// The kernels for a vector type Vec. Each row_pass_<instruction set>.cpp defines its own Vec and
+// then includes this file inside its unnamed namespace.
 //
-// Vec::max gives its second argument where either is NaN, as the instructions do; the comparisons
-// are false there. A NaN therefore may be missed by a maximum, and is never missed by a sum.
+// Vec::max returns its second argument if either is NaN, like the instructions, and comparisons
+// with NaN are false. So a maximum may miss a NaN, but a sum never does.
 
 using F = Vec::F;
 
@@ -12,7 +12,7 @@ using F = Vec::F;
 // Reduction to [-ln2 / 2, ln2 / 2] and the polynomial of Cephes' expf.
 inline F vexp(F x) {
   const F kLowest = Vec::set(-87.33f);
-  const F kMagic = Vec::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const F kMagic = Vec::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const F clamped = Vec::max(kLowest, x);
   const F rounded = Vec::fma(clamped, Vec::set(1.44269504088896341f), kMagic);
   const F n = Vec::sub(rounded, kMagic);
@@ -50,7 +50,7 @@ inline F vlog(F x) {
   return Vec::equal(x, x, y, x);
 }
 
-// tanh(u) within 3 ulp and 1 - tanh(u)^2 within 6 ulp, without its cancellation where |u| is large.
+// tanh(u) within 3 ulp and 1 - tanh(u)^2 within 6 ulp, without cancellation for large |u|.
 inline F vtanh(F u, F* sech2) {
   const F a = Vec::abs(u);
   const F e = vexp(Vec::mul(a, Vec::set(-2.0f)));
@@ -98,11 +98,11 @@ struct Head {
   }
 };
 
-inline F bias_of(const Logits& logits, int64_t word) {
-  return Vec::set(logits.bias ? logits.bias[word] : 0.0f);
+inline F bias_of(const Logits& logits, int64_t id) {
+  return Vec::set(logits.bias ? logits.bias[id] : 0.0f);
 }
 
-// Either all of a vector or its first `count` lanes.
+// A whole vector or its first `count` lanes.
 template <bool kWhole>
 F load(const float* p, int64_t count) {
   return kWhole ? Vec::load(p) : Vec::load(p, count);
@@ -116,7 +116,7 @@ void store(float* p, F x, int64_t count) {
     Vec::store(p, x, count);
 }
 
-// Calls f<number of vectors, whole>(first row, rows) on tiles of rows that together are [0, n).
+// Calls f<number of vectors, whole>(first row, rows) on tiles of rows that cover [0, n).
 constexpr int kTileVectors = 4;
 
 template <class Tile>
@@ -133,7 +133,7 @@ void for_each_tile(int64_t n, Tile tile) {
 template <bool kCap>
 struct StatisticsTile {
   const Logits& logits;
-  WordRange words;
+  IdRange ids;
   float *max, *sum, *centred;
 
   // The tile of the block stays in the first-level cache from the maximum to the sum.
@@ -142,7 +142,7 @@ struct StatisticsTile {
     const Head head(logits);
     F top[kVectors], total[kVectors], mean[kVectors];
     for (int j = 0; j < kVectors; ++j) top[j] = Vec::set(-__builtin_inff());
-    for (int64_t v = words.begin; v < words.end; ++v) {
+    for (int64_t v = ids.begin; v < ids.end; ++v) {
       const float* z0 = logits.z0 + v * logits.pitch + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
@@ -151,13 +151,13 @@ struct StatisticsTile {
       }
     }
     for (int j = 0; j < kVectors; ++j) {
-      top[j] = head.template logit<kCap>(top[j]);  // it grows with its argument
+      top[j] = head.template logit<kCap>(top[j]);  // monotonic, so this is the largest logit
       store<kWhole>(max + row + j * Vec::kWidth, top[j], count);
       const F lowest = Vec::set(-__builtin_inff());
       top[j] = Vec::equal(top[j], lowest, Vec::set(0.0f), top[j]);
       total[j] = mean[j] = Vec::set(0.0f);
     }
-    for (int64_t v = words.begin; v < words.end; ++v) {
+    for (int64_t v = ids.begin; v < ids.end; ++v) {
       const float* z0 = logits.z0 + v * logits.pitch + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
@@ -174,17 +174,17 @@ struct StatisticsTile {
   }
 };
 
-void statistics(const Logits& logits, WordRange words, float* max, float* sum, float* centred) {
+void statistics(const Logits& logits, IdRange ids, float* max, float* sum, float* centred) {
   if (logits.softcap > 0.0f)
-    for_each_tile(logits.n_rows, StatisticsTile<true>{logits, words, max, sum, centred});
+    for_each_tile(logits.n_rows, StatisticsTile<true>{logits, ids, max, sum, centred});
   else
-    for_each_tile(logits.n_rows, StatisticsTile<false>{logits, words, max, sum, centred});
+    for_each_tile(logits.n_rows, StatisticsTile<false>{logits, ids, max, sum, centred});
 }
 
 template <bool kCap>
 struct GradientTile {
   const Logits& logits;
-  WordRange words;
+  IdRange ids;
   const GradientRows& rows;
 
   template <int kVectors, bool kWhole>
@@ -196,7 +196,7 @@ struct GradientTile {
       factor[j] = load<kWhole>(rows.factor + row + j * Vec::kWidth, count);
       constant[j] = load<kWhole>(rows.constant + row + j * Vec::kWidth, count);
     }
-    for (int64_t v = words.begin; v < words.end; ++v) {
+    for (int64_t v = ids.begin; v < ids.end; ++v) {
       float* z0 = logits.z0 + v * logits.pitch + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
@@ -212,16 +212,16 @@ struct GradientTile {
   }
 };
 
-void gradient(const Logits& logits, WordRange words, const GradientRows& rows) {
+void gradient(const Logits& logits, IdRange ids, const GradientRows& rows) {
   if (logits.softcap > 0.0f)
-    for_each_tile(logits.n_rows, GradientTile<true>{logits, words, rows});
+    for_each_tile(logits.n_rows, GradientTile<true>{logits, ids, rows});
   else
-    for_each_tile(logits.n_rows, GradientTile<false>{logits, words, rows});
+    for_each_tile(logits.n_rows, GradientTile<false>{logits, ids, rows});
 }
 
 // ---------------------------------------------------------------------------------- mixture passes
 
-// Calls f<whole>(first row, rows) on the vectors that together are [0, n).
+// Calls f<whole>(first row, rows) on vectors that cover [0, n).
 template <class Step>
 void for_each_vector(int64_t n, Step step) {
   int64_t row = 0;
@@ -231,9 +231,9 @@ void for_each_vector(int64_t n, Step step) {
 
 inline int64_t round_up(int64_t n) { return (n + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth; }
 
-// Scratch of one block: by_row [n] and share [n] are position-major as the buffer is; joint
-// [K, columns] and totals [columns] are passage-major, so that the sum over passages is one of
-// vectors; columns is G rounded up to whole vectors.
+// Scratch of one block. by_row [n] and share [n] are position-major like the buffer. joint
+// [K, columns] and totals [columns] are passage-major, so that the sum over passages adds vectors.
+// columns is G rounded up to whole vectors.
 struct Scratch {
   int64_t columns;
   float *by_row, *probability, *joint, *mixture_sum, *mixture_rest, *share_sum, *share_rest;
@@ -259,7 +259,7 @@ struct Scratch {
   }
 };
 
-// by_row = a + log p, and probability = p if asked for, of one word.
+// by_row = a + log p of one token id, and probability = p if requested.
 template <bool kCap, bool kProbability>
 struct JointStep {
   const Logits& logits;
@@ -295,7 +295,7 @@ inline void to_position_major(const float* from, float* to, int64_t n_rows, int6
     for (int64_t g = 0; g < n_positions; ++g) to[g * n_passages + k] = from[k * columns + g];
 }
 
-// joint [K, columns] becomes exp(joint - max_k joint); gives max_k and sum_k of that.
+// Replaces joint [K, columns] by exp(joint - max_k joint); returns max_k joint and the sum over k.
 inline void exponentiate(const Scratch& scratch, int64_t n_passages, int64_t column, F* top,
                          F* sum) {
   F m = Vec::set(-__builtin_inff());
@@ -312,8 +312,8 @@ inline void exponentiate(const Scratch& scratch, int64_t n_passages, int64_t col
   *sum = s;
 }
 
-// sum += x, the rounding error of it to rest: where all words have nearly the
-// same M_v or r_kv, the roundings of a plain sum would all go one way.
+// sum += x, and adds the rounding error to rest: if M_v or r_kv is nearly equal for all token ids,
+// the rounding errors of a plain sum would all have the same sign.
 inline void add_compensated(float* sum, float* rest, F x) {
   const F before = Vec::load(sum);
   const F corrected = Vec::sub(x, Vec::load(rest));
@@ -324,13 +324,13 @@ inline void add_compensated(float* sum, float* rest, F x) {
 }
 
 template <bool kCap>
-void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureRows& rows,
+void mixture_statistics_of(const Logits& logits, IdRange ids, const MixtureRows& rows,
                            float* mixture, float* share, float* memory) {
   const int64_t n_passages = rows.n_passages;
   Scratch scratch(memory, logits.n_rows, n_passages);
   scratch.clear(n_passages);
   const F lowest = Vec::set(-__builtin_inff());
-  for (int64_t v = words.begin; v < words.end; ++v) {
+  for (int64_t v = ids.begin; v < ids.end; ++v) {
     const float* z0 = logits.z0 + v * logits.pitch;
     for_each_vector(logits.n_rows,
                     JointStep<kCap, false>{logits, rows, scratch, z0, bias_of(logits, v)});
@@ -338,7 +338,7 @@ void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureR
     for (int64_t column = 0; column < scratch.columns; column += Vec::kWidth) {
       F top, sum;
       exponentiate(scratch, n_passages, column, &top, &sum);
-      // A word that no passage can say: M = -inf, and no passage has a share in it.
+      // A token id with probability 0 under every passage: M = -inf, and all shares are 0.
       const F log_mixture = Vec::equal(top, lowest, lowest, Vec::add(top, vlog(sum)));
       add_compensated(scratch.mixture_sum + column, scratch.mixture_rest + column, log_mixture);
       for (int64_t k = 0; k < n_passages; ++k) {
@@ -352,12 +352,12 @@ void mixture_statistics_of(const Logits& logits, WordRange words, const MixtureR
   to_position_major(scratch.share_sum, share, logits.n_rows, n_passages, scratch.columns);
 }
 
-void mixture_statistics(const Logits& logits, WordRange words, const MixtureRows& rows,
-                        float* mixture, float* share, float* memory) {
+void mixture_statistics(const Logits& logits, IdRange ids, const MixtureRows& rows, float* mixture,
+                        float* share, float* memory) {
   if (logits.softcap > 0.0f)
-    mixture_statistics_of<true>(logits, words, rows, mixture, share, memory);
+    mixture_statistics_of<true>(logits, ids, rows, mixture, share, memory);
   else
-    mixture_statistics_of<false>(logits, words, rows, mixture, share, memory);
+    mixture_statistics_of<false>(logits, ids, rows, mixture, share, memory);
 }
 
 template <bool kCap>
@@ -382,12 +382,12 @@ struct MixtureGradientStep {
 };
 
 template <bool kCap>
-void mixture_gradient_of(const Logits& logits, WordRange words, const MixtureRows& rows,
+void mixture_gradient_of(const Logits& logits, IdRange ids, const MixtureRows& rows,
                          float* memory) {
   const int64_t n_passages = rows.n_passages;
   Scratch scratch(memory, logits.n_rows, n_passages);
   scratch.clear(n_passages);
-  for (int64_t v = words.begin; v < words.end; ++v) {
+  for (int64_t v = ids.begin; v < ids.end; ++v) {
     float* z0 = logits.z0 + v * logits.pitch;
     const F bias = bias_of(logits, v);
     for_each_vector(logits.n_rows, JointStep<kCap, true>{logits, rows, scratch, z0, bias});
@@ -405,12 +405,11 @@ void mixture_gradient_of(const Logits& logits, WordRange words, const MixtureRow
   }
 }
 
-void mixture_gradient(const Logits& logits, WordRange words, const MixtureRows& rows,
-                      float* memory) {
+void mixture_gradient(const Logits& logits, IdRange ids, const MixtureRows& rows, float* memory) {
   if (logits.softcap > 0.0f)
-    mixture_gradient_of<true>(logits, words, rows, memory);
+    mixture_gradient_of<true>(logits, ids, rows, memory);
   else
-    mixture_gradient_of<false>(logits, words, rows, memory);
+    mixture_gradient_of<false>(logits, ids, rows, memory);
 }
 
 // ------------------------------------------------------------------------------------------ table

@@ -1,4 +1,4 @@
-// The kernels for x86 with AVX-512 F, DQ, BW and VL: compiled with these turned on, by setup.py.
+// The kernels for x86 with AVX-512 F, DQ, BW and VL; setup.py enables these for this file.
 #include "loss/row_pass_kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

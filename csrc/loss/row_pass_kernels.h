@@ -1,19 +1,19 @@
-// The part of each pass that is compiled once per instruction set: one block of words.
+// The part of each pass that is compiled once per instruction set: one block of token ids.
 //
-// Nothing here allocates, throws or names a template of the standard library: a function that the
-// linker shares between translation units must not be one that needs AVX-512.
+// These functions do not allocate, throw or use templates of the standard library: the linker may
+// keep any one of several copies of a template function, and that copy must not need AVX-512.
 #pragma once
 
 #include "loss/row_pass.h"
 
 namespace fastrag {
 
-struct WordRange {
+struct IdRange {
   int64_t begin;
   int64_t end;
 };
 
-// What a gradient pass needs of each row besides the statistics; all [n_rows].
+// Values of each row for a gradient pass; all [n_rows].
 struct GradientRows {
   const float* shift;
   const float* factor;    // weight / sum_v exp(z - shift)
@@ -30,22 +30,22 @@ struct MixtureRows {
 };
 
 struct KernelTable {
-  // max_v z, sum_v exp(z - max) and, unless null, sum_v (z - max), of the block; all [n_rows].
-  // A maximum of -inf counts as 0 in the sums.
-  void (*statistics)(const Logits&, WordRange, float* max, float* sum, float* centred);
-  void (*gradient)(const Logits&, WordRange, const GradientRows&);
-  // sum_v M_v [G] and sum_v r_kv [n_rows] of the block; scratch: mixture_scratch floats.
-  void (*mixture_statistics)(const Logits&, WordRange, const MixtureRows&, float* mixture,
+  // max_v z, sum_v exp(z - max) and, unless null, sum_v (z - max), over the block; all [n_rows].
+  // In the sums, 0 replaces a maximum of -inf.
+  void (*statistics)(const Logits&, IdRange, float* max, float* sum, float* centred);
+  void (*gradient)(const Logits&, IdRange, const GradientRows&);
+  // sum_v M_v [G] and sum_v r_kv [n_rows] over the block; scratch: mixture_scratch floats.
+  void (*mixture_statistics)(const Logits&, IdRange, const MixtureRows&, float* mixture,
                              float* share, float* scratch);
-  void (*mixture_gradient)(const Logits&, WordRange, const MixtureRows&, float* scratch);
+  void (*mixture_gradient)(const Logits&, IdRange, const MixtureRows&, float* scratch);
   int64_t (*mixture_scratch)(int64_t n_rows, int64_t n_passages);
-  // x = cap * tanh(x / cap), n numbers, to the bit as the passes have it.
+  // x = cap * tanh(x / cap) for n numbers, with the bits of the passes.
   void (*softcap)(float cap, float* x, int64_t n);
-  // y = f(x) for f one of "exp", "log", "tanh", "sech2": what the tests of accuracy call.
+  // y = f(x) for f one of "exp", "log", "tanh", "sech2", for tests of accuracy.
   bool (*elementwise)(const char* name, const float* x, float* y, int64_t n);
 };
 
-// Null where this build lacks the instruction set.
+// Null if this build lacks the instruction set.
 const KernelTable* scalar_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();

@@ -1,4 +1,4 @@
-// The kernels for ARM in 64 bits, all of which have NEON.
+// The kernels for 64-bit ARM, where all processors have NEON.
 #include "loss/row_pass_kernels.h"
 
 #ifdef __aarch64__
@@ -29,7 +29,7 @@ struct Vec {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F div(F a, F b) { return vdivq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
-  // vmaxq_f32 gives NaN where either is one.
+  // vmaxq_f32 returns NaN if either argument is NaN.
   static F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static F less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
   static F equal(F a, F b, F yes, F no) { return vbslq_f32(vceqq_f32(a, b), yes, no); }

@@ -1,4 +1,4 @@
-// The kernels for a machine about which nothing is known.
+// The kernels for any machine, without intrinsics.
 #include <cmath>
 #include <cstring>
 
@@ -20,7 +20,7 @@ struct Vec {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F div(F a, F b) { return a / b; }
-  // One rounding where that is one instruction: std::fma is a function elsewhere.
+  // Fused only if that is one instruction, because otherwise std::fma is a slow function.
   static F fma(F a, F b, F c) {
 #ifdef __FP_FAST_FMAF
     return std::fma(a, b, c);

@@ -1,4 +1,4 @@
-// Queries in panels, rows in blocks, candidates of each thread, and what joins them.
+// The search of a matrix: panels of queries, blocks of rows, and the candidates of each thread.
 #include "mips/mips.h"
 
 #include <algorithm>
@@ -20,22 +20,22 @@ namespace {
 
 constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
 
-constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 while panels pass over them
-constexpr int64_t kChunkRows = 1024;        // rows that a thread takes at a time, at most
-constexpr int64_t kGroupBytes = 24 << 20;   // of queries and their candidates
-constexpr int64_t kGroupQueries = 1024;     // more at once gain nothing
-constexpr int64_t kCachedBytes = 16 << 20;  // a matrix that is in some cache from the search before
-constexpr int64_t kFewCandidates = 32;      // room for so many costs nothing either
+constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 cache for all panels
+constexpr int64_t kChunkRows = 1024;        // largest number of rows that a thread takes at a time
+constexpr int64_t kGroupBytes = 24 << 20;   // limit for queries and their candidates
+constexpr int64_t kGroupQueries = 1024;     // larger groups are not faster
+constexpr int64_t kCachedBytes = 16 << 20;  // a matrix that stays in a cache between searches
+constexpr int64_t kFewCandidates = 32;      // capacity that is always cheap
 
-// The best k rows of each query among those that one thread has seen, and some more. A thread sees
-// rows in ascending order, so one that only equals the k-th best has lost.
+// At least the best k rows of each query among those that one thread has scored. A thread scores
+// rows in ascending order, so a row with the same score as the k-th best is not among the best.
 class Candidates {
  public:
   static int64_t room(int64_t k, int64_t n_rows) {
     return std::min(std::max(k > n_rows ? n_rows : 2 * k, kFewCandidates), n_rows);
   }
 
-  // n_lanes: with those without a query.
+  // n_lanes includes lanes without a query.
   Candidates(int64_t n_queries, int64_t n_lanes, int64_t k, int64_t n_rows)
       : k_(k),
         room_(room(k, n_rows)),
@@ -68,13 +68,13 @@ class Candidates {
   std::vector<float> threshold_;
 };
 
-// What one thread keeps while it takes chunk after chunk.
+// The state of one thread over all its chunks.
 struct Worker {
   Candidates candidates;
   TileScores scores;
   FewScores few_scores;
   std::vector<float> wide;  // a block as float32; or the last rows, with zeros to fill the tile
-  std::vector<char> tail;   // the last rows as they are stored
+  std::vector<char> tail;   // the last rows in their storage format
   int64_t first_bad = kNoRow;
 };
 
@@ -93,7 +93,7 @@ class Search {
     pack();
     const int64_t row_bytes = std::max<int64_t>(1, question.dim) * sizeof(float);
     const int64_t step = few_ ? few_kernel().rows : kernels_.rows;
-    // One panel has no use for a block beyond the tile, and a tile widened for it stays in the L1.
+    // A single panel uses a block only once, and a widened tile stays in the L1 cache.
     const bool alone = panels_.size() == 1 && matrix.storage != Storage::kFloat32;
     block_rows_ = alone ? step : std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
     const int64_t share = matrix.n_rows / (8 * threads.count) + 1;
@@ -117,7 +117,7 @@ class Search {
         few_ ? scan_few(begin, end, &worker) : scan(begin, end, &worker);
       }
     });
-    // Chunks are taken in ascending order, so the lowest bad row has been met.
+    // Chunks are taken in ascending order, so the lowest bad row has been found.
     int64_t bad = kNoRow;
     for (const Worker& worker : workers_) bad = std::min(bad, worker.first_bad);
     if (bad != kNoRow) refuse_row(matrix_, question_.dim, bad);
@@ -160,7 +160,7 @@ class Search {
     }
   }
 
-  // Rows [begin, end), in blocks over which one panel passes after another.
+  // Scores rows [begin, end) block by block, each with all panels.
   void scan(int64_t begin, int64_t end, Worker* worker) const {
     const bool in_place = matrix_.storage == Storage::kFloat32;
     for (int64_t block = begin; block < end; block += block_rows_) {
@@ -168,7 +168,7 @@ class Search {
       if (!in_place) widen(block, block_end, worker);
       for (size_t p = 0; p < panels_.size(); ++p) {
         const bool last = p + 1 == panels_.size();
-        // The last panel fetches the next block, and so does the only one, row after row.
+        // The last panel prefetches the next block. A single panel prefetches the following rows.
         const int64_t step = panels_.size() == 1 ? kernels_.rows : last ? block_rows_ : 0;
         for (int64_t row = block; row < block_end; row += kernels_.rows) {
           const TileRows rows = in_place ? rows_in_place(row, row + step, worker)
@@ -191,7 +191,7 @@ class Search {
     return {data + row * matrix_.pitch, matrix_.pitch, question_.dim, data + next * matrix_.pitch};
   }
 
-  // Rows [begin, end) in float32, with zeros to fill the last tile.
+  // Converts rows [begin, end) to float32, with zeros to fill the last tile.
   void widen(int64_t begin, int64_t end, Worker* worker) const {
     const int64_t dim = question_.dim, n = end - begin;
     worker->wide.resize(std::max<int64_t>(1, round_up(n, kernels_.rows) * dim));
@@ -248,7 +248,7 @@ class Search {
     }
   }
 
-  // n rows with zeros to fill a tile.
+  // Copies n rows, with zeros to fill a tile.
   StoredRows copied_tail(StoredRows rows, int64_t n, int64_t n_filled, Worker* worker) const {
     const int64_t size = element_bytes(matrix_.storage), line = rows.dim * size;
     worker->tail.assign(std::max<int64_t>(1, n_filled * line), 0);
@@ -298,7 +298,7 @@ class Search {
   int few_size_ = 0;  // 2^few_size_ queries
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<float> queries_;  // panel after panel, or as they come
+  std::vector<float> queries_;  // panel by panel, or query by query for few queries
   std::vector<Worker> workers_;
 };
 

@@ -1,5 +1,5 @@
-// The search through codes: bounds of every row, and the rows themselves where the bounds ask for
-// them.
+// The search through codes: bounds for every row, then exact scores of the rows that may be among
+// the best.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,9 +19,9 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kChunkRows = 2048;
 constexpr int64_t kGroupQueries = 256;
-constexpr int64_t kMaxDim = 1 << 16;   // whose sum of products fits 32 bits
-constexpr double kRounder = 0x1.8p52;  // added and taken away: rounds to a whole number
-constexpr int64_t kFirstRoom = 64;     // candidates, beside some for each of the k
+constexpr int64_t kMaxDim = 1 << 16;   // a sum of so many products fits 32 bits
+constexpr double kRounder = 0x1.8p52;  // adding and subtracting it rounds to an integer
+constexpr int64_t kFirstRoom = 64;  // initial capacity for candidates besides that for the k best
 
 const DigitKernels& digit_kernels(Isa isa) {
   switch (isa) {
@@ -43,7 +43,7 @@ const DigitKernels& digit_kernels(Isa isa) {
   return *avx2_digit_kernels();
 }
 
-// At least x, and at least what a few operations in float32 could lose of it.
+// Returns an upper bound of x that includes the rounding errors of a few float32 operations.
 float rounded_up(double x) { return static_cast<float>(x * (1.0 + 1e-5)); }
 
 const float* row_of_matrix(const MipsMatrix& matrix, int64_t row) {
@@ -51,7 +51,7 @@ const float* row_of_matrix(const MipsMatrix& matrix, int64_t row) {
 }
 
 struct Candidate {
-  // Bounds of which one overflowed say nothing.
+  // Bounds are useless if one of them has overflowed.
   Candidate(float upper, float lower, int64_t row)
       : upper(std::isnan(upper) ? kInfinity : upper),
         lower(std::isnan(lower) ? -kInfinity : lower),
@@ -61,7 +61,7 @@ struct Candidate {
   uint32_t row;
 };
 
-// The rows of one query that may be among its best k, and how high a row must reach.
+// The rows of one query that may be among its best k, and the threshold for further rows.
 class CandidateRows {
  public:
   explicit CandidateRows(int64_t k) : k_(k), room_(2 * k + kFirstRoom) {}
@@ -99,7 +99,7 @@ class CandidateRows {
   float threshold_ = -kInfinity;
 };
 
-// A tile of codes from other rows, and zeros between and below them.
+// A tile of codes that were copied from any rows, padded with zeros.
 struct CopiedRows {
   std::vector<int8_t> codes;
   std::vector<float> code_norm, rest_norm;
@@ -113,23 +113,23 @@ struct Worker {
   CopiedRows tail;
 };
 
-// Where the digits of a query are: in pieces, each so many bytes after the one before.
+// The place of the digits of a query: pieces of `size` bytes, `step` bytes apart.
 struct Pieces {
   uint8_t* first;
   int64_t size, step;
 };
 
-// What weights are rounded to: the value of a one, and the norms of the digits and of the rest.
+// The result of rounding weights: the value of a digit of 1, and the norms of digits and rest.
 struct Rounding {
   float unit;
   double digits, rest;
 
-  // What is lost at most for each of |code|: beside the rest, what float32 loses of sums of whole
-  // numbers beyond 2^24, and of bounds.
+  // The largest error per |code|: the rest, and the float32 rounding of integer sums beyond 2^24
+  // and of the bounds.
   float slack() const { return rounded_up(rest + 1e-6 * unit * digits); }
 };
 
-// Rounds to whole multiples of a unit, and leaves the rest in weights.
+// Rounds weights to multiples of a unit, writes these as digits, and leaves the rest in weights.
 Rounding take_digits(std::vector<double>* weights, const DigitKernels& kernels,
                      const Pieces& pieces) {
   double largest = 0.0, squares = 0.0;
@@ -153,7 +153,7 @@ Rounding take_digits(std::vector<double>* weights, const DigitKernels& kernels,
   return {unit, std::sqrt(1.0 * digit_squares), std::sqrt(squares)};
 }
 
-// A group of queries against all codes, and then against the rows that are left.
+// The search of a group of queries: bounds from all codes, then scores of the remaining rows.
 class CodeSearch {
  public:
   CodeSearch(const MipsQuestion& question, int64_t first_query, int64_t n_queries,
@@ -203,12 +203,12 @@ class CodeSearch {
  private:
   using Tile = bool (*)(const DigitPanel&, const CodeRows&, DigitScores*);
 
-  // Queries that one tile takes. Their digits lie in pieces, a piece of each query before the next
-  // of any.
+  // The queries of one tile. Their digits are in pieces: the first piece of all queries, then the
+  // second piece of all queries, and so on.
   struct PanelPlace {
     Tile tile;
     int64_t first_query;
-    int64_t n_queries;  // with those that there are not
+    int64_t n_queries;  // including unused ones
   };
 
   void pack() {
@@ -241,7 +241,7 @@ class CodeSearch {
     return question_.query_emb + (first_query_ + query) * question_.dim;
   }
 
-  // Of the codes in the score.
+  // Returns the weights of the codes in the score.
   std::vector<double> weights_of(int64_t query) const {
     std::vector<double> weights(question_.dim);
     for (int64_t d = 0; d < question_.dim; ++d)
@@ -309,7 +309,7 @@ class CodeSearch {
     return static_cast<const int8_t*>(codes_.data) + row * codes_.pitch;
   }
 
-  // n rows of read_dim codes each, in the place of a tile.
+  // Copies n rows of read_dim codes each into a tile.
   template <class RowAt>
   CodeRows copied_rows(RowAt row_at, int64_t n, int64_t n_filled, int64_t read_dim,
                        CopiedRows* out) const {
@@ -329,7 +329,7 @@ class CodeSearch {
             out->rest_norm.data(), out->code_sum.data()};
   }
 
-  // The rows that may be among the best k, in ascending order.
+  // Returns the rows that may be among the best k, in ascending order.
   std::vector<Candidate> candidate_rows(int64_t query) const {
     CandidateRows left(question_.k);
     for (const Worker& worker : workers_) left.add_all(worker.candidates[query]);
@@ -343,7 +343,7 @@ class CodeSearch {
     return left.rows();
   }
 
-  // Bounds that know the second digits of the query too, in the place of a second query.
+  // Computes bounds with the second digits of the query, which take the place of a second query.
   void refine(int64_t query, std::vector<Candidate>* rows) const {
     const int64_t width = kernels_.width, n_rows = rows->size(), piece = 4 * width;
     const int64_t line_rows = width / 2, read_dim = round_up(question_.dim, piece);
@@ -400,12 +400,12 @@ class CodeSearch {
   const DigitKernels& kernels_;
   const MipsKernels& float_kernels_;
   const Exclusions exclusions_;
-  int64_t line_rows_ = 1;  // that share a line of scores, and lanes that a query has
-  int64_t piece_ = 4;      // digits of a query that lie together
+  int64_t line_rows_ = 1;  // rows that share a line of scores, and lanes of each query
+  int64_t piece_ = 4;      // digits of a query that are next to each other
   int64_t tile_rows_ = kernels_.rows;
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<uint8_t> digits_;            // panel after panel
+  std::vector<uint8_t> digits_;            // panel by panel
   std::vector<float> unit_, rest_, norm_;  // [n_lanes_]
   std::vector<Worker> workers_;
 };
@@ -414,7 +414,7 @@ class CodeSearch {
 
 void measure_codes(const MipsMatrix& matrix, const MipsMatrix& codes, int64_t dim,
                    const CodeBounds& bounds, Threads threads) {
-  // D roundings lie between q . x and its float32.
+  // The float32 result of q . x has D rounding errors.
   if (dim > kMaxDim)
     throw std::invalid_argument("codes: expected at most " + std::to_string(kMaxDim) +
                                 " numbers in a row, got " + std::to_string(dim));

@@ -1,11 +1,11 @@
-// The tiles of whole numbers, on a type Dot that each mips_digits_<instruction set>.cpp defines
-// before it includes this file, inside its unnamed namespace, together with kDigitRows.
+// The tiles of integer products for a type Dot. Each mips_digits_<instruction set>.cpp defines its
+// own Dot and kDigitRows, and then includes this file inside its unnamed namespace.
 
 using I = Dot::I;
 using F = Dot::F;
 
-// 16 components from d on, where a vector can be multiplied by four bytes of another. D is Dot, as
-// a parameter because not every Dot has such a product.
+// Adds the products of 16 components from d on, for a Dot that can multiply a vector by four bytes
+// of another. D is Dot; it is a parameter because not every Dot has this product.
 template <class D, int kVectors, int kRows>
 inline __attribute__((always_inline)) void add_by_element(const DigitPanel& panel,
                                                           const int8_t* codes, int64_t pitch,
@@ -28,13 +28,13 @@ inline __attribute__((always_inline)) void add_by_element(const DigitPanel& pane
   }
 }
 
-// Norms of the rows in the lanes of a vector.
+// The norms of the rows in the lanes of a vector.
 struct LaneNorms {
   F code, rest;
 };
 
-// Bounds of the scores in the lanes of a vector, of which `lane` is the first in the panel. Returns
-// the hits.
+// Computes the bounds of the scores in the lanes of a vector, the first of which is lane `lane` of
+// the panel. Returns the hits.
 inline __attribute__((always_inline)) uint64_t bound_scores(I sum, I bias, const LaneNorms& norm,
                                                             const DigitPanel& panel, int64_t lane,
                                                             float* upper_bounds,
@@ -119,8 +119,8 @@ bool digit_tile(const DigitPanel& panel, const CodeRows& rows, DigitScores* out)
   return any != 0;
 }
 
-// Few queries: components in the lanes until the sums are complete, which then share a vector, lane
-// query * kRows + row.
+// Few queries: the lanes hold components until the sums are complete. The sums then share a vector,
+// in lane query * kRows + row.
 template <int kQueries>
 bool digit_few(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) {
   constexpr int kRows = Dot::kWidth / kQueries;

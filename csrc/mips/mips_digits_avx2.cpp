@@ -1,4 +1,4 @@
-// Whole numbers with AVX2. The sum of two products must fit 16 bits: 2 * 128 * 127 does.
+// Integer products with AVX2. The sum of two products must fit 16 bits: 2 * 128 * 127 does.
 #include "mips/mips_kernels.h"
 
 #ifdef __AVX2__
@@ -23,7 +23,7 @@ struct Dot {
   static I add(I sum, I digits, I codes) {
     const I pairs = _mm256_maddubs_epi16(digits, codes);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    // An order of additions of the compiler's own would take more registers than there are.
+    // In another order of additions, the compiler would need more registers than there are.
     asm("" : "+x"(sum));
     return sum;
   }
@@ -36,7 +36,7 @@ struct Dot {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
   }
 
-  // The n numbers at p, over and over.
+  // Repeats the n numbers at p.
   template <int n>
   static F repeat(const float* p) {
     if constexpr (n == 8) return _mm256_loadu_ps(p);
@@ -52,7 +52,7 @@ struct Dot {
     return _mm256_castps_si256(repeat<n>(reinterpret_cast<const float*>(p)));
   }
 
-  // Lane i: the sum of the lanes of x[i]; each addition halves how many parts a sum has.
+  // Lane i: the sum of the lanes of x[i]. Each addition halves the number of partial sums.
   static I sums(const I* x) {
     I y[4];
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
-// Whole numbers with ARMv8.2's products of bytes, four of a lane in one instruction: compiled with
-// these turned on, by setup.py.
+// Integer products with ARMv8.2's dot products of bytes, four products per lane in one instruction;
+// setup.py enables these for this file.
 #include "mips/mips_kernels.h"
 
 #ifdef __ARM_FEATURE_DOTPROD

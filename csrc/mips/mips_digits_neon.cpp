@@ -1,4 +1,4 @@
-// Whole numbers with NEON as all processors have it. The sum of two products must fit 16 bits:
+// Integer products with the NEON of all processors. The sum of two products must fit 16 bits:
 // 2 * 127 * 128 does.
 #include "mips/mips_kernels.h"
 
@@ -22,7 +22,7 @@ struct Dot : NeonDot {
   }
 };
 
-// More rows at a time leave the products no registers.
+// With more rows at a time, there would be no registers for the products.
 constexpr int kDigitRows = 8, kRowsOf1 = 4, kRowsOf2 = 2;
 
 #include "mips/mips_digits.inc.h"

@@ -1,5 +1,5 @@
-// What the two tiles of whole numbers with NEON share; each adds products in its own way. Both
-// multiply signed bytes, so that digits need no bias.
+// Code that the two kinds of integer products with NEON share; they add products in different ways.
+// Both multiply signed bytes, so digits need no bias.
 struct NeonDot {
   using I = int32x4_t;
   using F = float32x4_t;
@@ -25,7 +25,7 @@ struct NeonDot {
     return vaddvq_u32(vbicq_u32(vld1q_u32(kBits), vcltq_f32(a, b)));
   }
 
-  // The n numbers at p, over and over.
+  // Repeats the n numbers at p.
   template <int n>
   static I repeat(const int32_t* p) {
     return n == 4 ? vld1q_s32(p) : vcombine_s32(vld1_s32(p), vld1_s32(p));

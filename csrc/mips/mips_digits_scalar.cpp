@@ -1,4 +1,4 @@
-// Whole numbers on a machine about which nothing is known.
+// Integer products for any machine, without intrinsics.
 #include <cstring>
 
 #include "mips/mips_kernels.h"
@@ -68,7 +68,7 @@ struct Dot {
     return mask;
   }
 
-  // The n numbers at p, over and over.
+  // Repeats the n numbers at p.
   template <int n>
   static F repeat(const float* p) {
     return each([&](int i) { return p[i % n]; });

@@ -1,4 +1,4 @@
-// Whole numbers with AVX-512 VNNI: four products a lane in one instruction.
+// Integer products with AVX-512 VNNI: four products per lane in one instruction.
 #include "mips/mips_kernels.h"
 
 #ifdef __AVX512VNNI__
@@ -28,7 +28,7 @@ struct Dot {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static uint64_t not_below(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
-  // The n numbers at p, over and over.
+  // Repeats the n numbers at p.
   template <int n>
   static F repeat(const float* p) {
     if constexpr (n == 16) return _mm512_loadu_ps(p);
@@ -45,13 +45,13 @@ struct Dot {
     return _mm512_castps_si512(repeat<n>(reinterpret_cast<const float*>(p)));
   }
 
-  // Lane i: the sum of the lanes of x[i]; each addition halves how many parts a sum has.
+  // Lane i: the sum of the lanes of x[i]. Each addition halves the number of partial sums.
   static I sums(const I* x) {
     I y[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       I a = x[2 * i], b = x[2 * i + 1];
-      // What the compiler makes of them for the shuffles would else be kept beside the sums.
+      // Otherwise the compiler keeps the operands of the shuffles in registers next to the sums.
       asm("" : "+v"(a), "+v"(b));
       y[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     }
@@ -62,7 +62,7 @@ struct Dot {
     }
     return quarters(quarters(y[0], y[1]), quarters(y[2], y[3]));
   }
-  // Quarters 0 and 1 of a, 2 and 3 of a, and the same of b, added.
+  // The sums of quarters 0 and 1 of a, 2 and 3 of a, and the same of b.
   static I quarters(I a, I b) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
   }

@@ -1,10 +1,11 @@
 // The part of the search that is compiled once per instruction set: one tile of scores.
 //
-// Two tiles: many queries in the lanes of vectors and rows broadcast, or few queries broadcast and
-// rows in the lanes, which rows of any storage reach through registers. Both add in one order.
+// There are two kinds of tile: many queries in the lanes of vectors with rows broadcast, or rows in
+// the lanes with few queries broadcast, which converts rows of any storage in registers. Both add
+// in the same order.
 //
-// Nothing here allocates, throws or names a template of the standard library: a function that the
-// linker shares between translation units must not be one that needs AVX-512.
+// These functions do not allocate, throw or use templates of the standard library: the linker may
+// keep any one of several copies of a template function, and that copy must not need AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +22,14 @@ constexpr int kMaxPanelLanes = 48;
 // other. Lanes without a query hold zeros and a threshold of +inf.
 struct Panel {
   const float* queries;
-  const float* thresholds;  // [n_vectors * width]: who scores above is a candidate
+  const float* thresholds;  // [n_vectors * width]: a row with a larger score is a candidate
 };
 
 struct TileRows {
   const float* data;  // [rows, dim]
   int64_t pitch;
   int64_t dim;
-  const float* ahead;  // rows of the same pitch that will be wanted after these
+  const float* ahead;  // rows of the same pitch that will be read next
 };
 
 struct TileScores {
@@ -43,7 +44,7 @@ constexpr int kMaxFewRows = 64;
 constexpr int kFewSizes = 4;  // 1, 2, 4 and 8 queries
 constexpr int64_t kLongRow = 256;
 
-// Rows as they are stored.
+// Rows in their storage format.
 struct StoredRows {
   const void* data;
   int64_t pitch;  // elements
@@ -76,24 +77,26 @@ struct MipsKernels {
   // One for each number of vectors of a panel, from 1.
   TileResult (*tile[kMaxPanelVectors])(const Panel&, const TileRows&, TileScores*);
   FewKernel few[kStorages][kFewSizes];
-  FewKernel few_long[kFewSizes];  // for float32 rows from kLongRow on that come from memory
-  // n_rows rows as float32, [n_rows, dim].
+  FewKernel few_long[kFewSizes];  // for float32 rows of at least kLongRow numbers from memory
+  // Converts n_rows rows to float32, [n_rows, dim].
   void (*widen[kStorages])(const StoredRows&, int64_t n_rows, float* out);
-  // Scores of one query with `width` rows from anywhere.
+  // Scores of one query with `width` rows at any addresses.
   void (*gathered)(const float* query, const float* const* rows, int64_t dim, float* scores);
-  // sum_d x[d] y[d], the terms in 32 lanes that are added as a tree. Fetches n numbers of `next`.
+  // sum_d x[d] y[d], with the terms in 32 lanes that are added as a tree. Prefetches n numbers of
+  // `next`.
   float (*dot)(const float* x, const float* y, const float* next, int64_t n);
-  // out += sum of factors[i] rows[i] over the kAdded of them, as a tree.
+  // out += sum_i factors[i] rows[i] for i < kAdded, as a tree.
   void (*add_scaled)(const float* factors, const float* const* rows, int64_t n, float* out);
 };
 
-// Whole numbers of queries with the codes of rows, both as digits of eight bits. Two tiles here
-// too: many queries in the lanes of vectors, or few queries and a vector of components of one.
+// Products of queries rounded to 8-bit integers (digits) with int8 codes of rows. There are two
+// kinds of tile as well: many queries in the lanes of vectors, or few queries with the components
+// of one query in the lanes.
 struct DigitPanel {
   // The digit plus `bias`, and 0 beyond dim: [dim / 4, n_vectors * width, 4] for many queries,
   // [dim / (4 * width), queries, 4 * width] for few.
   const uint8_t* digits;
-  const float* unit;  // what follows: of each lane. Value of a one
+  const float* unit;  // the value of a digit of 1; this and the following arrays: one per lane
   const float* rest;  // |w - unit digits|
   const float* norm;  // |q|
   const float* threshold;
@@ -108,10 +111,10 @@ struct CodeRows {
   const int32_t* code_sum;
 };
 
-// Scores of many queries: a line for each row, of n_vectors * width lanes. Of few: a line for as
-// many rows as fill a vector with all queries, lane query * rows of the line + row.
+// With many queries, a line of n_vectors * width lanes for each row. With few queries, a line for
+// as many rows as fill a vector with all queries, in lane query * (rows per line) + row.
 struct DigitScores {
-  uint64_t hits[kMaxTileRows];  // bit = lane, upper bound not below the threshold
+  uint64_t hits[kMaxTileRows];  // bit = lane; set if the upper bound reaches the threshold
   float upper[kMaxTileRows * kMaxPanelLanes];
   float lower[kMaxTileRows * kMaxPanelLanes];
 };
@@ -119,15 +122,15 @@ struct DigitScores {
 struct DigitKernels {
   int width;
   int rows;
-  int largest;                                                        // digit
-  int bias;                                                           // what is added to digits
+  int largest;                                                        // largest digit
+  int bias;                                                           // added to each digit
   bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
-  // `width` rows with 1, 2, 4 and 8 queries; null where these fill the lanes of a tile. Reads rows
-  // up to the next multiple of 4 * width bytes.
+  // `width` rows with 1, 2, 4 and 8 queries; null if so many queries fill the lanes of a tile.
+  // Reads rows up to the next multiple of 4 * width bytes.
   bool (*few[kFewSizes])(const DigitPanel&, const CodeRows&, DigitScores*);
 };
 
-// Null where this build lacks the instruction set.
+// Null if this build lacks the instruction set.
 const MipsKernels* scalar_mips_kernels();
 const MipsKernels* avx2_mips_kernels();
 const MipsKernels* avx512_mips_kernels();

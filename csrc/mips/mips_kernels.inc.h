@@ -1,21 +1,21 @@
-// The tiles on a vector type Vec, of which each mips_<instruction set>.cpp defines its own before
-// it includes this file, inside its unnamed namespace, together with kTileRows and its divisors
-// kRowsOf1, 2 and 3: how many rows the registers hold at a time, by the vectors of a panel.
+// The tiles for a vector type Vec. Each mips_<instruction set>.cpp defines its own Vec, kTileRows
+// and its divisors kRowsOf1, kRowsOf2 and kRowsOf3 (how many rows the registers hold at a time for
+// a panel of 1, 2 or 3 vectors), and then includes this file inside its unnamed namespace.
 
 using F = Vec::F;
 
-// Loads stay on their side of it: those that several places share are made again rather than kept
-// in registers that the sums need.
+// The compiler must not move loads across this. It then repeats a load instead of keeping its
+// result in a register that the sums need.
 #define FASTRAG_KEEP_LOADS asm volatile("" ::: "memory")
 
-// What keeps sums in registers only where it is part of its caller.
+// Must be inlined: the compiler keeps the sums in registers only then.
 #define FASTRAG_INLINE inline __attribute__((always_inline))
 
-constexpr int kLineFloats = 16;  // of a cache line, the unit of prefetching
-constexpr int kSteps = 4;        // elements that one turn of the loop takes
+constexpr int kLineFloats = 16;  // floats of a cache line, the unit of prefetching
+constexpr int kSteps = 4;        // elements per iteration of the loop
 
-// kSteps elements from d on, where a vector can be multiplied by one element of another. V is Vec,
-// as a parameter because not every Vec has such a product.
+// Adds the products of kSteps elements from d on, for a Vec that can multiply a vector by one
+// element of another. V is Vec; it is a parameter because not every Vec has this product.
 template <class V, int kVectors, int kRows>
 FASTRAG_INLINE void add_by_element(const Panel& panel, const TileRows& rows, int64_t d,
                                    F (*sum)[kVectors]) {
@@ -36,8 +36,8 @@ FASTRAG_INLINE void add_by_element(const Panel& panel, const TileRows& rows, int
   }
 }
 
-// Scores of kRows rows with a panel of kVectors: for each element d, an outer product of kRows
-// broadcasts and kVectors vectors of queries. False unless all of them are finite.
+// Computes the scores of kRows rows with a panel of kVectors: for each element d, an outer product
+// of kRows broadcasts and kVectors vectors of queries. Returns false if a score is not finite.
 template <int kVectors, int kRows>
 inline bool outer_products(const Panel& panel, const TileRows& rows, uint64_t* hits,
                            float* scores) {
@@ -110,7 +110,7 @@ TileResult tile(const Panel& panel, const TileRows& rows, TileScores* out) {
 
 // ---------------------------------------------------------------------------- storage
 
-// kWidth numbers from element d of a row on, as float32.
+// Returns kWidth numbers from element d of a row on, as float32.
 template <Storage kStorage>
 struct Stored;
 
@@ -140,7 +140,7 @@ struct Stored<Storage::kInt8> {
   }
 };
 
-// The last n < kWidth numbers of a row, and what fills the vector.
+// Returns the last n < kWidth numbers of a row, padded to a vector.
 template <Storage kStorage>
 inline F load_part(const typename Stored<kStorage>::T* p, const StoredRows& rows, int64_t d,
                    int64_t n) {
@@ -173,7 +173,7 @@ void widen(const StoredRows& rows, int64_t n_rows, float* out) {
 
 // ------------------------------------------------------------------------- rows from anywhere
 
-// No intrinsics and no contraction: the lanes are the same numbers in vectors of any width.
+// Without intrinsics and contraction, the lanes have the same numbers in vectors of any width.
 inline float dot(const float* x, const float* y, const float* next, int64_t n) {
   constexpr int64_t kLanes = 32, kLine = 16;
   float lanes[kLanes] = {};
@@ -197,23 +197,24 @@ inline void add_scaled(const float* factors, const float* const* rows, int64_t n
 
 // ------------------------------------------------------------------------- few queries
 
-// Whether squares of kWidth rows and elements are so small that several at a time fit the
-// registers.
+// Whether several squares of kWidth rows and kWidth elements fit the registers at the same time.
 constexpr bool kSmallSquares = Vec::kWidth == 4;
 
-// Whether long rows are read in a way of their own: where a row of a square is a cache line.
+// Whether a row of a square is a cache line; long rows are then prefetched in runs of lines.
 constexpr bool kRunsOfLines = Vec::kWidth == kLineFloats;
 
-// One sum is a chain of dependent additions, hence groups of kWidth rows side by side. But one
-// chain keeps up with memory, which gives more when fewer long rows are read at a time.
+// The number of groups of kWidth rows that are summed at the same time. A sum is a chain of
+// dependent additions, so several independent chains are faster. But one chain keeps up with
+// memory, and memory is faster if fewer long rows are read at the same time.
 constexpr int few_groups(Storage storage, int n_queries, bool in_runs) {
   if (kSmallSquares) return n_queries < 4 ? 4 : 2;
   if (in_runs) return 1;
   return (storage == Storage::kInt8 ? 2 : 1) * (n_queries < 8 ? 2 : 1);
 }
 
-// Asks for what kWidth rows come to 16 KiB after element d, late enough to be in the L1 still when
-// they do: eight lines of one row after another, which come faster than one of each.
+// Prefetches the elements of kWidth rows that are read 16 KiB after element d, late enough that
+// they are still in the L1 cache then. Fetching eight lines of one row is faster than one line of
+// each.
 FASTRAG_INLINE void fetch_run(const float* data, int64_t pitch, int64_t dim, int64_t d) {
   constexpr int64_t kRun = 8 * kLineFloats, kAhead = (4 << 10) / Vec::kWidth;
   const int64_t first = d / kRun * kRun, end = (dim + kRun - 1) / kRun * kRun;
@@ -226,7 +227,7 @@ FASTRAG_INLINE void fetch_run(const float* data, int64_t pitch, int64_t dim, int
     for (int64_t i = 0; i < kRun; i += kLineFloats) __builtin_prefetch(run + r * pitch + i);
 }
 
-// Sums of kGroups * kWidth rows.
+// The sums of kGroups * kWidth rows.
 template <int kGroups, int kQueries>
 struct FewSums {
   F sum[kGroups][kQueries];
@@ -248,13 +249,13 @@ struct FewSums {
   }
 };
 
-// Squares of kWidth rows and kWidth elements are transposed in registers. Returns the first
-// element that is left to do.
+// Adds squares of kWidth rows and kWidth elements, which are transposed in registers. Returns the
+// first element that remains.
 template <Storage kStorage, bool kInRuns, int kGroups, int kQueries>
 FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
                                    FewSums<kGroups, kQueries>* sums) {
   constexpr int64_t kWidth = Vec::kWidth;
-  constexpr bool kKeepLoads = !kSmallSquares || kQueries > 2;  // or the sums find no room
+  constexpr bool kKeepLoads = !kSmallSquares || kQueries > 2;  // to leave registers for the sums
   using T = typename Stored<kStorage>::T;
   const T* data = static_cast<const T*>(rows.data);
   const T* ahead = data + kGroups * kWidth * rows.pitch;
@@ -289,8 +290,8 @@ FASTRAG_INLINE int64_t add_squares(const StoredRows& rows, int64_t d,
   return d;
 }
 
-// The same for bytes, four of which are transposed as one. The squares wait in the L1 until those
-// of all groups are there, so that the groups' chains run side by side.
+// The same for bytes, of which four are transposed as one number. The transposed squares of all
+// groups are stored in the L1 cache first, so that the chains of the groups run in parallel.
 template <int kGroups, int kQueries>
 FASTRAG_INLINE int64_t add_squares_of_bytes(const StoredRows& rows,
                                             FewSums<kGroups, kQueries>* sums) {

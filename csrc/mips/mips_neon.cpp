@@ -72,7 +72,7 @@ struct Vec {
   }
 };
 
-// Beside 8 sums of 2 vectors each there is room for 4 elements of each row.
+// The registers hold 8 sums of 2 vectors each and 4 elements of each row.
 constexpr int kTileRows = 8, kRowsOf1 = 8, kRowsOf2 = 8, kRowsOf3 = 4;
 
 #include "mips/mips_kernels.inc.h"

@@ -1,4 +1,4 @@
-// What the searches share.
+// Helpers of both searches, of the matrix itself and through codes.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace fastrag {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kWorkOfAThread = 1 << 20;  // multiplications that are worth waking one up
+constexpr double kWorkOfAThread = 1 << 20;  // multiplications for which waking a thread pays
 
 inline const MipsKernels& mips_kernels(Isa isa) {
   switch (isa) {
@@ -25,7 +25,7 @@ inline const MipsKernels& mips_kernels(Isa isa) {
       return *avx512_mips_kernels();
     case Isa::kAvx2:
 #if defined(__x86_64__) || defined(__i386__)
-      // its float16 is an extension of its own, on no machine missing that is known
+      // float16 is a separate extension, which all known machines with AVX2 have
       if (!__builtin_cpu_supports("f16c")) return *scalar_mips_kernels();
 #endif
       return *avx2_mips_kernels();
@@ -43,7 +43,8 @@ inline bool is_finite(const float* x, int64_t n) {
   return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
 }
 
-// A score above the complement of a row, both so that the better candidate is the larger number.
+// The score in the upper half and the complement of the row in the lower half, so that the better
+// candidate has the larger key.
 inline uint64_t key_of(float score, int64_t row) {
   score += 0.0f;  // -0 ties with 0
   uint32_t bits;
@@ -72,7 +73,7 @@ inline StoredRows rows_from(const MipsMatrix& matrix, int64_t dim, int64_t row) 
           matrix.scale, matrix.offset};
 }
 
-// For a row whose score with some query is not finite.
+// Throws the error for a row whose score with some query is not finite.
 [[noreturn]] inline void refuse_row(const MipsMatrix& matrix, int64_t dim, int64_t row) {
   std::vector<float> values(dim);
   const StoredRows rows = rows_from(matrix, dim, row);
@@ -85,7 +86,7 @@ inline StoredRows rows_from(const MipsMatrix& matrix, int64_t dim, int64_t row) 
                               std::to_string(row));
 }
 
-// The best k of the keys of one query; sorts them.
+// Writes the best k of the keys of one query, sorting them in place.
 inline void write_answer(const MipsQuestion& question, int64_t query, std::vector<uint64_t>* keys,
                          const MipsAnswer& answer) {
   const int64_t k = question.k, n = std::min<int64_t>(k, keys->size());
@@ -112,7 +113,7 @@ inline void check_queries(const MipsQuestion& question) {
                                   std::to_string(b));
 }
 
-// Which rows each query of a group may get.
+// The excluded rows of a group of queries.
 class Exclusions {
  public:
   Exclusions(const MipsQuestion& question, int64_t first_query, int64_t n_queries)

@@ -1,4 +1,4 @@
-// The kernels for a machine about which nothing is known; std::fma has the bits of the others.
+// The kernels for any machine, without intrinsics; std::fma gives the bits of the other kernels.
 #include <cmath>
 #include <cstring>
 
@@ -7,7 +7,7 @@
 namespace fastrag {
 namespace {
 
-// Four lanes, for what the compiler can make of them.
+// Four lanes, which the compiler may turn into vectors.
 struct Vec {
   static constexpr int64_t kWidth = 4;
   static constexpr bool kByElement = false;

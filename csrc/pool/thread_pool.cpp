@@ -25,23 +25,23 @@ namespace fastrag {
 namespace {
 
 constexpr int kMaxThreads = 256;
-// To sleep and be woken takes some fifty microseconds, and loops come one after another: who waits
-// looks for so long first, and lets others have the processor between two looks.
-constexpr std::chrono::microseconds kLooking{100};
+// Sleeping and waking takes about fifty microseconds, and loops follow each other closely. So a
+// waiting thread polls for this long first, and yields the processor between two polls.
+constexpr std::chrono::microseconds kPolling{100};
 
 template <class Condition>
-void look_for(const Condition& condition) {
-  const auto until = std::chrono::steady_clock::now() + kLooking;
+void poll_for(const Condition& condition) {
+  const auto until = std::chrono::steady_clock::now() + kPolling;
   while (!condition() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
 }
 
-// How a thread computes with floating point: the rounding mode, whether denormals are flushed,
-// which exceptions trap. Each thread has its own, without the flags of what happened so far.
+// The floating-point mode of a thread: the rounding mode, whether denormals are flushed, and which
+// exceptions trap. It does not include the flags of exceptions that have occurred.
 #if defined(__SSE2__)
 using FloatMode = uint32_t;
-constexpr FloatMode kHappened = 0x3f;
-FloatMode float_mode() { return _mm_getcsr() & ~kHappened; }
-void set_float_mode(FloatMode mode) { _mm_setcsr(mode | (_mm_getcsr() & kHappened)); }
+constexpr FloatMode kFlags = 0x3f;
+FloatMode float_mode() { return _mm_getcsr() & ~kFlags; }
+void set_float_mode(FloatMode mode) { _mm_setcsr(mode | (_mm_getcsr() & kFlags)); }
 #elif defined(__aarch64__)
 using FloatMode = uint64_t;
 FloatMode float_mode() {
@@ -51,19 +51,19 @@ FloatMode float_mode() {
 }
 void set_float_mode(FloatMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
 #else
-using FloatMode = int;  // the rounding mode is all that the standard knows
+using FloatMode = int;  // the standard only has the rounding mode
 FloatMode float_mode() { return std::fegetround(); }
 void set_float_mode(FloatMode mode) { std::fesetround(mode); }
 #endif
 
-// One loop: its tasks are taken from a counter by any thread that is free, and computed in the
-// floating-point mode of the caller, so that no result depends on which thread it was.
+// One loop. Each free thread takes the next task from a counter. All tasks run in the
+// floating-point mode of the caller, so that no result depends on the thread.
 class Loop {
  public:
   Loop(int64_t n_tasks, const std::function<void(int64_t)>& task)
       : n_tasks_(n_tasks), task_(task) {}
 
-  // A helper only ever computes in loops: it keeps the mode until another one is wanted.
+  // A helper only runs tasks, so it need not restore its mode afterwards.
   void help() noexcept {
     if (float_mode() != mode_) set_float_mode(mode_);
     work();
@@ -81,7 +81,7 @@ class Loop {
     }
   }
 
-  // Only once nobody works on it any more.
+  // Call this only after all threads have finished the loop.
   void rethrow() const {
     if (error_) std::rethrow_exception(error_);
   }
@@ -95,11 +95,12 @@ class Loop {
   std::exception_ptr error_;
 };
 
-// Linux may leave a thread that it wakes on the processor of the thread that woke it for all of a
-// loop, and another one idle: helpers are kept off the processor that their caller is on.
+// Linux may run a thread on the processor of the thread that woke it for a whole loop, while
+// another processor is idle. Therefore helpers are kept off the processor of their caller.
 class Processors {
  public:
-  // Gives helpers the others that the calling thread may use, if these are enough for all of them.
+  // Restricts the helpers to the other processors that the calling thread may use, if there are
+  // enough of them.
   void keep_off_caller(const std::vector<std::thread::native_handle_type>& helpers) {
 #ifdef __linux__
     cpu_set_t others;
@@ -118,7 +119,7 @@ class Processors {
 
 #ifdef __linux__
  private:
-  size_t n_set_ = 0;  // helpers that have been told
+  size_t n_set_ = 0;  // helpers with the affinity set_
   cpu_set_t set_;
 #endif
 };
@@ -129,7 +130,7 @@ class ThreadPool {
 
   pid_t pid() const { return pid_; }
 
-  // False, and nothing done, if another loop has the threads.
+  // Returns false, without running a task, if the threads are busy with another loop.
   bool run(Loop* loop, int n_helpers) {
     const std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
@@ -144,9 +145,9 @@ class ThreadPool {
     loop->work();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      places_ = 0;  // who has not begun by now need not
+      places_ = 0;  // helpers that have not started are no longer needed
     }
-    look_for([this] { return working_ == 0; });
+    poll_for([this] { return working_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     idle_.wait(lock, [this] { return working_ == 0; });
     loop_ = nullptr;
@@ -154,12 +155,12 @@ class ThreadPool {
   }
 
  private:
-  // As many as the machine gives; with none at all the caller does the work.
+  // Starts helpers up to n, or as many as the system allows. Without any, the caller does the work.
   void start(int n) {
     while (static_cast<int>(helpers_.size()) < n) {
       try {
         std::thread helper([this] { serve(); });
-        helpers_.push_back(helper.native_handle());  // for ever: it never ends
+        helpers_.push_back(helper.native_handle());  // stays valid, because the thread never ends
         helper.detach();
       } catch (const std::system_error&) {
         return;
@@ -169,7 +170,7 @@ class ThreadPool {
 
   [[noreturn]] void serve() {
     for (;;) {
-      look_for([this] { return places_ > 0; });
+      poll_for([this] { return places_ > 0; });
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [this] { return places_ > 0; });
       --places_;
@@ -186,7 +187,7 @@ class ThreadPool {
   std::mutex owner_;  // held for a whole loop; guards the next two
   std::vector<std::thread::native_handle_type> helpers_;
   Processors processors_;
-  std::mutex mutex_;  // guards changes of what follows
+  std::mutex mutex_;  // guards changes of the following members
   std::condition_variable wake_, idle_;
   Loop* loop_ = nullptr;
   std::atomic<int> places_{0};   // helpers still wanted
@@ -195,8 +196,8 @@ class ThreadPool {
 
 std::atomic<ThreadPool*> g_pool{nullptr};
 
-// Never destroyed, so that its threads may outlive main. The one that a fork left behind is
-// forgotten as it is: its locks may be held by threads that do not exist here.
+// A pool is never destroyed, so its threads may outlive main. The parent's pool is abandoned in a
+// forked child: its locks may be held by threads that do not exist in the child.
 ThreadPool* pool() {
   ThreadPool* current = g_pool.load();
   if (current && current->pid() == getpid()) return current;

@@ -11,12 +11,12 @@ namespace fastrag {
 namespace {
 
 constexpr int64_t kLine = 16;           // floats of a cache line
-constexpr int64_t kPairsOfATask = 8;    // of a query and a row
-constexpr int64_t kLeastColumns = 256;  // of dquery that are worth a task
-constexpr double kWorkOfAnExp = 16.0;   // in multiplications
-constexpr double kWorkOfARead = 4.0;    // of an element of a row somewhere
+constexpr int64_t kPairsOfATask = 8;    // pairs of a query and a row per task
+constexpr int64_t kLeastColumns = 256;  // least number of columns of dquery per task
+constexpr double kWorkOfAnExp = 16.0;   // cost of an exp, in multiplications
+constexpr double kWorkOfARead = 4.0;    // cost of reading an element of a row, in multiplications
 
-// Columns [first, first + n) of rows of the matrix as float32.
+// Reads columns [first, first + n) of rows of the matrix as float32.
 class Reader {
  public:
   Reader(const MipsMatrix& matrix, int64_t first, int64_t n, Isa isa)
@@ -25,12 +25,12 @@ class Reader {
         n_(n),
         widen_(mips_kernels(isa).widen[static_cast<int>(matrix.storage)]) {}
 
-  // In place where that is float32, else in `buffer`, [n]. `next` is fetched on the way.
+  // Returns float32 rows in place, and others converted in `buffer` [n]. Prefetches row `next`.
   const float* read(int64_t row, int64_t next, float* buffer) const {
     if (matrix_.storage == Storage::kFloat32) return at(row);
     StoredRows one = rows_from(matrix_, n_, row);
     one.data = static_cast<const char*>(one.data) + first_ * element_bytes(matrix_.storage);
-    one.pitch *= next - row;  // what a kernel fetches is one pitch ahead
+    one.pitch *= next - row;  // kernels prefetch one pitch ahead
     if (one.scale) {
       one.scale += first_;
       one.offset += first_;
@@ -61,7 +61,7 @@ void score_pairs(const ScoredRows& scored, int64_t first, int64_t last, Isa isa,
       scores[p] = -kInfinity;
       continue;
     }
-    // Rows lie scattered: no prefetcher of the machine guesses the next one.
+    // Rows are scattered, so the processor cannot predict the next one.
     const int64_t after = p + 1 < scored.n_pairs() ? scored.rows[p + 1] : -1;
     const int64_t next = after < 0 ? row : after;
     const float* query = scored.query_emb + p / scored.n_passages * dim;
@@ -70,7 +70,7 @@ void score_pairs(const ScoredRows& scored, int64_t first, int64_t last, Isa isa,
   }
 }
 
-// As torch has it: NaN everywhere beside a NaN or an infinity; but never at a missing passage.
+// As in torch, a NaN or an infinity makes all results NaN, except those of missing passages.
 void log_softmax(const float* scores, const int64_t* rows, int64_t n, float* out) {
   float largest = -kInfinity;
   for (int64_t k = 0; k < n; ++k) largest = std::max(largest, scores[k]);
@@ -99,7 +99,7 @@ void score_gradient(const ScoredRows& scored, const float* log_prior,
   }
 }
 
-// Columns of dquery of one query.
+// Computes columns of dquery of one query.
 void add_rows(const ScoredRows& scored, const float* ds, int64_t query, int64_t first, int64_t n,
               Isa isa, float* dquery) {
   const Reader reader(scored.matrix, first, n, isa);
@@ -158,7 +158,7 @@ void doc_scores_backward(const ScoredRows& scored, const float* log_prior,
   parallel_for(worth_waking(threads.count, kWorkOfAnExp * scored.n_pairs(), n_queries), n_queries,
                [&](int64_t b) { score_gradient(scored, log_prior, upstream, b, ds.data()); });
   if (dquery) {
-    // Few queries are cut by columns, of which each is a sum of its own.
+    // With few queries, the columns, which are independent sums, are divided among tasks.
     const int64_t cuts = std::max<int64_t>(
         1, std::min(dim / kLeastColumns, threads.count / std::max<int64_t>(n_queries, 1)));
     const int64_t width = round_up((dim + cuts - 1) / cuts, kLine), n_tasks = n_queries * cuts;

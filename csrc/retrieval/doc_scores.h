@@ -3,9 +3,9 @@
 //     s[b, k] = q_b . x[rows[b, k]] / tau            -inf where rows[b, k] < 0: missing, never read
 //     log_prior[b, k] = s[b, k] - logsumexp_k s[b, k]
 //
-// float32 throughout. Each row is read once from where it lies, and no [B, K, D] is stored. A sum
-// over D has its terms in fixed lanes that are added as a tree, a sum over K in fixed groups: a
-// result has the same bits for any number of threads.
+// All arithmetic is in float32. Each row is read once, in place, and no [B, K, D] is stored. A sum
+// over D adds its terms in fixed lanes and the lanes as a tree; a sum over K is in fixed groups. So
+// a result has the same bits for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +29,10 @@ struct ScoredRows {
 // scores and log_prior: [n_queries, n_passages].
 void doc_scores(const ScoredRows& scored, float* scores, float* log_prior, Threads threads);
 
-// What comes from above; either may be null.
+// The upstream gradients; either may be null.
 struct ScoreGradients {
   const float* dscores;     // [n_queries, n_passages]
-  const float* dlog_prior;  // [n_queries, n_passages], not looked at where log_prior is -inf
+  const float* dlog_prior;  // [n_queries, n_passages], not read where log_prior is -inf
 };
 
 //     ds = (dscores + dlog_prior - exp(log_prior) sum_k dlog_prior) / tau, 0 where log_prior = -inf

@@ -11,7 +11,7 @@ struct Span {
   int64_t begin, length;
 };
 
-// Each offset is read once, so that what was checked is what is used.
+// Each offset is read only once, so that the checked value is the one that is used.
 Span span_of(const TokenTable& table, int64_t row) {
   if (row < -1 || row >= table.n_passages)
     throw std::invalid_argument("rows: expected -1 to " + std::to_string(table.n_passages - 1) +

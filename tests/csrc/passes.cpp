@@ -32,7 +32,7 @@ std::vector<std::pair<std::string, const KernelTable*>> fused_kernels() {
 }
 
 struct Shape {
-  int64_t n_words, n_positions, n_passages, gap;
+  int64_t n_ids, n_positions, n_passages, gap;
   float softcap;
   bool with_bias;
 };
@@ -44,9 +44,9 @@ class Problem {
       : shape_(shape),
         n_rows_(shape.n_positions * shape.n_passages),
         pitch_(n_rows_ + shape.gap),
-        size_((shape.n_words - 1) * pitch_ + n_rows_),
+        size_((shape.n_ids - 1) * pitch_ + n_rows_),
         z0_(size_),
-        bias_(shape.n_words),
+        bias_(shape.n_ids),
         per_row_(6 * n_rows_) {
     std::normal_distribution<float> normal;
     const auto number = [&] { return normal(*random); };
@@ -63,16 +63,16 @@ class Problem {
   // What each pass gives, one after another.
   std::vector<std::vector<float>> run(const KernelTable& table) const {
     const int64_t n = n_rows_;
-    const fastrag::WordRange words{0, shape_.n_words};
+    const fastrag::IdRange ids{0, shape_.n_ids};
     std::vector<float> z0 = z0_, max(n), sum(n), centred(n);
     std::vector<float> scratch(table.mixture_scratch(n, shape_.n_passages));
-    table.statistics(logits(&z0), words, max.data(), sum.data(), centred.data());
+    table.statistics(logits(&z0), ids, max.data(), sum.data(), centred.data());
     std::vector<float> mixture(shape_.n_positions), share(n);
-    table.mixture_statistics(logits(&z0), words, rows(), mixture.data(), share.data(),
+    table.mixture_statistics(logits(&z0), ids, rows(), mixture.data(), share.data(),
                              scratch.data());
     std::vector<float> gradient = z0_, mixture_gradient = z0_;
-    table.gradient(logits(&gradient), words, {per_row(0), per_row(1), per_row(2)});
-    table.mixture_gradient(logits(&mixture_gradient), words, rows(), scratch.data());
+    table.gradient(logits(&gradient), ids, {per_row(0), per_row(1), per_row(2)});
+    table.mixture_gradient(logits(&mixture_gradient), ids, rows(), scratch.data());
     std::vector<float> capped = bias_;
     table.softcap(3.0f, capped.data(), capped.size());
     return {max, sum, centred, mixture, share, gradient, mixture_gradient, capped};
@@ -84,7 +84,7 @@ class Problem {
     return {per_row(0), per_row(1), per_row(2), per_row(3), per_row(4), shape_.n_passages};
   }
   fastrag::Logits logits(std::vector<float>* z0) const {
-    return {z0->data(), shape_.n_words, n_rows_, pitch_, shape_.with_bias ? bias_.data() : nullptr,
+    return {z0->data(), shape_.n_ids,   n_rows_, pitch_, shape_.with_bias ? bias_.data() : nullptr,
             0.7f,       shape_.softcap, nullptr};
   }
 

@@ -405,7 +405,7 @@ def test_rejects_bad_parts() -> None:
         found.statistics(log_z, log_z)
     with pytest.raises(ValueError, match=r"log_z: expected float32 \[2, 6\], got format 'f' \[6\]"):
         found.statistics(logp, logp)
-    with pytest.raises(ValueError, match="vocab_size: expected at least the 5 words of z0, got 4"):
+    with pytest.raises(ValueError, match="expected at least the 5 token ids of z0, got 4"):
         found.gradient(log_z, logp, 0.1, 4)
     with pytest.raises(ValueError, match=r"log_prior: .* of the 6 rows of z0, got 2 \* 2"):
         found.mixture_statistics(log_z, one, one, one)
