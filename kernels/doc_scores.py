@@ -132,7 +132,7 @@ def _doc_scores_fwd_kernel(
 
 @triton.jit
 def _load_ds(dscores_ptr, dprior_ptr, prior_ptr, offs_k, mask_k, tau, HAS_DPRIOR: tl.constexpr):
-    """ds / tau of one question, 0 where the passage is missing, and which passages are there."""
+    """Return ds / tau of one question, 0 for missing passages, and the mask of existing ones."""
     prior = tl.load(prior_ptr + offs_k, mask=mask_k, other=float("-inf"))
     present = prior != float("-inf")
     ds = tl.load(dscores_ptr + offs_k, mask=present, other=0.0).to(tl.float32)
@@ -168,7 +168,7 @@ def _doc_scores_dquery_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # One program owns BLOCK_D components of one question's gradient; each forms ds [K] anew.
+    # One program owns BLOCK_D components of one question's gradient; each computes ds [K] again.
     pid_b = tl.program_id(0).to(tl.int64)
     pid_d = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
@@ -281,7 +281,7 @@ def doc_scores_bwd(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query_emb and of fresh passage_emb, in their dtypes; empty where not needed."""
+    """Return the gradients of query_emb and passage_emb [B, K, D], in their dtypes, if needed."""
     n_examples, n_passages = log_prior.shape
     gather = passage_emb.dim() == 2
     dquery = query_emb.new_empty(query_emb.shape if need_dq else 0)
@@ -389,11 +389,11 @@ def _config(
 
 
 def _passage_strides(passage_emb: Tensor) -> tuple[int, ...]:
-    """Strides of question, passage and component; every question sees the same index matrix."""
+    """Return the strides of question, passage and component; 0 for questions of an index matrix."""
     strides = passage_emb.stride()
     return strides if passage_emb.dim() == 3 else (0, *strides)
 
 
 def _affine(scale: Tensor | None, offset: Tensor | None, unread: Tensor) -> tuple[Tensor, ...]:
-    """Scale and offset for the kernels, which never read what stands in for a missing one."""
+    """Return scale and offset for the kernels; `unread`, which they do not read, replaces None."""
     return tuple(unread if x is None else x.contiguous() for x in (scale, offset))

@@ -40,7 +40,7 @@ def blocks(n_passages: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _marginal(joint):
-    """log sum_k exp(joint), log softmax_k(joint)."""
+    """Return log sum_k exp(joint) and log softmax_k(joint)."""
     peak = tl.max(joint, axis=0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     log_sum = tl.log(tl.sum(tl.exp(joint - peak), axis=0))

@@ -234,7 +234,7 @@ _TYPES = {
 
 
 def _configs(some: slice) -> Iterator[AotConfig]:
-    """With these candidates."""
+    """Return the configurations for these candidates."""
     aligned = ("H", "stride_weight_v")
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, dtype in dtypes.items():

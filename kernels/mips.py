@@ -75,7 +75,7 @@ def tile_for(
     use_tma: bool,
     device: torch.device | None = None,
 ) -> Tile:
-    """The tile for an index of dtype `stored` on `device`, read by descriptors or by pointers."""
+    """Return the tile for an index of dtype `stored` on `device`, by descriptors or by pointers."""
     most = next((n for n in QUERIES if n_queries <= n), QUERIES[-1])
     regime = {"stored": stored, "n_queries": most, "has_low": has_low, "use_tma": use_tma}
     return choose("group_max", tiles, device, **regime)
@@ -121,12 +121,12 @@ def tiles(stored: torch.dtype, n_queries: int, has_low: bool, use_tma: bool) -> 
 
 
 def operand_dtype(stored: torch.dtype) -> torch.dtype:
-    """What the tensor cores multiply: codes of 8 bits are exact in bfloat16."""
+    """Return the dtype of tensor-core operands; int8 codes are exact in bfloat16."""
     return torch.bfloat16 if stored == torch.int8 else stored
 
 
 def error_bound(stored: torch.dtype, dim: int, has_low: bool) -> float:
-    """Error of a maximum, relative to the sum of the magnitudes of its D products."""
+    """Return the error bound of a maximum, relative to the sum of magnitudes of its D products."""
     n_terms = 2 if has_low else 1
     split = 2.0**-17 + dim**0.5 * 2.0**-25
     if stored == torch.float32:
@@ -147,7 +147,7 @@ def stored_values(
     HAS_SCALE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
 ):
-    """The float32 numbers [N, D] that what is stored stands for."""
+    """Return the float32 numbers [N, D] that stored numbers represent."""
     x = x.to(tl.float32)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + offs_d, mask=mask_d, other=0.0)
@@ -162,7 +162,7 @@ def stored_values(
 
 @triton.jit
 def _power_below(peak):
-    """1 / p and p, the power of two that peak >= 0 is not below; both are normal numbers."""
+    """Return 1 / p and p for the largest power of two p <= peak, limited to normal numbers."""
     power = peak.to(tl.int32, bitcast=True) & 0x7F800000
     power = tl.minimum(tl.maximum(power, 1 << 23), 253 << 23)
     inverse = (254 << 23) - power
@@ -412,7 +412,7 @@ def prepare(
 def max_norm(
     index: Tensor, scale: Tensor | None, offset: Tensor | None, exact: Tensor | None = None
 ) -> Tensor:
-    """The largest |x| of the index [N, D], or the largest |exact - x|. `[]` float32."""
+    """Return the largest |x| of the index [N, D], or the largest |exact - x|. `[]` float32."""
     n, dim = index.shape
     n_programs = triton.cdiv(n, _BLOCK_NORM["BLOCK_N"])
     found = index.new_empty(n_programs, dtype=torch.float32)
@@ -438,7 +438,7 @@ def max_norm(
 
 
 def fits_tma(index: Tensor) -> bool:
-    """Whether the rows of the index can be read by descriptor, on a GPU that has them."""
+    """Return whether descriptors can read the rows of the index, on a GPU that has descriptors."""
     pitch = index.stride(0) * index.element_size()
     aligned = index.data_ptr() % _TMA_ALIGNMENT == 0 and pitch % _TMA_ALIGNMENT == 0
     return aligned and index.stride(0) >= index.shape[1]

@@ -84,7 +84,7 @@ def _log_softmax_tile(
 
 @triton.jit
 def _mixture(logp, prior):
-    """M [BLOCK_V] and r [BLOCK_K, BLOCK_V]."""
+    """Return M [BLOCK_V] and r [BLOCK_K, BLOCK_V]."""
     joint = logp + prior[:, None]
     peak = tl.max(joint, axis=0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
@@ -300,7 +300,7 @@ def aot_candidates() -> list[AotConfig]:
 
 
 def _configs(n_tiles: int) -> Iterator[AotConfig]:
-    """With the first n_tiles candidates."""
+    """Return the configurations for the first n_tiles candidates."""
     pointers = ("prior_ptr", "hit_ptr", "target_ptr", "spread_ptr", "smooth_ptr", "share_ptr")
     shared = HEAD_TYPES | dict.fromkeys(pointers, "*fp32")
     aligned = ("width", "stride_raw", "stride_draw")

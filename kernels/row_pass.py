@@ -54,7 +54,7 @@ def _tanh(u):
 
 @triton.jit
 def fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits from x W^T + bias."""
+    """Return the logits from x W^T + bias."""
     z = raw * logit_scale
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
@@ -63,7 +63,7 @@ def fold_logits(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Derivative of fold_logits; 4 e / (1 + e)^2 is 1 - tanh^2 without its cancellation."""
+    """Return the derivative of fold_logits; 4 e / (1 + e)^2 is 1 - tanh^2 without cancellation."""
     factor = logit_scale
     if HAS_SOFTCAP:
         e = tl.exp2(-2.0 * LOG2E * tl.abs(raw * logit_scale / softcap))
@@ -266,7 +266,7 @@ def _block(block_v: int, num_warps: int) -> dict[str, int]:
 
 
 def head_flags() -> list[dict[str, bool]]:
-    """The heads that the gate compiles: of published models, softcap comes without bias."""
+    """Return the heads that the gate compiles; no published model has both softcap and bias."""
     return [
         {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         for bias, softcap in ((False, False), (True, False), (True, True))
@@ -294,7 +294,7 @@ def aot_candidates() -> list[AotConfig]:
 
 
 def _configs(n_blocks: int) -> Iterator[AotConfig]:
-    """With the first n_blocks candidates."""
+    """Return the configurations for the first n_blocks candidates."""
     aligned = ("width", "stride_raw", "stride_draw")
     for flags in head_flags():
         for with_mean in (False, True):

@@ -70,7 +70,7 @@ def _chosen(
 
 
 def architecture(device: torch.device | None) -> str:
-    """Such as "sm_90", the empty string without a GPU."""
+    """Return the architecture, such as "sm_90"; "" without a GPU."""
     if device is None:
         if not torch.cuda.is_initialized():
             return ""
@@ -84,7 +84,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def regime_key(regime: Mapping[str, Any]) -> str:
-    """The regime in the form in which the files have it."""
+    """Return the regime as a key of the files."""
     return ",".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in regime.items())
 
 
@@ -94,7 +94,7 @@ def as_entry(config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def forced(kernel: str, config: Any) -> Iterator[None]:
-    """Within it `choose` answers `config` for this kernel, in any regime."""
+    """Make `choose` return `config` for this kernel, in any regime, within the context."""
     _forced[kernel] = config
     try:
         yield
@@ -108,7 +108,7 @@ def _file(path: str, arch: str) -> Path:
 
 @functools.cache
 def _choices(path: str, arch: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of a file for another architecture nothing."""
+    """Return the choices of a file; none if it is for another architecture."""
     file = _file(path, arch)
     if not arch or (not path and not file.exists()):
         return {}
@@ -147,6 +147,6 @@ def _has_form(found: Any) -> bool:
 
 
 def forget() -> None:
-    """Drop what was read, so that a changed file is read anew."""
+    """Forget all files that were read, so that changed files are read again."""
     _choices.cache_clear()
     _chosen.cache_clear()
