@@ -1,5 +1,6 @@
 """Readers of corpora and questions, templates, processor, collator and the embedded data set."""
 
+from fastrag.data.benchmarks import read_benchmark, read_benchmark_passages
 from fastrag.data.collator import RagCollator
 from fastrag.data.default import DefaultDataset, default_dataset
 from fastrag.data.processor import Contexts, RagProcessor
@@ -16,6 +17,8 @@ __all__ = [
     "RagProcessor",
     "Template",
     "default_dataset",
+    "read_benchmark",
+    "read_benchmark_passages",
     "read_passages",
     "read_questions",
 ]

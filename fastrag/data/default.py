@@ -7,6 +7,12 @@ import dataclasses
 from collections.abc import Iterable
 from importlib import resources
 
+from fastrag.data.benchmarks import (
+    PASSAGES,
+    QUESTIONS,
+    read_benchmark,
+    read_benchmark_passages,
+)
 from fastrag.data.readers import Passage, Question, read_passages, read_questions
 from fastrag.messages import shown
 
@@ -65,7 +71,8 @@ def load_passages(source: str) -> Iterable[Passage]:
     """Read a corpus by its name in a config or on the command line.
 
     Args:
-        source: a passages file, or `default` for the embedded data set.
+        source: a passages file, `default` for the embedded data set, or a published data set as
+            `form:path`, for example `beir:data/scifact` (see `read_benchmark_passages`).
 
     Returns:
         The passages; a file is read as they are consumed.
@@ -78,14 +85,19 @@ def load_passages(source: str) -> Iterable[Passage]:
         >>> len(list(load_passages("default"))) > 1000
         True
     """
-    return default_dataset().passages if source == DEFAULT else read_passages(source)
+    if source == DEFAULT:
+        return default_dataset().passages
+    form, _, path = source.partition(":")
+    return read_benchmark_passages(form, path) if form in PASSAGES else read_passages(source)
 
 
 def load_questions(source: str) -> list[Question]:
     """Read questions by their name in a config or on the command line.
 
     Args:
-        source: a questions file, or `default:<split>` for a split of the embedded data set.
+        source: a questions file, `default:<split>` for a split of the embedded data set, or a
+            published data set as `form:path`, for example `popqa:data/test.tsv` (see
+            `read_benchmark`).
 
     Returns:
         The questions in file order.
@@ -107,7 +119,8 @@ def load_questions(source: str) -> list[Question]:
                 f"got {shown(source)}"
             )
         return list(splits[split])
-    questions = list(read_questions(source))
+    form, _, path = source.partition(":")
+    questions = list(read_benchmark(form, path) if form in QUESTIONS else read_questions(source))
     if not questions:
         raise ValueError(f"{source}: expected at least one question, got none")
     return questions

@@ -54,6 +54,7 @@ class Question:
         answers: accepted answers; training takes the first or a random one, evaluation the best.
         positive_ids: ids of passages that contain the answer.
         negative_ids: ids of passages that are known not to contain it.
+        relevance: grade of each of `positive_ids`, for nDCG; empty: all are 1.
         meta: other fields of the record.
     """
 
@@ -62,6 +63,7 @@ class Question:
     answers: tuple[str, ...] = ()
     positive_ids: tuple[str, ...] = ()
     negative_ids: tuple[str, ...] = ()
+    relevance: tuple[int, ...] = ()
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import lzma
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrag.data import Passage, Question, read_passages, read_questions
+from fastrag.data.benchmarks import PASSAGES, QUESTIONS, read_benchmark, read_benchmark_passages
 from tests.fuzz.effort import effort
 
 READERS: list[Callable[..., Any]] = [read_passages, read_questions]
@@ -105,6 +108,45 @@ def test_any_records(examples: int, tmp_path: Path) -> None:
         for read in READERS:
             read_all(read, path, re.escape(str(path)) + r":\d+: ")
             read_all(read, dataset, r"dataset row \d+: ")
+
+    check()
+
+
+FORM_KEYS = [
+    *("_id", "id", "question", "Question", "answer", "Answer", "answers", "context", "title"),
+    *("supporting_facts", "paragraphs", "paragraph_text", "is_supporting", "answer_aliases"),
+    *("input", "output", "provenance", "wikipedia_id", "wikipedia_title", "start_paragraph_id"),
+    *("end_paragraph_id", "positive_ctxs", "negative_ctxs", "text", "possible_answers", "Value"),
+    *("QuestionId", "Aliases", "sentences", "ctxs"),
+]
+FORM_VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FORM_KEYS), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+NAMES_OF_ALL = dict.fromkeys(("_id", "id", "question", "Question", "QuestionId", "input"), "a")
+FORM_RECORDS = st.dictionaries(st.sampled_from(FORM_KEYS), FORM_VALUES, max_size=6).flatmap(
+    lambda record: st.sampled_from([record, NAMES_OF_ALL | record, record | NAMES_OF_ALL])
+)
+
+
+@pytest.mark.parametrize("examples", effort(quick=60, slow=1000))
+def test_any_records_of_published_forms(examples: int, tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    forms = [(read_benchmark, form) for form in QUESTIONS if form != "beir"]
+    forms += [(read_benchmark_passages, form) for form in PASSAGES if form != "beir"]
+
+    @settings(derandomize=True, deadline=None, max_examples=examples)
+    @given(st.lists(FORM_RECORDS, max_size=3), st.booleans())
+    def check(records: list[Any], listed: bool) -> None:
+        texts = [json.dumps(record) for record in records]
+        path.write_text(f"[{','.join(texts)}]" if listed else "".join(f"{t}\n" for t in texts))
+        for read, form in forms:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_all(functools.partial(read, form), path, re.escape(str(path)) + r":\d+")
 
     check()
 
