@@ -220,11 +220,13 @@ def _nq(record: Mapping[str, Any], where: str, row: str) -> Question:
 def _triviaqa(record: Mapping[str, Any], where: str, row: str) -> Question:
     question, id = _name(record, "Question", "question"), _name(record, "QuestionId", "question_id")
     key = _name(record, "Answer", "answer")
-    answer, answers = record.get(key), ()
+    answer = record.get(key)
+    answers: tuple[str, ...] = ()
     if answer is not None:  # the test set has none
         if not isinstance(answer, Mapping):
             raise ValueError(f"{where}: {key}: expected an object, got {type(answer).__name__}")
-        place, more = f"{where}: {key}", []
+        place = f"{where}: {key}"
+        more: list[str] = []
         for name in (_name(answer, "Aliases", "aliases"), "HumanAnswers"):
             more += _texts(answer.get(name), name, place)
         answers = _distinct([_required(answer, _name(answer, "Value", "value"), place), *more])
@@ -343,7 +345,8 @@ def _bamboogle(record: Mapping[str, Any], where: str, row: str) -> Question:
 
 
 def _kilt(record: Mapping[str, Any], where: str, row: str) -> Question:
-    answers, gold = [], []
+    answers: list[str] = []
+    gold: list[str] = []
     for place, output in _objects(record.get("output"), "output", where):
         answers += _answer(output, "answer", place) if output.get("answer") else ()
         for at, span in _objects(output.get("provenance"), "provenance", place):
