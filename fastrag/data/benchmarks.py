@@ -31,16 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from fastrag.data.json_lists import json_records
-from fastrag.data.readers import (
-    Passage,
-    Question,
-    _jsonl_records,
-    _records,
-    _required,
-    _table_records,
-    _text,
-    _texts,
-    _unique,
+from fastrag.data.readers import Passage, Question
+from fastrag.data.records import (
+    as_text,
+    as_texts,
+    check_unique,
+    jsonl_records,
+    required_text,
+    source_records,
+    table_records,
 )
 from fastrag.messages import clipped, shown
 
@@ -80,7 +79,7 @@ def read_benchmark(form: str, source: Any) -> Iterator[Question]:
         raise ValueError(f"form: expected one of {list(QUESTIONS)}, got {shown(form)}")
     seen: dict[str, str] = {}
     for where, question in QUESTIONS[form](source):
-        yield _unique(question, where, seen)
+        yield check_unique(question, where, seen)
 
 
 def read_benchmark_passages(form: str, source: Any) -> Iterator[Passage]:
@@ -131,12 +130,12 @@ def _each(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each record with its place: rows of a table or data set, or objects of a JSON file."""
     if not isinstance(source, str | os.PathLike):
-        records = _records(source, None, ())
+        records = source_records(source, None, ())
     else:
         path = Path(source)
         stem = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
         if stem.suffix.lower() in _TABLES:
-            records = _records(source, None, columns)
+            records = source_records(source, None, columns)
         else:
             records = json_records(path, root)
     for where, record in records:
@@ -165,8 +164,8 @@ def _id(record: Mapping[str, Any], where: str, *names: str) -> str:
     name = _name(record, *names)
     value = record.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
-        return _text(value, "id", where)
-    return _required(record, name, where)
+        return as_text(value, "id", where)
+    return required_text(record, name, where)
 
 
 def _listed(value: Any, key: str, where: str) -> Sequence[Any]:
@@ -186,7 +185,7 @@ def _objects(value: Any, key: str, where: str) -> Iterator[tuple[str, Mapping[st
 
 def _answer(record: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """Return the one answer of a record; the test sets of most forms have none."""
-    return (_text(record[key], key, where),) if record.get(key) is not None else ()
+    return (as_text(record[key], key, where),) if record.get(key) is not None else ()
 
 
 def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
@@ -211,8 +210,8 @@ def _nq(record: Mapping[str, Any], where: str, row: str) -> Question:
     key = _name(record, "answer", "answers")
     return Question(
         id=_id(record, where, "id") if "id" in record else row,
-        question=_required(record, "question", where),
-        answers=_texts(record.get(key), key, where),
+        question=required_text(record, "question", where),
+        answers=as_texts(record.get(key), key, where),
         meta=_meta(record, "id", "question", key),
     )
 
@@ -228,11 +227,11 @@ def _triviaqa(record: Mapping[str, Any], where: str, row: str) -> Question:
         place = f"{where}: {key}"
         more: list[str] = []
         for name in (_name(answer, "Aliases", "aliases"), "HumanAnswers"):
-            more += _texts(answer.get(name), name, place)
-        answers = _distinct([_required(answer, _name(answer, "Value", "value"), place), *more])
+            more += as_texts(answer.get(name), name, place)
+        answers = _distinct([required_text(answer, _name(answer, "Value", "value"), place), *more])
     return Question(
         id=_id(record, where, id),
-        question=_required(record, question, where),
+        question=required_text(record, question, where),
         answers=answers,
         meta=_meta(record, question, id),
     )
@@ -241,8 +240,8 @@ def _triviaqa(record: Mapping[str, Any], where: str, row: str) -> Question:
 def _popqa(record: Mapping[str, Any], where: str, row: str) -> Question:
     return Question(
         id=_id(record, where, "id"),
-        question=_required(record, "question", where),
-        answers=_texts(record.get("possible_answers"), "possible_answers", where),
+        question=required_text(record, "question", where),
+        answers=as_texts(record.get("possible_answers"), "possible_answers", where),
         meta=_meta(record, "id", "question", "possible_answers"),
     )
 
@@ -258,7 +257,7 @@ def _hotpotqa(
         answers = _distinct([*answers, *aliases.get(str(record.get("answer_id")), ())])
     return Question(
         id=_id(record, where, "_id", "id"),
-        question=_required(record, "question", where),
+        question=required_text(record, "question", where),
         answers=answers,
         positive_ids=_distinct(title for title, _ in _pairs(record, "supporting_facts", where)),
         meta=_meta(record, "_id", "id", "question", "answer"),
@@ -275,7 +274,7 @@ def _pairs(record: Mapping[str, Any], key: str, where: str) -> Iterator[tuple[st
         place = f"{where}: {key}[{i}]"
         if len(_listed(pair, key, where)) != 2:
             raise ValueError(f"{place}: expected [title, ...] of two, got {shown(pair)}")
-        yield _text(pair[0], "title", place), pair[1]
+        yield as_text(pair[0], "title", place), pair[1]
 
 
 def _2wiki_questions(source: Any) -> Iterator[tuple[str, Question]]:
@@ -286,8 +285,8 @@ def _2wiki_questions(source: Any) -> Iterator[tuple[str, Question]]:
     aliases: dict[str, tuple[str, ...]] = {}
     known = Path(source).with_name("id_aliases.json") if isinstance(source, str | Path) else None
     if known is not None and known.is_file():
-        for where, record in _jsonl_records(known):
-            names = (_texts(record.get(key), key, where) for key in ("aliases", "demonyms"))
+        for where, record in jsonl_records(known):
+            names = (as_texts(record.get(key), key, where) for key in ("aliases", "demonyms"))
             aliases[_id(record, where, "Q_id")] = tuple(itertools.chain(*names))
     read = functools.partial(_hotpotqa, aliases=aliases)
     return _by_record(read, ("question",), None, source)
@@ -310,11 +309,11 @@ def _musique(record: Mapping[str, Any], where: str, row: str) -> Question:
         for title, text, supporting in _musique_paragraphs(record, where)
         if supporting
     ]
-    aliases = _texts(record.get("answer_aliases"), "answer_aliases", where)
+    aliases = as_texts(record.get("answer_aliases"), "answer_aliases", where)
     return Question(
         # musique_full has each question twice, once with paragraphs that do not answer it
         id=id if answerable else f"{id}#unanswerable",
-        question=_required(record, "question", where),
+        question=required_text(record, "question", where),
         answers=_distinct([*answers, *aliases]) if answerable else (),
         positive_ids=_distinct(gold) if answerable else (),
         meta=_meta(record, "id", "question", "answer"),
@@ -323,7 +322,7 @@ def _musique(record: Mapping[str, Any], where: str, row: str) -> Question:
 
 def _musique_paragraphs(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, bool]]:
     for place, paragraph in _objects(record.get("paragraphs"), "paragraphs", where):
-        title, text = (_required(paragraph, key, place) for key in ("title", "paragraph_text"))
+        title, text = (required_text(paragraph, key, place) for key in ("title", "paragraph_text"))
         yield title, text, bool(paragraph.get("is_supporting"))
 
 
@@ -338,7 +337,7 @@ def _bamboogle(record: Mapping[str, Any], where: str, row: str) -> Question:
     question = _name(record, "Question", "question")
     return Question(
         id=_id(record, where, "id") if "id" in record else row,
-        question=_required(record, question, where),
+        question=required_text(record, question, where),
         answers=_answer(record, answer, where),
         meta=_meta(record, "id", question, answer),
     )
@@ -363,7 +362,7 @@ def _kilt(record: Mapping[str, Any], where: str, row: str) -> Question:
             gold += [f"{page}:{paragraph}" for paragraph in range(first, last + 1)]
     return Question(
         id=_id(record, where, "id"),
-        question=_required(record, "input", where),
+        question=required_text(record, "input", where),
         answers=_distinct(answers),
         positive_ids=_distinct(gold),
         meta=_meta(record, "id", "input"),
@@ -374,7 +373,7 @@ def _kilt_passages(source: Any) -> Iterator[Paragraph]:
     """Yield the paragraphs of the knowledge source, with the ids `page:paragraph`."""
     for where, record in _each(source, ("wikipedia_id",)):
         page = _id(record, where, "wikipedia_id")
-        title = _required(record, "wikipedia_title", where)
+        title = required_text(record, "wikipedia_title", where)
         paragraphs = record.get("text")
         if isinstance(paragraphs, Mapping):  # as `datasets` has it
             paragraphs = paragraphs.get("paragraph")
@@ -391,8 +390,8 @@ def _dpr(record: Mapping[str, Any], where: str, row: str) -> Question:
 
     return Question(
         id=row,
-        question=_required(record, "question", where),
-        answers=_texts(record.get("answers"), "answers", where),
+        question=required_text(record, "question", where),
+        answers=as_texts(record.get("answers"), "answers", where),
         positive_ids=ids("positive_ctxs"),
         negative_ids=ids("hard_negative_ctxs", "negative_ctxs"),
         meta=_meta(record, "question"),
@@ -403,10 +402,10 @@ def _contexts(record: Mapping[str, Any], where: str, keys: Sequence[str]) -> Ite
     """Yield the contexts of some lists; NQ has `passage_id`, TriviaQA `psg_id`, results `id`."""
     for key in keys:
         for place, context in _objects(record.get(key), key, where):
-            title, text = context.get("title") or "", _required(context, "text", place)
+            title, text = context.get("title") or "", required_text(context, "text", place)
             name = _name(context, "passage_id", "psg_id", "id")
             id = _id(context, place, name) if name in context else _paragraph_id(title, text)
-            yield id, _text(title, "title", place) if title else "", text
+            yield id, as_text(title, "title", place) if title else "", text
 
 
 def _dpr_passages(source: Any) -> Iterator[Paragraph]:
@@ -423,8 +422,8 @@ def _beir_questions(source: Any) -> Iterator[tuple[str, Question]]:
     folder, qrels = _beir_paths(source)
     grades: dict[str, dict[str, int]] = {}
     places: dict[str, str] = {}
-    for where, record in _table_records(qrels, "\t", _QRELS):
-        query, passage = (_required(record, key, where) for key in _QRELS[:2])
+    for where, record in table_records(qrels, "\t", _QRELS):
+        query, passage = (required_text(record, key, where) for key in _QRELS[:2])
         try:
             grade = int(record["score"])
         except ValueError:
@@ -434,7 +433,7 @@ def _beir_questions(source: Any) -> Iterator[tuple[str, Question]]:
         if grades.setdefault(query, {}).setdefault(passage, grade) != grade:
             raise ValueError(f"{where}: score: expected one of {shown(passage)}, got two")
         places.setdefault(query, where)
-    for where, record in _jsonl_records(_part(folder, "queries.jsonl")):
+    for where, record in jsonl_records(_part(folder, "queries.jsonl")):
         id = _id(record, where, "_id")
         if id not in grades:
             continue  # of another split
@@ -444,7 +443,7 @@ def _beir_questions(source: Any) -> Iterator[tuple[str, Question]]:
             where,
             Question(
                 id=id,
-                question=_required(record, "text", where),
+                question=required_text(record, "text", where),
                 positive_ids=tuple(right),
                 negative_ids=tuple(passage for passage in judged if passage not in right),
                 relevance=tuple(right.values()) if set(right.values()) - {1} else (),
@@ -459,7 +458,7 @@ def _beir_questions(source: Any) -> Iterator[tuple[str, Question]]:
 
 
 def _beir_passages(source: Any) -> Iterator[Paragraph]:
-    for where, record in _jsonl_records(_part(_beir_paths(source)[0], "corpus.jsonl")):
+    for where, record in jsonl_records(_part(_beir_paths(source)[0], "corpus.jsonl")):
         title, text = record.get("title") or "", record.get("text") or ""
         for key, value in (("title", title), ("text", text)):
             if not isinstance(value, str):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrag.data.readers import _DECODER, _jsonl_records, _lines
+from fastrag.data.records import DECODER, jsonl_records, text_lines
 from fastrag.messages import reason, shown
 
 _CHUNK = 2**16  # characters that are read at once; more while a record goes on
@@ -32,7 +32,7 @@ def json_records(path: Path, root: str | None = None) -> Iterator[tuple[str, Any
     text = _Text(path)
     if text.peek() == "{":
         if root is None:
-            yield from _jsonl_records(path)
+            yield from jsonl_records(path)
             return
         text.seek_list(root)
     text.take("[")
@@ -53,19 +53,19 @@ class _Text:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.line = 1  # of the next character
-        self._lines = _lines(path)
-        self._text = ""
+        self.lines = text_lines(path)
+        self.text = ""
         self._at = 0
 
     def peek(self) -> str:
         """Skip white space and return the next character, or an empty text at the end."""
         while True:
             end = self._at
-            while end < len(self._text) and self._text[end] in _SPACE:
+            while end < len(self.text) and self.text[end] in _SPACE:
                 end += 1
             self._move(end)
-            if end < len(self._text):
-                return self._text[end]
+            if end < len(self.text):
+                return self.text[end]
             if not self._read(_CHUNK):
                 return ""
 
@@ -82,7 +82,7 @@ class _Text:
         size = _CHUNK
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self.text, self._at)
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError) and self._read(size):
                     size *= 2  # so that a long record is not decoded from its start too often
@@ -105,18 +105,18 @@ class _Text:
         raise self._error(f"expected the key {root!r} with a list, got an object without it")
 
     def _move(self, end: int) -> None:
-        self.line += self._text.count("\n", self._at, end)
+        self.line += self.text.count("\n", self._at, end)
         self._at = end
 
     def _read(self, size: int) -> bool:
         """Append some lines; return whether there were any."""
-        pieces, n = [self._text[self._at :]], 0
-        for line in self._lines:
+        pieces, n = [self.text[self._at :]], 0
+        for line in self.lines:
             pieces.append(line)
             n += len(line)
             if n >= size:
                 break
-        self._text, self._at = "".join(pieces), 0
+        self.text, self._at = "".join(pieces), 0
         return n > 0
 
     def _error(self, message: str) -> ValueError:
