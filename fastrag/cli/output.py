@@ -41,7 +41,7 @@ def print_retrieval(results: dict[str, Any], n_passages: int) -> None:
         n_passages: number of passages.
     """
     from fastrag.eval import bootstrap_interval
-    from fastrag.eval.retrieval import BM25_B, BM25_K1
+    from fastrag.index.bm25 import BM25_B, BM25_K1
 
     first = next(iter(results.values()))
     columns = "".join(f"{name:>10}   95 % interval" for name in results)

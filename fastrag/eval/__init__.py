@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fastrag.eval.calibration import Bin, Calibration, calibrate
 from fastrag.eval.evaluate import EvalResult, Prediction, evaluate
 from fastrag.eval.metrics import (
     bootstrap_interval,
     contains_answer,
+    cover_match,
     exact_match,
     f1,
     ndcg_at,
@@ -16,6 +18,7 @@ from fastrag.eval.metrics import (
 from fastrag.eval.retrieval import (
     BM25Retriever,
     DenseRetriever,
+    PassageRetriever,
     Ranking,
     RetrievalResult,
     evaluate_retrieval,
@@ -23,13 +26,18 @@ from fastrag.eval.retrieval import (
 
 __all__ = [
     "BM25Retriever",
+    "Bin",
+    "Calibration",
     "DenseRetriever",
     "EvalResult",
+    "PassageRetriever",
     "Prediction",
     "Ranking",
     "RetrievalResult",
     "bootstrap_interval",
+    "calibrate",
     "contains_answer",
+    "cover_match",
     "evaluate",
     "evaluate_retrieval",
     "exact_match",

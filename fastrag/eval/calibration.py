@@ -86,19 +86,21 @@ def calibrate(
         ValueError: no passage, other lengths, a number outside [0, 1], or n_bins < 1.
 
     Example:
-        >>> calibrate([[0.9, 0.1], [0.7, 0.3]], [[True, False], [False, True]]).ece
-        0.4
+        >>> found = calibrate([[0.75, 0.25], [0.75, 0.25]], [[True, False], [False, True]])
+        >>> found.ece, found.bins[7].accuracy
+        (0.25, 0.5)
     """
     if n_bins < 1:
         raise ValueError(f"n_bins: expected an integer >= 1, got {shown(n_bins)}")
     if [len(each) for each in probabilities] != [len(each) for each in right]:
         raise ValueError("right: expected one value for each of the probabilities, got other sizes")
+    highs = np.arange(1, n_bins + 1) / n_bins
     sums = np.zeros((len(probabilities), n_bins, 3))
     for question, (row, judged) in enumerate(zip(probabilities, right, strict=True)):
         for p, is_right in zip(row, judged, strict=True):
             if not 0.0 <= p <= 1.0 + 1e-6:
                 raise ValueError(f"probabilities: expected numbers in [0, 1], got {shown(p)}")
-            place = min(max(int(np.ceil(p * n_bins)) - 1, 0), n_bins - 1)
+            place = min(int(np.searchsorted(highs, p)), n_bins - 1)
             sums[question, place] += (1.0, p, is_right)
     total = sums.sum(axis=0)
     if not total[:, 0].any():
@@ -113,7 +115,7 @@ def calibrate(
         )
         for i, (n, p, hits) in enumerate(total)
     )
-    return Calibration(bins, round(float(_ece(total[None])), 12), sums)
+    return Calibration(bins, _ece(total[None]), sums)
 
 
 def _ece(sums: np.ndarray[Any, Any]) -> float:

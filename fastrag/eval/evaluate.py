@@ -1,8 +1,8 @@
-"""Evaluation of a RAG model on questions: recall@k, exact match, F1 and optionally the loss.
+"""Evaluation of a RAG model on questions: retrieval, answers, likelihood, calibration of the prior.
 
-Recall is measured on the passages that the index returns for a question. Exact match and F1 are
-measured on the answer of `RagModel.generate`, which decodes by the model's marginal, RAG-Token or
-RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
+Retrieval is measured on the passages that the index returns for a question. Exact match, F1 and
+cover-EM are measured on the answer of `RagModel.generate`, which decodes by the model's marginal,
+RAG-Token or RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastrag.eval.batches import check_evaluated, in_batches
-from fastrag.eval.metrics import exact_match, f1
-from fastrag.eval.retrieval import Judge
+from fastrag.eval.calibration import Calibration, calibrate
+from fastrag.eval.metrics import bootstrap_interval, cover_match, exact_match, f1
+from fastrag.eval.retrieval import Judge, PassageRetriever, Ranking, ranking_values
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Prediction:
         f1: word overlap with the best answer; NaN without accepted answers.
         hit_rank: place of the first right passage in `retrieved`, from 0; -1 if none is right; None
             if the question has neither positive passages nor answers.
+        cover_match: 1.0 if the generated answer contains an accepted one, else 0.0; NaN without
+            accepted answers.
+        prior: p(z|x) of the passages that the answer was generated from, best first; these are the
+            first of those that were found, though `retrieved` may have fewer.
     """
 
     id: str
@@ -55,6 +60,8 @@ class Prediction:
     exact_match: float
     f1: float
     hit_rank: int | None
+    cover_match: float
+    prior: tuple[float, ...]
 
     @property
     def probability_per_token(self) -> float:
@@ -67,12 +74,34 @@ class EvalResult:
     """Metrics over all questions, and the answer to each.
 
     Attributes:
-        metrics: `recall@k` for each k, `em`, `f1`, `n_questions`, and `loss` if requested.
+        metrics: the mean of each of `values`, `ece`, `n_questions`, and `loss` if requested.
         predictions: one per question, in the order of the questions.
+        values: for each measure, its values for the questions that can be judged by it:
+            `recall@k`, `em`, `f1`, `cover_em`, those of `ranking_values`, and `nll` if requested.
+        weights: weights of the values of a measure in its mean: the label tokens of `nll`.
+        calibration: comparison of p(z|x) with whether passage z is right; None if no question can
+            be judged.
     """
 
     metrics: dict[str, float]
     predictions: list[Prediction]
+    values: dict[str, list[float]]
+    weights: dict[str, list[float]]
+    calibration: Calibration | None
+
+    def interval(self, metric: str, seed: int = 0) -> tuple[float, float] | None:
+        """Return the 95 % bootstrap interval of a metric over questions; None of `loss` and counts.
+
+        Args:
+            metric: a name of `metrics`.
+            seed: seed of the resampling.
+        """
+        if metric == "ece" and self.calibration is not None:
+            return self.calibration.interval(seed=seed)
+        if metric not in self.values:
+            return None
+        weights = self.weights.get(metric)
+        return bootstrap_interval(self.values[metric], seed=seed, weights=weights)
 
 
 def evaluate(
@@ -85,6 +114,7 @@ def evaluate(
     max_new_tokens: int = 32,
     n_docs: int | None = None,
     marginal: str | None = None,
+    retriever: PassageRetriever | None = None,
     loss: bool = False,
     progress: bool = True,
     description: str = "evaluate",
@@ -94,7 +124,7 @@ def evaluate(
     recall@k = share of questions with a right passage among the first k. If a question names its
     positive passages, these are right; otherwise a passage is right if it contains an accepted
     answer (Karpukhin et al. 2020). Questions without either do not count in recall, and questions
-    without answers do not count in EM and F1.
+    without answers do not count in EM, F1, cover-EM and NLL.
 
     Args:
         model: the model; its training mode is restored afterwards.
@@ -105,7 +135,10 @@ def evaluate(
         max_new_tokens: length limit of an answer.
         n_docs: passages per question for the answer; None: as in the model.
         marginal: decoding of the answers, see `RagModel.generate`; None: as in the model.
-        loss: also compute the marginal NLL per label token.
+        retriever: finds the passages in place of the model's, for example a `BM25Retriever`; the
+            softmax of its scores is the prior. It must search the model's passages.
+        loss: also compute `nll`, the negative log-likelihood per label token under the marginal of
+            the decoding and the passages of the answer, and `loss`, the model's training loss.
         progress: show a progress bar.
         description: label of the progress bar.
 
@@ -114,49 +147,55 @@ def evaluate(
 
     Raises:
         ValueError: there is no question, one is malformed, batch_size, ks, limit or n_docs is not
-            positive, or there is no decoding of this name.
+            positive, there is no decoding of this name, or a retriever of other passages.
 
     Example:
         >>> result = evaluate(model, questions, ks=(1, 5))              # doctest: +SKIP
-        >>> result.metrics["recall@5"], result.metrics["em"]             # doctest: +SKIP
+        >>> result.metrics["em"], result.interval("em")                 # doctest: +SKIP
+        (0.425, (0.35, 0.5))
     """
     chosen, ks = check_evaluated(questions, batch_size, ks, limit)
     if n_docs is not None and n_docs < 1:
         raise ValueError(f"n_docs: expected an integer >= 1 or None, got {n_docs}")
+    if retriever is not None and retriever.passages is not model.passages:
+        raise ValueError("retriever: expected one of the model's passages, got one of others")
+    from fastrag.eval.label_loss import LabelLoss
     from fastrag.nn.generators import evaluating
 
     n_docs = model.n_docs if n_docs is None else n_docs
-    judge = Judge(model.passages)
-    predictions: list[Prediction] = []
-    nll, n_tokens = 0.0, 0
+    label_loss = LabelLoss(model.loss_fn, marginal or model.marginal)
+    answered = _Answered(model)
+    total_loss = 0.0
     with (
         evaluating(model),
         torch.no_grad(),
         in_batches(chosen, batch_size, progress, description) as batches,
     ):
-        for rows in batches:
-            batch = _to_device(_collated(rows, model.processor, loss), model)
+        for asked in batches:
+            batch = _to_device(_collated(asked, model.processor, loss), model)
             # One search for recall, answer and loss: the best k are the first of a larger k.
-            found = _search(model, batch, max(*ks, n_docs, model.n_docs))
+            k = max(*ks, n_docs, model.n_docs)
+            rows, doc_scores = _search(model, retriever, asked, batch, k)
             generation: Any = model.generate(
-                **(batch if n_docs == model.n_docs else {**batch, "labels": None}),
+                **batch,
                 marginal=marginal,
                 max_new_tokens=max_new_tokens,
-                rows=found[:, :n_docs],
+                rows=rows[:, :n_docs],
+                doc_scores=None if doc_scores is None else doc_scores[:, :n_docs],
+                loss_fn=label_loss,
                 on_progress=batches.advance,
             )
-            predictions += _predictions(model, rows, generation, found[:, : max(ks)], judge)
+            answered.add(asked, generation, rows[:, : max(ks)])
             if "labels" in batch:
-                counted = int(batch["labels"].ne(IGNORE_INDEX).sum())
+                counted = batch["labels"].ne(IGNORE_INDEX).sum(dim=1)
+                answered.add_nll(label_loss.nll, counted)
                 batch_loss = generation.loss
-                if batch_loss is None:  # the answer has another number of passages
-                    batch_loss = model(**batch, rows=found[:, : model.n_docs]).loss
-                nll += float(batch_loss) * counted
-                n_tokens += counted
-    metrics = _summary(predictions, ks)
-    if loss and n_tokens:
-        metrics["loss"] = nll / n_tokens
-    return EvalResult(metrics=metrics, predictions=predictions)
+                if n_docs != model.n_docs:  # the model's loss is that of its own number of passages
+                    own = slice(0, model.n_docs)
+                    scores = None if doc_scores is None else doc_scores[:, own]
+                    batch_loss = model(**batch, rows=rows[:, own], doc_scores=scores).loss
+                total_loss += float(batch_loss) * int(counted.sum())
+    return answered.result(ks, total_loss)
 
 
 def _collated(questions: list[Question], processor: RagProcessor, loss: bool) -> dict[str, Any]:
@@ -181,49 +220,110 @@ def _to_device(batch: Mapping[str, Any], model: RagModel) -> dict[str, Any]:
     }
 
 
-def _search(model: RagModel, batch: dict[str, Any], k: int) -> Tensor:
-    """Return the rows of the k best passages of each question, `[B, k]`."""
-    return model.retrieve(batch["input_ids"], batch["attention_mask"], k).rows
+def _search(
+    model: RagModel,
+    retriever: PassageRetriever | None,
+    questions: list[Question],
+    batch: dict[str, Any],
+    k: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of the k best passages `[B, k]`, and the scores of another retriever."""
+    if retriever is None:
+        return model.retrieve(batch["input_ids"], batch["attention_mask"], k).rows, None
+    scores, rows = retriever(questions, k)
+    device = batch["input_ids"].device
+    return rows.to(device), scores.to(device)
 
 
-def _predictions(
-    model: RagModel, questions: list[Question], generation: Any, rows: Tensor, judge: Judge
-) -> list[Prediction]:
-    texts = model.processor.decode(generation.sequences)
-    predictions = []
-    for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
-        answers = question.answers
-        text = texts[i]
-        support = int(generation.supporting_rows[i])
-        ranking = judge.ranking(question, found)
-        hits = ranking.hits
-        predictions.append(
-            Prediction(
-                id=question.id,
-                question=question.question,
-                answers=answers,
-                prediction=text,
-                log_prob=float(generation.scores[i]),
-                n_tokens=int(generation.lengths[i]),
-                passage_id=model.passages.ids[support] if support >= 0 else "",
-                retrieved=ranking.retrieved,
-                exact_match=exact_match(text, answers) if answers else math.nan,
-                f1=f1(text, answers) if answers else math.nan,
-                hit_rank=None if hits is None else (hits[0] if hits else -1),
+class _Answered:
+    """What is known of the questions that have been answered.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: RagModel) -> None:
+        self.model = model
+        self.judge = Judge(model.passages)
+        self.predictions: list[Prediction] = []
+        self.rankings: list[Ranking] = []
+        self.right: list[list[bool] | None] = []  # of the passages that an answer was made from
+        self.nll: list[float] = []
+        self.n_tokens: list[float] = []
+
+    def add(self, questions: list[Question], generation: Any, rows: Tensor) -> None:
+        """Judge the answers of a batch and the passages `rows` that were found for it."""
+        model = self.model
+        texts = model.processor.decode(generation.sequences)
+        priors = generation.doc_scores.float().softmax(dim=1).tolist()
+        for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
+            answers = question.answers
+            text = texts[i]
+            support = int(generation.supporting_rows[i])
+            ranking = self.judge.ranking(question, found)
+            hits = ranking.hits
+            read = generation.rows[i].tolist()
+            prior = [p for p, row in zip(priors[i], read, strict=True) if row >= 0]
+            right = self.judge.ranking(question, read).hits
+            self.rankings.append(ranking)
+            self.right.append(None if right is None else [k in right for k in range(len(prior))])
+            self.predictions.append(
+                Prediction(
+                    id=question.id,
+                    question=question.question,
+                    answers=answers,
+                    prediction=text,
+                    log_prob=float(generation.scores[i]),
+                    n_tokens=int(generation.lengths[i]),
+                    passage_id=model.passages.ids[support] if support >= 0 else "",
+                    retrieved=ranking.retrieved,
+                    exact_match=exact_match(text, answers) if answers else math.nan,
+                    f1=f1(text, answers) if answers else math.nan,
+                    hit_rank=None if hits is None else (hits[0] if hits else -1),
+                    cover_match=cover_match(text, answers) if answers else math.nan,
+                    prior=tuple(prior),
+                )
             )
-        )
-    return predictions
 
+    def add_nll(self, nll: Tensor | None, n_tokens: Tensor) -> None:
+        """Add -log p(y|x) and the number of label tokens of a batch, `[B]` each."""
+        if nll is None:
+            raise RuntimeError("the decoder computed no loss of the labels")
+        for value, n in zip(nll.tolist(), n_tokens.tolist(), strict=True):
+            if n:
+                self.nll.append(value / n)
+                self.n_tokens.append(float(n))
 
-def _summary(predictions: list[Prediction], ks: Sequence[int]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    judged = [each.hit_rank for each in predictions if each.hit_rank is not None]
-    for k in ks:
+    def result(self, ks: Sequence[int], total_loss: float) -> EvalResult:
+        """Summarise; `total_loss` is the model's loss summed over label tokens."""
+        values: dict[str, list[float]] = {}
+        judged = [each.hit_rank for each in self.predictions if each.hit_rank is not None]
         if judged:
-            metrics[f"recall@{k}"] = sum(0 <= rank < k for rank in judged) / len(judged)
-    answered = [each for each in predictions if each.answers]
-    if answered:
-        metrics["em"] = sum(each.exact_match for each in answered) / len(answered)
-        metrics["f1"] = sum(each.f1 for each in answered) / len(answered)
-    metrics["n_questions"] = float(len(predictions))
-    return metrics
+            for k in ks:
+                values[f"recall@{k}"] = [float(0 <= rank < k) for rank in judged]
+        answered = [each for each in self.predictions if each.answers]
+        if answered:
+            values["em"] = [each.exact_match for each in answered]
+            values["f1"] = [each.f1 for each in answered]
+            values["cover_em"] = [each.cover_match for each in answered]
+        weights: dict[str, list[float]] = {}
+        if self.nll:
+            values["nll"], weights["nll"] = self.nll, self.n_tokens
+        values |= ranking_values(self.rankings, ks, max(ks))
+        metrics = {name: sum(each) / len(each) for name, each in values.items()}
+        n_tokens = sum(self.n_tokens)
+        if self.nll:
+            pairs = zip(self.nll, self.n_tokens, strict=True)
+            metrics["nll"] = sum(value * n for value, n in pairs) / n_tokens
+            metrics["loss"] = total_loss / n_tokens
+        cases = [
+            (prediction.prior, right)
+            for prediction, right in zip(self.predictions, self.right, strict=True)
+            if right
+        ]
+        calibration = None
+        if cases:
+            calibration = calibrate([p for p, _ in cases], [right for _, right in cases])
+            metrics["ece"] = calibration.ece
+        metrics["n_questions"] = float(len(self.predictions))
+        return EvalResult(metrics, self.predictions, values, weights, calibration)

@@ -2,12 +2,14 @@
 
     EM = max_a [normalize(prediction) = normalize(a)]         (Rajpurkar et al. 2016, sec. 6.1)
     F1 = max_a 2 P R / (P + R) over bags of normalised words              (ibid.)
+    cover-EM = max_a [normalize(a) is part of normalize(prediction)]
+                                         (Rosset et al. 2020; Mallen et al. 2023, accuracy)
     recall@k = share of questions with a right passage in the k best
                                                               (Karpukhin et al. 2020, sec. 5.1)
     RR = 1 / place of the first right passage, 0 without one; its mean is MRR
-    nDCG@k = DCG / the DCG of all right passages in the first places,
-        DCG = sum over right passages in the k best of 1 / log2(place + 1)
-                                                         (Järvelin & Kekäläinen 2002, binary)
+    nDCG@k = DCG / the DCG of all right passages in the first places, best grade first,
+        DCG = sum over the k best of grade / log2(place + 1); the grade of a right passage is 1
+        unless the data set grades it            (Järvelin & Kekäläinen 2002; trec_eval's form)
 
 All functions take plain strings and sequences; none needs a model or a tensor.
 """
@@ -19,7 +21,8 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +71,32 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """
     predicted = normalize_answer(prediction)
     return float(any(predicted == normalize_answer(answer) for answer in _checked(answers)))
+
+
+def cover_match(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1.0 if the prediction contains any of the answers after `normalize_answer`, else 0.0.
+
+    A generator that answers in a sentence fails exact match with a right answer, but not this one.
+    It compares characters, not words: the answer `no` is found in `north`.
+
+    Args:
+        prediction: the predicted text.
+        answers: one or more accepted answers; a single text is one answer. An answer that is empty
+            after normalisation only matches an empty prediction.
+
+    Returns:
+        1.0 or 0.0; at least `exact_match`.
+
+    Raises:
+        ValueError: answers is empty.
+
+    Example:
+        >>> cover_match("It is the Nile.", ["Nile"]), exact_match("It is the Nile.", ["Nile"])
+        (1.0, 0.0)
+    """
+    predicted = normalize_answer(prediction)
+    wanted = [normalize_answer(answer) for answer in _checked(answers)]
+    return float(any(answer in predicted if answer else not predicted for answer in wanted))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -174,61 +203,83 @@ def reciprocal_rank(hits: Sequence[int]) -> float:
     return 1.0 / (hits[0] + 1) if hits else 0.0
 
 
-def ndcg_at(hits: Sequence[int], n_right: int, k: int) -> float:
-    """Return the normalised discounted cumulative gain of a ranking with binary relevance.
+def ndcg_at(ranked: Sequence[float], right: Sequence[float], k: int) -> float:
+    """Return the normalised discounted cumulative gain of a ranking.
 
     Args:
-        hits: places of the right passages in the ranking, counted from 0.
-        n_right: number of right passages.
-        k: number of ranked passages that count, at least 1.
+        ranked: grade of each ranked passage, best first; 0 if it is not right.
+        right: grades of all right passages, in any order.
+        k: number of ranked passages considered, at least 1.
 
     Returns:
-        A number in [0, 1]; 0.0 if there is no right passage.
+        A number in [0, 1]; 0.0 if nothing is right.
 
     Raises:
         ValueError: k < 1.
 
     Example:
-        >>> ndcg_at([0], 1, k=10), round(ndcg_at([2], 1, k=10), 3)
+        >>> ndcg_at([1, 0], [1], k=10), ndcg_at([0, 0, 1], [1], k=10)
         (1.0, 0.5)
     """
     if k < 1:
         raise ValueError(f"k: expected an integer >= 1, got {shown(k)}")
-    ideal = sum(_gain(place) for place in range(min(n_right, k)))
-    return sum(_gain(place) for place in hits if place < k) / ideal if ideal else 0.0
+    ideal = _gain(sorted(right, reverse=True)[:k])
+    return _gain(ranked[:k]) / ideal if ideal else 0.0
 
 
 def bootstrap_interval(
-    values: Sequence[float], n: int = 1000, seed: int = 0, level: float = 0.95
+    values: Sequence[float] | np.ndarray[Any, Any],
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    *,
+    weights: Sequence[float] | None = None,
+    statistic: Callable[[np.ndarray[Any, Any]], float] | None = None,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a mean (Efron & Tibshirani 1993, ch. 13).
 
     Args:
         values: one value per question, for example the exact matches.
         n: number of resamples, at least 1.
-        seed: seed of the resampling.
+        seed: seed of the resampling, so that a report can be repeated.
         level: share of the resampled means inside the interval, in (0, 1).
+        weights: weight of each value in the mean, for example the tokens of an answer.
+        statistic: figure of a sample in place of the mean. It gets the values of the drawn
+            questions, which may then have any shape `[n_questions, ...]`.
 
     Returns:
         Lower and upper end.
 
     Raises:
-        ValueError: values is empty, n < 1, or level outside (0, 1).
+        ValueError: values is empty, weights are of another length or none is positive, n < 1, or
+            level outside (0, 1).
 
     Example:
         >>> bootstrap_interval([1.0, 1.0, 1.0])
         (1.0, 1.0)
     """
     data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or data.size == 0:
+    if data.size == 0 or (data.ndim != 1 and statistic is None):
         raise ValueError(f"values: expected a non-empty list of numbers, got shape {data.shape}")
     if n < 1:
         raise ValueError(f"n: expected an integer >= 1, got {shown(n)}")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number in (0, 1), got {shown(level)}")
+    figure: Callable[[np.ndarray[Any, Any]], Any] = statistic or np.mean
+    if weights is not None:
+        share = np.asarray(weights, dtype=np.float64)
+        if share.shape != data.shape or not (share > 0).any():
+            raise ValueError(
+                f"weights: expected {data.size} numbers, of which one is above 0, got "
+                f"{shown(weights)}"
+            )
+        data = np.stack([data * share, share], axis=1)
+        figure = _ratio
     rng = np.random.default_rng(seed)
-    means = np.array([data[rng.integers(0, data.size, data.size)].mean() for _ in range(n)])
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    found = [figure(data[rng.integers(0, len(data), len(data))]) for _ in range(n)]
+    # a resample whose weights are all zero has no mean
+    quantile = np.quantile if weights is None else np.nanquantile
+    low, high = quantile(found, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return float(low), float(high)
 
 
@@ -242,8 +293,14 @@ def _bag_f1(predicted: list[str], gold: list[str]) -> float:
     return 2.0 * precision * recall / (precision + recall)
 
 
-def _gain(place: int) -> float:
-    return 1.0 / math.log2(place + 2)
+def _gain(grades: Sequence[float]) -> float:
+    return sum(grade / math.log2(place + 2) for place, grade in enumerate(grades))
+
+
+def _ratio(sums: np.ndarray[Any, Any]) -> float:
+    """Return the quotient of the sums of two columns; NaN where the second is zero."""
+    above, below = sums.sum(axis=0)
+    return float(above / below) if below else math.nan
 
 
 def _listed(answers: Sequence[str]) -> Sequence[str]:

@@ -1,23 +1,21 @@
 """Evaluation of retrieval without a generator: recall@k, MRR and nDCG@10 of a ranking.
 
-Relevance is binary, and judged in two ways, which are reported separately:
+Passages are judged in two ways, which are reported separately:
 
     gold     a passage is right if the question names its id        (questions that name passages)
     answer   a passage is right if it contains an accepted answer   (questions with answers)
 
 The ideal ranking of nDCG has all passages that the question names for `gold`, and only the right
 ones among those retrieved for `answer`, because the whole corpus is not searched for answers. MRR
-only considers the retrieved passages.
+only considers the retrieved passages. If a data set grades its passages (BEIR), the gains of nDCG
+are the grades, and every named passage is right in all other measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastrag.eval.batches import check_evaluated, in_batches
 from fastrag.eval.metrics import has_words, ndcg_at, reciprocal_rank, words_of
@@ -25,12 +23,10 @@ from fastrag.eval.metrics import has_words, ndcg_at, reciprocal_rank, words_of
 if TYPE_CHECKING:
     from fastrag.data import Question
     from fastrag.data.tokenization import QuestionBatch
-    from fastrag.index import PassageStore
+    from fastrag.index import Hits, PassageStore
     from fastrag.nn.retriever import Retriever
 
 NDCG_K = 10
-# Anserini's defaults, which most reports of BM25 use.
-BM25_K1, BM25_B = 0.9, 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +41,8 @@ class Ranking:
             it names none.
         n_gold: number of passages that the question names.
         answer_hits: places of the passages that contain an accepted answer; None without answers.
+        grades: grades of the passages at `gold_hits`, and then those of all others that the
+            question names; empty: all are 1.
     """
 
     id: str
@@ -53,6 +51,7 @@ class Ranking:
     gold_hits: tuple[int, ...] | None
     n_gold: int
     answer_hits: tuple[int, ...] | None
+    grades: tuple[int, ...] = ()
 
     @property
     def hits(self) -> tuple[int, ...] | None:
@@ -95,20 +94,37 @@ class Judge:
         found = [row for row in rows if row >= 0]
         ids = tuple(self.passages.ids[row] for row in found)
         gold = answers = None
-        named = set(question.positive_ids)
+        named = dict.fromkeys(question.positive_ids, 1)
+        named.update(zip(question.positive_ids, question.relevance, strict=False))
+        grades: tuple[int, ...] = ()
         if named:
             gold = tuple(place for place, id in enumerate(ids) if id in named)
+        if gold is not None and question.relevance:
+            hits = [ids[place] for place in gold]
+            others = [id for id in named if id not in hits]
+            grades = tuple(named[id] for id in (*hits, *others))
         if question.answers:
             wanted = [words_of(answer) for answer in question.answers]
             contains = [has_words(self._words_of(row), wanted) for row in found]
             answers = tuple(place for place, right in enumerate(contains) if right)
-        return Ranking(question.id, question.question, ids, gold, len(named), answers)
+        return Ranking(question.id, question.question, ids, gold, len(named), answers, grades)
 
     def _words_of(self, row: int) -> str:
         if row not in self._words:
             text = f"{self.passages.title(row)} {self.passages.text(row)}"
             self._words[row] = words_of(text)
         return self._words[row]
+
+
+class PassageRetriever(Protocol):
+    """Finds passages for questions: `DenseRetriever`, `BM25Retriever`, or one of your own."""
+
+    @property
+    def passages(self) -> PassageStore:
+        """Passages that are searched."""
+
+    def __call__(self, questions: Sequence[Question], k: int) -> Hits:
+        """Return the k best passages of each question, `[B, k]`, row -1 if missing."""
 
 
 class DenseRetriever:
@@ -128,47 +144,42 @@ class DenseRetriever:
         """Passages that are searched."""
         return self.retriever.passages
 
-    def __call__(self, questions: Sequence[Question], k: int) -> Tensor:
-        """Return the rows of the k nearest passages of each question, `[B, k]`, -1 if missing."""
+    def __call__(self, questions: Sequence[Question], k: int) -> Hits:
+        """Return the k nearest passages of each question; see `Retriever.search`."""
         device = next(self.retriever.parameters()).device
         batch = {name: ids.to(device) for name, ids in self.question_batch(questions).items()}
-        return self.retriever.search(**batch, k=k).rows
+        return self.retriever.search(**batch, k=k)
 
 
 class BM25Retriever:
-    """Retrieve by BM25 over title and text, without stop words and stemming (package `bm25s`).
+    """Retrieve with a `BM25Index` (package `bm25s`).
 
     Args:
         passages: the passages.
+        settings: arguments of `BM25Index`.
 
     Raises:
         ImportError: bm25s is not installed.
+        ValueError: as `BM25Index`.
     """
 
-    def __init__(self, passages: PassageStore) -> None:
-        import bm25s
+    def __init__(self, passages: PassageStore, **settings: Any) -> None:
+        from fastrag.index import BM25Index
 
-        self.passages = passages
-        self._tokenize = bm25s.tokenize
-        texts = [f"{passages.title(row)} {passages.text(row)}" for row in range(len(passages))]
-        self._bm25 = bm25s.BM25(k1=BM25_K1, b=BM25_B)
-        self._bm25.index(self._words(texts), show_progress=False)
-        self._n_passages = len(texts)
+        self.index = BM25Index(passages, **settings)
 
-    def __call__(self, questions: Sequence[Question], k: int) -> Tensor:
-        """Return the rows of the k best passages of each question, `[B, k]`, -1 if missing."""
-        k_found = min(k, self._n_passages)
-        words = self._words([question.question for question in questions])
-        rows = self._bm25.retrieve(words, k=k_found, return_as="documents", show_progress=False)
-        found = torch.from_numpy(rows.astype("int64"))
-        return nn.functional.pad(found, (0, k - k_found), value=-1)
+    @property
+    def passages(self) -> PassageStore:
+        """Passages that are searched."""
+        return self.index.passages
 
-    def _words(self, texts: list[str]) -> Any:
-        return self._tokenize(texts, stopwords=None, show_progress=False)
+    def __call__(self, questions: Sequence[Question], k: int) -> Hits:
+        """Return the k best passages of each question; see `BM25Index.search`."""
+        return self.index.search([question.question for question in questions], k)
 
 
 def evaluate_retrieval(
-    retriever: DenseRetriever | BM25Retriever,
+    retriever: PassageRetriever,
     questions: Sequence[Question | Mapping[str, Any]],
     *,
     ks: int | Sequence[int] = (1, 5, 20),
@@ -180,7 +191,7 @@ def evaluate_retrieval(
     """Measure a ranking of passages, without generating answers.
 
     Args:
-        retriever: returns the rows of the k best passages for a batch of questions.
+        retriever: finds the k best passages of a batch of questions.
         questions: the questions; those with neither answers nor named passages are not judged.
         ks: one k of recall@k, or several.
         batch_size: questions per batch.
@@ -189,8 +200,8 @@ def evaluate_retrieval(
         description: label of the progress bar.
 
     Returns:
-        `gold-recall@k`, `gold-mrr@n` and `gold-ndcg@10`, and the same with `answer-`; n is the
-        number of retrieved passages, the largest of 10 and `ks`.
+        The measures of `ranking_values`; the number of retrieved passages is the largest of 10 and
+        `ks`.
 
     Raises:
         ValueError: there is no question, one is malformed, or batch_size, ks or limit is not
@@ -209,10 +220,10 @@ def evaluate_retrieval(
     found: list[list[int]] = []
     with in_batches([chosen[i] for i in order], batch_size, progress, description) as batches:
         for batch in batches:
-            found += retriever(batch, depth).tolist()
+            found += retriever(batch, depth).rows.tolist()
     rows = dict(zip(order, found, strict=True))
     rankings = [judge.ranking(question, rows[i]) for i, question in enumerate(chosen)]
-    return RetrievalResult(_values(rankings, sorted(set(ks)), depth), rankings)
+    return RetrievalResult(ranking_values(rankings, ks, depth), rankings)
 
 
 def recall(rankings: Sequence[Ranking], ks: Sequence[int]) -> dict[str, float]:
@@ -231,16 +242,56 @@ def recall(rankings: Sequence[Ranking], ks: Sequence[int]) -> dict[str, float]:
     return metrics | {"n_questions": float(len(rankings))}
 
 
-def _values(rankings: Sequence[Ranking], ks: Sequence[int], depth: int) -> dict[str, list[float]]:
+def ranking_values(
+    rankings: Sequence[Ranking], ks: Sequence[int], depth: int
+) -> dict[str, list[float]]:
+    """Return the measures of each ranking that can be judged by them.
+
+        recall@k     1 if a passage among the first k is right, else 0
+        coverage@k   share of the passages that the question names among the first k
+        mrr@n        1 / place of the first right passage
+        ndcg@10      see `fastrag.eval.metrics`
+
+    Args:
+        rankings: one per question.
+        ks: the values of k.
+        depth: number n of passages that were retrieved.
+
+    Returns:
+        Values by name, such as `gold-recall@5` and `answer-recall@5`. Coverage is only of `gold`,
+        and only if a question names several passages; otherwise it is recall. nDCG is `ndcg@n` if
+        n is below 10.
+    """
     values: dict[str, list[float]] = {}
-    gold = [(each.gold_hits, each.n_gold) for each in rankings if each.gold_hits is not None]
-    by_answer = [each.answer_hits for each in rankings if each.answer_hits is not None]
-    judged = {"gold": gold, "answer": [(hits, len(hits)) for hits in by_answer]}
-    for kind, pairs in judged.items():
-        if not pairs:
+    cut = min(NDCG_K, depth)
+    for kind in ("gold", "answer"):
+        judged = [each for each in rankings if getattr(each, f"{kind}_hits") is not None]
+        if not judged:
             continue
-        for k in ks:
-            values[f"{kind}-recall@{k}"] = [float(any(p < k for p in hits)) for hits, _ in pairs]
-        values[f"{kind}-mrr@{depth}"] = [reciprocal_rank(hits) for hits, _ in pairs]
-        values[f"{kind}-ndcg@{NDCG_K}"] = [ndcg_at(hits, n, NDCG_K) for hits, n in pairs]
+        hits = [getattr(each, f"{kind}_hits") for each in judged]
+        for k in sorted(set(ks)):
+            values[f"{kind}-recall@{k}"] = [float(any(p < k for p in places)) for places in hits]
+        if kind == "gold" and any(each.n_gold > 1 for each in judged):
+            for k in sorted(set(ks)):
+                values[f"{kind}-coverage@{k}"] = [
+                    sum(place < k for place in places) / each.n_gold
+                    for each, places in zip(judged, hits, strict=True)
+                ]
+        values[f"{kind}-mrr@{depth}"] = [reciprocal_rank(places) for places in hits]
+        grades = [
+            (each.grades or (1,) * each.n_gold) if kind == "gold" else (1,) * len(places)
+            for each, places in zip(judged, hits, strict=True)
+        ]
+        values[f"{kind}-ndcg@{cut}"] = [
+            _ndcg(places, right, cut) for places, right in zip(hits, grades, strict=True)
+        ]
     return values
+
+
+def _ndcg(places: Sequence[int], right: Sequence[int], k: int) -> float:
+    """Return nDCG@k of right passages at `places`, whose grades are the first of `right`."""
+    ranked = [0] * k
+    for place, grade in zip(places, right, strict=False):
+        if place < k:
+            ranked[place] = grade
+    return ndcg_at(ranked, right, k)

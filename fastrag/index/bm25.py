@@ -85,16 +85,28 @@ class BM25Index:
             raise ValueError(f"queries: expected a list of texts, got {shown(queries)}")
         if checks.whole("k", k) < 1:
             raise ValueError(f"k: expected an integer >= 1, got {shown(k)}")
-        all_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
-        all_rows = np.full((len(queries), k), -1, dtype=np.int64)
-        if queries:
-            n = min(k, len(self))
-            rows, scores = self._bm25.retrieve(self._words(list(queries)), k=n, show_progress=False)
-            order = np.lexsort((rows, -scores))
-            rows, scores = (np.take_along_axis(each, order, axis=1) for each in (rows, scores))
-            all_rows[:, :n] = np.where(scores > 0, rows, -1)
-            all_scores[:, :n] = np.where(scores > 0, scores, -np.inf)
-        return Hits(torch.from_numpy(all_scores), torch.from_numpy(all_rows), None, 0)
+        scores = torch.full((len(queries), k), -torch.inf)
+        rows = torch.full((len(queries), k), -1)
+        for i, words in enumerate(self._words(list(queries), return_ids=False)):
+            if not words:
+                continue
+            found = self._bm25.get_scores(words)  # [N]
+            best = torch.from_numpy(_best(found, k))
+            rows[i, : len(best)] = best
+            scores[i, : len(best)] = torch.from_numpy(found)[best]
+        return Hits(scores, rows, None, 0)
 
-    def _words(self, texts: list[str]) -> Any:
-        return self._tokenize(texts, token_pattern=_WORDS, stopwords=None, show_progress=False)
+    def _words(self, texts: list[str], **how: Any) -> Any:
+        return self._tokenize(
+            texts, token_pattern=_WORDS, stopwords=None, show_progress=False, **how
+        )
+
+
+def _best(scores: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
+    """Return the places of the k largest scores above 0; of equal ones the first."""
+    found = np.flatnonzero(scores > 0)
+    if len(found) > k:
+        least = np.partition(scores[found], -k)[-k]
+        found = found[scores[found] >= least]
+    order = np.argsort(-scores[found], kind="stable")[:k]
+    return found[order].astype(np.int64)

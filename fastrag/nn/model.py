@@ -18,6 +18,7 @@ from fastrag.nn.arguments import (
     check_count,
     check_processor,
     explain_failure,
+    given_hits,
 )
 from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
@@ -194,6 +195,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         rows: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         example_weight: Tensor | None = None,
+        doc_scores: Tensor | None = None,
     ) -> RagOutput:
         """Retrieve K passages per question and return the marginal loss of the labels.
 
@@ -206,6 +208,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
             rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
             num_items_in_batch: divisor of the loss; None: the label tokens of this batch.
             example_weight: `[B]` factors of the examples in the loss.
+            doc_scores: scores of `rows` from another retriever such as `BM25Index`, `[B, K]`, whose
+                softmax is the prior. The question encoder is then not used.
 
         Returns:
             `RagOutput`.
@@ -216,11 +220,15 @@ class RagModel(ActivationCheckpointing, nn.Module):
         """
         if labels is not None:
             check_answers(labels, len(input_ids))
-        retrieved = self.retriever(input_ids, attention_mask, rows)
-        output = RagOutput(doc_scores=retrieved.doc_scores, rows=retrieved.hits.rows)
+        if doc_scores is None:
+            retrieved = self.retriever(input_ids, attention_mask, rows)
+            rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+        else:
+            rows, doc_scores = given_hits(rows, doc_scores, input_ids)
+        output = RagOutput(doc_scores=doc_scores, rows=rows)
         if labels is None:
             return output
-        context = self.contexts(retrieved.hits.rows, prompt_ids, prompt_mask)
+        context = self.contexts(rows, prompt_ids, prompt_mask)
         reader = self.reader
         with stage("generator"):
             hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
@@ -228,7 +236,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             hidden,
             reader.head(),
             labels,
-            retrieved.doc_scores,
+            doc_scores,
             normalizer=num_items_in_batch,
             example_weight=example_weight,
         )
@@ -252,7 +260,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
         max_new_tokens: int | None = None,
         n_docs: int | None = None,
         rows: Tensor | None = None,
+        doc_scores: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_fn: RagLoss | None = None,
         on_progress: Callable[[float], None] | None = None,
         **generate_kwargs: Any,
     ) -> RagGeneration:
@@ -272,8 +282,10 @@ class RagModel(ActivationCheckpointing, nn.Module):
             max_new_tokens: longest answer; None: that of `generation_config` if given, else 32.
             n_docs: passages per question; None: the model's.
             rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
+            doc_scores: scores of `rows`, as in `forward`.
             labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
                 from the same reading of the contexts.
+            loss_fn: computes that loss; None: the model's own.
             on_progress: called with the share of the work that was done since the last call.
             generate_kwargs: arguments of transformers' `generate` (`logits_processor`,
                 `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `generation_config`,
@@ -302,8 +314,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 f"{type(self.adapter).__name__}, which can only train"
             )
         with evaluating(self):
-            retrieved = self.retriever(input_ids, attention_mask, rows, n_docs)
-            rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+            if doc_scores is None:
+                retrieved = self.retriever(input_ids, attention_mask, rows, n_docs)
+                rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+            else:
+                rows, doc_scores = given_hits(rows, doc_scores, input_ids)
             context = self.contexts(rows, prompt_ids, prompt_mask)
             search = GreedySearch(
                 self.adapter,
@@ -316,7 +331,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 # Training taught the template's end, which may differ from the generator's own.
                 eos_id=self.processor.bound.eos_id,
                 labels=labels,
-                loss_fn=self.loss_fn,
+                loss_fn=self.loss_fn if loss_fn is None else loss_fn,
                 on_progress=on_progress,
                 **{"tokenizer": self.processor.generator_tokenizer, **generate_kwargs},
             )

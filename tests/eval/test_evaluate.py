@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastrag.data import Question
-from fastrag.eval import evaluate
+from fastrag.eval import BM25Retriever, calibrate, evaluate
 from fastrag.eval.batches import choose_fixed
-from fastrag.nn import RagModel
+from fastrag.nn import RagLoss, RagModel
 from tests import tiny
 
 
@@ -74,6 +74,7 @@ def test_recall_by_answer_text_when_no_positive_is_named(perfect: RagModel) -> N
 def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
     questions = tiny.questions()
     answered = evaluate(perfect, questions, max_new_tokens=2).predictions
+    pairs = list(zip(questions, answered, strict=True))
     # accept what the model says for the first three, so that EM is not trivially 0
     known = [
         Question(q.id, q.question, ("no such colour", p.prediction or "red"), q.positive_ids)
@@ -86,6 +87,10 @@ def test_metrics_are_means_of_the_predictions(perfect: RagModel) -> None:
     assert result.metrics["em"] == said / 12
     assert result.metrics["em"] == sum(p.exact_match for p in result.predictions) / 12
     assert result.metrics["f1"] == pytest.approx(sum(p.f1 for p in result.predictions) / 12)
+    chatty = [Question(q.id, q.question, (p.prediction[1:] or "x",)) for q, p in pairs]
+    covered = evaluate(perfect, chatty, max_new_tokens=2)
+    assert covered.metrics["cover_em"] == sum(len(p.prediction) > 1 for p in answered) / 12
+    assert covered.metrics["em"] == 0.0
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
@@ -137,6 +142,77 @@ def test_loss_is_that_of_all_questions_at_once() -> None:
     result = evaluate(model, questions, batch_size=5, max_new_tokens=1, loss=True)
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert "loss" not in evaluate(model, questions, max_new_tokens=1).metrics
+
+
+@pytest.mark.parametrize("asked", ["token", "sequence"])
+@pytest.mark.parametrize("trained", ["token", "sequence"])
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.2}, {"objective": "emdr2"}])
+def test_nll_is_the_likelihood_under_the_marginal_of_the_decoding(
+    trained: str, asked: str, settings: dict[str, Any]
+) -> None:
+    """Whatever the model is trained on; `loss` is that."""
+    model = tiny.rag_model(marginal=trained, **settings).eval()
+    questions = [
+        Question(q.id, q.question, (" ".join(["red"] * (1 + i % 3)),))
+        for i, q in enumerate(tiny.questions())
+    ]
+    found = evaluate(
+        model, questions, batch_size=5, marginal=asked, max_new_tokens=1, loss=True, progress=False
+    )
+    collator = tiny.collator()
+    with torch.no_grad():
+        assert found.metrics["loss"] == pytest.approx(
+            float(model(**collator(questions)).loss), rel=1e-5
+        )
+        model.loss_fn = RagLoss(asked)
+        one_by_one = [float(model(**collator([question])).loss) for question in questions]
+        together = float(model(**collator(questions)).loss)
+    assert found.values["nll"] == pytest.approx(one_by_one, rel=1e-5)
+    assert found.weights["nll"] == [2.0, 3.0, 4.0] * 4  # the words and the end
+    assert found.metrics["nll"] == pytest.approx(together, rel=1e-5)
+    low, high = found.interval("nll") or (0.0, 0.0)
+    assert low <= found.metrics["nll"] <= high and found.interval("loss") is None
+
+
+def test_another_retriever_finds_the_passages_and_gives_the_prior() -> None:
+    model = tiny.rag_model(n_docs=2).eval()
+    questions = [
+        Question(q.id, f"{q.question} likes", q.answers, q.positive_ids) for q in tiny.questions(6)
+    ]
+    bm25 = BM25Retriever(model.passages)
+    settings: dict[str, Any] = {"max_new_tokens": 2, "loss": True, "progress": False}
+    found = evaluate(model, questions, retriever=bm25, ks=(1, 2), **settings)
+    hits = bm25(questions, 2)
+    assert [each.retrieved[0] for each in found.predictions] == [f"p{i}" for i in range(6)]
+    for prediction, prior in zip(found.predictions, hits.scores.softmax(1).tolist(), strict=True):
+        assert prediction.prior == pytest.approx(prior)
+    batch = tiny.collator()(questions)
+    with torch.no_grad():
+        loss = float(model(**batch, rows=hits.rows, doc_scores=hits.scores).loss)
+        dense = float(model(**batch, rows=hits.rows).loss)
+    assert abs(loss - dense) > 1e-3
+    assert found.metrics["nll"] == pytest.approx(loss, rel=1e-5)
+    assert found.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    wide = evaluate(model, questions, retriever=bm25, n_docs=3, **settings)
+    assert wide.metrics["loss"] == pytest.approx(loss, rel=1e-5) != wide.metrics["nll"]
+    # a question without a word of any passage: no passage, no prior, and still an answer
+    [none] = evaluate(model, [{"question": "zzz"}], retriever=bm25, **settings).predictions
+    assert none.retrieved == none.prior == () and math.isfinite(none.log_prob)
+    with pytest.raises(ValueError, match="retriever: expected one of the model's passages, got"):
+        evaluate(model, questions, retriever=BM25Retriever(tiny.store()))
+
+
+def test_the_prior_is_compared_with_what_is_right(perfect: RagModel) -> None:
+    found = evaluate(perfect, tiny.questions(), ks=1, max_new_tokens=2, progress=False)
+    assert found.calibration is not None and found.calibration.sums.shape[0] == 12
+    assert sum(each.n for each in found.calibration.bins) == 12 * perfect.n_docs
+    priors = [each.prior for each in found.predictions]
+    assert all(sum(prior) == pytest.approx(1.0) for prior in priors)
+    assert found.metrics["ece"] == pytest.approx(calibrate(priors, [[True, False, False]] * 12).ece)
+    low, high = found.interval("ece") or (0.0, 0.0)
+    assert low <= found.metrics["ece"] <= high
+    bare = evaluate(perfect, [{"question": "ada"}], max_new_tokens=2, progress=False)
+    assert bare.calibration is None and "ece" not in bare.metrics
 
 
 def test_questions_without_answers_or_positives() -> None:

@@ -9,6 +9,7 @@ import pytest
 from fastrag.eval import (
     bootstrap_interval,
     contains_answer,
+    cover_match,
     exact_match,
     f1,
     normalize_answer,
@@ -48,7 +49,16 @@ def test_f1_by_hand() -> None:
     assert f1("the", ["a"]) == 1.0
 
 
-@pytest.mark.parametrize("metric", [exact_match, f1])
+def test_cover_match() -> None:
+    assert cover_match("It was written by Julia Ward Howe, in 1861.", ["julia ward howe"]) == 1.0
+    assert cover_match("Howe", ["Julia Ward Howe"]) == 0.0
+    assert cover_match("I think it is the U.S.A.", ["USA", "France"]) == 1.0
+    assert cover_match("north", ["no"]) == 1.0  # characters, as in the published figures
+    assert cover_match("anything", ["the"]) == cover_match("", ["Nile"]) == 0.0
+    assert cover_match("a", ["the"]) == 1.0  # as exact match: both are empty
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, cover_match])
 def test_answers_are_checked(metric: object) -> None:
     with pytest.raises(ValueError, match="answers: expected at least one"):
         metric("x", [])
@@ -94,6 +104,14 @@ def test_bootstrap_interval() -> None:
     assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
     narrow = bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
+    # a value with weight 3 is three questions of weight 1 that are drawn together
+    assert bootstrap_interval([0.2, 0.8], weights=[1.0, 1.0]) == bootstrap_interval([0.2, 0.8])
+    low, high = bootstrap_interval([0.0, 1.0], weights=[1.0, 3.0], level=0.4)
+    assert (low, high) == (0.75, 0.75)
+    spread = bootstrap_interval([1.0, 3.0], statistic=lambda drawn: float(drawn.max()))
+    assert spread == (1.0, 3.0)
+    with pytest.raises(ValueError, match="weights: expected 2 numbers, of which one is above 0"):
+        bootstrap_interval([1.0, 2.0], weights=[0.0, 0.0])
     with pytest.raises(ValueError, match="values: expected a non-empty list"):
         bootstrap_interval([])
     with pytest.raises(ValueError, match="level: expected"):

@@ -55,6 +55,10 @@ def test_a_passage_without_a_word_of_the_query_is_no_hit() -> None:
     assert rows.tolist() == [[4, 5, *[-1] * 6], [-1] * 8, [-1] * 8, [2, *[-1] * 7]]
     assert torch.equal(scores.isneginf(), rows == -1)
     assert index.search([], k=2).rows.shape == (0, 2)
+    # all contain `title`, most of them equally often in as many words: the first of equal ones
+    wide = index.search(["title"], k=6)
+    assert index.search(["title"], k=3).rows.tolist() == wide.rows[:, :3].tolist()
+    assert wide.rows.tolist() == [[2, 4, 5, 0, 1, 3]]
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])

@@ -462,8 +462,37 @@ def test_rejects_bad_batches():
         model(**data, rows=[[0, 1]] * 4)
     with pytest.raises(ValueError, match="K = 0"):
         model(**data, rows=torch.zeros(4, 0, dtype=torch.int64))
+    rows, doc_scores = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2)
+    with pytest.raises(ValueError, match="doc_scores: expected the rows that they score as well"):
+        model(**data, doc_scores=doc_scores)
+    with pytest.raises(ValueError, match="rows: expected .* B = 4 and K of at least 1, got .3, 2"):
+        model(**data, rows=rows[:3], doc_scores=doc_scores[:3])
+    with pytest.raises(ValueError, match=r"doc_scores: expected floating point \[4, 2\] as rows"):
+        model(**data, rows=rows, doc_scores=rows)
     with pytest.raises(TypeError, match="lables"):
         model(**data, lables=data["labels"])
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_scores_of_another_retriever_are_the_prior(marginal):
+    """The model's own scores give its own loss and answer; the score of a missing row is none."""
+    model = rag_model(marginal=marginal).eval()
+    data = batch()
+    own = model(**data)
+    given = {"rows": own.rows, "doc_scores": own.doc_scores.detach()}
+    assert torch.equal(model(**data, **given).loss, own.loss)
+    answer, expected = model.generate(**data, **given), model.generate(**data)
+    assert torch.equal(answer.sequences, expected.sequences)
+    assert torch.equal(answer.scores, expected.scores)
+    missing = {"rows": own.rows.clone(), "doc_scores": torch.zeros(4, 3)}
+    missing["rows"][:, 1] = -1
+    found = model(**data, **missing)
+    assert found.doc_scores.tolist() == [[0.0, -math.inf, 0.0]] * 4
+    first = model(**data, rows=own.rows[:, ::2], doc_scores=torch.zeros(4, 2)).loss
+    torch.testing.assert_close(found.loss, first)
+    model.train()
+    model(**data, **given).loss.backward()
+    assert all(each.grad is None for each in model.question_encoder.parameters())
 
 
 @pytest.mark.parametrize(
