@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not question.strip():
             raise ValueError("question: expected a text, got an empty one")
     at_prompt = not given and sys.stdin is not None and sys.stdin.isatty()
-    model = load_model(arguments)
+    model = load_model(arguments, arguments.model)
     if at_prompt:
         _converse(model, arguments)
         return 0

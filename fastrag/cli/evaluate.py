@@ -1,4 +1,4 @@
-"""`fastrag evaluate`: recall@k, exact match and F1 of a model on questions, or retrieval alone."""
+"""`fastrag evaluate`: retrieval and answers of models on questions, or retrieval alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrag.cli.options import add_model, device_of, load_model, positive
-from fastrag.cli.output import print_metrics, print_retrieval, quiet
+from fastrag.cli.options import add_index, device_of, load_model, positive
+from fastrag.cli.output import print_result, print_retrieval, print_rows, quiet
+from fastrag.messages import shown
 
 if TYPE_CHECKING:
     from fastrag.eval import DenseRetriever, RetrievalResult
 
+RETRIEVERS = ("model", "bm25")
 # bm25s indexes some 10,000 passages per second, and a first look should not take minutes.
 BM25_PASSAGES = 300_000
 
@@ -22,10 +24,20 @@ BM25_PASSAGES = 300_000
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     evaluate = commands.add_parser(
-        "evaluate", help="recall@k, exact match and F1 on questions; or retrieval alone"
+        "evaluate", help="measure retrieval and answers on questions, or retrieval alone"
     )
-    add_model(evaluate, required=False)
-    evaluate.add_argument("--questions", required=True, help="questions file, or `default:<split>`")
+    evaluate.add_argument(
+        "--model",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="model folders, run folders or checkpoints; a name stands for the folder in the table",
+    )
+    add_index(evaluate)
+    evaluate.add_argument(
+        "--questions",
+        required=True,
+        help="questions file; `default:<split>`; or `form:path`, for example `popqa:test.tsv`",
+    )
     evaluate.add_argument(
         "--limit", type=positive, metavar="N", help="number of fixed questions (default: all)"
     )
@@ -53,11 +65,25 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--marginal",
-        choices=("token", "sequence"),
-        help="how answers are decoded (default: as the model was trained)",
+        nargs="+",
+        metavar="WORD",
+        help="how answers are decoded, for example `token sequence` (default: as the model was "
+        "trained)",
     )
-    evaluate.add_argument("--out", help="write predictions to this JSONL file")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--retriever",
+        nargs="+",
+        choices=RETRIEVERS,
+        help="what finds the passages: the model, or BM25, the softmax of whose scores is then the "
+        "prior (default: model)",
+    )
+    evaluate.add_argument(
+        "--out",
+        nargs="+",
+        metavar="FILE",
+        help="write a table (.md, .csv), all figures (.json) or the answers (.jsonl)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON, one object a line")
     evaluate.add_argument(
         "--retrieval-only",
         action="store_true",
@@ -74,9 +100,10 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    out = Path(arguments.out or ".").absolute()
-    if arguments.out and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"--out: expected a file in an existing folder, got {arguments.out}")
+    from fastrag.eval.report import check_report
+
+    for path in arguments.out or ():
+        check_report(path, "--out")
     if arguments.encoder is not None:
         if arguments.model is not None or arguments.index is None or not arguments.retrieval_only:
             raise ValueError(
@@ -84,50 +111,95 @@ def run(arguments: argparse.Namespace) -> int:
             )
     elif arguments.model is None:
         raise ValueError("--model: expected a model folder, a run folder or a checkpoint, got none")
-    if arguments.retrieval_only and arguments.marginal is not None:
-        raise ValueError("--marginal: expected no --retrieval-only, which generates no answers")
     return _retrieval(arguments) if arguments.retrieval_only else _answers(arguments)
 
 
 def _answers(arguments: argparse.Namespace) -> int:
-    model = load_model(arguments)
     from fastrag.data.default import load_questions
-    from fastrag.eval import evaluate
-    from fastrag.train.record import write_predictions
+    from fastrag.eval import BM25Retriever, evaluate
+    from fastrag.eval.report import Row, decoding_name, write_report
+    from fastrag.generation import DECODERS
 
-    result = evaluate(
-        model,
-        load_questions(arguments.questions),
-        batch_size=arguments.batch_size,
-        ks=arguments.k,
-        limit=arguments.limit,
-        max_new_tokens=arguments.max_new_tokens,
-        marginal=arguments.marginal,
-        loss=True,
-    )
-    if arguments.out:
-        write_predictions(arguments.out, result)
-    marginal = arguments.marginal or model.marginal
+    models = _named(arguments.model)
+    for word in arguments.marginal or ():
+        if word not in DECODERS:
+            raise ValueError(f"--marginal: expected some of {list(DECODERS)}, got {shown(word)}")
+    retrievers = dict.fromkeys(arguments.retriever or RETRIEVERS[:1])
+    if "bm25" in retrievers and importlib.util.find_spec("bm25s") is None:
+        raise ValueError("--retriever bm25: expected bm25s to be installed (pip install bm25s)")
+    questions = load_questions(arguments.questions)
+    rows: list[Row] = []
+    for name, folder in models.items():
+        model = load_model(arguments, folder)
+        for retriever in retrievers:
+            other = BM25Retriever(model.passages) if retriever == "bm25" else None
+            for marginal in dict.fromkeys(arguments.marginal or [model.marginal]):
+                result = evaluate(
+                    model,
+                    questions,
+                    batch_size=arguments.batch_size,
+                    ks=arguments.k,
+                    limit=arguments.limit,
+                    max_new_tokens=arguments.max_new_tokens,
+                    marginal=marginal,
+                    retriever=other,
+                    loss=True,
+                    description=f"{name} {retriever} {marginal}",
+                )
+                rows.append(Row(name, retriever, marginal, result))
+    for path in arguments.out or ():
+        write_report(path, rows, arguments.questions)
     if arguments.json:
-        print(json.dumps({"marginal": marginal, **result.metrics}))
+        for row in rows:
+            print(json.dumps(row.labels | row.result.metrics))
+    elif len(rows) > 1:
+        print_rows(rows)
     else:
-        print_metrics(result)
-        print(f"decoding: RAG-{marginal.capitalize()}")
+        print_result(rows[0].result)
+        print(f"decoding: {decoding_name(rows[0].marginal)}")
+        if rows[0].retriever != RETRIEVERS[0]:
+            print(f"retriever: {rows[0].retriever}")
     return 0
+
+
+def _named(models: list[str]) -> dict[str, str]:
+    """Return the folder of each model by its name, which is the folder if none is given."""
+    named: dict[str, str] = {}
+    for given in models:
+        name, equals, folder = given.partition("=")
+        if not equals or Path(given).exists():
+            name, folder = given, given
+        if not name or not folder:
+            raise ValueError(f"--model: expected a folder or name=folder, got {shown(given)}")
+        if name in named:
+            raise ValueError(f"--model: expected distinct names, got {shown(name)} twice")
+        named[name] = folder
+    return named
 
 
 def _retrieval(arguments: argparse.Namespace) -> int:
     quiet()
     from fastrag.data.default import load_questions
     from fastrag.eval import BM25Retriever, evaluate_retrieval
+    from fastrag.eval.report import write_records
     from fastrag.train.models import load_retriever, open_retriever
-    from fastrag.train.record import write_predictions
 
+    for name in ("marginal", "retriever"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name}: expected no --retrieval-only, which generates no answers")
+    if len(arguments.model or ()) > 1:
+        raise ValueError(f"--model: expected one with --retrieval-only, got {len(arguments.model)}")
+    for path in arguments.out or ():
+        if Path(path).suffix != ".jsonl":
+            raise ValueError(
+                f"--out: expected a .jsonl file with --retrieval-only, got {shown(path)}"
+            )
     retriever: DenseRetriever
     if arguments.encoder is not None:
         retriever = open_retriever(arguments.encoder, arguments.index)
     else:
-        retriever = load_retriever(arguments.model, arguments.index)
+        [folder] = _named(arguments.model).values()
+        retriever = load_retriever(folder, arguments.index)
     retriever.retriever.to(device_of(arguments))
     questions = load_questions(arguments.questions)
     settings: dict[str, Any] = {
@@ -145,8 +217,8 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         print(f"fastrag: no BM25 to compare: over {BM25_PASSAGES:,} passages", file=sys.stderr)
     else:
         results["BM25"] = evaluate_retrieval(BM25Retriever(passages), questions, **settings)
-    if arguments.out:
-        write_predictions(arguments.out, results["model"])
+    for path in arguments.out or ():
+        write_records(path, results["model"].rankings)
     if arguments.json:
         print(json.dumps({name: result.metrics for name, result in results.items()}))
     else:

@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from fastrag.nn import RagModel
 
 
-def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, help="model folder, run folder or checkpoint")
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="model folder, run folder or checkpoint")
+    add_index(parser)
+
+
+def add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", help="folder from `fastrag index build`")
     add_device(parser)
 
@@ -44,11 +48,11 @@ def device_of(arguments: argparse.Namespace) -> str:
     return str(arguments.device)
 
 
-def load_model(arguments: argparse.Namespace) -> RagModel:
+def load_model(arguments: argparse.Namespace, folder: str) -> RagModel:
     quiet()
     from fastrag.train.models import load_run
 
-    model = load_run(arguments.model, arguments.index)
+    model = load_run(folder, arguments.index)
     device = device_of(arguments)
     model.to(device)
     model.index.to(device)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fastrag import terminal
 from fastrag.messages import clipped, refusal
+
+if TYPE_CHECKING:
+    from fastrag.eval.report import Row
 
 _LONGEST = (
     2000  # characters of an error: values are cut earlier, but messages of other libraries are long
@@ -14,23 +18,51 @@ _LONGEST = (
 
 
 def print_metrics(result: Any) -> None:
-    """Print a table of metrics with 95 % bootstrap intervals."""
-    from fastrag.eval import bootstrap_interval
+    """Print the metrics that training looks at, with 95 % bootstrap intervals."""
+    names = [n for n in result.metrics if n.startswith("recall@") or n in ("em", "f1", "loss")]
+    _print_metrics(result, names, 12)
 
-    answered = [each for each in result.predictions if each.answers]
-    judged = [each.hit_rank for each in result.predictions if each.hit_rank is not None]
-    print(f"{'metric':<12}{'value':>8}   95 % interval   ({len(result.predictions)} questions)")
-    for name, value in result.metrics.items():
-        values: list[float] = []
-        if name.startswith("recall@"):
-            values = [float(0 <= rank < int(name.partition("@")[2])) for rank in judged]
-        elif name in ("em", "f1"):
-            values = [each.exact_match if name == "em" else each.f1 for each in answered]
-        if values:
-            low, high = bootstrap_interval(values)
-            print(f"{name:<12}{value:>8.3f}   {low:.3f} – {high:.3f}")
-        elif name != "n_questions":
-            print(f"{name:<12}{value:>#8.5g}")
+
+def print_result(result: Any) -> None:
+    """Print all metrics with 95 % bootstrap intervals, and the reliability of the prior."""
+    from fastrag.eval.report import reliability
+
+    _print_metrics(result, [name for name in result.metrics if name != "n_questions"], 18)
+    if result.calibration is not None:
+        print("p(z|x)       passages    mean p     right")
+        for between, n, mean, right in reliability(result.calibration):
+            print(f"{between}{n:>12}{mean:>10}{right:>10}")
+
+
+def _print_metrics(result: Any, names: list[str], room: int) -> None:
+    count = int(result.metrics["n_questions"])
+    print(f"{'metric':<{room}}{'value':>8}   95 % interval   ({count} questions)")
+    for name in names:
+        value, ends = result.metrics[name], result.interval(name)
+        if ends is None:
+            print(f"{name:<{room}}{value:>#8.5g}")
+        else:
+            print(f"{name:<{room}}{value:>8.3f}   {ends[0]:.3f} – {ends[1]:.3f}")
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print one line for each row of a report, with the metrics that fit 80 columns."""
+    from fastrag.eval.report import decoding_name
+
+    recalls = [name for name in rows[0].result.metrics if name.startswith("recall@")]
+    wanted = ("em", "f1", "cover_em", *recalls[-1:], "nll")
+    widths = {name: max(7, len(name) + 2) for name in wanted}
+    heads = "".join(f"{name:>{room}}" for name, room in widths.items())
+    print(f"{'model':<12}{'retriever':<10}{'decoding':<12}{heads}")
+    for row in rows:
+        metrics = row.result.metrics
+        cells = "".join(
+            f"{f'{metrics[name]:.3f}' if name in metrics else '-':>{room}}"
+            for name, room in widths.items()
+        )
+        model = terminal.printable(row.model)[-11:]  # the end of a path says more than its start
+        print(f"{model:<12}{row.retriever:<10}{decoding_name(row.marginal):<12}{cells}")
+    print(f"{int(rows[0].result.metrics['n_questions'])} questions; all measures with --out")
 
 
 def print_retrieval(results: dict[str, Any], n_passages: int) -> None:

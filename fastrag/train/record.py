@@ -1,14 +1,12 @@
-"""The record of a run in its folder: settings, versions, device, git state, and predictions."""
+"""The record of a run in its folder: settings, versions, device and git state."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,6 @@ import torch
 from fastrag.folders import replacing
 
 if TYPE_CHECKING:
-    from fastrag.eval import EvalResult, RetrievalResult
     from fastrag.train.config import RagConfig
 
 CONFIG_FILE = "config.yaml"
@@ -98,21 +95,6 @@ def write_record(run: str | os.PathLike[str], config: RagConfig | None) -> None:
         config.save(folder / CONFIG_FILE)
 
 
-def write_predictions(path: str | os.PathLike[str], result: EvalResult | RetrievalResult) -> None:
-    """Write one JSON object per question.
-
-    Args:
-        path: the file.
-        result: result of `evaluate` or `evaluate_retrieval`.
-    """
-    from fastrag.eval import EvalResult
-
-    rows: Sequence[Any] = result.predictions if isinstance(result, EvalResult) else result.rankings
-    lines: Iterable[str] = (json.dumps(_plain(each)) + "\n" for each in rows)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-
-
 def _git(folder: str | os.PathLike[str], *command: str) -> str | None:
     try:
         done = subprocess.run(
@@ -132,11 +114,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _plain(prediction: Any) -> dict[str, Any]:
-    values = dataclasses.asdict(prediction)
-    return {
-        name: None if isinstance(value, float) and value != value else value
-        for name, value in values.items()
-    }

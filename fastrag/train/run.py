@@ -9,6 +9,7 @@ import torch
 from fastrag.data import Question
 from fastrag.data.default import load_questions
 from fastrag.eval.batches import choose_fixed
+from fastrag.eval.report import write_records
 from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
 from fastrag.messages import shown
@@ -16,7 +17,7 @@ from fastrag.nn import RagModel, checkpoint
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.models import build_collator, build_model
-from fastrag.train.record import CONFIG_FILE, MODEL_FOLDER, write_predictions, write_record
+from fastrag.train.record import CONFIG_FILE, MODEL_FOLDER, write_record
 from fastrag.train.trainer import RagTrainer
 
 
@@ -71,7 +72,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         prefix = "eval_best" if trainer.state.best_model_checkpoint else "eval"
         trainer.evaluate(metric_key_prefix=prefix)
         if trainer.last_evaluation is not None and trainer.is_world_process_zero():
-            write_predictions(run / "predictions.jsonl", trainer.last_evaluation)
+            write_records(run / "predictions.jsonl", trainer.last_evaluation.predictions)
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,101 @@ def test_evaluate_decodes_as_asked(
         decoded.clear()
     assert main([*command, "--limit", "2", "--marginal", "sequence"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "decoding: RAG-Sequence"
-    with pytest.raises(SystemExit, match="^2$"):
-        main([*command, "--marginal", "both"])
-    assert "choose from" in capsys.readouterr().err
+    assert main([*command, "--marginal", "token", "both"]) == 2
+    assert "--marginal: expected some of ['token', " in capsys.readouterr().err
+
+
+def test_a_table_of_models_retrievers_and_decodings(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the paper's form, as Markdown, CSV and JSON with the same figures."""
+    monkeypatch.chdir(project)
+    files = [f"table.{suffix}" for suffix in ("md", "csv", "json", "jsonl")]
+    command = ["evaluate", "--questions", "questions.jsonl", "--device", "cpu", "--limit", "6"]
+    command += ["--k", "1", "3", "--max-new-tokens", "3"]
+    models = ["--model", "frozen=run/checkpoint-3", "trained=run"]
+    words = ["--marginal", "token", "sequence", "--retriever", "bm25", "model"]
+    assert main([*command, *models, *words, "--out", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 1 + 8 + 1
+    assert lines[0].split()[-5:] == ["em", "f1", "cover_em", "recall@3", "nll"]
+    expected = [
+        (model, retriever, decoding)
+        for model in ("frozen", "trained")
+        for retriever in ("bm25", "model")
+        for decoding in ("token", "sequence")
+    ]
+    rows = json.loads(Path("table.json").read_text())["rows"]
+    assert [(r["model"], r["retriever"], r["marginal"]) for r in rows] == expected
+    table = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
+    markdown = Path("table.md").read_text().splitlines()
+    head = [cell.strip() for cell in markdown[2].strip("|").split("|")]
+    assert head[:6] == ["Model", "Retriever", "Decoding", "recall@1", "recall@3", "EM"]
+    for line, row, cells, printed in zip(markdown[4:12], rows, table, lines[1:], strict=False):
+        assert printed.split()[:3] == [
+            row["model"],
+            row["retriever"],
+            f"RAG-{row['marginal'].capitalize()}",
+        ]
+        for name, value in row["metrics"].items():
+            assert float(cells[name]) == value
+            if name in row["intervals"]:
+                low, high = row["intervals"][name]
+                assert [float(cells[f"{name}_{end}"]) for end in ("low", "high")] == [low, high]
+                assert low <= value <= high or name == "ece"
+        assert line.split("|")[7].strip().startswith(f"{row['metrics']['f1']:.3f} (")
+        if row["retriever"] == "bm25":
+            assert row["metrics"]["recall@1"] == 1.0
+    assert sum(line.startswith("Prior of") for line in markdown) == 4  # not of each decoding
+    predictions = [json.loads(line) for line in Path("table.jsonl").read_text().splitlines()]
+    assert len(predictions) == 8 * 6 and predictions[-1]["model"] == "trained"
+    # one row alone has the same figures, and its seed is the same
+    assert main([*command, "--model", "trained=run", *words[3:], "--json"]) == 0
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    labels = ({name: row[name] for name in ("model", "retriever", "marginal")} for row in rows)
+    assert alone == [
+        found | row["metrics"]
+        for found, row in zip(labels, rows, strict=True)
+        if row["model"] == "trained" and row["marginal"] == "token"
+    ]
+
+
+def test_published_questions_are_named_by_their_form(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    Path("bamboogle.csv").write_text("Question,Answer\nada,red\nbob,blue\n")
+    command = ["evaluate", "--model", "run", "--device", "cpu", "--retrieval-only", "--json"]
+    assert main([*command, "--questions", "bamboogle:bamboogle.csv"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["BM25"]["answer-recall@1"] == 1.0 and found["model"]["n_questions"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "a=run", "a=plain"), "--model: expected distinct names, got 'a' twice"),
+        (("--model", "=run"), "--model: expected a folder or name=folder, got '=run'"),
+        (("--model", "run", "--out", "a.md", "b.txt"), "--out: expected a name ending in ['.md', "),
+        (("--model", "run", "--out", "none/a.md"), "--out: expected a file in an existing folder"),
+        (("--model", "run", "--retrieval-only", "--out", "a.md"), "--out: expected a .jsonl file"),
+        (("--model", "run", "plain", "--retrieval-only"), "--model: expected one with --retriev"),
+        (
+            ("--model", "run", "--retrieval-only", "--retriever", "bm25"),
+            "--retriever: expected no --retrieval-only, which generates no answers",
+        ),
+    ],
+)
+def test_mistakes_in_evaluate(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(project)
+    assert main(["evaluate", "--questions", "questions.jsonl", "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_checkpoint_of_a_run_answers(

@@ -38,6 +38,8 @@ FLAGS = [
         "--out",
         "--template",
         "--dtype",
+        "--retriever",
+        "--marginal",
     ),
     *("--max-passage", "--batch-size", "--device", "--probe", "--k", "--exact", "--model"),
     *("--questions", "--limit", "--max-new-tokens", "--index", "--json", "--", "--nonsense", "-x"),

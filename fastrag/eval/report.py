@@ -1,0 +1,249 @@
+"""Reports of evaluations: one row for a model, a retriever and a decoding, as in Lewis et al. 2020.
+
+    rows = [Row("trained", "model", "token", evaluate(model, questions, marginal="token")), ...]
+    write_report("results.md", rows, "data/dev.jsonl")
+
+The suffix of the file chooses the form: a table in Markdown (`.md`) or CSV (`.csv`), all figures as
+JSON (`.json`), or the answers themselves, one JSON object a line (`.jsonl`).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastrag.eval.calibration import Calibration
+from fastrag.eval.evaluate import EvalResult, Prediction
+from fastrag.eval.retrieval import Ranking
+from fastrag.folders import replacing
+from fastrag.messages import shown
+
+_HEADINGS = {"em": "EM", "f1": "F1", "cover_em": "cover-EM", "nll": "NLL/token", "ece": "ECE"}
+_LABELS = ("model", "retriever", "marginal")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a report.
+
+    Attributes:
+        model: name of the model.
+        retriever: "model" for the model's own retriever, or the name of another one, "bm25".
+        marginal: name of the decoding.
+        result: what `evaluate` returned.
+    """
+
+    model: str
+    retriever: str
+    marginal: str
+    result: EvalResult
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells the row from others."""
+        return {name: getattr(self, name) for name in _LABELS}
+
+
+def decoding_name(marginal: str) -> str:
+    """Return the name of a decoding in text.
+
+    Example:
+        >>> decoding_name("token")
+        'RAG-Token'
+    """
+    return f"RAG-{marginal.capitalize()}"
+
+
+def to_markdown(rows: Sequence[Row], questions: str) -> str:
+    """Return a table of all metrics with their intervals, and the reliability of each prior.
+
+    Args:
+        rows: the rows.
+        questions: name of the questions.
+    """
+    metrics = [name for name in _metrics(rows) if name != "loss"]
+    head = ["Model", "Retriever", "Decoding", *(_HEADINGS.get(name, name) for name in metrics)]
+    table = [
+        [row.model, row.retriever, decoding_name(row.marginal)]
+        + [_cell(row.result, name) for name in metrics]
+        for row in rows
+    ]
+    count = int(rows[0].result.metrics["n_questions"])
+    parts = [
+        f"{count} questions of `{questions}`. In parentheses: 95 % bootstrap intervals over "
+        "questions.",
+        _table(head, table),
+    ]
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        found = row.result.calibration
+        # the prior is the same for all decodings
+        if found is not None and (row.model, row.retriever) not in seen:
+            seen.add((row.model, row.retriever))
+            parts.append(f"Prior of {row.model}, retriever {row.retriever}:")
+            parts.append(_table(["p(z\\|x)", "Passages", "Mean p", "Right"], reliability(found)))
+    return "\n\n".join(parts) + "\n"
+
+
+def reliability(calibration: Calibration) -> list[list[str]]:
+    """Return the cells of a reliability table: range, passages, mean probability, share right."""
+    return [
+        [
+            f"{each.low:.1f} – {each.high:.1f}",
+            str(each.n),
+            f"{each.confidence:.3f}",
+            f"{each.accuracy:.3f}",
+        ]
+        for each in calibration.bins
+        if each.n
+    ]
+
+
+def to_csv(rows: Sequence[Row], questions: str) -> str:
+    """Return one line a row, with three columns for each metric: value, lower and upper end.
+
+    Args:
+        rows: the rows.
+        questions: name of the questions.
+    """
+    metrics = _metrics(rows)
+    columns = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*_LABELS, "questions", "n_questions", *columns])
+    for row in rows:
+        cells: list[Any] = [*row.labels.values(), questions]
+        cells.append(int(row.result.metrics["n_questions"]))
+        for name in metrics:
+            cells += [row.result.metrics.get(name, ""), *(row.result.interval(name) or ("", ""))]
+        writer.writerow(cells)
+    return file.getvalue()
+
+
+def to_json(rows: Sequence[Row], questions: str) -> str:
+    """Return all figures, with the reliability tables.
+
+    Args:
+        rows: the rows.
+        questions: name of the questions.
+    """
+    listed = []
+    for row in rows:
+        result = row.result
+        intervals = {name: result.interval(name) for name in result.metrics}
+        bins = () if result.calibration is None else result.calibration.bins
+        listed.append(
+            row.labels
+            | {
+                "metrics": result.metrics,
+                "intervals": {name: ends for name, ends in intervals.items() if ends},
+                "reliability": [plain(each) for each in bins],
+            }
+        )
+    return json.dumps({"questions": questions, "rows": listed}, indent=1) + "\n"
+
+
+def to_jsonl(rows: Sequence[Row], questions: str) -> str:
+    """Return the predictions of all rows, one JSON object a line.
+
+    Args:
+        rows: the rows.
+        questions: name of the questions, which each prediction states itself.
+    """
+    return _jsonl(row.labels | plain(each) for row in rows for each in row.result.predictions)
+
+
+REPORTS: dict[str, Callable[[Sequence[Row], str], str]] = {
+    ".md": to_markdown,
+    ".csv": to_csv,
+    ".json": to_json,
+    ".jsonl": to_jsonl,
+}
+
+
+def check_report(path: str | os.PathLike[str], name: str = "path") -> None:
+    """Raise ValueError unless a report can be written at a path.
+
+    Args:
+        path: the file.
+        name: what messages call it.
+    """
+    whole = Path(path).absolute()
+    if whole.suffix not in REPORTS:
+        raise ValueError(f"{name}: expected a name ending in {list(REPORTS)}, got {shown(path)}")
+    if whole.is_dir() or not whole.parent.is_dir():
+        raise ValueError(f"{name}: expected a file in an existing folder, got {shown(path)}")
+
+
+def write_report(path: str | os.PathLike[str], rows: Sequence[Row], questions: str) -> None:
+    """Write a report in the form that the suffix of the file names, whole or not at all.
+
+    Args:
+        path: the file, one of `.md`, `.csv`, `.json` and `.jsonl`.
+        rows: at least one row.
+        questions: name of the questions.
+
+    Raises:
+        ValueError: no rows, another suffix, or no such folder.
+    """
+    check_report(path)
+    if not rows:
+        raise ValueError("rows: expected at least one row, got none")
+    _write(path, REPORTS[Path(path).suffix](rows, questions))
+
+
+def write_records(
+    path: str | os.PathLike[str], records: Iterable[Prediction] | Iterable[Ranking]
+) -> None:
+    """Write predictions or rankings, one JSON object a line, whole or not at all.
+
+    Args:
+        path: the file.
+        records: those of `EvalResult.predictions` or `RetrievalResult.rankings`.
+    """
+    _write(path, _jsonl(plain(each) for each in records))
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as JSON has them; NaN becomes None."""
+    values = dataclasses.asdict(record)
+    return {
+        name: None if isinstance(value, float) and value != value else value
+        for name, value in values.items()
+    }
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all metrics but the number of questions, in the order of the rows."""
+    names = dict.fromkeys(name for row in rows for name in row.result.metrics)
+    return [name for name in names if name != "n_questions"]
+
+
+def _cell(result: EvalResult, name: str) -> str:
+    if name not in result.metrics:
+        return ""
+    ends = result.interval(name)
+    value = f"{result.metrics[name]:.3f}"
+    return value if ends is None else f"{value} ({ends[0]:.3f}–{ends[1]:.3f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([cell.replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _jsonl(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
