@@ -144,6 +144,24 @@ def test_index_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "recall@10" in shown and "1000 vectors, all checksums hold" in shown
 
 
+def test_evaluation_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "_id": "5a8b57f2",
+        "question": "Were they of the same nationality?",
+        "answer": "yes",
+        "supporting_facts": [["Ed Wood", 0]],
+        "context": [["Ed Wood", ["He was an American."]]],
+    }
+    (folder / "data" / "hotpot_dev_distractor_v1.json").write_text(json.dumps([record]))
+    tiny.rag_model().save_pretrained(folder / "runs" / "mine" / "model", include_index=True)
+    names = run(ROOT / "docs" / "evaluation.md")
+    shown = capsys.readouterr().out
+    for name in ("recall@5", "em", "cover_em", "nll", "answer-mrr@5", "ece"):
+        assert re.search(rf"^{name} ", shown, re.MULTILINE), name
+    assert names["hits"].rows[0, 0] == 0 and names["passages"][0].title == "Ed Wood"
+    assert "RAG-Token" in (folder / "results.md").read_text()
+
+
 def test_the_transcript_is_of_the_readme() -> None:
     """Every command of the README is in it, and no line of output is wider than its terminal."""
     shown = blocks(ROOT / "docs" / "transcript.md", "text")
@@ -158,7 +176,7 @@ def test_the_transcript_is_of_the_readme() -> None:
 def test_no_other_page_has_code() -> None:
     """Each that has needs a test above."""
     pages = {page.name for page in PAGES if blocks(page, "python")}
-    assert pages == {"README.md", "guide.md", "index.md"}
+    assert pages == {"README.md", "evaluation.md", "guide.md", "index.md"}
 
 
 def test_yaml_configs_are_valid() -> None:
