@@ -18,16 +18,15 @@ _LONGEST = (
 
 
 def print_metrics(result: Any) -> None:
-    """Print the metrics that training looks at, with 95 % bootstrap intervals."""
-    names = [n for n in result.metrics if n.startswith("recall@") or n in ("em", "f1", "loss")]
-    _print_metrics(result, names, 12)
+    """Print the metrics that a training run logs, with 95 % bootstrap intervals."""
+    _print_metrics(result, list(result.summary), 12)
 
 
 def print_result(result: Any) -> None:
     """Print all metrics with 95 % bootstrap intervals, and the reliability of the prior."""
     from fastrag.eval.report import reliability
 
-    _print_metrics(result, [name for name in result.metrics if name != "n_questions"], 18)
+    _print_metrics(result, list(result.metrics), 18)
     if result.calibration is not None:
         print("p(z|x)       passages    mean p     right")
         for between, n, mean, right in reliability(result.calibration):
@@ -39,6 +38,8 @@ def _print_metrics(result: Any, names: list[str], room: int) -> None:
     print(f"{'metric':<{room}}{'value':>8}   95 % interval   ({count} questions)")
     for name in names:
         value, ends = result.metrics[name], result.interval(name)
+        if name == "n_questions":
+            continue
         if ends is None:
             print(f"{name:<{room}}{value:>#8.5g}")
         else:

@@ -89,6 +89,15 @@ class EvalResult:
     weights: dict[str, list[float]]
     calibration: Calibration | None
 
+    @property
+    def summary(self) -> dict[str, float]:
+        """The metrics that a training run logs: `recall@k`, `em`, `f1`, `n_questions`, `loss`."""
+        return {
+            name: value
+            for name, value in self.metrics.items()
+            if name.startswith("recall@") or name in ("em", "f1", "n_questions", "loss")
+        }
+
     def interval(self, metric: str, seed: int = 0) -> tuple[float, float] | None:
         """Return the 95 % bootstrap interval of a metric over questions; None of `loss` and counts.
 

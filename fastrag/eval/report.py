@@ -25,7 +25,7 @@ from fastrag.eval.retrieval import Ranking
 from fastrag.folders import replacing
 from fastrag.messages import shown
 
-_HEADINGS = {"em": "EM", "f1": "F1", "cover_em": "cover-EM", "nll": "NLL/token", "ece": "ECE"}
+_ANSWERS = {"em": "EM", "f1": "F1", "cover_em": "cover-EM", "nll": "NLL/token"}
 _LABELS = ("model", "retriever", "marginal")
 
 
@@ -62,33 +62,37 @@ def decoding_name(marginal: str) -> str:
 
 
 def to_markdown(rows: Sequence[Row], questions: str) -> str:
-    """Return a table of all metrics with their intervals, and the reliability of each prior.
+    """Return the answers of each row, and retrieval and reliability of each prior, as tables.
 
     Args:
         rows: the rows.
         questions: name of the questions.
     """
-    metrics = [name for name in _metrics(rows) if name != "loss"]
-    head = ["Model", "Retriever", "Decoding", *(_HEADINGS.get(name, name) for name in metrics)]
-    table = [
+    count = int(rows[0].result.metrics["n_questions"])
+    names = [name for name in _ANSWERS if any(name in row.result.metrics for row in rows)]
+    answers = [
         [row.model, row.retriever, decoding_name(row.marginal)]
-        + [_cell(row.result, name) for name in metrics]
+        + [_cell(row.result, name) for name in names]
         for row in rows
     ]
-    count = int(rows[0].result.metrics["n_questions"])
+    # all decodings of a model answer from the same passages
+    found = {f"{row.model}, {row.retriever}": row.result for row in reversed(rows)}
+    retrieval = [
+        [name, *(_cell(result, name) for result in reversed(found.values()))]
+        for name in _metrics(rows)
+        if "@" in name or name == "ece"
+    ]
     parts = [
         f"{count} questions of `{questions}`. In parentheses: 95 % bootstrap intervals over "
         "questions.",
-        _table(head, table),
+        _table(["Model", "Retriever", "Decoding", *(_ANSWERS[name] for name in names)], answers),
+        _table(["Model, retriever", *reversed(found)], retrieval),
     ]
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        found = row.result.calibration
-        # the prior is the same for all decodings
-        if found is not None and (row.model, row.retriever) not in seen:
-            seen.add((row.model, row.retriever))
-            parts.append(f"Prior of {row.model}, retriever {row.retriever}:")
-            parts.append(_table(["p(z\\|x)", "Passages", "Mean p", "Right"], reliability(found)))
+    for name, result in reversed(found.items()):
+        if result.calibration is not None:
+            parts.append(f"Prior of {name}:")
+            head = ["p(z\\|x)", "Passages", "Mean p", "Right"]
+            parts.append(_table(head, reliability(result.calibration)))
     return "\n\n".join(parts) + "\n"
 
 

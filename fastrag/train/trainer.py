@@ -343,7 +343,7 @@ class RagTrainer(Trainer):
             metric_key_prefix: put before every metric's name.
 
         Returns:
-            Metrics by name. The predictions are in `last_evaluation`.
+            Metrics by name. All others and the predictions are in `last_evaluation`.
 
         Raises:
             ValueError: there are no questions.
@@ -360,7 +360,7 @@ class RagTrainer(Trainer):
                 loss=True,
                 progress=progress,
             )
-            return self.last_evaluation.metrics
+            return self.last_evaluation.summary
 
         return self._measure(answer, eval_dataset, metric_key_prefix)
 

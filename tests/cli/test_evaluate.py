@@ -92,7 +92,7 @@ def test_a_table_of_models_retrievers_and_decodings(
     table = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
     markdown = Path("table.md").read_text().splitlines()
     head = [cell.strip() for cell in markdown[2].strip("|").split("|")]
-    assert head[:6] == ["Model", "Retriever", "Decoding", "recall@1", "recall@3", "EM"]
+    assert head == ["Model", "Retriever", "Decoding", "EM", "F1", "cover-EM", "NLL/token"]
     for line, row, cells, printed in zip(markdown[4:12], rows, table, lines[1:], strict=False):
         assert printed.split()[:3] == [
             row["model"],
@@ -105,10 +105,15 @@ def test_a_table_of_models_retrievers_and_decodings(
                 low, high = row["intervals"][name]
                 assert [float(cells[f"{name}_{end}"]) for end in ("low", "high")] == [low, high]
                 assert low <= value <= high or name == "ece"
-        assert line.split("|")[7].strip().startswith(f"{row['metrics']['f1']:.3f} (")
+        assert line.split("|")[5].strip().startswith(f"{row['metrics']['f1']:.3f} (")
         if row["retriever"] == "bm25":
             assert row["metrics"]["recall@1"] == 1.0
-    assert sum(line.startswith("Prior of") for line in markdown) == 4  # not of each decoding
+    pairs = ["frozen, bm25", "frozen, model", "trained, bm25", "trained, model"]
+    assert markdown[13] == f"| Model, retriever | {' | '.join(pairs)} |"  # not of each decoding
+    recall = next(line for line in markdown if line.startswith("| gold-recall@3 |")).split("|")
+    for cell, row in zip(recall[2:], rows[::2], strict=False):
+        assert cell.strip().startswith(f"{row['metrics']['gold-recall@3']:.3f} (")
+    assert [line[9:-1] for line in markdown if line.startswith("Prior of")] == pairs
     predictions = [json.loads(line) for line in Path("table.jsonl").read_text().splitlines()]
     assert len(predictions) == 8 * 6 and predictions[-1]["model"] == "trained"
     # one row alone has the same figures, and its seed is the same

@@ -170,6 +170,7 @@ def test_nll_is_the_likelihood_under_the_marginal_of_the_decoding(
     assert found.values["nll"] == pytest.approx(one_by_one, rel=1e-5)
     assert found.weights["nll"] == [2.0, 3.0, 4.0] * 4  # the words and the end
     assert found.metrics["nll"] == pytest.approx(together, rel=1e-5)
+    assert list(found.summary) == ["recall@1", "recall@5", "em", "f1", "loss", "n_questions"]
     low, high = found.interval("nll") or (0.0, 0.0)
     assert low <= found.metrics["nll"] <= high and found.interval("loss") is None
 
