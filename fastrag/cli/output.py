@@ -48,21 +48,20 @@ def _print_metrics(result: Any, names: list[str], room: int) -> None:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Print one line for each row of a report, with the metrics that fit 80 columns."""
-    from fastrag.eval.report import decoding_name
-
     recalls = [name for name in rows[0].result.metrics if name.startswith("recall@")]
-    wanted = ("em", "f1", "cover_em", *recalls[-1:], "nll")
-    widths = {name: max(7, len(name) + 2) for name in wanted}
+    widths = {
+        name: max(7, len(name) + 1) for name in ("em", "f1", "cover_em", *recalls[-1:], "nll")
+    }
     heads = "".join(f"{name:>{room}}" for name, room in widths.items())
-    print(f"{'model':<12}{'retriever':<10}{'decoding':<12}{heads}")
+    print(f"{'model':<11}{'retriever':<10}{'decoding':<18}{heads}")
     for row in rows:
         metrics = row.result.metrics
         cells = "".join(
             f"{f'{metrics[name]:.3f}' if name in metrics else '-':>{room}}"
             for name, room in widths.items()
         )
-        model = terminal.printable(row.model)[-11:]  # the end of a path says more than its start
-        print(f"{model:<12}{row.retriever:<10}{decoding_name(row.marginal):<12}{cells}")
+        model = terminal.printable(row.model)[-10:]  # the end of a path says more than its start
+        print(f"{model:<11}{row.retriever:<10}{row.marginal:<18}{cells}")
     print(f"{int(rows[0].result.metrics['n_questions'])} questions; all measures with --out")
 
 
