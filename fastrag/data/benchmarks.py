@@ -106,7 +106,8 @@ def read_benchmark_passages(form: str, source: Any) -> Iterator[Passage]:
     texts: dict[str, int] = {}
     n_empty = n_other = 0
     for id, title, text in PASSAGES[form](source):
-        text, title = (text, title) if text.strip() else (title, "")
+        if not text.strip():
+            title, text = "", title
         if not text.strip():
             n_empty += 1
         elif id not in texts:

@@ -265,15 +265,15 @@ class _Answered:
         model = self.model
         texts = model.processor.decode(generation.sequences)
         priors = generation.doc_scores.float().softmax(dim=1).tolist()
+        read_rows = generation.rows.tolist()
         for i, (question, found) in enumerate(zip(questions, rows.tolist(), strict=True)):
             answers = question.answers
             text = texts[i]
             support = int(generation.supporting_rows[i])
             ranking = self.judge.ranking(question, found)
             hits = ranking.hits
-            read = generation.rows[i].tolist()
-            prior = [p for p, row in zip(priors[i], read, strict=True) if row >= 0]
-            right = self.judge.ranking(question, read).hits
+            prior = [p for p, row in zip(priors[i], read_rows[i], strict=True) if row >= 0]
+            right = self.judge.ranking(question, read_rows[i]).hits
             self.rankings.append(ranking)
             self.right.append(None if right is None else [k in right for k in range(len(prior))])
             self.predictions.append(
