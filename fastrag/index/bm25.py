@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Anserini's defaults, with which BM25 is most often reported.
 BM25_K1, BM25_B = 0.9, 0.4
-_WORDS = r"(?u)\b\w+\b"  # the default of bm25s leaves out words of one letter
 
 
 class BM25Index:
@@ -27,9 +26,10 @@ class BM25Index:
             log(1 + (N - n_t + .5) / (n_t + .5)) f_td / (f_td + k1 (1 - b + b |d| / mean |d|))
 
     with N passages, n_t of which contain t, and f_td occurrences of t among the |d| words of d
-    (Robertson & Zaragoza 2009, in the form of Lucene). It takes texts where an `Index` takes
-    vectors, and returns the same `Hits`, whose rows are those of the passages. They can stand in
-    for the hits of an encoder that has learned nothing yet: see `RagModel.forward`, `rows`.
+    (Robertson & Zaragoza 2009, in the form of Lucene). Words of one letter do not count. It takes
+    texts where an `Index` takes vectors, and returns the same `Hits`, whose rows are those of the
+    passages. They can stand in for the hits of an encoder that has learned nothing yet: see
+    `RagModel.forward`, `rows`.
 
     Args:
         passages: the passages.
@@ -97,9 +97,7 @@ class BM25Index:
         return Hits(scores, rows, None, 0)
 
     def _words(self, texts: list[str], **how: Any) -> Any:
-        return self._tokenize(
-            texts, token_pattern=_WORDS, stopwords=None, show_progress=False, **how
-        )
+        return self._tokenize(texts, stopwords=None, show_progress=False, **how)
 
 
 def _best(scores: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:

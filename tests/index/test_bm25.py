@@ -22,7 +22,7 @@ def store(texts: list[str]) -> PassageStore:
 
 
 def expected(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    documents = [re.findall(r"\w+", f"a title {text}") for text in texts]
+    documents = [re.findall(r"\w\w+", f"a title {text}") for text in texts]
     mean = sum(map(len, documents)) / len(documents)
     scores = []
     for words in documents:
@@ -39,7 +39,7 @@ def expected(texts: list[str], query: str, k1: float, b: float) -> list[float]:
 @pytest.mark.parametrize(("k1", "b"), [(0.9, 0.4), (1.5, 0.75), (0.1, 0.0)])
 def test_scores_are_those_of_the_formula(k1: float, b: float) -> None:
     index = BM25Index(store(TEXTS), k1=k1, b=b)
-    for query in ("RED green", "a blue red", "green green", "plum nobody"):
+    for query in ("RED green", "blue red", "green green", "plum nobody"):
         right = torch.tensor(expected(TEXTS, query, k1, b))
         hits = index.search([query], k=len(TEXTS))
         found = hits.rows[0] >= 0
@@ -58,7 +58,7 @@ def test_a_passage_without_a_word_of_the_query_is_no_hit() -> None:
     # all contain `title`, most of them equally often in as many words: the first of equal ones
     wide = index.search(["title"], k=6)
     assert index.search(["title"], k=3).rows.tolist() == wide.rows[:, :3].tolist()
-    assert wide.rows.tolist() == [[2, 4, 5, 0, 1, 3]]
+    assert wide.rows.tolist() == [[2, 4, 5, 1, 0, 3]]
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
