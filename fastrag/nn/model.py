@@ -445,5 +445,70 @@ class RagModel(ActivationCheckpointing, nn.Module):
             overrides=overrides,
         )
 
+    @classmethod
+    def from_hf(
+        cls,
+        model: Any,
+        index: Index | None = None,
+        passages: PassageStore | None = None,
+        *,
+        processor: RagProcessor | None = None,
+        question_tokenizer: Any = None,
+        generator_tokenizer: Any = None,
+        **settings: Any,
+    ) -> RagModel:
+        """Compose a model of the parts of a RAG model of Hugging Face, which it shares.
+
+        A context encoder, which transformers saves but does not load again, becomes the passage
+        encoder. tau is 1, because transformers does not divide scores.
+
+        Args:
+            model: transformers' `RagTokenForGeneration` or `RagSequenceForGeneration`, or the
+                folder or Hub id of a saved one.
+            index: vectors of the passages; None with `passages`: those of the model's retriever
+                (all vectors of its dataset, searched exactly), or those that its config names.
+            passages: the passages of the index.
+            processor: tokenizers and template; None: `fastrag.hf.rag_processor`, which writes
+                contexts as the model's config says.
+            question_tokenizer: the question encoder's; None: that of the retriever or the folder.
+            generator_tokenizer: likewise.
+            settings: arguments of the constructor that replace those from the config.
+
+        Returns:
+            A RagModel, in the mode of the model.
+
+        Raises:
+            ValueError: another class, weights are missing, there is no tokenizer or no index, or
+                the parts do not fit each other.
+
+        Example:
+            >>> model = RagModel.from_hf("models/rag-token-nq", index, passages)  # doctest: +SKIP
+        """
+        from fastrag.hf.convert import from_hf
+
+        tokenizers = (question_tokenizer, generator_tokenizer)
+        return from_hf(cls, model, index, passages, processor, tokenizers, settings)
+
+    def to_hf(self) -> Any:
+        """Compose transformers' RAG model of the parts of this one, which it shares.
+
+        It retrieves from this model's index. A passage encoder goes with it and is saved with it;
+        objective and exploring, settings of training, have no place there.
+
+        Returns:
+            A `RagTokenForGeneration` or `RagSequenceForGeneration`, in the mode of this model.
+
+        Raises:
+            ValueError: a part that transformers' class has no place for: a decoder-only generator,
+                PEFT adapters, tau other than 1, an encoder with normalisation, prefix or another
+                pooling than "pooler", or a template with another order.
+
+        Example:
+            >>> model.to_hf().save_pretrained("models/rag")               # doctest: +SKIP
+        """
+        from fastrag.hf.convert import to_hf
+
+        return to_hf(self)
+
     def extra_repr(self) -> str:
         return f"marginal={self.marginal!r}, max_context={self.processor.max_context}"
