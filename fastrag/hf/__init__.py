@@ -14,12 +14,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastrag.hf.corpora import read_dpr, read_hf_index
+    from fastrag.hf.corpora import passages_of, read_dpr, read_hf_index
     from fastrag.hf.patch import patch_hf_rag, unpatch_hf_rag
     from fastrag.hf.retriever import IndexRetriever, rag_processor
 
 _HOMES = {
     "IndexRetriever": "retriever",
+    "passages_of": "corpora",
     "patch_hf_rag": "patch",
     "rag_processor": "retriever",
     "read_dpr": "corpora",
@@ -29,6 +30,7 @@ _HOMES = {
 
 __all__ = [
     "IndexRetriever",
+    "passages_of",
     "patch_hf_rag",
     "rag_processor",
     "read_dpr",

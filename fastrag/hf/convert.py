@@ -74,23 +74,20 @@ def from_hf(
             "answer, BOS too if the tokenizer writes one",
             stacklevel=3,
         )
-    context_encoder = source.rag.ctx_encoder
+    found = source.rag.ctx_encoder
+    encoder = None if found is None else TextEncoder(found, "pooler")
     defaults = {
+        "question_encoder": TextEncoder(source.question_encoder, "pooler"),
+        "passage_encoder": encoder,
+        "generator": source.generator,
         "n_docs": config.n_docs,
         "marginal": "token" if isinstance(source, RagTokenForGeneration) else "sequence",
         "tau": 1.0,
         "train_passage_encoder": source.rag.context_encoder_training,
         "label_smoothing": config.label_smoothing,
     }
-    made = cls(
-        TextEncoder(source.question_encoder, "pooler"),
-        None if context_encoder is None else TextEncoder(context_encoder, "pooler"),
-        source.generator,
-        index,
-        passages,
-        processor,
-        **defaults | settings,
-    )
+    parts = {"index": index, "passages": passages, "processor": processor}
+    made = cls(**parts | defaults | settings)
     return made if source.training else made.eval()
 
 

@@ -43,8 +43,9 @@ def paper_nll(
     targets: Tensor,
     doc_scores: Tensor,
     label_smoothing: float,
+    reduction: str = "none",
 ) -> Tensor:
-    """Return the negative log-likelihood of each example, `[B]`; see `fastrag.functional`."""
+    """Return the negative log-likelihood, by default of each example; see `fastrag.functional`."""
     return functional.rag_nll(
         marginal,
         hidden,
@@ -55,7 +56,7 @@ def paper_nll(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         label_smoothing=label_smoothing,
-        reduction="none",
+        reduction=reduction,
     ).loss
 
 

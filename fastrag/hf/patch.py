@@ -310,13 +310,15 @@ def _with_labels(model: Any, given: dict[str, Any]) -> PatchedOutput:
         gold = without_bos(targets, bos_id)
     if patch.hf_quirks and patch.marginal == "sequence":
         loss = hf_sequence_nll(hidden, head, targets, doc_scores, smoothing, gold)
+        loss = loss.sum() if reduce_loss else loss
     else:
-        loss = paper_nll(patch.marginal, hidden, head, gold, doc_scores, smoothing)
+        reduction = "sum" if reduce_loss else "none"
+        loss = paper_nll(patch.marginal, hidden, head, gold, doc_scores, smoothing, reduction)
     fields = {name: getattr(outputs, name) for name, *_ in _FIELDS if name != "loss"}
     if not asked:
         fields |= dict.fromkeys(_RETRIEVED)
     fields["doc_scores"] = doc_scores
-    return PatchedOutput(loss=loss.sum() if reduce_loss else loss, **fields)
+    return PatchedOutput(loss=loss, **fields)
 
 
 def _targets(

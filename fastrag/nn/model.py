@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -385,6 +387,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         *,
         merge_adapter: bool = False,
         include_index: bool = False,
+        card: str | None = None,
     ) -> None:
         """Write encoders, generator, tokenizers, template and settings as one folder.
 
@@ -396,13 +399,58 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 as an adapter.
             include_index: also write index and passages. Otherwise the folder names the index by
                 checksum, and `from_pretrained` is given both.
+            card: text of a README.md, for example of `fastrag.nn.card.model_card`; None: no card.
 
         Raises:
             ValueError: a part cannot be saved (it is named), or the path cannot be replaced.
         """
         from fastrag.nn.checkpoint import save_model
 
-        save_model(self, path, merge_adapter=merge_adapter, include_index=include_index)
+        save_model(self, path, merge_adapter=merge_adapter, include_index=include_index, card=card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        merge_adapter: bool = False,
+        include_index: bool = False,
+        **hub_settings: Any,
+    ) -> Any:
+        """Save the model with a card and upload it to the Hugging Face Hub.
+
+        `RagModel.from_pretrained(repo_id)` reads it.
+
+        Args:
+            repo_id: such as "me/my-rag".
+            card: the model card; None: `fastrag.nn.card.model_card`, without data and metrics.
+            merge_adapter: as `save_pretrained`.
+            include_index: as `save_pretrained`; passages become public with the repository.
+            hub_settings: `private`, `token`, `revision`, `commit_message` and `create_pr` of
+                `fastrag.nn.hub.push_folder`.
+
+        Returns:
+            huggingface_hub's CommitInfo.
+
+        Raises:
+            ValueError: as `save_pretrained`, or `repo_id` is no name of a repository.
+            OSError: the Hub refuses, or cannot be reached.
+
+        Example:
+            >>> model.push_to_hub("me/my-rag", private=True)              # doctest: +SKIP
+        """
+        from fastrag.nn.card import model_card
+        from fastrag.nn.hub import push_folder
+
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            self.save_pretrained(
+                folder,
+                merge_adapter=merge_adapter,
+                include_index=include_index,
+                card=model_card(self, name=repo_id) if card is None else card,
+            )
+            return push_folder(folder, repo_id, **hub_settings)
 
     @classmethod
     def from_pretrained(
