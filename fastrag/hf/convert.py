@@ -76,7 +76,7 @@ def from_hf(
         )
     found = source.rag.ctx_encoder
     encoder = None if found is None else TextEncoder(found, "pooler")
-    defaults = {
+    defaults: dict[str, Any] = {
         "question_encoder": TextEncoder(source.question_encoder, "pooler"),
         "passage_encoder": encoder,
         "generator": source.generator,
@@ -86,7 +86,7 @@ def from_hf(
         "train_passage_encoder": source.rag.context_encoder_training,
         "label_smoothing": config.label_smoothing,
     }
-    parts = {"index": index, "passages": passages, "processor": processor}
+    parts: dict[str, Any] = {"index": index, "passages": passages, "processor": processor}
     made = cls(**parts | defaults | settings)
     return made if source.training else made.eval()
 
