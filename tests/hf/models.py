@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import datasets
@@ -138,4 +137,5 @@ def gradients(model: Any, loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
 
 
-same = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+def same(got: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import fastrag
 from fastrag import FlatIndex, PassageStore
@@ -151,3 +153,36 @@ def test_parts_that_do_not_belong_together_are_refused():
     fastrag.patch_hf_rag(model, **good)
     with pytest.raises(ValueError, match="n_docs: expected at most the 3 passages of the index"):
         model(**questions(), labels=LABELS, n_docs=4)
+
+
+def test_the_trainer_of_transformers_trains_a_patched_model(tmp_path):
+    """It finds the columns by forward's signature, and evaluates without logits."""
+    model = rag(retrieves=True, dtype=torch.float32, reduce_loss=True)
+    fastrag.patch_hf_rag(model, **parts(model))
+    rows = [
+        {name: each[i] for name, each in (questions() | {"labels": LABELS}).items()}
+        for i in range(2)
+    ]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    given = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    same(torch.tensor(before), model(**given).loss.detach(), rtol=1e-5, atol=1e-5)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    assert fastrag.unpatch_hf_rag(model) is model
+
+
+@both
+def test_lora_on_the_generator_trains(marginal):
+    model = rag(marginal, retrieves=True)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model.rag.generator = get_peft_model(model.generator, settings).eval()
+    theirs = model(**questions(), labels=LABELS[:1].repeat(2, 1))
+    fastrag.patch_hf_rag(model, **parts(model))
+    ours = model(**questions(), labels=LABELS[:1].repeat(2, 1))
+    same(ours.loss, theirs.loss)
+    for a, b in zip(gradients(model, ours.loss), gradients(model, theirs.loss), strict=True):
+        same(a, b)
