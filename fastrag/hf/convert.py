@@ -210,6 +210,11 @@ def _load(source: str | os.PathLike[str]) -> tuple[Any, tuple[Any, Any]]:
             f"{folder / 'config.json'}: expected architectures to name one of {list(kinds)}, got "
             f"{shown(named)}"
         )
+    if not config.generator.is_encoder_decoder:
+        raise ValueError(
+            f"{folder / 'config.json'}: expected an encoder-decoder as generator, which transformers "
+            f"can load, got {shown(config.generator.model_type)}; pass a live model instead"
+        )
     model, extra = _read(kinds[named], folder)
     if any(name.startswith(_CONTEXT_ENCODER) for name in extra):
         model.rag.ctx_encoder, _ = _read(

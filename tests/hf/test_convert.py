@@ -161,6 +161,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     tiny.t5().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="config.json: expected architectures to name one of"):
         RagModel.from_hf(tmp_path / "t5")
+    rag("token", "gpt2", dtype=torch.float32).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="expected an encoder-decoder as generator, .* got 'gpt2'"):
+        RagModel.from_hf(tmp_path / "gpt2")
     made = rag(dtype=torch.float32)
     made.save_pretrained(tmp_path / "rag")
     from safetensors.torch import load_file, save_file
