@@ -212,8 +212,8 @@ def _load(source: str | os.PathLike[str]) -> tuple[Any, tuple[Any, Any]]:
         )
     if not config.generator.is_encoder_decoder:
         raise ValueError(
-            f"{folder / 'config.json'}: expected an encoder-decoder as generator, which transformers "
-            f"can load, got {shown(config.generator.model_type)}; pass a live model instead"
+            f"{folder / 'config.json'}: expected an encoder-decoder as generator, to load with "
+            f"transformers, got {shown(config.generator.model_type)}; pass a live model instead"
         )
     model, extra = _read(kinds[named], folder)
     if any(name.startswith(_CONTEXT_ENCODER) for name in extra):
