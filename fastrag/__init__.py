@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         freshness,
         functional,
         generation,
+        hf,
         index,
         info,
         nn,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from fastrag.data import RagProcessor
     from fastrag.freshness import IndexRefresher, RefreshPolicy
+    from fastrag.hf import patch_hf_rag, unpatch_hf_rag
     from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore
     from fastrag.nn import (
         LMHead,
@@ -72,14 +74,17 @@ __all__ = [
     "freshness",
     "functional",
     "generation",
+    "hf",
     "index",
     "info",
     "nn",
     "ops",
+    "patch_hf_rag",
     "profiling",
     "reference",
     "testing",
     "train",
+    "unpatch_hf_rag",
 ]
 
 _SUBMODULES = frozenset(
@@ -89,6 +94,7 @@ _SUBMODULES = frozenset(
         "freshness",
         "functional",
         "generation",
+        "hf",
         "index",
         "info",
         "nn",
@@ -120,6 +126,8 @@ _LAZY = {
     "SentenceEncoder": "fastrag.nn",
     "TextEncoder": "fastrag.nn",
     "adapt_generator": "fastrag.nn",
+    "patch_hf_rag": "fastrag.hf",
+    "unpatch_hf_rag": "fastrag.hf",
 }
 
 

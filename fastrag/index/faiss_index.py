@@ -338,6 +338,46 @@ class FaissIndex(RowIndex, format=FORMAT):
         index._source = Path(dir).absolute()
         return index if torch.device(device).type == "cpu" else index.to(device)
 
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        factory: str | None = None,
+        *,
+        parameters: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Reads an index that faiss itself wrote (`faiss.write_index`, or `datasets`).
+
+        Args:
+            path: the file.
+            factory: what faiss built it with, for example `"HNSW32"`, which `replace` builds again;
+                None: faiss is asked.
+            parameters: as for the class; None: those in the file.
+            device: as for the class.
+
+        Raises:
+            ValueError: not an index, one for another metric than the inner product, one that
+                numbers its rows in another way, or a factory that is missing or of another kind.
+            ImportError: faiss is not installed.
+        """
+        read = support.read_file(path)
+        index = cls(
+            int(read.d),
+            support.factory_of(read) if factory is None else factory,
+            parameters=parameters,
+        )
+        if not (isinstance(read, type(index._index)) or isinstance(index._index, type(read))):
+            raise ValueError(
+                f"factory: expected that of an {type(read).__name__}, which {path} holds, got "
+                f"{index.factory!r} for an {type(index._index).__name__}"
+            )
+        support.check_kept(read, index.factory)
+        support.enable_lookup(read)
+        support.set_parameters(read, index.factory, parameters)
+        index._swap(read, int(read.ntotal))
+        return index if torch.device(device).type == "cpu" else index.to(device)
+
     def _changed(self) -> None:
         super()._changed()
         self._on_gpu = None  # until it is copied again, searches run on the CPU

@@ -7,6 +7,7 @@ refining index after it). The functions below descend to the index that they are
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,10 +69,19 @@ def make(dim: int, factory: str, parameters: str | None) -> Any:
     check_kept(index, factory)
     with faiss_errors(f"factory: expected one that faiss can copy: {shown(factory)}"):
         clone(index)
+    set_parameters(index, factory, parameters)
+    return index
+
+
+def set_parameters(index: Any, factory: str, parameters: str | None) -> None:
+    """Tells an index how to search; None leaves it as it is.
+
+    Raises:
+        ValueError: faiss does not know a parameter.
+    """
     if parameters:
         with faiss_errors(f"parameters: expected those of {shown(factory)}: {shown(parameters)}"):
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-    return index
+            load().ParameterSpace().set_index_parameters(index, parameters)
 
 
 def check_kept(index: Any, factory: str) -> None:
@@ -282,6 +292,40 @@ def read_in_place(data: np.ndarray[Any, Any]) -> Any:
         return read(data)
     with _read_errors():
         return faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), data.size))
+
+
+def read_file(path: str | os.PathLike[str]) -> Any:
+    """The index for inner products in a file of faiss.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    faiss = load()
+    with faiss_errors(f"path: expected an index that this faiss reads in {path}"):
+        index = faiss.read_index(os.fspath(path))
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(
+            f"path: expected an index for inner products (metric_type {faiss.METRIC_INNER_PRODUCT})"
+            f" in {path}, got metric_type {index.metric_type}"
+        )
+    return index
+
+
+def factory_of(index: Any) -> str:
+    """The factory that would build such an index.
+
+    Raises:
+        ValueError: faiss cannot tell.
+    """
+    from faiss.contrib.factory_tools import reverse_index_factory
+
+    try:
+        return str(reverse_index_factory(index))
+    except (NotImplementedError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"factory: expected the factory of the {type(index).__name__} in the file, which faiss "
+            "cannot tell, got None"
+        ) from error
 
 
 def _read_errors() -> contextlib.AbstractContextManager[None]:

@@ -120,6 +120,38 @@ class FlatIndex(RowIndex, format=FORMAT):
         self._mapped = False
         self._host_search = HostSearch.of(search_device, self.device)
 
+    @classmethod
+    def from_datasets(
+        cls, dataset: Any, column: str = "embeddings", dtype: str = "float32", **settings: Any
+    ) -> Self:
+        """Make an index of a column of vectors of a Hugging Face `datasets` object.
+
+        Args:
+            dataset: a `datasets.Dataset`; it is read block by block.
+            column: name of the column; row i of the index is row i of the dataset.
+            dtype: as for the class.
+            settings: further arguments of the constructor.
+
+        Raises:
+            ValueError: no such column, no rows, vectors of several widths, or as `add`.
+
+        Example:
+            >>> index = FlatIndex.from_datasets(dataset, dtype="int8")      # doctest: +SKIP
+        """
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list) or column not in columns:
+            raise ValueError(
+                f"dataset: expected one split with the column {shown(column)}, got "
+                f"{type(dataset).__name__} with {shown(columns)}"
+            )
+        blocks = inputs.column_blocks(dataset, column)
+        first = next(blocks, None)
+        if first is None:
+            raise ValueError("dataset: expected at least one row, got none")
+        index = cls(first.shape[1], dtype, **settings)
+        index.add(itertools.chain([first], blocks))
+        return index
+
     def __repr__(self) -> str:
         return (
             f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, exact={self.exact!r}, n={self._n}, "

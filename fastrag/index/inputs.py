@@ -16,6 +16,7 @@ from fastrag.ops import checks
 Vectors = Tensor | np.ndarray[Any, Any]
 # Size of the blocks in which vectors are converted to float32; the array may be mapped from a file.
 BLOCK_BYTES = 1 << 24
+_DATASET_ROWS = 1024  # Arrow's own batches are about as large
 
 
 def check_dim(dim: object) -> int:
@@ -84,6 +85,28 @@ def checked_blocks(
             check_finite(block, first_row + start, name)
             yield block
         first_row += len(given)
+
+
+def column_blocks(dataset: Any, column: str) -> Iterator[np.ndarray[Any, Any]]:
+    """Yields a column of vectors of a `datasets` object as arrays `[n, D]`.
+
+    Args:
+        dataset: the object.
+        column: name of the column.
+
+    Raises:
+        ValueError: cells that are not vectors of one width (the first row of the block is named).
+    """
+    start = 0
+    for block in dataset.with_format("numpy", columns=[column]).iter(_DATASET_ROWS):
+        vectors = block[column]
+        if vectors.ndim != 2:
+            raise ValueError(
+                f"dataset: expected vectors of one width in the column {column!r}, got others in "
+                f"rows {start} to {start + len(vectors) - 1}"
+            )
+        yield vectors
+        start += len(vectors)
 
 
 def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> None:

@@ -4,6 +4,7 @@
     generator/ (or a PEFT adapter)
     generator_base/ (only under an adapter whose base model has no name of its own)
     index/ passages/ (if asked for)   rag_config.json   processor.json   manifest.json
+    README.md (the model card, if given)
 
 `FolderWriter` writes it: whole or not at all. Nothing is pickled. The manifest lists all files
 except those of index and passages, which have manifests of their own, because transformers and PEFT
@@ -27,6 +28,7 @@ from fastrag.data.templates import Template
 from fastrag.data.tokenization import load_tokenizer
 from fastrag.manifests import flag, integer, items, number, one_of, optional, record, text
 from fastrag.nn.arguments import is_sharded
+from fastrag.nn.card import write_card
 from fastrag.nn.encoders import TextEncoder
 from fastrag.nn.generators import GeneratorAdapter
 from fastrag.nn.heads import base_model
@@ -87,6 +89,7 @@ def save_model(
     *,
     merge_adapter: bool = False,
     include_index: bool = False,
+    card: str | None = None,
 ) -> None:
     """Write `model` as the folder `path`; see `RagModel.save_pretrained`.
 
@@ -135,6 +138,8 @@ def save_model(
         if include_index:
             model.index.save(folder / "index")
             model.passages.save(folder / "passages")
+        if card is not None:
+            write_card(folder, card)
         manifests.write(folder / CONFIG, _settings(model, kept))
         writer.commit({"parts": _parts(folder)})
 

@@ -123,7 +123,7 @@ class GeneratorAdapter:
         else:
             outside = check_label_values(labels, counted, n_vocab)
         labels = labels.masked_fill(outside, 0)  # the embedding has no such rows
-        inputs = self._inputs(context_ids, context_mask, labels)
+        inputs = self.inputs(context_ids, context_mask, labels)
         if state:
             inputs = self._continued(inputs, context_ids.shape[1], state)
         states = self._captured(self._live_head, inputs)[:, -labels.shape[1] :]
@@ -142,6 +142,13 @@ class GeneratorAdapter:
         """
         raise NotImplementedError
 
+    def capturing(self) -> AbstractContextManager[list[Tensor]]:
+        """Record the states `[rows, tokens, H]` that enter the head at each call of the model.
+
+        While the ``with`` block runs, the model makes the logits of one position only.
+        """
+        return self._live_head.capture()
+
     def predicting(self) -> AbstractContextManager[list[Tensor]]:
         """Record the states `[rows, 1, H]` that predict the next token at each call of the model.
 
@@ -155,8 +162,17 @@ class GeneratorAdapter:
         """Return `inputs` without the contexts, continuing from the state after them."""
         raise NotImplementedError
 
-    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Return the keyword arguments of the model whose last T states predict the labels."""
+    def inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return the model's keyword arguments for which its last T states predict the labels.
+
+        Args:
+            context_ids: `[B*K, L]` int64, padded as for `hidden`.
+            context_mask: `[B*K, L]`, 1 at tokens.
+            labels: `[B, T]` int64, padded on the right with -100.
+
+        Raises:
+            ValueError: contexts and labels exceed the model's positions.
+        """
         raise NotImplementedError
 
     def _captured(self, live_head: LiveHead, inputs: dict[str, Any]) -> Tensor:
@@ -180,9 +196,9 @@ class GeneratorAdapter:
         labels = torch.tensor([[vocab // 4, vocab // 5]], device=device)
         other = torch.tensor([[vocab // 6, vocab // 5]], device=device)
         with evaluating(self.model):
-            inputs = self._inputs(context, torch.ones_like(context), labels)
+            inputs = self.inputs(context, torch.ones_like(context), labels)
             hidden = self._captured(heads[0], inputs)
-            changed = self._inputs(context, torch.ones_like(context), other)
+            changed = self.inputs(context, torch.ones_like(context), other)
             if not _close(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
                 raise ValueError(
                     f"generator: expected a causal decoder, got {architecture(self.model)}, whose "
@@ -219,7 +235,7 @@ class Seq2SeqAdapter(GeneratorAdapter):
     ) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name != "input_ids"} | {**state}
 
-    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
+    def inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
         decoder_ids = self._shift_right(labels)
         n_docs = context_ids.shape[0] // labels.shape[0]
         return {
@@ -314,7 +330,7 @@ class CausalAdapter(GeneratorAdapter):
         # The last answer token is predicted but never read: it needs no position.
         return None if positions is None else int(positions) - context_width + 1
 
-    def _inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
+    def inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
         room = self.room(context_ids.shape[1])
         if room is not None and labels.shape[1] > room:
             raise ValueError(

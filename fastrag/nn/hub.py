@@ -1,10 +1,11 @@
-"""Model folders: a folder on disk, or else the snapshot of a repository on the Hugging Face Hub."""
+"""Model folders: on disk, read from a repository on the Hugging Face Hub, and uploaded to one."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from fastrag.messages import shown
 
@@ -62,3 +63,46 @@ def model_folder(
             f"{huggingface_hub.constants.HF_HUB_CACHE}, and {why}"
         ) from error
     return folder
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+) -> Any:
+    """Upload a folder to a model repository, which is made if there is none.
+
+    Args:
+        folder: all of it is uploaded.
+        repo_id: such as "me/my-rag".
+        private: whether a new repository is private; None: what its owner's default is.
+        token: None: the one that `hf auth login` stored.
+        revision: branch to upload to; made if there is none. None: main.
+        commit_message: the message of the commit.
+        create_pr: open a pull request instead of committing.
+
+    Returns:
+        huggingface_hub's CommitInfo.
+
+    Raises:
+        ValueError: `repo_id` is no name of a repository.
+        OSError: the Hub refuses, or cannot be reached.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(made.repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=made.repo_id,
+        folder_path=os.fspath(folder),
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )

@@ -14,6 +14,7 @@ from fastrag.index import FlatIndex
 from fastrag.index.storage import check_replaceable
 from fastrag.messages import shown
 from fastrag.nn import RagModel, checkpoint
+from fastrag.nn.card import write_card
 from fastrag.train.checkpoints import require_no_checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.models import build_collator, build_model
@@ -73,6 +74,7 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         trainer.evaluate(metric_key_prefix=prefix)
         if trainer.last_evaluation is not None and trainer.is_world_process_zero():
             write_records(run / "predictions.jsonl", trainer.last_evaluation.predictions)
+            write_card(run / MODEL_FOLDER, trainer.model_card())
     return trainer
 
 

@@ -25,6 +25,7 @@ from fastrag.eval import DenseRetriever, EvalResult, evaluate_retrieval
 from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.retrieval import recall
 from fastrag.freshness import IndexRefresher, RefreshPolicy
+from fastrag.nn.card import model_card, write_card
 from fastrag.profiling import stage
 from fastrag.train import checkpoint_contents, checkpoints
 from fastrag.train.batches import ResumableCollator, count_label_tokens
@@ -259,9 +260,36 @@ class RagTrainer(Trainer):
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             target = output_dir or Path(self.args.output_dir) / MODEL_FOLDER
-            model.save_pretrained(target, include_index=self.include_index)
+            card = self.model_card()
+            model.save_pretrained(target, include_index=self.include_index, card=card)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def model_card(self, **settings: Any) -> str:
+        """Describe the model, its data and the last evaluation; see `fastrag.nn.card.model_card`.
+
+        Args:
+            settings: `name`, and fields of `huggingface_hub.ModelCardData`, such as `license`.
+        """
+        data: dict[str, Any] = {}
+        if self.config is not None:
+            named = self.config.data
+            data = {
+                "corpus": named.corpus,
+                "training questions": named.train_questions,
+                "evaluation questions": named.eval_questions,
+            }
+        if hasattr(self.train_dataset, "__len__"):
+            data["number of training questions"] = len(self.train_dataset)
+        metrics = self.last_evaluation.metrics if self.last_evaluation is not None else None
+        known = {name: value for name, value in data.items() if value is not None}
+        model = self.accelerator.unwrap_model(self.model)
+        return model_card(model, data=known, metrics=metrics, **settings)
+
+    def create_model_card(self, model_name: str | None = None, **settings: Any) -> None:
+        """Write the card of the run folder, which `push_to_hub` uploads."""
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self.model_card(name=model_name, **settings))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of one micro-batch, as `transformers.Trainer` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,12 +89,16 @@ def test_one_process_writes_the_predictions(
     monkeypatch.setattr(run, "load_questions", lambda source: asked)
     monkeypatch.setattr(run, "build_model", lambda config, **how: tiny.rag_model())
     monkeypatch.setattr(RagTrainer, "train", lambda self, **kwargs: None)
-    monkeypatch.setattr(RagTrainer, "save_model", lambda self: None)
     monkeypatch.setattr(RagTrainer, "is_world_process_zero", lambda self: first)
     settings = {"data.eval_questions": "some", "evaluation.max_new_tokens": 1}
     settings |= {"training.use_cpu": True, "training.output_dir": str(tmp_path)}
+    card = tmp_path / "model" / "README.md"
+    monkeypatch.setattr(RagTrainer, "save_model", lambda self: card.parent.mkdir())
     run.train_run(rag_config(settings))
-    assert (tmp_path / "predictions.jsonl").is_file() == first
+    assert (tmp_path / "predictions.jsonl").is_file() == card.is_file() == first
+    if first:  # the last evaluation, which comes after the model is saved
+        assert re.search(r"^\| em \| [\d.]+ \|$", card.read_text(), flags=re.MULTILINE)
+        assert "| training questions | default:train |" in card.read_text()
 
 
 def test_one_process_prints_the_end(

@@ -1,0 +1,201 @@
+"""Indexes that others built: those of Hugging Face's RagRetriever, and DPR's passages and vectors.
+
+Nothing is unpickled, which would run code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastrag.data import Passage, RagProcessor, read_passages
+from fastrag.index import FaissIndex, FlatIndex, Index, PassageStore
+from fastrag.messages import shown
+
+_COLUMNS = ("title", "text")
+_FAISS = (".faiss", ".index")
+
+
+def read_hf_index(
+    passages_path: str | os.PathLike[str],
+    processor: RagProcessor,
+    *,
+    index_path: str | os.PathLike[str] | None = None,
+    factory: str | None = None,
+    dtype: str = "float32",
+    dir: str | os.PathLike[str] | None = None,
+) -> tuple[Index, PassageStore]:
+    """Read what transformers' RagRetriever calls a custom index.
+
+    Args:
+        passages_path: folder of `dataset.save_to_disk`, with the columns title, text and
+            embeddings.
+        processor: tokenises the passages.
+        index_path: file of `dataset.get_index("embeddings").save`, which becomes a `FaissIndex`
+            that scores the vectors that faiss keeps. None: a `FlatIndex` of the column embeddings.
+        factory: what faiss built the file with, for example "HNSW32", if faiss cannot tell.
+        dtype: how a FlatIndex stores the vectors.
+        dir: write the passages there; None: keep them in memory.
+
+    Returns:
+        Index and passages, one row of the dataset each. Ids are the column id, or else row numbers;
+        a pair of quotes around a title is taken off, as transformers does.
+
+    Raises:
+        ValueError: no such folder, a column is missing, vectors of several widths, an index of
+            another metric than the inner product or of another length.
+        ImportError: datasets, or faiss for an `index_path`, is not installed.
+
+    Example:
+        >>> index, passages = read_hf_index("my_dataset", processor)    # doctest: +SKIP
+    """
+    import datasets
+
+    folder = Path(passages_path)
+    if not folder.is_dir():
+        raise ValueError(f"passages_path: expected a folder of save_to_disk, {folder} is none")
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"passages_path: expected a folder of save_to_disk: {error}") from error
+    if index_path is None:
+        if factory is not None:
+            raise ValueError(f"factory: expected None without an index_path, got {shown(factory)}")
+        return from_dataset(dataset, processor, dtype=dtype, dir=dir)
+    _no_dtype(dtype)
+    index = FaissIndex.from_file(index_path, factory)
+    return _joined(index, passages_of(dataset), processor, dir=dir)
+
+
+def read_dpr(
+    passages: str | os.PathLike[str],
+    embeddings: Any,
+    processor: RagProcessor,
+    *,
+    dtype: str = "float32",
+    dir: str | os.PathLike[str] | None = None,
+) -> tuple[Index, PassageStore]:
+    """Read DPR's passages and their vectors.
+
+    Args:
+        passages: file with the columns id, text and title, such as `psgs_w100.tsv`, also packed.
+        embeddings: the vectors in the order of the file: `.npy` files `[n, D]`, one or several, an
+            array, or an index of faiss that was saved with `faiss.write_index` (`.faiss`,
+            `.index`).
+        processor: tokenises the passages.
+        dtype: how a FlatIndex stores the vectors.
+        dir: write the passages there; None: keep them in memory.
+
+    Returns:
+        Index and passages.
+
+    Raises:
+        ValueError: a file that is not as expected, a pickle among them (the message says how to
+            convert it), or another number of vectors than of passages.
+
+    Example:
+        >>> index, passages = read_dpr(                                 # doctest: +SKIP
+        ...     "psgs_w100.tsv.gz", ["wiki_0.npy", "wiki_1.npy"], processor, dir="passages")
+    """
+    if isinstance(embeddings, str | os.PathLike) and Path(embeddings).suffix in _FAISS:
+        _no_dtype(dtype)
+        index: Index = FaissIndex.from_file(embeddings)
+    else:
+        blocks = _blocks(embeddings)
+        flat = FlatIndex(blocks[0].shape[1], dtype)
+        for block in blocks:
+            flat.add(block)
+        index = flat
+    return _joined(index, read_passages(passages), processor, dir=dir)
+
+
+def from_dataset(
+    dataset: Any,
+    processor: RagProcessor,
+    *,
+    dtype: str = "float32",
+    dir: str | os.PathLike[str] | None = None,
+) -> tuple[Index, PassageStore]:
+    """Read a `datasets` object with the columns title, text and embeddings; see `read_hf_index`."""
+    index = FlatIndex.from_datasets(dataset, dtype=dtype)
+    return _joined(index, passages_of(dataset), processor, dir=dir)
+
+
+def passages_of(dataset: Any) -> Iterator[Passage]:
+    """Yield the passages of a `datasets` object with the columns title and text.
+
+    Args:
+        dataset: the object; its column id, or else its row number, is the id.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    columns = [name for name in ("id", *_COLUMNS) if name in dataset.column_names]
+    if not set(_COLUMNS) <= set(columns):
+        raise ValueError(
+            f"dataset: expected columns {list(_COLUMNS)}, got {shown(list(dataset.column_names))}"
+        )
+    for row, record in enumerate(dataset.with_format(None, columns=columns)):
+        title = record["title"] or ""
+        yield Passage(
+            id=str(record.get("id", row)),
+            title=title.removeprefix('"').removesuffix('"'),
+            text=record["text"],
+        )
+
+
+def _no_dtype(dtype: str) -> None:
+    if dtype != "float32":
+        raise ValueError(
+            f"dtype: expected 'float32' with a file of faiss, which stores vectors as it is, got "
+            f"{shown(dtype)}"
+        )
+
+
+def _joined(
+    index: Index,
+    passages: Iterable[Passage],
+    processor: RagProcessor,
+    *,
+    dir: str | os.PathLike[str] | None,
+) -> tuple[Index, PassageStore]:
+    store = PassageStore.build(passages, processor, dir=dir)
+    if len(index) != len(store):
+        raise ValueError(
+            f"index: expected one vector per passage, got {len(index)} vectors and {len(store)} "
+            "passages"
+        )
+    index.passages_checksum = store.checksum()
+    return index, store
+
+
+def _blocks(embeddings: Any) -> list[np.ndarray[Any, Any]]:
+    """Return vectors as arrays, those of a file mapped."""
+    if isinstance(embeddings, str | os.PathLike):
+        embeddings = [embeddings]
+    if isinstance(embeddings, Sequence):
+        arrays = [_mapped(Path(each)) for each in embeddings]
+    else:
+        arrays = [np.asarray(embeddings)]
+    if not arrays or any(each.ndim != 2 for each in arrays):
+        raise ValueError(
+            f"embeddings: expected arrays [n, D], got {[list(each.shape) for each in arrays]}"
+        )
+    return arrays
+
+
+def _mapped(path: Path) -> np.ndarray[Any, Any]:
+    if path.suffix != ".npy":
+        raise ValueError(
+            f"embeddings: expected files ending in .npy, {' or '.join(_FAISS)}, got {path}; of a "
+            "pickle of pairs that DPR wrote and you trust, `numpy.save(path, numpy.stack([vector "
+            "for _, vector in pairs]))` makes one"
+        )
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"embeddings: expected an array [n, D] in {path}: {error}") from error
