@@ -1,4 +1,4 @@
-"""Launches every kernel through the ops on a driver that runs nothing: see cuda_stub.c.
+"""Launch every kernel through the ops on a driver that runs nothing; see cuda_stub.c.
 
     FASTRAG_STUB_ARCH=90 FASTRAG_STUB_LOG=file python -m tests.kernels.stubbed
 
@@ -40,7 +40,7 @@ def main() -> int:
     backends.interpreting = lambda: True
     triton_mips._has_tma = lambda device: arch >= 90
     cases.SETTLE_SECONDS = 0.0
-    return cases.main([])
+    return max([cases.main(name) for name in cases.CASES])
 
 
 if __name__ == "__main__":
