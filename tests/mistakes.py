@@ -166,9 +166,9 @@ SEAMS = (
     ),
     Mistake(
         "the next token of RAG-Token leaves out the prior",
-        "fastrag/generation/token.py",
-        "shift = log_prior.to(logits.dtype) - logits.logsumexp(dim=2)",
-        "shift = -logits.logsumexp(dim=2)",
+        "fastrag/ops/mixture_logp.py",
+        "shift = log_prior.to(z.dtype) - log_z",
+        "shift = -log_z",
         "tests/generation/test_token.py",
     ),
     Mistake(

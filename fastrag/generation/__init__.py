@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from fastrag.generation.search import Reading, Search
 from fastrag.generation.sequence import rag_sequence, rag_sequence_thorough
-from fastrag.generation.token import MarginalModel, marginal_logp, rag_token
+from fastrag.generation.token import MarginalModel, rag_token
 from fastrag.nn.outputs import RagGeneration
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "MarginalModel",
     "Reading",
     "Search",
-    "marginal_logp",
     "rag_sequence",
     "rag_sequence_thorough",
     "rag_token",

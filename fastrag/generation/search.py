@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 _OWN_CACHE = ("use_cache", "cache_implementation", "cache_config")
 # Arguments of transformers' generate with one row per question.
 _NEGATIVE_PROMPT = ("negative_prompt_ids", "negative_prompt_attention_mask")
-# Contexts that are generated together on a CPU: enough to keep it busy, and of similar length,
-# because padding costs as much time as text there. A GPU takes all contexts at once.
-_CONTEXTS_ON_CPU = 16
+# Contexts that are generated together on a CPU, of similar length, because padding costs as much
+# time as text there; but a step of few rows takes nearly as long as one of many, which read the
+# generator's weights once too. A GPU takes all contexts at once.
+_CONTEXTS_ON_CPU = 64
 
 
 class Reading(NamedTuple):
@@ -336,10 +337,10 @@ def join_answers(indices: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor
 
 
 def chosen(states: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """Return the states `[n, K, T, H]` that chose the tokens of answers.
+    """Return what chose the tokens of answers, `[n, K, T, ...]`.
 
     Args:
-        states: those of each step, `[rows, K, H]`.
+        states: that of each step, `[rows, K, ...]`.
         rows: the row that chose each token, `[n, T]`.
     """
     steps = zip(states, rows.unbind(dim=1), strict=False)  # the last steps may serve no answer

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from fastrag.generation.search import chosen, each_of, in_order, join_answers
 from fastrag.generation.settings import refuse
 from fastrag.nn.heads import base_model
-from fastrag.nn.loss import RagLoss
 from fastrag.nn.outputs import RagGeneration
+from fastrag.ops.mixture_logp import chosen_logit, mixture_logp
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ class MarginalModel(GenerationMixin):
         self.generation_config = copy.deepcopy(base_model(adapter.model).generation_config)
         # So that `generate` passes the whole answers.
         self.generation_config.update(use_cache=False, cache_implementation=None)
+        self.head = adapter.head()
         self.log_prior = log_prior
         self.hidden: list[Tensor] = []  # states that predict the tokens of each call, [rows, K, H]
+        self.log_z: list[Tensor] = []  # log of the sum over the vocabulary, [rows, K]
         self._contexts = (context_ids, context_mask)
         self._state = state
         self._cached = cached
@@ -124,19 +126,34 @@ class MarginalModel(GenerationMixin):
             step = self.adapter.next(
                 self._step, answers[:, -1].repeat_interleave(n_docs, dim=0), rows
             )
-        logits = step.logits.unflatten(0, (-1, n_docs))  # [B, K, V] at first, then [B*n, K, V]
-        hidden = step.hidden.unflatten(0, (-1, n_docs))
-        log_prior = self.log_prior.repeat_interleave(len(logits) // n_questions, dim=0)
-        marginal = marginal_logp(logits, log_prior)
+        hidden = step.hidden.unflatten(0, (-1, n_docs))  # [B, K, H] at first, then [B*n, K, H]
+        log_prior = self.log_prior.repeat_interleave(len(hidden) // n_questions, dim=0)
+        marginal, log_z = mixture_logp(hidden, log_prior=log_prior, **vars(self.head))
         if self._step is None:
-            marginal, hidden = (each.repeat_interleave(n_each, 0) for each in (marginal, hidden))
+            marginal, hidden, log_z = (
+                each.repeat_interleave(n_each, dim=0) for each in (marginal, hidden, log_z)
+            )
         else:
             self._answers = answers
         self._step = step
         self.hidden.append(hidden)
+        self.log_z.append(log_z)
         return CausalLMOutput(logits=marginal.unsqueeze(1))
 
     __call__ = forward
+
+    def token_logp(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Return log p(y_t|x,z,y_<t) of answers, `[n, K, T]`; 0 at -100.
+
+        Args:
+            tokens: `[n, T]`, -100 after the end.
+            rows: the row of the call that chose each token, `[n, T]`.
+        """
+        counted = tokens != IGNORE_INDEX
+        known = tokens.masked_fill(~counted, 0)
+        logit = chosen_logit(chosen(self.hidden, rows), tokens=known, **vars(self.head))
+        logp = logit - chosen(self.log_z, rows)
+        return logp.masked_fill(~counted.unsqueeze(1), 0.0)
 
     def _continued(self, answers: Tensor, n_each: int) -> Tensor | None:
         """Return the row of the last step that each answer and context goes on from."""
@@ -150,27 +167,6 @@ class MarginalModel(GenerationMixin):
         answer = first[:, None] + same.int().argmax(dim=2)
         passages = torch.arange(n_docs, device=answers.device)
         return (answer.unsqueeze(2) * n_docs + passages).flatten()
-
-
-def marginal_logp(logits: Tensor, log_prior: Tensor) -> Tensor:
-    """Return log sum_k p(z_k|x) p(v|x,z_k) of every token v.
-
-    Args:
-        logits: `[n, K, V]`.
-        log_prior: log p(z|x), `[n, K]`; -inf gives a passage no say.
-
-    Returns:
-        `[n, V]`, in float32 at least.
-
-    Example:
-        >>> import torch
-        >>> own = torch.tensor([[[0.8, 0.2], [0.1, 0.9]]]).log()        # K = 2, V = 2
-        >>> marginal_logp(own, torch.tensor([[0.25, 0.75]]).log()).exp()    # .25 * .8 + .75 * .1
-        tensor([[0.2750, 0.7250]])
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    shift = log_prior.to(logits.dtype) - logits.logsumexp(dim=2)
-    return (logits + shift.unsqueeze(2)).logsumexp(dim=1)
 
 
 @torch.no_grad()
@@ -200,33 +196,27 @@ def rag_token(search: Search) -> RagGeneration:
     """
     settings = {**vars(search.config), **search.handed_on, **search.own_cache}
     refuse(settings, _OF_ONE_CONTEXT, "because the K contexts of a question are decoded together")
-    likelihood = RagLoss("token", reduction="none")
     n_docs, n_return = search.n_docs, search.n_return
-    parts, answers, nll, posteriors = [], [], [], []
+    parts, answers, scores, posteriors = [], [], [], []
     for reading in search.readings(tied=True):
         questions = reading.contexts[::n_docs] // n_docs
-        prior_scores = search.prior_scores[questions]
         model = MarginalModel(
             search.adapter,
             reading.ids,
             reading.mask,
-            prior_scores.log_softmax(dim=1),
+            search.log_prior[questions],
             state=reading.state,
             cached=search.own_cache.get("use_cache", True),
         )
         prompt = search.adapter.start(reading.ids[::n_docs])
         run = {"use_cache": False, "num_return_sequences": n_return}
         tokens, rows = search.run(model, reading, {"input_ids": prompt}, run)
-        part_nll, log_posterior = likelihood(
-            chosen(model.hidden, rows),  # [b * n_return, K, T, H]
-            search.adapter.head(),
-            tokens,
-            prior_scores.repeat_interleave(n_return, dim=0),
-        )
+        log_prior = model.log_prior.repeat_interleave(n_return, dim=0).unsqueeze(2)
+        joint = log_prior + model.token_logp(tokens, rows)  # [b * n_return, K, T]
         parts.append(each_of(questions, n_return))
         answers.append(tokens)
-        nll.append(part_nll)
-        posteriors.append(log_posterior)
+        scores.append(joint.logsumexp(dim=1).sum(dim=1))
+        posteriors.append(joint.log_softmax(dim=1))
     answer = join_answers(parts, answers)
     counted = answer != IGNORE_INDEX
     lengths = counted.sum(dim=1)
@@ -238,7 +228,7 @@ def rag_token(search: Search) -> RagGeneration:
     rows = search.rows.repeat_interleave(n_return, dim=0)
     return RagGeneration(
         sequences=answer.masked_fill(~counted, search.pad_id),
-        scores=(-in_order(parts, nll)).masked_fill(lengths == 0, -torch.inf),
+        scores=in_order(parts, scores).masked_fill(lengths == 0, -torch.inf),
         supporting_rows=rows.gather(1, shares.argmax(dim=1, keepdim=True)).squeeze(1),
         rows=search.rows,
         doc_scores=search.doc_scores,

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastrag.nn.arguments import check_answers
 from fastrag.nn.caches import CACHE_NAMES, branched, cache_of, reorder_answers, selected
@@ -34,6 +35,9 @@ from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declare
 from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
+# Contexts that an encoder reads together on a CPU: enough to keep it busy, and of similar length,
+# because padding costs as much time as text there.
+_CONTEXTS_ON_CPU = 16
 _WHOLE = ("context_ids", "context_mask", "answer")  # inputs of a run without a cache
 
 
@@ -57,13 +61,11 @@ class Step(NamedTuple):
     """A generator that has read contexts and the beginnings of their answers.
 
     Attributes:
-        hidden: states that predict the next tokens, `[rows, H]`.
-        logits: the model's logits of the next tokens, `[rows, V]`.
+        hidden: states that predict the next tokens, before the head, `[rows, H]`.
         inputs: the inputs of the model with its cache, which `GeneratorAdapter.next` uses up.
     """
 
     hidden: Tensor
-    logits: Tensor
     inputs: dict[str, Any]
 
 
@@ -266,17 +268,16 @@ class GeneratorAdapter:
 
     def _run(self, inputs: dict[str, Any]) -> Step:
         """Run the model with its cache, and predict the token after the last one."""
-        with self._live_head.capture_last() as seen:
+        with self._live_head.capture(n_rows=0) as seen:
             outputs = self.model(**inputs)
-        return Step(seen[0][:, -1], outputs.logits[:, -1], {**inputs, **cache_of(outputs)})
+        return Step(seen[0][:, -1], {**inputs, **cache_of(outputs)})
 
     def _run_whole(self, inputs: dict[str, Any]) -> Step:
         """Run the model without a cache on contexts and answers, `[rows, t]`."""
         context = (inputs["context_ids"], inputs["context_mask"])
         state = {name: inputs[name] for name in inputs.keys() - {*_WHOLE}}
         labels = torch.nn.functional.pad(inputs["answer"], (0, 1))  # of any value
-        hidden = self.hidden(*context, labels, state=state)[:, 0, -1]
-        return Step(hidden, self.head().logits(hidden), inputs)
+        return Step(self.hidden(*context, labels, state=state)[:, 0, -1], inputs)
 
     @functools.cached_property
     def _continues(self) -> bool:
@@ -360,8 +361,19 @@ class Seq2SeqAdapter(GeneratorAdapter):
 
     def _encoded(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
         encoder = base_model(self.model).get_encoder()
-        outputs = encoder(input_ids=context_ids, attention_mask=context_mask, return_dict=True)
-        return {"encoder_outputs": outputs}
+        n, width = context_mask.shape
+        if context_mask.device.type != "cpu" or n <= _CONTEXTS_ON_CPU:
+            outputs = encoder(input_ids=context_ids, attention_mask=context_mask, return_dict=True)
+            return {"encoder_outputs": outputs}
+        lengths = context_mask.sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        states = []
+        for rows in order.split(_CONTEXTS_ON_CPU):
+            longest = int(lengths[rows[0]])
+            ids, mask = (each[rows, :longest] for each in (context_ids, context_mask))
+            state = encoder(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+            states.append(nn.functional.pad(state, (0, 0, 0, width - longest)))
+        return {"encoder_outputs": BaseModelOutput(torch.cat(states)[order.argsort()])}
 
     def _read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
         """Read contexts, and keep what the decoder makes of them: keys and values."""
