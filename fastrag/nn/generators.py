@@ -37,7 +37,7 @@ from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
 # Contexts that an encoder reads together on a CPU: enough to keep it busy, and of similar length,
 # because padding costs as much time as text there.
-_CONTEXTS_ON_CPU = 16
+_CONTEXTS_ON_CPU = 8
 _WHOLE = ("context_ids", "context_mask", "answer")  # inputs of a run without a cache
 
 

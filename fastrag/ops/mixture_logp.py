@@ -7,6 +7,8 @@ For decoding: no gradient, all token ids, one position. Logits and sums are floa
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -15,6 +17,7 @@ from fastrag.ops import backends, workspace
 
 backends.register(
     "products",
+    cpp="fastrag.ops.cpp:products",
     torch="fastrag.ops.mixture_logp:products",
     triton="fastrag.ops.mixture_logp:products",  # the vendor's product of few rows
 )
@@ -32,7 +35,8 @@ def mixture_logp(
 
     log_z[k] = log sum_v exp(z_kv), so that log p(v|z_k) = z_kv - log_z[k].
     """
-    backend = backends.choose("products", hidden.device, hidden.dtype)
+    unfit = {"cpp": functools.partial(_unfit_for_cpp, hidden, weight)}
+    backend = backends.choose("products", hidden.device, hidden.dtype, unfit)
     z: Tensor = backends.load("products", backend)(hidden.flatten(0, 1), weight)
     z = head_of(z, bias, softcap, logit_scale).unflatten(0, hidden.shape[:2])
     log_z = z.logsumexp(dim=2)
@@ -63,6 +67,12 @@ def head_of(z: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: 
     if logit_scale != 1.0:
         z = z.mul_(logit_scale)
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def _unfit_for_cpp(hidden: Tensor, weight: Tensor) -> str:
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"it multiplies float32, got {hidden.dtype} and {weight.dtype}"
+    return backends.strided(weight)
 
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
