@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--marginal",
-        choices=("token", "sequence"),
+        choices=("token", "sequence", "sequence-thorough"),
         help="how answers are decoded (default: as the model was trained)",
     )
     evaluate.add_argument("--out", help="write predictions to this JSONL file")
@@ -112,7 +112,8 @@ def _answers(arguments: argparse.Namespace) -> int:
         print(json.dumps({"marginal": marginal, **result.metrics}))
     else:
         print_metrics(result)
-        print(f"decoding: RAG-{marginal.capitalize()}")
+        name, _, how = marginal.partition("-")
+        print(f"decoding: RAG-{name.capitalize()}" + (f", {how}" if how else ""))
     return 0
 
 
