@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DPRConfig, DPRQuestionEncoder
 
 from fastrag import functional
-from fastrag.generation import Search, rag_token
+from fastrag.generation import Search, rag_sequence_thorough, rag_token
 from fastrag.nn import adapt_generator
 from tests import tiny
 from tests.architectures import context, generator
@@ -190,3 +190,32 @@ def test_equals_hugging_faces_rag_token() -> None:
         adapter, ids, mask, scores, rows, max_new_tokens=expected.shape[1], pad_id=tiny.PAD
     )
     assert rag_token(search).sequences.equal(expected)
+
+
+@torch.no_grad()
+def test_thorough_decoding_equals_hugging_faces_rag_sequence() -> None:
+    """The answers are the same, and scores are those of its loss.
+
+    Contexts have no padding, because it finds candidates without their mask.
+    """
+    rag = pytest.importorskip("transformers.models.rag")
+    adapter = adapted("bart")
+    ids, mask = context("seq2seq", [7] * 9)
+    scores = case(adapter)[2][:3].nan_to_num(neginf=-1.0)
+    own = adapter.model.config
+    encoder = DPRQuestionEncoder(
+        DPRConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    config = rag.RagConfig.from_question_encoder_generator_configs(
+        encoder.config, own, n_docs=3, vocab_size=own.vocab_size, **tiny.SPECIAL_IDS
+    )
+    theirs = rag.RagSequenceForGeneration(config, encoder, adapter.model).eval()
+    beams = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4}
+    given = {"context_input_ids": ids, "context_attention_mask": mask, "doc_scores": scores}
+    expected = theirs.generate(**given, n_docs=3, num_return_sequences=1, **beams)
+    out = rag_sequence_thorough(
+        Search(adapter, ids, mask, scores, torch.arange(9).view(3, 3), **beams)
+    )
+    assert out.sequences.equal(expected[:, 1:])
+    loss = theirs(**given, labels=expected, n_docs=3, exclude_bos_score=False).loss
+    torch.testing.assert_close(out.scores.double(), -loss.double(), rtol=1e-4, atol=1e-4)
