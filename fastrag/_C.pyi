@@ -57,6 +57,16 @@ def mips_topk(
     index_emb: float32, float16, bfloat16 as uint16, or int8 with its scale and offset [D].
     """
 
+def products(
+    query_emb: _Array,
+    index_emb: _Array,
+    scores: _Array,
+    *,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """The scores of all rows, [B, N]."""
+
 def widen(
     index_emb: _Array,
     out: _Array,

@@ -2,7 +2,7 @@
 
 Retrieval is measured on the passages that the index returns for a question. Exact match, F1 and
 cover-EM are measured on the answer of `RagModel.generate`, which decodes by the model's marginal,
-RAG-Token or RAG-Sequence, both greedy (Lewis et al. 2020, sec. 2.5).
+RAG-Token or RAG-Sequence, searched greedily (Lewis et al. 2020, sec. 2.5).
 """
 
 from __future__ import annotations

@@ -57,8 +57,11 @@ def decoding_name(marginal: str) -> str:
     Example:
         >>> decoding_name("token")
         'RAG-Token'
+        >>> decoding_name("sequence-thorough")
+        'RAG-Sequence, thorough'
     """
-    return f"RAG-{marginal.capitalize()}"
+    name, _, how = marginal.partition("-")
+    return f"RAG-{name.capitalize()}" + (f", {how}" if how else "")
 
 
 def to_markdown(rows: Sequence[Row], questions: str) -> str:

@@ -1,77 +1,184 @@
-"""RAG-Token decoding: greedy under the marginal distribution (Lewis et al. 2020, sec. 2.5).
+"""RAG-Token decoding: a search under the marginal distribution (Lewis et al. 2020, sec. 2.5).
 
-    p(y_t|x,y_<t) = sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
-    y_t           = argmax of it,    score(y) = sum_t log p(y_t|x,y_<t)
+    p(y_t|x,y_<t) = sum_k p(z_k|x) p(y_t|x,z_k,y_<t),    score(y) = sum_t log p(y_t|x,y_<t)
 
-The K contexts of a question are generated next to each other, and in each step all of them get the
-logarithm of the marginal distribution in place of their own logits. They thus choose the same
-token, and the answer of the question is that of any of them.
+`MarginalModel` shows the K contexts of a question to transformers' `generate` as one decoder-only
+model, whose logits are log p(y_t|x,y_<t). Greedy search, beams, sampling, logits processors,
+stopping criteria and streamers thus see questions, and know nothing of passages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
 
-from fastrag.generation.greedy import in_order, join_answers
-from fastrag.nn.loss import RagLoss
+from fastrag.generation.search import chosen, each_of, in_order, join_answers
+from fastrag.generation.settings import refuse
+from fastrag.nn.heads import base_model
 from fastrag.nn.outputs import RagGeneration
+from fastrag.ops.mixture_logp import chosen_logit, mixture_logp
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from fastrag.generation.greedy import GreedySearch
+    from collections.abc import Mapping
+
+    from fastrag.generation.search import Search
+    from fastrag.nn.generators import GeneratorAdapter, Step
+
+# What transformers would take from a prompt or a cache that a question does not have: its K
+# contexts have one each.
+_OF_ONE_CONTEXT: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "negative_prompt_ids": None,
+    "negative_prompt_attention_mask": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "prefill_chunk_size": None,
+    "cache_implementation": None,
+    "cache_config": None,
+}
 
 
-class MarginalLogits(LogitsProcessor):
-    """Replace the scores of the K contexts of a question by their marginal log-probabilities.
+class MarginalModel(GenerationMixin):
+    """B questions with K contexts each, as a decoder-only language model of B rows.
 
-        log p(y_t|x,y_<t) = log sum_k p(z_k|x) softmax(scores_k)[y_t]
+        logits = log p(y_t|x,y_<t) = log sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
 
-    Works in any search of transformers' `generate` over B*K contexts. With n beams per context, the
-    beams of a question's contexts stay equal too.
+    Its prompt is one token of any id for each question; the contexts are read at the first call,
+    before beams are made of the questions. Each call brings the answers so far, and an answer goes
+    on from the row of the last call that had its beginning. So the K caches have no part in the
+    bookkeeping of transformers. A model serves one call of `generate`.
 
     Args:
+        adapter: adapter of the generator.
+        context_ids: `[B*K, L]` int64, the K contexts of a question next to each other.
+        context_mask: `[B*K, L]`, 1 at tokens.
         log_prior: log p(z|x), `[B, K]`; -inf gives a passage no say.
-        processors: logits processors of the marginal distribution. They see one row per question
-            (and beam), with the token ids of its first context.
+        state: what `adapter.read` returned for the contexts.
+        cached: False reads contexts and answers again for each token.
 
     Example:
-        >>> import torch
-        >>> own = torch.tensor([[0.8, 0.2], [0.1, 0.9]]).log()          # B = 1, K = 2, V = 2
-        >>> marginal = MarginalLogits(torch.tensor([[0.25, 0.75]]).log())
-        >>> marginal(torch.zeros(2, 1, dtype=torch.int64), own).exp()   # .25 * .8 + .75 * .1
-        tensor([[0.2750, 0.7250],
-                [0.2750, 0.7250]])
+        >>> model = MarginalModel(adapter, ids, mask, log_prior)                    # doctest: +SKIP
+        >>> model.generate(torch.zeros(B, 1, dtype=torch.int64), num_beams=4)       # doctest: +SKIP
     """
 
-    def __init__(self, log_prior: Tensor, processors: Sequence[Any] = ()) -> None:
-        self.log_prior = log_prior
-        self.processors = LogitsProcessorList(processors)
+    main_input_name = "input_ids"
+    _is_stateful = True
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        shape = (*self.log_prior.shape, -1)  # [B, K, n]
-        own = scores.unflatten(0, shape).log_softmax(dim=-1)  # [B, K, n, V]
-        log_prior = self.log_prior.to(own.dtype)[:, :, None, None]
-        marginal = (log_prior + own).logsumexp(dim=1)  # [B, n, V]
-        if self.processors:
-            first = input_ids.unflatten(0, shape)[:, 0].flatten(0, 1)
-            marginal = self.processors(first, marginal.flatten(0, 1)).view_as(marginal)
-        return marginal.unsqueeze(1).expand_as(own).flatten(0, 2)
+    def __init__(
+        self,
+        adapter: GeneratorAdapter,
+        context_ids: Tensor,
+        context_mask: Tensor,
+        log_prior: Tensor,
+        *,
+        state: Mapping[str, Any] | None = None,
+        cached: bool = True,
+    ) -> None:
+        self.adapter = adapter
+        self.config = PretrainedConfig(vocab_size=adapter.n_vocab)
+        self.generation_config = copy.deepcopy(base_model(adapter.model).generation_config)
+        # So that `generate` passes the whole answers.
+        self.generation_config.update(use_cache=False, cache_implementation=None)
+        self.head = adapter.head()
+        self.log_prior = log_prior
+        self.hidden: list[Tensor] = []  # states that predict the tokens of each call, [rows, K, H]
+        self.log_z: list[Tensor] = []  # log of the sum over the vocabulary, [rows, K]
+        self._contexts = (context_ids, context_mask)
+        self._state = state
+        self._cached = cached
+        self._answers = context_ids.new_empty(len(log_prior), 0)  # of the last call
+        self._step: Step | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_prior.device
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else transformers asks of a model is answered by the generator."""
+        if name == "adapter":  # while the object is made
+            raise AttributeError(name)
+        return getattr(base_model(self.adapter.model), name)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids: Tensor, return_dict: bool = True) -> CausalLMOutput:
+        """Return the marginal log-probabilities of the next tokens, `[B*n, 1, V]`.
+
+        Args:
+            input_ids: `[B*n, 1 + t]`, the prompt and the answers so far; n answers of a question
+                are next to each other.
+            return_dict: always True.
+        """
+        answers = input_ids[:, 1:]
+        n_questions, n_docs = self.log_prior.shape
+        n_each = len(answers) // n_questions
+        if self._step is None:
+            step = self.adapter.first(*self._contexts, self._state, cached=self._cached)
+        else:
+            rows = self._continued(answers, n_each)
+            step = self.adapter.next(
+                self._step, answers[:, -1].repeat_interleave(n_docs, dim=0), rows
+            )
+        hidden = step.hidden.unflatten(0, (-1, n_docs))  # [B, K, H] at first, then [B*n, K, H]
+        log_prior = self.log_prior.repeat_interleave(len(hidden) // n_questions, dim=0)
+        marginal, log_z = mixture_logp(hidden, log_prior=log_prior, **vars(self.head))
+        if self._step is None:
+            marginal, hidden, log_z = (
+                each.repeat_interleave(n_each, dim=0) for each in (marginal, hidden, log_z)
+            )
+        else:
+            self._answers = answers
+        self._step = step
+        self.hidden.append(hidden)
+        self.log_z.append(log_z)
+        return CausalLMOutput(logits=marginal.unsqueeze(1))
+
+    __call__ = forward
+
+    def token_logp(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Return log p(y_t|x,z,y_<t) of answers, `[n, K, T]`; 0 at -100.
+
+        Args:
+            tokens: `[n, T]`, -100 after the end.
+            rows: the row of the call that chose each token, `[n, T]`.
+        """
+        counted = tokens != IGNORE_INDEX
+        known = tokens.masked_fill(~counted, 0)
+        logit = chosen_logit(chosen(self.hidden, rows), tokens=known, **vars(self.head))
+        logp = logit - chosen(self.log_z, rows)
+        return logp.masked_fill(~counted.unsqueeze(1), 0.0)
+
+    def _continued(self, answers: Tensor, n_each: int) -> Tensor | None:
+        """Return the row of the last step that each answer and context goes on from."""
+        n_questions, n_docs = self.log_prior.shape
+        if n_each == 1:
+            return None
+        before = self._answers.unflatten(0, (n_questions, -1))  # [B, n', t]
+        now = answers.unflatten(0, (n_questions, -1))[:, :, : before.shape[2]]  # [B, n, t]
+        same = (now.unsqueeze(2) == before.unsqueeze(1)).all(dim=-1)  # [B, n, n']
+        first = torch.arange(n_questions, device=answers.device) * before.shape[1]
+        answer = first[:, None] + same.int().argmax(dim=2)
+        passages = torch.arange(n_docs, device=answers.device)
+        return (answer.unsqueeze(2) * n_docs + passages).flatten()
 
 
 @torch.no_grad()
-def rag_token(search: GreedySearch) -> RagGeneration:
-    """Return the greedy answer of each question under the marginal distribution.
+def rag_token(search: Search) -> RagGeneration:
+    """Return the answers that a search under the marginal distribution finds.
 
-    Fields of `GenerationConfig` that change logits, such as `repetition_penalty`, apply to each
-    passage's own distribution. The caller's logits processors, `prefix_allowed_tokens_fn`, stopping
-    criteria and streamer see one row per question, with the token ids of its first context, and
-    the logits processors its marginal log-probabilities. The score of an answer is always that of
-    the unchanged distributions.
+    Greedy by default; `num_beams`, `do_sample` and `num_return_sequences` as in transformers. The
+    caller's logits processors, `prefix_allowed_tokens_fn`, stopping criteria and streamer, and the
+    processors of a `GenerationConfig` such as `repetition_penalty`, see one row per question (and
+    beam): its marginal log-probabilities, and a first token followed by the answer so far, because
+    that is what the K contexts have in common. The score of an answer is always that of the
+    unchanged distributions.
 
     Args:
         search: the questions, their contexts and the settings.
@@ -80,38 +187,53 @@ def rag_token(search: GreedySearch) -> RagGeneration:
         `RagGeneration`. The supporting passage has the largest posterior p(z|x,y_<=t), summed over
         the tokens of the answer. There are no candidates.
 
+    Raises:
+        ValueError: a setting that belongs to the context of one passage, such as `guidance_scale`.
+
     Example:
         >>> rag_token(search).sequences.shape                               # doctest: +SKIP
         torch.Size([8, 12])
     """
-    n_docs = search.n_docs
-    likelihood = RagLoss("token", reduction="none")
-    parts, answers, nll, shares = [], [], [], []
-    for contexts in search.parts(tied=True):
-        questions = contexts[::n_docs] // n_docs
-        prior_scores = search.prior_scores[questions]
-        marginal = MarginalLogits(prior_scores.log_softmax(dim=1), search.processors(1))
-        tokens, hidden = search.generate(contexts, tied=True, processors=[marginal])
-        answer = tokens[::n_docs]
-        part_nll, log_posterior = likelihood(
-            hidden.view(*prior_scores.shape, *hidden.shape[2:]),
-            search.adapter.head(),
-            answer,
-            prior_scores,
+    settings = {**vars(search.config), **search.handed_on, **search.own_cache}
+    refuse(settings, _OF_ONE_CONTEXT, "because the K contexts of a question are decoded together")
+    n_docs, n_return = search.n_docs, search.n_return
+    parts, answers, scores, posteriors = [], [], [], []
+    for reading in search.readings(tied=True):
+        questions = reading.contexts[::n_docs] // n_docs
+        model = MarginalModel(
+            search.adapter,
+            reading.ids,
+            reading.mask,
+            search.log_prior[questions],
+            state=reading.state,
+            cached=search.own_cache.get("use_cache", True),
         )
-        counted = (answer != IGNORE_INDEX).unsqueeze(1)
-        parts.append(questions)
-        answers.append(answer)
-        nll.append(part_nll)
-        shares.append((log_posterior.exp() * counted).sum(dim=2))
+        prompt = search.adapter.start(reading.ids[::n_docs])
+        run = {"use_cache": False, "num_return_sequences": n_return}
+        tokens, rows = search.run(model, reading, {"input_ids": prompt}, run)
+        log_prior = model.log_prior.repeat_interleave(n_return, dim=0).unsqueeze(2)
+        joint = log_prior + model.token_logp(tokens, rows)  # [b * n_return, K, T]
+        parts.append(each_of(questions, n_return))
+        answers.append(tokens)
+        scores.append(joint.logsumexp(dim=1).sum(dim=1))
+        posteriors.append(joint.log_softmax(dim=1))
     answer = join_answers(parts, answers)
-    support = in_order(parts, shares).argmax(dim=1, keepdim=True)
+    counted = answer != IGNORE_INDEX
+    lengths = counted.sum(dim=1)
+    log_prior = search.log_prior.repeat_interleave(n_return, dim=0).to(posteriors[0].dtype)
+    log_posterior = log_prior.unsqueeze(2).repeat(1, 1, answer.shape[1])  # after an answer, too
+    for part, posterior in zip(parts, posteriors, strict=True):
+        log_posterior[part, :, : posterior.shape[2]] = posterior
+    shares = (log_posterior.exp() * counted.unsqueeze(1)).sum(dim=2)
+    rows = search.rows.repeat_interleave(n_return, dim=0)
     return RagGeneration(
-        sequences=answer.masked_fill(answer == IGNORE_INDEX, search.pad_id),
-        scores=-in_order(parts, nll),
-        supporting_rows=search.rows.gather(1, support).squeeze(1),
+        sequences=answer.masked_fill(~counted, search.pad_id),
+        scores=in_order(parts, scores).masked_fill(lengths == 0, -torch.inf),
+        supporting_rows=rows.gather(1, shares.argmax(dim=1, keepdim=True)).squeeze(1),
         rows=search.rows,
         doc_scores=search.doc_scores,
-        lengths=(answer != IGNORE_INDEX).sum(dim=1),
+        log_prior=search.log_prior,
+        log_posterior=log_posterior,
+        lengths=lengths,
         loss=search.loss(),
     )

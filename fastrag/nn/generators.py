@@ -2,9 +2,11 @@
 
     hidden = adapter.hidden(context_ids, context_mask, labels)     # [B, K, T, H], before the head
     head = adapter.head()                                          # LMHead, with gradients
-    state = adapter.read(context_ids, context_mask)                # read the contexts once,
-    hidden = adapter.hidden(context_ids, context_mask, labels, state=state)     # for labels
-    model.generate(context_ids, attention_mask=context_mask, **state)           # and for answers
+    state = adapter.read(context_ids, context_mask)                # contexts that are read once:
+    hidden = adapter.hidden(context_ids, context_mask, labels, state=state)     # for labels,
+    model.generate(context_ids, attention_mask=context_mask, **adapter.branch(state))   # answers,
+    step = adapter.first(context_ids, context_mask, state)         # or answers token by token
+    step = adapter.next(step, tokens)
 
 Seq2seq: the encoder reads the context `[B*K, L]` once, the decoder reads the labels shifted right.
 Causal: context (left-padded) and answer (right-padded) are one sequence with explicit positions;
@@ -16,23 +18,27 @@ logits on two tokens, plain and with the head's input scaled up until a softcap 
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from fastrag.nn.arguments import check_answers
+from fastrag.nn.caches import CACHE_NAMES, branched, cache_of, reorder_answers, selected
 from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
 from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
-_CACHE_NAMES = ("cache", "past_key_values")  # transformers' name from 5.24 on, and before
+# Contexts that an encoder reads together on a CPU: enough to keep it busy, and of similar length,
+# because padding costs as much time as text there.
+_CONTEXTS_ON_CPU = 8
+_WHOLE = ("context_ids", "context_mask", "answer")  # inputs of a run without a cache
 
 
 @contextmanager
@@ -49,6 +55,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+class Step(NamedTuple):
+    """A generator that has read contexts and the beginnings of their answers.
+
+    Attributes:
+        hidden: states that predict the next tokens, before the head, `[rows, H]`.
+        inputs: the inputs of the model with its cache, which `GeneratorAdapter.next` uses up.
+    """
+
+    hidden: Tensor
+    inputs: dict[str, Any]
 
 
 class GeneratorAdapter:
@@ -130,16 +148,38 @@ class GeneratorAdapter:
         return states.unflatten(0, (n_questions, -1))
 
     def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
-        """Read contexts once; `hidden` and the model's `generate` continue from the result.
+        """Read contexts once; `hidden`, `first` and the model's `generate` continue from the state.
 
         Args:
             context_ids: `[B*K, L]` int64, padded as for `hidden`.
             context_mask: `[B*K, L]`, 1 at tokens.
 
         Returns:
-            Keyword arguments of the model's `generate`, which uses them up; an empty dict if the
-            model cannot continue from them.
+            The state after the contexts, as keyword arguments of the model; an empty dict if the
+            model cannot continue from one.
         """
+        read = self._read if self._continues else self._encoded
+        return read(context_ids, context_mask)
+
+    def branch(self, state: Mapping[str, Any], n_beams: int = 1) -> dict[str, Any]:
+        """Return keyword arguments of the model's `generate`, which leaves `state` as it is.
+
+        Args:
+            state: what `read` returned.
+            n_beams: rows that `generate` makes of each context.
+        """
+        branch = branched(state)
+        for name in CACHE_NAMES:
+            if n_beams > 1 and name in branch:
+                branch[name].batch_repeat_interleave(n_beams)
+        return branch
+
+    def select(self, state: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Return the state of the contexts `rows` `[n]`, in which a context may be repeated."""
+        return selected(branched(state), rows)
+
+    def start(self, context_ids: Tensor) -> Tensor:
+        """Return the token behind which the answer of each context begins, `[rows, 1]`."""
         raise NotImplementedError
 
     def capturing(self) -> AbstractContextManager[list[Tensor]]:
@@ -149,12 +189,79 @@ class GeneratorAdapter:
         """
         return self._live_head.capture()
 
+    def first(
+        self,
+        context_ids: Tensor,
+        context_mask: Tensor,
+        state: Mapping[str, Any] | None = None,
+        *,
+        cached: bool = True,
+    ) -> Step:
+        """Read contexts up to the first token of their answers.
+
+        Args:
+            context_ids: `[rows, L]` int64, padded as for `hidden`.
+            context_mask: `[rows, L]`, 1 at tokens.
+            state: what `read` returned for these contexts, which are then not read again; it is
+                left as it is.
+            cached: False reads contexts and answers again for each token.
+
+        Returns:
+            `Step`.
+        """
+        state = state or {}
+        if cached and self._continues:
+            return self._run(self._first_inputs(context_ids, context_mask, branched(state)))
+        whole = {"context_ids": context_ids, "context_mask": context_mask}
+        encoded = state or self._encoded(context_ids, context_mask)
+        return self._run_whole({**whole, **encoded, "answer": context_ids[:, :0]})
+
+    def next(self, step: Step, tokens: Tensor, rows: Tensor | None = None) -> Step:
+        """Go on by one token.
+
+        Args:
+            step: the step before, which is used up.
+            tokens: the tokens after it, `[n]` int64.
+            rows: row of `step` that each token continues, `[n]`; None: its own. Where n is the
+                number of rows of `step`, both rows have the same context.
+
+        Returns:
+            `Step` of n rows.
+        """
+        inputs = step.inputs
+        if rows is not None and len(rows) == len(step.hidden):
+            reorder_answers(inputs, rows)
+        elif rows is not None:
+            inputs = selected(inputs, rows)
+        if "answer" in inputs:
+            answer = torch.cat([inputs["answer"], tokens[:, None]], dim=1)
+            return self._run_whole({**inputs, "answer": answer})
+        return self._run(self._next_inputs(inputs, tokens[:, None]))
+
     def predicting(self) -> AbstractContextManager[list[Tensor]]:
         """Record the states `[rows, 1, H]` that predict the next token at each call of the model.
 
         While the ``with`` block runs, the model makes logits of each row's last token only.
         """
         return self._live_head.capture_last()
+
+    def _encoded(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        """Return the part of the state that needs no cache."""
+        raise NotImplementedError
+
+    def _read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        """Return the state after the contexts, caches included."""
+        raise NotImplementedError
+
+    def _first_inputs(
+        self, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the model that predict the first token."""
+        raise NotImplementedError
+
+    def _next_inputs(self, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """Return the keyword arguments that go on from `inputs` by tokens `[rows, 1]`."""
+        raise NotImplementedError
 
     def _continued(
         self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
@@ -174,6 +281,49 @@ class GeneratorAdapter:
             ValueError: contexts and labels exceed the model's positions.
         """
         raise NotImplementedError
+
+    def _run(self, inputs: dict[str, Any]) -> Step:
+        """Run the model with its cache, and predict the token after the last one."""
+        with self._live_head.capture(n_rows=0) as seen:
+            outputs = self.model(**inputs)
+        return Step(seen[0][:, -1], {**inputs, **cache_of(outputs)})
+
+    def _run_whole(self, inputs: dict[str, Any]) -> Step:
+        """Run the model without a cache on contexts and answers, `[rows, t]`."""
+        context = (inputs["context_ids"], inputs["context_mask"])
+        state = {name: inputs[name] for name in inputs.keys() - {*_WHOLE}}
+        labels = torch.nn.functional.pad(inputs["answer"], (0, 1))  # of any value
+        return Step(self.hidden(*context, labels, state=state)[:, 0, -1], inputs)
+
+    @functools.cached_property
+    def _continues(self) -> bool:
+        """Whether the model gives the same states when it continues from its cache.
+
+        Models without a cache do not, nor do recurrent ones that then take one token at a time, nor
+        those whose cache cannot be reordered.
+        """
+        embedding = base_model(self.model).get_input_embeddings()
+        vocab = min(embedding.weight.shape[0], self.n_vocab)
+        ids = torch.arange(8, device=embedding.weight.device).view(2, 4) % vocab
+        mask = torch.ones_like(ids)
+        mask[0, 0 if self.kind == "causal" else -1] = 0
+        labels = ids[:, :3].flip(0)
+        several = labels.new_tensor([1, 0, 1])  # contexts of answers, the first and last alike
+        with evaluating(self.model):
+            whole = self.hidden(ids, mask, labels)
+            try:
+                state = self._read(ids, mask)
+                after = self.hidden(ids, mask, labels, state=state)
+                step = self._run(self._first_inputs(ids, mask, branched(state)))
+                step = self.next(step, labels[several, 0], several)
+                step = self.next(step, labels[several, 1], several.new_tensor([2, 1, 0]))
+                return (
+                    bool(state)
+                    and _close(after, whole)
+                    and _close(step.hidden, whole[several, 0, 2])
+                )
+            except Exception:  # models raise many kinds here, and still run in one piece
+                return False
 
     def _captured(self, live_head: LiveHead, inputs: dict[str, Any]) -> Tensor:
         """Run the model and return what entered its output projection."""
@@ -225,15 +375,53 @@ class Seq2SeqAdapter(GeneratorAdapter):
 
     kind = "seq2seq"
 
-    def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+    def _encoded(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
         encoder = base_model(self.model).get_encoder()
-        outputs = encoder(input_ids=context_ids, attention_mask=context_mask, return_dict=True)
-        return {"encoder_outputs": outputs}
+        n, width = context_mask.shape
+        if context_mask.device.type != "cpu" or n <= _CONTEXTS_ON_CPU:
+            outputs = encoder(input_ids=context_ids, attention_mask=context_mask, return_dict=True)
+            return {"encoder_outputs": outputs}
+        lengths = context_mask.sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        states = []
+        for rows in order.split(_CONTEXTS_ON_CPU):
+            longest = int(lengths[rows[0]])
+            ids, mask = (each[rows, :longest] for each in (context_ids, context_mask))
+            state = encoder(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+            states.append(nn.functional.pad(state, (0, 0, 0, width - longest)))
+        return {"encoder_outputs": BaseModelOutput(torch.cat(states)[order.argsort()])}
+
+    def _read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        """Read contexts, and keep what the decoder makes of them: keys and values."""
+        state = self._encoded(context_ids, context_mask)
+        with self._live_head.capture():
+            outputs = self.model(**self._first_inputs(context_ids, context_mask, state))
+        config = base_model(self.model).config.get_text_config(decoder=True)
+        for name, cache in cache_of(outputs).items():
+            state[name] = EncoderDecoderCache(
+                DynamicCache(config=config), cache.cross_attention_cache
+            )
+        return state
+
+    def _first_inputs(
+        self, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "attention_mask": context_mask,
+            "decoder_input_ids": self.start(context_ids),
+            "use_cache": True,
+            "return_dict": True,
+            **(state or self._encoded(context_ids, context_mask)),
+        }
+
+    def _next_inputs(self, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        return {**inputs, "decoder_input_ids": tokens}
 
     def _continued(
         self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name != "input_ids"} | {**state}
+        news = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return {**news, **branched(state), "use_cache": len(state) > 1}
 
     def inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
         decoder_ids = self._shift_right(labels)
@@ -248,9 +436,12 @@ class Seq2SeqAdapter(GeneratorAdapter):
 
     def _shift_right(self, labels: Tensor) -> Tensor:
         """Return the decoder's input: its start token, then the labels but the last."""
-        base = base_model(self.model)
-        pad = getattr(base.config, "pad_token_id", None) or 0
+        pad = getattr(base_model(self.model).config, "pad_token_id", None) or 0
         known = labels.masked_fill(labels == IGNORE_INDEX, pad)
+        return torch.cat([self.start(known), known[:, :-1]], dim=1)
+
+    def start(self, context_ids: Tensor) -> Tensor:
+        base = base_model(self.model)
         start = getattr(base.config, "decoder_start_token_id", None)
         if start is None:
             start = getattr(base.generation_config, "decoder_start_token_id", None)
@@ -259,7 +450,7 @@ class Seq2SeqAdapter(GeneratorAdapter):
                 f"generator: expected config.decoder_start_token_id on {architecture(self.model)}, "
                 f"got None"
             )
-        return torch.cat([known.new_full((known.shape[0], 1), start), known[:, :-1]], dim=1)
+        return context_ids.new_full((len(context_ids), 1), start)
 
 
 class CausalAdapter(GeneratorAdapter):
@@ -272,27 +463,42 @@ class CausalAdapter(GeneratorAdapter):
         self._takes_positions = "position_ids" in parameters
         super().__init__(model)
 
-    def read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
-        return self._read(context_ids, context_mask) if self._continues else {}
+    def start(self, context_ids: Tensor) -> Tensor:
+        return context_ids[:, -1:]
+
+    def _encoded(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
+        return {}
 
     def _read(self, context_ids: Tensor, context_mask: Tensor) -> dict[str, Any]:
         """Read all but the last column, which holds the token that predicts the first label."""
-        before = context_mask[:, :-1]
-        if before.shape[1] == 0:
+        if context_ids.shape[1] == 1:
             return {}
-        inputs = {
-            "input_ids": context_ids[:, :-1],
-            "attention_mask": before,
-            "use_cache": True,
-            "return_dict": True,
-        }
-        if self._takes_positions:
-            inputs["position_ids"] = _positions(before)
+        inputs = self._first_inputs(context_ids[:, :-1], context_mask[:, :-1], {})
         with self._live_head.capture():
             outputs = self.model(**inputs)
-        # Only the first, because an output with the new name also answers to the old one.
-        found = [name for name in _CACHE_NAMES if name in outputs.keys()][:1]  # noqa: SIM118
-        return {name: outputs[name] for name in found}
+        return cache_of(outputs)
+
+    def _first_inputs(
+        self, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        first = -1 if state else 0
+        inputs = {
+            "input_ids": context_ids[:, first:],
+            "attention_mask": context_mask,
+            "use_cache": True,
+            "return_dict": True,
+            **state,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = _positions(context_mask)[:, first:]
+        return inputs
+
+    def _next_inputs(self, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        news = {"input_ids": tokens, "attention_mask": mask}
+        if self._takes_positions:
+            news["position_ids"] = inputs["position_ids"][:, -1:] + 1
+        return {**inputs, **news}
 
     def _continued(
         self, inputs: dict[str, Any], context_width: int, state: Mapping[str, Any]
@@ -302,28 +508,7 @@ class CausalAdapter(GeneratorAdapter):
             for name in ("input_ids", "position_ids")
             if name in inputs
         }
-        caches = {name: _branch(cache) for name, cache in state.items()}
-        return {**inputs, **news, **caches, "use_cache": True}
-
-    @functools.cached_property
-    def _continues(self) -> bool:
-        """Whether the model gives the same states when it continues from its cache.
-
-        Models without a cache do not, nor do recurrent ones that then take one token at a time.
-        """
-        embedding = base_model(self.model).get_input_embeddings()
-        vocab = min(embedding.weight.shape[0], self.n_vocab)
-        ids = torch.arange(8, device=embedding.weight.device).view(2, 4) % vocab
-        mask = torch.ones_like(ids)
-        mask[0, 0] = 0
-        labels = ids[:, :3].flip(0)
-        with evaluating(self.model):
-            whole = self.hidden(ids, mask, labels)
-            try:
-                state = self._read(ids, mask)
-                return bool(state) and _close(self.hidden(ids, mask, labels, state=state), whole)
-            except Exception:  # models raise many kinds here, and still run in one piece
-                return False
+        return {**inputs, **news, **branched(state), "use_cache": True}
 
     def room(self, context_width: int) -> int | None:
         positions = getattr(base_model(self.model).config, "max_position_embeddings", None)
@@ -422,21 +607,6 @@ def _refuse_wrapped(model: Any) -> None:
 def _positions(mask: Tensor) -> Tensor:
     """Return the position of each token of left-padded rows, 0 at padding."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _branch(cache: Any) -> Any:
-    """Return a cache that grows independently and shares the present tensors if possible.
-
-    The layers named here replace their tensors when they grow; others may write into them.
-    """
-    branch = copy.copy(cache)
-    branch.layers = [
-        copy.copy(layer)
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        else copy.deepcopy(layer)
-        for layer in cache.layers
-    ]
-    return branch
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:

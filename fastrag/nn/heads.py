@@ -121,17 +121,17 @@ class LiveHead:
         return int(getattr(module, "base_layer", module).weight.shape[0])
 
     @contextmanager
-    def capture(self, replace: Tensor | None = None) -> Iterator[list[Tensor]]:
+    def capture(self, replace: Tensor | None = None, *, n_rows: int = 1) -> Iterator[list[Tensor]]:
         """Record the inputs of the projection while the model runs inside the ``with`` block.
 
-        The projection itself then sees one position only, so the vocabulary-sized logits are
-        never made. With `replace`, it sees that tensor instead.
+        The projection itself then sees the first position of `n_rows` rows only, so the
+        vocabulary-sized logits are never made. With `replace`, it sees that tensor instead.
         """
         seen: list[Tensor] = []
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             seen.append(args[0])
-            return (args[0][:1, :1] if replace is None else replace, *args[1:])
+            return (args[0][:n_rows, :1] if replace is None else replace, *args[1:])
 
         handle = _output_module(self.model).register_forward_pre_hook(hook)
         try:

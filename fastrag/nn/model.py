@@ -270,9 +270,13 @@ class RagModel(ActivationCheckpointing, nn.Module):
     ) -> RagGeneration:
         """Answer questions by the decoding that fits the marginal, in eval mode.
 
-            token:     y_t = argmax of sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
-            sequence:  y = argmax over the K greedy answers of sum_k p(z_k|x) p(y|x,z_k)
+            token:     a search for y_1, y_2, ... under sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
+            sequence:  y = argmax of sum_k p(z_k|x) p(y|x,z_k) over the answers found under each
+                       passage; the sum is over the passages that found y
+            sequence-thorough:  the same, but the sum is over all passages
                                                 (Lewis et al. 2020, sec. 2.5)
+
+        The search is greedy unless `num_beams` or `do_sample` say otherwise.
 
         Args:
             input_ids: `[B, S]` int64, question encoder's vocabulary.
@@ -291,17 +295,18 @@ class RagModel(ActivationCheckpointing, nn.Module):
             on_progress: called with the share of the work that was done since the last call.
             generate_kwargs: arguments of transformers' `generate` (`logits_processor`,
                 `stopping_criteria`, `prefix_allowed_tokens_fn`, `streamer`, `generation_config`,
-                ...) and fields of its `GenerationConfig`. The decoder's docstring says which
-                distribution they see: `fastrag.generation.rag_token` or `rag_sequence`.
+                ...) and fields of its `GenerationConfig` (`num_beams`, `do_sample`, `top_p`,
+                `num_return_sequences`, ...). The decoder's docstring says which distribution they
+                see: `fastrag.generation.rag_token` or `rag_sequence`.
 
         Returns:
             `RagGeneration`.
 
         Raises:
-            ValueError: as `forward`; n_docs or max_new_tokens below 1; no decoder of this name; a
-                setting of a search that is not greedy, or one that transformers does not know.
+            ValueError: as `forward`; a count below 1; no decoder of this name; a setting of a
+                search that is refused by name, or one that transformers does not know.
         """
-        from fastrag.generation import DECODERS, GreedySearch
+        from fastrag.generation import DECODERS, Search
 
         decoder = DECODERS.get(self.marginal if marginal is None else marginal)
         if decoder is None:
@@ -322,7 +327,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             else:
                 rows, doc_scores = given_hits(rows, doc_scores, input_ids)
             context = self.contexts(rows, prompt_ids, prompt_mask)
-            search = GreedySearch(
+            search = Search(
                 self.adapter,
                 context.ids,
                 context.mask,

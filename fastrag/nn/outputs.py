@@ -41,19 +41,27 @@ class RagOutput(ModelOutput):
 class RagGeneration(ModelOutput):
     """Answers of `RagModel.generate`.
 
+    R answers, those of a question next to each other and best first: B, or B times
+    `num_return_sequences`. C candidates of a question: K, or K times the beams under each passage.
+
     Attributes:
-        sequences: best answer of each question in the generator's vocabulary, `[B, T]`, EOS
-            included, padded with the pad id.
-        scores: log p(y|x) of the answer over the retrieved passages, `[B]`.
-        supporting_rows: row of the passage with the largest share in the answer, `[B]`; -1 where no
+        sequences: the answers in the generator's vocabulary, `[R, T]`, EOS included, padded with
+            the pad id.
+        scores: log p(y|x) of the answer over the retrieved passages, `[R]`; -inf where a search
+            found fewer answers than asked for.
+        supporting_rows: row of the passage with the largest share in the answer, `[R]`; -1 where no
             passage was found.
         rows: retrieved rows, best first, `[B, K]`, -1 where missing.
         doc_scores: retrieval scores divided by tau, `[B, K]`.
-        candidates: greedy answer under each passage, `[B, K, T]`; None with RAG-Token decoding,
-            which generates one answer from all passages.
-        candidate_scores: log p(y|x) of each candidate, `[B, K]`, -inf at missing passages; None
+        log_prior: log p(z|x) of the passages, `[B, K]`, -inf where missing; if none was found, the
+            question alone has all mass, in the first place.
+        log_posterior: log p(z|x,y), `[R, K]`; with RAG-Token log p(z|x,y_<=t) of each token,
+            `[R, K, T]`, after an answer's end the prior.
+        candidates: answers found under each passage, `[B, C, T]`, those of a passage next to each
+            other; None with RAG-Token decoding, which searches from all passages together.
+        candidate_scores: log p(y|x) of each candidate, `[B, C]`, -inf at missing passages; None
             with RAG-Token decoding.
-        lengths: number of tokens of each answer, its EOS included, `[B]` int64.
+        lengths: number of tokens of each answer, its EOS included, `[R]` int64.
         loss: scalar; None without labels.
     """
 
@@ -62,6 +70,8 @@ class RagGeneration(ModelOutput):
     supporting_rows: Tensor | None = None
     rows: Tensor | None = None
     doc_scores: Tensor | None = None
+    log_prior: Tensor | None = None
+    log_posterior: Tensor | None = None
     candidates: Tensor | None = None
     candidate_scores: Tensor | None = None
     lengths: Tensor | None = None

@@ -3,6 +3,7 @@
 CppChunkLogits    logits of one chunk: torch's GEMMs with C++ passes between them
 doc_scores_fwd    scores of given rows and their log-softmax; doc_scores_bwd
 mips_topk         exact maximum inner product search
+products          all inner products of some vectors with the rows of a matrix
 CodedIndex        the same search, through int8 codes of float32 rows
 """
 
@@ -203,6 +204,14 @@ def mips_topk(
             isa=forced_isa(),
         )
     return scores, rows
+
+
+def products(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, H], weight [V, H], both float32 -> x W^T [n, V]."""
+    out = torch.empty(len(x), len(weight), dtype=torch.float32)
+    arrays = (x.detach().contiguous().numpy(), weight.detach().numpy(), out.numpy())
+    _C.products(*arrays, threads=torch.get_num_threads(), isa=forced_isa())
+    return out
 
 
 class CodedIndex:

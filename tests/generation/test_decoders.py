@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastrag.generation import DECODERS, GreedySearch
+from fastrag.generation import DECODERS, Search
 from fastrag.nn.outputs import RagGeneration
 from tests import tiny
 
 
-def nearest_passage(search: GreedySearch) -> RagGeneration:
+def nearest_passage(search: Search) -> RagGeneration:
     """Answer from the nearest passage alone."""
-    [contexts] = search.parts()
-    answers, _ = search.generate(contexts)
+    [reading] = search.readings()
+    answers, _ = search.generate(reading)
     first = answers[:: search.n_docs]
     return RagGeneration(
         sequences=first.masked_fill(first < 0, search.pad_id),

@@ -53,7 +53,10 @@ def test_states_after_a_reading_are_those_of_a_whole_run(name: str) -> None:
             )
         settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
         expected = model.generate(ids, **settings)
-        assert model.generate(ids, **settings, **state).equal(expected)
+        assert model.generate(ids, **settings, **adapter.branch(state)).equal(expected)
+        beams = {**settings, "num_beams": 3}
+        expected = model.generate(ids, **beams)
+        assert model.generate(ids, **beams, **adapter.branch(state, 3)).equal(expected)
 
 
 @pytest.mark.parametrize("marginal", MARGINALS)
@@ -72,9 +75,9 @@ def test_every_context_enters_the_generator_once(kind: str, marginal: str) -> No
     rows = torch.arange(24).view(8, 3) % 12
     out = model.generate(**data, rows=rows, max_new_tokens=4, marginal=marginal)
     lengths = model.contexts(rows, data["prompt_ids"], data["prompt_mask"]).mask.sum(1)
-    unit = 3 if marginal == "token" else 1  # contexts that stay together
-    groups = lengths.view(-1, unit).amax(1).sort(descending=True).values.split(16 // unit)
-    contexts = sum(len(group) * unit * int(group[0]) for group in groups)  # padded
+    # An encoder reads eight contexts of like length at a time, a causal model up to 64.
+    groups = lengths.sort(descending=True).values.split(8 if kind == "seq2seq" else 64)
+    contexts = sum(len(group) * int(group[0]) for group in groups)  # padded
     if kind == "seq2seq":
         assert sum(read) == contexts
     else:
@@ -109,7 +112,7 @@ def test_loss_and_scores_are_those_of_separate_runs(kind: str, continues: bool) 
     assert model.generate(**{k: v for k, v in data.items() if k != "labels"}).loss is None
 
 
-@pytest.mark.parametrize("marginal", MARGINALS)
+@pytest.mark.parametrize("marginal", [*MARGINALS, "sequence-thorough"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_equals_its_questions_one_by_one(kind: str, marginal: str) -> None:
     """Groups of like length, early ends and padding leave no trace."""
@@ -126,7 +129,7 @@ def test_a_batch_equals_its_questions_one_by_one(kind: str, marginal: str) -> No
         assert (whole.sequences[b, n:] == tiny.PAD).all()
         assert whole.supporting_rows[b] == alone.supporting_rows[0]
         torch.testing.assert_close(whole.scores[b], alone.scores[0], rtol=1e-5, atol=1e-5)
-        if marginal == "sequence":
+        if marginal != "token":
             n = alone.candidates.shape[2]
             assert whole.candidates[b, :, :n].equal(alone.candidates[0])
             torch.testing.assert_close(
@@ -163,5 +166,5 @@ def test_progress_adds_up_and_moves_within_a_batch(marginal: str) -> None:
     model = tiny.rag_model("causal", marginal=marginal).eval()
     shares: list[float] = []
     model.generate(**tiny.collator("causal")(asked()), max_new_tokens=4, on_progress=shares.append)
-    assert sum(shares) == pytest.approx(1.0) and len(shares) >= 8
-    assert max(shares) <= 0.34  # reading half of the contexts
+    assert sum(shares) == pytest.approx(1.0) and len(shares) >= 5
+    assert max(shares) <= 0.5  # reading the contexts, then a part for each token

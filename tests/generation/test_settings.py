@@ -191,10 +191,10 @@ def test_generation_config(marginal: str) -> None:
     assert out.sequences.shape[1] == 3 and out.lengths[0] == 2
     assert out.sequences[0].tolist() == [*plain.sequences[0, :2].tolist(), 7]
     assert asked_of(model, generation_config=own, max_new_tokens=2).sequences.shape[1] == 2
-    with pytest.raises(
-        ValueError, match="num_beams: expected 1, because the search is greedy, got 4"
-    ):
-        asked_of(model, generation_config=GenerationConfig(num_beams=4))
+    beams = GenerationConfig(num_beams=4, length_penalty=0.0, max_new_tokens=T)
+    out = asked_of(model, generation_config=beams, max_new_tokens=None)
+    again = asked_of(model, num_beams=4, length_penalty=0.0)
+    assert out.sequences.equal(again.sequences) and not out.scores.equal(plain.scores)
     with pytest.raises(ValueError, match="generation_config: expected .*, got dict"):
         asked_of(model, generation_config={})
 
@@ -202,11 +202,28 @@ def test_generation_config(marginal: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "num_beams: expected 1, because the search is greedy, got 4"),
-        ({"do_sample": True}, "do_sample: expected False, because the search is greedy, got True"),
-        ({"penalty_alpha": 1}, "penalty_alpha: expected None, because the search is greedy, got 1"),
-        ({"assistant_model": 1}, "assistant_model: expected None, because the search is greedy"),
-        ({"custom_generate": "x"}, "custom_generate: expected None, because the search is greedy"),
+        ({"num_beams": 0}, "num_beams: expected an integer >= 1, got 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences: expected an integer >= 1, got 0"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences"),
+        ({"temperature": 0.5}, "temperature: expected 1.0, because do_sample is False, got 0.5"),
+        ({"length_penalty": 0.0}, "length_penalty: expected 1.0, because num_beams is 1, got 0.0"),
+        ({"penalty_alpha": 1}, "penalty_alpha: expected None, because .* by sampling, got 1"),
+        ({"assistant_model": 1}, "assistant_model: expected None, because answers are searched"),
+        ({"custom_generate": "x"}, "custom_generate: expected None, because answers are searched"),
+        ({"num_beam_groups": 2}, "num_beam_groups: expected 1, because answers are searched"),
+        ({"token_healing": True}, "token_healing: expected False, because an answer begins"),
+        ({"guidance_scale": 2.0}, "guidance_scale: expected 1.0, because the K contexts of a"),
+        ({"negative_prompt_ids": 1}, "negative_prompt_ids: expected None, because the K contexts"),
+        ({"cache_implementation": "static"}, "cache_implementation: expected None, because the K"),
+        ({"decoder_start_token_id": 9}, "decoder_start_token_id: expected"),
+        (
+            {"guidance_scale": 2.0, "num_beams": 2, "marginal": "sequence"},
+            "guidance_scale: expected 1.0, because it keeps one cache",
+        ),
+        (
+            {"num_return_sequences": 4, "marginal": "sequence"},
+            "num_return_sequences: expected at most 3, 1 for each of 3 passages, got 4",
+        ),
         ({"output_scores": True}, "output_scores: expected False, because generate returns a Rag"),
         ({"max_length": 9}, "max_length: expected None, because max_new_tokens limits"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
@@ -217,7 +234,7 @@ def test_generation_config(marginal: str) -> None:
         ({"logits_processor": print}, "logits_processor: expected a list, got builtin"),
         (
             {"marginal": "tokens"},
-            r"marginal: expected one of \('token', 'sequence'\), got",
+            r"marginal: expected one of \('token', 'sequence', 'sequence-thorough'\), got",
         ),
     ],
 )

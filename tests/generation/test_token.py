@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DPRConfig, DPRQuestionEncoder
 
 from fastrag import functional
-from fastrag.generation import GreedySearch, MarginalLogits, rag_token
+from fastrag.generation import Search, rag_sequence_thorough, rag_token
 from fastrag.nn import adapt_generator
 from tests import tiny
 from tests.architectures import context, generator
@@ -68,9 +68,7 @@ def brute_force(
 
 def some_end(adapter: Any) -> int:
     """A token that ends some of the answers early; 99, outside of the vocabulary, ends none."""
-    free = rag_token(
-        GreedySearch(adapter, *case(adapter), max_new_tokens=N_TOKENS, eos_token_id=99)
-    )
+    free = rag_token(Search(adapter, *case(adapter), max_new_tokens=N_TOKENS, eos_token_id=99))
     return int(free.sequences[0, 2])
 
 
@@ -80,7 +78,7 @@ def test_equals_the_argmax_of_the_marginal_distribution(name: str) -> None:
     ids, mask, scores, rows = case(adapter)
     eos = some_end(adapter)
     out = rag_token(
-        GreedySearch(
+        Search(
             adapter, ids, mask, scores, rows, max_new_tokens=N_TOKENS, eos_token_id=eos, pad_id=0
         )
     )
@@ -100,7 +98,7 @@ def test_equals_the_argmax_of_the_marginal_distribution(name: str) -> None:
 def test_the_score_is_that_of_the_training_loss(name: str) -> None:
     adapter = adapted(name)
     ids, mask, scores, rows = case(adapter)
-    out = rag_token(GreedySearch(adapter, ids, mask, scores, rows, max_new_tokens=N_TOKENS))
+    out = rag_token(Search(adapter, ids, mask, scores, rows, max_new_tokens=N_TOKENS))
     beyond = torch.arange(out.sequences.shape[1]) >= out.lengths[:, None]
     labels = out.sequences.masked_fill(beyond, -100)
     head = adapter.head()
@@ -126,10 +124,10 @@ def test_passages_are_weighed_in_each_token(name: str) -> None:
     ids, mask, scores, rows = case(adapter)
     both, alone = [], []
     for prior in (torch.zeros(4, 3), torch.tensor([50.0, 0.0, 0.0]).expand(4, 3)):
-        search = GreedySearch(adapter, ids, mask, prior, rows, max_new_tokens=N_TOKENS)
+        search = Search(adapter, ids, mask, prior, rows, max_new_tokens=N_TOKENS)
         both.append(rag_token(search).sequences.tolist())
     for k in range(3):
-        search = GreedySearch(
+        search = Search(
             adapter,
             ids[k::3],
             mask[k::3],
@@ -167,21 +165,6 @@ def test_labels_loss_is_that_of_a_forward_pass(kind: Any, continues: bool) -> No
         assert out.loss.item() == pytest.approx(model(**data, rows=out.rows).loss.item(), rel=1e-5)
 
 
-def test_beams_stay_equal_too() -> None:
-    """The processor alone, in transformers' beam search: K equal answers per question."""
-    adapter = adapted("qwen3")
-    ids, mask, scores, _ = case(adapter)
-    processor = MarginalLogits(scores[:3].log_softmax(1))
-    settings = {"max_new_tokens": N_TOKENS, "do_sample": False, "logits_processor": [processor]}
-    beams = [
-        adapter.model.generate(ids[:9], attention_mask=mask[:9], num_beams=n, **settings)[:, 9:]
-        for n in (1, 3)
-    ]
-    for answers in beams:
-        assert answers.unflatten(0, (3, 3)).eq(answers[::3, None]).all()
-    assert not beams[0].equal(beams[1])
-
-
 def test_equals_hugging_faces_rag_token() -> None:
     rag = pytest.importorskip("transformers.models.rag")
     adapter = adapted("t5_untied")
@@ -203,7 +186,36 @@ def test_equals_hugging_faces_rag_token() -> None:
     expected = theirs.generate(
         context_input_ids=ids, context_attention_mask=mask, doc_scores=scores, n_docs=3
     )[:, 1:]
-    search = GreedySearch(
+    search = Search(
         adapter, ids, mask, scores, rows, max_new_tokens=expected.shape[1], pad_id=tiny.PAD
     )
     assert rag_token(search).sequences.equal(expected)
+
+
+@torch.no_grad()
+def test_thorough_decoding_equals_hugging_faces_rag_sequence() -> None:
+    """The answers are the same, and scores are those of its loss.
+
+    Contexts have no padding, because it finds candidates without their mask.
+    """
+    rag = pytest.importorskip("transformers.models.rag")
+    adapter = adapted("bart")
+    ids, mask = context("seq2seq", [7] * 9)
+    scores = case(adapter)[2][:3].nan_to_num(neginf=-1.0)
+    own = adapter.model.config
+    encoder = DPRQuestionEncoder(
+        DPRConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    config = rag.RagConfig.from_question_encoder_generator_configs(
+        encoder.config, own, n_docs=3, vocab_size=own.vocab_size, **tiny.SPECIAL_IDS
+    )
+    theirs = rag.RagSequenceForGeneration(config, encoder, adapter.model).eval()
+    beams = {"num_beams": 3, "max_new_tokens": 4, "min_new_tokens": 4}
+    given = {"context_input_ids": ids, "context_attention_mask": mask, "doc_scores": scores}
+    expected = theirs.generate(**given, n_docs=3, num_return_sequences=1, **beams)
+    out = rag_sequence_thorough(
+        Search(adapter, ids, mask, scores, torch.arange(9).view(3, 3), **beams)
+    )
+    assert out.sequences.equal(expected[:, 1:])
+    loss = theirs(**given, labels=expected, n_docs=3, exclude_bos_score=False).loss
+    torch.testing.assert_close(out.scores.double(), -loss.double(), rtol=1e-4, atol=1e-4)

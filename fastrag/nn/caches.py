@@ -1,0 +1,70 @@
+"""Caches of transformers' models: found, branched, and rows of them selected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers' name from 5.24 on, and before
+
+
+def cache_of(outputs: Any) -> dict[str, Any]:
+    """Return the cache among a model's outputs under its name, if there is one."""
+    # Only the first, because an output with the new name also answers to the old one.
+    found = [name for name in CACHE_NAMES if name in outputs.keys()][:1]  # noqa: SIM118
+    return {name: outputs[name] for name in found}
+
+
+def branched(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state with caches that grow independently."""
+    return {name: _branch(value) if name in CACHE_NAMES else value for name, value in state.items()}
+
+
+def _branch(cache: Any) -> Any:
+    """Return a cache that grows independently and shares the present tensors if possible.
+
+    The layers named here replace their tensors when they grow; others may write into them.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        return EncoderDecoderCache(
+            _branch(cache.self_attention_cache), _branch(cache.cross_attention_cache)
+        )
+    branch = copy.copy(cache)
+    branch.layers = [
+        copy.copy(layer)
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
+    return branch
+
+
+def selected(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Return a model's inputs for other rows; a cache is changed."""
+    chosen = {}
+    for name, value in inputs.items():
+        if name in CACHE_NAMES:
+            value.reorder_cache(rows)
+        elif isinstance(value, Tensor):
+            value = value[rows]
+        elif isinstance(value, ModelOutput):
+            value = type(value)(
+                **{key: each[rows] for key, each in value.items() if isinstance(each, Tensor)}
+            )
+        chosen[name] = value
+    return chosen
+
+
+def reorder_answers(inputs: dict[str, Any], rows: Tensor) -> None:
+    """Reorder the answers so far between rows with the same context."""
+    if "answer" in inputs:
+        inputs["answer"] = inputs["answer"][rows]
+    for name in CACHE_NAMES:
+        cache = inputs.get(name)
+        if cache is not None:
+            getattr(cache, "self_attention_cache", cache).reorder_cache(rows)
