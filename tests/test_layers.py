@@ -64,6 +64,7 @@ BELOW = {
         "manifests",
         "terminal",
     },
+    "serve": {"train", "generation", "nn", "index", "data", "ops", "folders", "messages"},
     "info": {"kernels", "ops", "profiling", "terminal"},
     # everything else is imported inside the commands, so that --help is quick
     "cli": {"messages", "terminal"},
