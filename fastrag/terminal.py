@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterable
+from typing import TextIO
 
 LABEL = 13  # columns of the name before a value, where a command prints one value a line
 _NARROWEST = 40  # less room would give every word a line of its own
@@ -93,6 +95,59 @@ def labelled(label: str, text: str, label_columns: int = LABEL) -> str:
     lines = wrap(printable(text).split(), width() - label_columns)
     first = f"{label:<{label_columns}}{lines[0]}".rstrip()
     return "\n".join([first, *(" " * label_columns + line for line in lines[1:])])
+
+
+class Flow:
+    """Print a text as `labelled` does, but piece by piece, while it is being made.
+
+    Args:
+        label: what the text is; shorter than `LABEL` columns.
+        file: where it is printed.
+
+    Example:
+        >>> import sys
+        >>> flow = Flow("answer", sys.stdout)
+        >>> flow.write("Marie "), flow.write("Curie\\n"), flow.end()
+        answer       Marie Curie
+        (None, None, None)
+    """
+
+    def __init__(self, label: str, file: TextIO) -> None:
+        self.file = file
+        self._label = f"{label:<{LABEL}}"  # printed with the first word
+        self._used = 0  # columns of text in the line
+        self._space = False  # whether a space separates the next word
+
+    def write(self, text: str) -> None:
+        """Print a piece; it may end within a word only if the script has no spaces."""
+        room = width() - LABEL
+        for word in re.findall(r"\s+|\S+", printable(text)):
+            if word.isspace():
+                self._space = self._used > 0
+                continue
+            if self._used and self._used + self._space + columns(word) > room:
+                self._break()
+            elif self._space:
+                self._put(" ")
+            self._space = False
+            for char in word:
+                if self._used + _columns_of(char) > room:
+                    self._break()
+                self._put(char)
+        self.file.flush()
+
+    def end(self) -> None:
+        """End the line."""
+        self.file.write("\n")
+
+    def _put(self, char: str) -> None:
+        self.file.write(self._label + char)
+        self._label = ""
+        self._used += _columns_of(char)
+
+    def _break(self) -> None:
+        self.file.write("\n" + " " * LABEL)
+        self._used, self._space = 0, False
 
 
 def _columns_of(char: str) -> int:

@@ -256,4 +256,55 @@ SEAMS = (
         "tests/train/test_optimizer.py",
     ),
 )
-MISTAKES = (*OPS, *SEAMS)
+SERVING = (
+    Mistake(
+        "requests of a batch get each other's results",
+        "fastrag/serve/batching.py",
+        "[[next(results) for _ in request.items] for request in batch]",
+        "[[next(results) for _ in request.items] for request in reversed(batch)]",
+        "tests/serve/test_batching.py",
+    ),
+    Mistake(
+        "vectors of questions stay in the order of their lengths",
+        "fastrag/serve/source.py",
+        "place = torch.tensor(order).argsort()",
+        "place = torch.arange(len(order))",
+        "tests/serve/test_retrieve.py",
+    ),
+    Mistake(
+        "an answer reads the index that was replaced",
+        "fastrag/serve/service.py",
+        "        model.index, model.passages = served.index, served.passages\n",
+        "        pass\n",
+        "tests/serve/test_reload.py",
+    ),
+    Mistake(
+        "a search is not finished in the index that it was checked against",
+        "fastrag/serve/service.py",
+        "return await self._searches.submit(SearchKey(served, k), queries)",
+        "return await self._searches.submit(SearchKey(self.served, 1), queries)",
+        "tests/serve/test_retrieve.py",
+    ),
+    Mistake(
+        "the answer for a client that has hung up is generated to its end",
+        "fastrag/serve/service.py",
+        "        abandoned=abandoned,\n",
+        "",
+        "tests/serve/test_answer.py",
+    ),
+    Mistake(
+        "the first passage is cited for every answer",
+        "fastrag/serve/answers.py",
+        "Citation(model.passages.passage(row), prior, row == support)",
+        "Citation(model.passages.passage(row), prior, row == rows[0])",
+        "tests/serve/test_answer.py",
+    ),
+    Mistake(
+        "a question over the window is cut in silence",
+        "fastrag/serve/source.py",
+        "cut[i] = n_tokens == longest and",
+        "cut[i] = n_tokens > longest and",
+        "tests/serve/test_retrieve.py",
+    ),
+)
+MISTAKES = (*OPS, *SEAMS, *SERVING)

@@ -65,6 +65,7 @@ BELOW = {
         "terminal",
     },
     "hf": {"nn", "index", "data", "functional", "ops", "folders", "messages", "manifests"},
+    "serve": {"train", "generation", "nn", "index", "data", "ops", "folders", "messages"},
     "info": {"kernels", "ops", "profiling", "terminal"},
     # everything else is imported inside the commands, so that --help is quick
     "cli": {"messages", "terminal"},

@@ -5,25 +5,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrag.cli.options import add_model, load_model, positive
 from fastrag.cli.output import one_line
-from fastrag.terminal import labelled
+from fastrag.messages import refusal
+from fastrag.terminal import Flow, labelled
 
 if TYPE_CHECKING:
-    from fastrag.eval import Prediction
     from fastrag.nn import RagModel
+    from fastrag.serve.answers import Answer
 
 _PROMPT = "question: "
+_REMEMBERED = 1000  # questions in the history
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    ask = commands.add_parser("ask", help="answer questions")
+    ask = commands.add_parser(
+        "ask",
+        help="answer questions",
+        description="Answer questions. On a terminal the words of a RAG-Token answer are printed "
+        "as they come; RAG-Sequence chooses between finished answers, so it prints them whole.",
+    )
     add_model(ask)
     ask.add_argument(
         "question",
@@ -38,6 +46,11 @@ def add(commands: Any) -> None:
         help="longest answer, in tokens (default 32)",
     )
     ask.add_argument("--json", action="store_true", help="print one JSON object per question")
+    ask.add_argument(
+        "--no-history",
+        action="store_true",
+        help="do not read or keep the history of the prompt, ~/.local/state/fastrag/questions",
+    )
     ask.set_defaults(run=run)
 
 
@@ -49,8 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("question: expected a text, got an empty one")
     at_prompt = not given and sys.stdin is not None and sys.stdin.isatty()
     model = load_model(arguments, arguments.model)
+    from fastrag.serve.source import within_window
+
+    processor = model.processor
+    processor.question_batch = within_window(processor.question_batch, model.question_encoder)
     if at_prompt:
-        _converse(model, arguments)
+        with _history(keep=not arguments.no_history):
+            _converse(model, arguments)
         return 0
     asked = False
     for question in given or _lines():
@@ -67,10 +85,36 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
+@contextlib.contextmanager
+def _history(*, keep: bool) -> Iterator[None]:
+    """Give the prompt line editing and, on the arrow keys, the questions of earlier times."""
+    try:
+        import readline
+    except ImportError:  # a Python that was built without it
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    file = Path(state).expanduser() / "fastrag" / "questions"
+    if not keep:
+        yield
+        return
+    with contextlib.suppress(FileNotFoundError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_REMEMBERED)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.write_history_file(file)
+        except OSError as error:
+            said = refusal(error, file)
+            print(f"fastrag: warning: questions are not kept: {said}", file=sys.stderr)
+
+
 def _converse(model: RagModel, arguments: argparse.Namespace) -> None:
     """Answer questions from a prompt; Ctrl-C drops the current question, Ctrl-D ends."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing and a history
     prompt = _PROMPT if sys.stdout.isatty() else ""
     while True:
         try:
@@ -89,54 +133,62 @@ def _converse(model: RagModel, arguments: argparse.Namespace) -> None:
 def _answer(
     model: RagModel, question: str, arguments: argparse.Namespace, *, several: bool
 ) -> None:
-    from fastrag.eval import evaluate
+    from fastrag.serve.answers import answer_questions, can_stream
 
-    result = evaluate(
-        model,
-        [{"id": "asked", "question": question}],
-        ks=(model.n_docs,),
-        max_new_tokens=arguments.max_new_tokens,
-        progress=False,
-    )
-    [prediction] = result.predictions
-    if arguments.json:
-        print(json.dumps(_record(model, prediction), ensure_ascii=False), flush=True)
-        return
-    if several:
+    if several and not arguments.json:
         print(labelled("question", question))
-    print(_text(model, prediction), end="\n\n" if several else "\n", flush=True)
+    flow = None
+    if sys.stdout.isatty() and not arguments.json and can_stream(model):
+        flow = Flow("answer", sys.stdout)
+    [answer] = answer_questions(
+        model,
+        [question],
+        max_new_tokens=arguments.max_new_tokens,
+        on_text=None if flow is None else flow.write,
+    )
+    for warning in answer.warnings:
+        print(f"fastrag: warning: {warning}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(_record(answer), ensure_ascii=False), flush=True)
+        return
+    text = answer.text or "(empty: the generator ended it without a word)"
+    if flow is None:
+        print(labelled("answer", text))
+    else:
+        if not answer.text:
+            flow.write(text)
+        flow.end()
+    print(_details(answer), end="\n\n" if several else "\n", flush=True)
 
 
-def _record(model: RagModel, prediction: Prediction) -> dict[str, Any]:
-    passage = {"id": prediction.passage_id, "title": "", "text": ""}
-    if prediction.passage_id:
-        row = model.passages.row_of(prediction.passage_id)
-        passage |= {"title": model.passages.title(row), "text": model.passages.text(row)}
+def _record(answer: Answer) -> dict[str, Any]:
+    found = answer.support
+    passage = {"id": "", "title": "", "text": ""}
+    if found is not None:
+        passage = {"id": found.id, "title": found.title, "text": found.text}
     return {
-        "question": prediction.question,
-        "answer": prediction.prediction,
-        "probability": math.exp(prediction.log_prob),
-        "probability_per_token": prediction.probability_per_token,
+        "question": answer.question,
+        "answer": answer.text,
+        "probability": answer.probability,
+        "probability_per_token": answer.probability_per_token,
         "passage": passage,
     }
 
 
-def _text(model: RagModel, prediction: Prediction) -> str:
-    found = _record(model, prediction)
-    n = prediction.n_tokens
-    whole = f"{found['probability']:.3g} for all {n} tokens" if n > 1 else "the answer is one token"
-    passage = found["passage"]
+def _details(answer: Answer) -> str:
+    n = answer.n_tokens
+    whole = f"{answer.probability:.3g} for all {n} tokens" if n > 1 else "the answer is one token"
     lines = [
-        labelled("answer", found["answer"] or "(empty: the generator ended it without a word)"),
-        labelled("probability", f"{found['probability_per_token']:.3g} a token ({whole})"),
-        labelled("passage", _named(passage)),
+        labelled("probability", f"{answer.probability_per_token:.3g} a token ({whole})"),
+        labelled("passage", _named(answer)),
     ]
-    if passage["text"]:
-        lines.append(labelled("", passage["text"]))
+    if answer.support is not None:
+        lines.append(labelled("", answer.support.text))
     return "\n".join(lines)
 
 
-def _named(passage: dict[str, str]) -> str:
-    if not passage["id"]:
+def _named(answer: Answer) -> str:
+    found = answer.support
+    if found is None:
         return "(none was found)"
-    return f"{passage['title']} ({passage['id']})" if passage["title"] else passage["id"]
+    return f"{found.title} ({found.id})" if found.title else found.id

@@ -201,6 +201,12 @@ class QuestionBatch:
         input_ids, mask = pad_ids(framed, self._pad)
         return {"input_ids": input_ids, "attention_mask": mask}
 
+    def is_cut(self, question: str) -> bool:
+        """Whether a question is longer than `max_question`, so that its end is left out."""
+        text = self.prefix + question.strip()
+        [whole] = encode_framed(self.tokenizer, [text], None, self._frame)
+        return self.max_question is not None and len(whole) > self.max_question
+
 
 def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad lists of token ids on the right.

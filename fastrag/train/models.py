@@ -203,7 +203,7 @@ def load_run(
     Raises:
         ValueError: the folder is none of these, or there is no index.
     """
-    path = _model_folder(folder)
+    path = find_model(folder)
     if (path / STATE).is_file():
         return _load_checkpoint(path, index)
     vectors, passages = _index_of(path, index)
@@ -225,7 +225,7 @@ def load_retriever(
     Raises:
         ValueError: as `load_run`.
     """
-    path = _model_folder(folder)
+    path = find_model(folder)
     if (path / STATE).is_file():
         config = _config_of(path, index)
         known = config.retriever
@@ -267,8 +267,18 @@ def open_retriever(
     return DenseRetriever(retriever, QuestionBatch(tokenizer, question_encoder.prefix, length))
 
 
-def _model_folder(folder: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint or the saved model that a folder, or else a Hub id, stands for."""
+def find_model(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of the model that a run or a Hub id stands for.
+
+    Args:
+        folder: a model folder or its Hub id, a run folder, or a checkpoint of a run.
+
+    Returns:
+        The folder of a saved model or of a checkpoint.
+
+    Raises:
+        ValueError: the folder is none of these.
+    """
     path = model_folder("model", str(folder), holding=", a run, a checkpoint", whole=True)
     if (path / STATE).is_file() or (path / MODEL_CONFIG).is_file():
         return path

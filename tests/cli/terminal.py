@@ -63,7 +63,8 @@ class Terminal:
         if self.process == 0:
             _resize(0)
             os.chdir(folder)
-            os.execve(command[0], command, environment | {"TERM": "xterm"})
+            state = {"TERM": "xterm", "XDG_STATE_HOME": str(folder / "state")}
+            os.execve(command[0], command, environment | state)
         self.printed = ""
 
     def __enter__(self) -> Terminal:

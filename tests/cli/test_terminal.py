@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-import fastrag.eval
 from fastrag.cli import main
 from fastrag.nn import RagModel
 from fastrag.nn.outputs import RagGeneration
+from fastrag.serve import answers
+from fastrag.terminal import Flow
 from tests import tiny
 from tests.cli.terminal import COLUMNS, Terminal, shown, widest
 from tests.settings import options
@@ -118,12 +120,15 @@ def test_the_words_of_an_answer(
 
 
 def test_a_conversation(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C drops the question at hand, a question that fails is no end either, Ctrl-D is."""
     monkeypatch.chdir(project)
     typed: list[Any] = ["ada", KeyboardInterrupt(), "", "bob", "ada", EOFError()]
-    evaluate = fastrag.eval.evaluate
+    answer_questions = answers.answer_questions
     outcomes = [None, KeyboardInterrupt(), ValueError("context_ids: too long")]
 
     def read(prompt: str) -> str:
@@ -134,10 +139,11 @@ def test_a_conversation(
     def answer(*arguments: Any, **settings: Any) -> Any:
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
-        return evaluate(*arguments, **settings)
+        return answer_questions(*arguments, **settings)
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr("fastrag.eval.evaluate", answer)
+    monkeypatch.setattr(answers, "answer_questions", answer)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert main(["ask", "--model", "run", "--device", "cpu", "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
@@ -159,3 +165,49 @@ def test_a_conversation_on_a_terminal(project: Path) -> None:
         assert widest(terminal.read_to("question: ")) <= COLUMNS
         terminal.type("\x04")  # Ctrl-D
         terminal.read_all()
+    # the questions of this conversation are there in the next one
+    history = project / "state" / "fastrag" / "questions"
+    assert history.read_text().split() == ["ada", "bob"]
+    assert history.stat().st_mode & 0o777 == 0o600
+    with Terminal(project, "ask", "--model", "run", "--max-new-tokens", "3") as terminal:
+        terminal.read_to("question: ")
+        terminal.type("\x1b[A")  # arrow up
+        terminal.read_to("bob")
+        terminal.type("\n")
+        assert "answer" in terminal.read_to("question: ")
+        terminal.type("\x04")
+        terminal.read_all()
+
+
+def test_words_of_an_answer_are_printed_as_they_come(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, for RAG-Token; what is printed is what is printed elsewhere."""
+    monkeypatch.chdir(project)
+    pieces: list[str] = []
+    generate, write = RagModel.generate, Flow.write
+
+    def of_words(model: RagModel, **settings: Any) -> Any:
+        words = {"suppress_tokens": list(range(len(tiny.GENERATOR_SPECIALS)))}
+        return generate(model, **settings, **words)
+
+    def seen(flow: Flow, text: str) -> None:
+        pieces.append(text)
+        write(flow, text)
+
+    monkeypatch.setattr(RagModel, "generate", of_words)
+    monkeypatch.setattr(Flow, "write", seen)
+    ask = ("ask", "--model", "run", "--device", "cpu", "--max-new-tokens", "9", "ada")
+    printed = shown(*ask).replace("\r", "")
+    assert len(pieces) > 5
+    with contextlib.redirect_stdout(io.StringIO()) as plain:
+        monkeypatch.setenv("COLUMNS", str(COLUMNS))
+        assert main(ask) == 0
+    assert plain.getvalue() == printed
+    assert json.loads(_json(ask))["answer"] == "".join(pieces).strip()
+
+
+def _json(ask: tuple[str, ...]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*ask, "--json"]) == 0
+    return printed.getvalue()

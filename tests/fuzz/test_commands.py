@@ -20,6 +20,8 @@ COMMANDS = [
     ["evaluate", "--model", "m", "--questions", "q.jsonl"],
     ["ask", "--model", "m", "q"],
     ["ask"],
+    ["serve", "--port", "0"],
+    ["serve", "--port", "0", "--index", "i"],
     [],
 ]
 FLAGS = [
@@ -42,6 +44,7 @@ FLAGS = [
         "--marginal",
     ),
     *("--max-passage", "--batch-size", "--device", "--probe", "--k", "--exact", "--model"),
+    *("--port", "--topk", "--max-wait-ms", "--timeout", "--retrieval-only"),
     *("--questions", "--limit", "--max-new-tokens", "--index", "--json", "--", "--nonsense", "-x"),
 ]
 WORDS = [

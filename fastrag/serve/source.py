@@ -1,0 +1,254 @@
+"""The folders that are served, their content, and whether they have been replaced since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrag import folders
+from fastrag.data.processor import shortest
+from fastrag.data.readers import Passage, Question
+from fastrag.data.tokenization import QuestionBatch
+from fastrag.train.checkpoints import STATE
+from fastrag.train.indexing import PASSAGES_FOLDER, load_index
+from fastrag.train.models import find_model, load_retriever, load_run, open_retriever
+from fastrag.train.record import INDEX_FOLDER
+
+if TYPE_CHECKING:
+    from fastrag.index import Index, PassageStore
+    from fastrag.nn import RagModel
+    from fastrag.nn.retriever import Retriever
+
+# Questions that are encoded in one forward pass, of like length: padding costs as much as text.
+_ENCODED_TOGETHER = 64
+
+
+class Found(NamedTuple):
+    """What a search found for one query.
+
+    Attributes:
+        passages: the passages, best first.
+        scores: their inner products with the query.
+        cut: whether the query was longer than the encoder's window, so that its end was left out.
+    """
+
+    passages: list[Passage]
+    scores: list[float]
+    cut: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """An index with its passages, and the models that go with it; it never changes.
+
+    Attributes:
+        index: the vectors.
+        passages: the passages, in the order of the index.
+        retriever: its question encoder encodes queries; None: queries are vectors.
+        question_batch: tokenises questions for that encoder.
+        model: answers questions; None: there is no generator.
+        folder: the folder that the models were read from; None: no model folder.
+    """
+
+    index: Index
+    passages: PassageStore
+    retriever: Retriever | None = None
+    question_batch: QuestionBatch | None = None
+    model: RagModel | None = None
+    folder: Path | None = None
+
+    @torch.no_grad()
+    def search(self, queries: Sequence[Any], k: int) -> list[Found]:
+        """Return the k nearest passages of each query.
+
+        Args:
+            queries: questions, or lists of D floats if there is no encoder.
+            k: passages per query.
+
+        Returns:
+            One `Found` per query.
+        """
+        vectors, cut = self._vectors(queries)
+        scores, rows = self.index.search(vectors, k)
+        found = zip(scores.tolist(), rows.tolist(), cut, strict=True)
+        return [
+            Found(
+                [self.passages.passage(row) for row in each_rows if row >= 0],
+                [score for score, row in zip(each_scores, each_rows, strict=True) if row >= 0],
+                each_cut,
+            )
+            for each_scores, each_rows, each_cut in found
+        ]
+
+    def is_cut(self, question: str) -> bool:
+        """Whether a question is longer than the encoder's window."""
+        return self.question_batch is not None and self.question_batch.is_cut(question)
+
+    def _vectors(self, queries: Sequence[Any]) -> tuple[Tensor, list[bool]]:
+        if self.retriever is None or self.question_batch is None:
+            vectors = torch.from_numpy(np.asarray(queries, dtype=np.float32))
+            return vectors, [False] * len(queries)
+        longest = self.question_batch.max_question
+        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        cut = [False] * len(queries)
+        parts = []
+        device = next(self.retriever.parameters()).device
+        for start in range(0, len(order), _ENCODED_TOGETHER):
+            chosen = order[start : start + _ENCODED_TOGETHER]
+            batch = self.question_batch([Question("", queries[i]) for i in chosen])
+            for i, n_tokens in zip(chosen, batch["attention_mask"].sum(dim=1), strict=True):
+                cut[i] = n_tokens == longest and self.question_batch.is_cut(queries[i])
+            batch = {name: ids.to(device) for name, ids in batch.items()}
+            parts.append(self.retriever.encode_questions(**batch))
+        place = torch.tensor(order).argsort()
+        return torch.cat(parts)[place.to(device)], cut
+
+
+@dataclass(frozen=True)
+class Source:
+    """The folders to serve; `fastrag serve` has an option for each field.
+
+    Attributes:
+        model: model folder, run folder or checkpoint.
+        encoder: folder of a question encoder, in place of a model.
+        index: folder from `fastrag index build`; None: the model's own.
+        retrieval_only: leave the model's generator out.
+        device: where the models and the index go.
+
+    Raises:
+        ValueError: a model together with an encoder, or neither a model nor an index.
+    """
+
+    model: str | None = None
+    encoder: str | None = None
+    index: str | None = None
+    retrieval_only: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.encoder is not None:
+            raise ValueError("encoder: expected none with a model, which has its own, got both")
+        if self.model is None and self.index is None:
+            raise ValueError(
+                "index: expected a folder from `fastrag index build` where no model is given, "
+                "got none"
+            )
+        if self.model is None and self.retrieval_only:
+            raise ValueError("retrieval_only: expected a model to leave the generator out of")
+
+    def load(self) -> Served:
+        """Read everything.
+
+        Raises:
+            ValueError: a folder cannot be read, or its parts do not belong together.
+        """
+        if self.model is None and self.encoder is None:
+            index, passages = load_index(str(self.index))
+            return Served(index.to(self.device), passages)
+        folder = None if self.model is None else find_model(self.model).absolute()
+        if folder is not None and not self.retrieval_only:
+            model = load_run(folder, self.index)
+            model.to(self.device)
+            model.index.to(self.device)
+            model.passages.to(self.device)
+            batch = within_window(model.processor.question_batch, model.question_encoder)
+            model.processor.question_batch = batch
+            return Served(model.index, model.passages, model.retriever, batch, model, folder)
+        if folder is not None:
+            dense = load_retriever(folder, self.index)
+        else:
+            dense = open_retriever(str(self.encoder), str(self.index))
+        retriever = dense.retriever.to(self.device)
+        retriever.index.to(self.device)
+        batch = within_window(dense.question_batch, retriever.question_encoder)
+        return Served(retriever.index, retriever.passages, retriever, batch, folder=folder)
+
+    def reload(self, served: Served, changed: set[str]) -> Served:
+        """Read the folders that were replaced.
+
+        Args:
+            served: the present content.
+            changed: names of the folders that changed, of those in `identities`.
+
+        Returns:
+            The new content. If only the index changed, it has the same models.
+
+        Raises:
+            ValueError: a folder cannot be read, or the index does not fit the models.
+        """
+        if "model" in changed:
+            fresh = self.load()
+        else:
+            index, passages = load_index(cast(Path, _index_root(served)))
+            index.to(self.device)
+            fresh = replace(served, index=index, passages=passages)
+            if served.model is not None:
+                served.model.processor.check(passages)
+            elif served.question_batch is not None:
+                passages.check_tokenizer("encoder", served.question_batch.tokenizer)
+        if fresh.index.dim != served.index.dim:
+            raise ValueError(
+                f"index: expected vectors of width {served.index.dim} as before, got "
+                f"{fresh.index.dim}"
+            )
+        # The first search reads the pages of the index and may compute codes: no client waits.
+        fresh.index.search(torch.ones(8, fresh.index.dim, device=self.device), 1)
+        return fresh
+
+    def identities(self, served: Served) -> dict[str, Any]:
+        """Return the identity of each folder that may be replaced, by name.
+
+        A checkpoint is left out because it never changes. The identity of a folder that is missing,
+        as it is between the two renames of a replacement, is None.
+        """
+        watched = {}
+        if served.folder is not None and not (served.folder / STATE).is_file():
+            watched["model"] = served.folder
+        root = _index_root(served)
+        if root is not None and root != served.folder:
+            watched |= {"index": root / INDEX_FOLDER, "passages": root / PASSAGES_FOLDER}
+        return {name: folders.identity(folder) for name, folder in watched.items()}
+
+
+def within_window(batch: QuestionBatch, encoder: Any) -> QuestionBatch:
+    """Return a question batch that cuts questions at the encoder's positions, if it has fewer.
+
+    Args:
+        batch: tokenises questions for the encoder.
+        encoder: the question encoder.
+    """
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # of some kinds -1 says that none is known
+        return batch
+    return QuestionBatch(batch.tokenizer, batch.prefix, shortest(batch.max_question, positions))
+
+
+def _index_root(served: Served) -> Path | None:
+    """Return the folder that holds index and passages; None if no folder holds this index."""
+    return None if served.index.source is None else served.index.source.parent
+
+
+def passage_record(passage: Passage) -> dict[str, str]:
+    """Return a passage as a document of the retrieval protocol.
+
+    Args:
+        passage: the passage.
+
+    Example:
+        >>> passage_record(Passage("7", "Radium", "Found in 1898."))["contents"]
+        '"Radium"\\nFound in 1898.'
+    """
+    title = " ".join(passage.title.split())  # clients read the first line as the title
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "contents": f'"{title}"\n{passage.text}',
+    }
