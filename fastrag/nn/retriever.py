@@ -254,7 +254,8 @@ class Retriever(nn.Module):
         require_finite(
             vectors, "passage_encoder: expected finite vectors, got NaN or inf for row", unique
         )
-        return vectors[where]
+        # Unlike that of vectors[where], its backward adds in the same order with any threads.
+        return nn.functional.embedding(where, vectors)
 
     def refresh_index(
         self,

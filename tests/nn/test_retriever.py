@@ -211,3 +211,38 @@ def test_an_index_of_another_width_is_refused_where_it_meets():
         model(**data, rows=torch.zeros(4, 3, dtype=torch.int64))
     model.index = other
     assert model(**data).loss.isfinite()
+
+
+def test_the_gradient_of_a_passage_that_many_questions_found_repeats_to_the_bit():
+    class Wide(nn.Module):
+        """One vector for all passages, wide enough that torch adds its gradients in two threads."""
+
+        dim = 4096
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vector = nn.Parameter(torch.zeros(self.dim))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.vector.expand(len(input_ids), -1)
+
+    questions, passages = Wide(), Wide()
+    index = FlatIndex(Wide.dim)
+    index.add(torch.zeros(N, Wide.dim))
+    retriever = Retriever(questions, passages, index, store(), train_passage_encoder=True)
+    torch.manual_seed(0)
+    rows = torch.randint(N, (128, 5))
+    upstream = torch.randn(128, 5, Wide.dim)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad((retriever.encode_rows(rows) * upstream).sum(), passages.vector)[
+            0
+        ]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
