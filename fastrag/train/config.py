@@ -15,14 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from fastrag.data.templates import TEMPLATES
 from fastrag.folders import replacing
 from fastrag.freshness import RefreshPolicy
 from fastrag.messages import shown
 from fastrag.nn.objectives import objective_words
-from fastrag.train.parsing import dotted, dotted_hints, read_yaml, require, typed
+from fastrag.train.parsing import dotted, dotted_hints, read_yaml, require, to_yaml, typed
 from fastrag.train.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -172,7 +170,7 @@ class DataConfig:
     corpus: str | None = None
     train_questions: str = "default:train"
     eval_questions: str | None = None
-    template: dict[str, Any] | str = "plain"
+    template: dict[str, str | bool | None] | str = "plain"
     max_question: int = 64
     max_passage: int | None = None
     max_context: int = 512
@@ -451,7 +449,7 @@ class RagConfig:
 
     def to_yaml(self) -> str:
         """Return the settings as the text of a YAML file, see `to_dict`."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.to_dict())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the resolved settings as YAML; the file is replaced in one step.

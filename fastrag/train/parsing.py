@@ -167,6 +167,22 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes the texts which `_Loader` would read as something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # `_Loader` takes none
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Return the text of a YAML file that `parse_yaml` reads as these values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 jsonargparse.set_loader(
     _MODE, functools.partial(yaml.load, Loader=_Loader), exceptions=(yaml.YAMLError,)
 )

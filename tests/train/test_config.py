@@ -30,6 +30,15 @@ def test_round_trip_through_yaml(tmp_path: Path) -> None:
     assert config.reader.lora.alpha == 10.0
     config.save(tmp_path / "c.yaml")
     assert RagConfig.load(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["{answer}", "null", "1e-4", "true", "[a, b]", "&a x", " "])
+def test_texts_of_a_template_are_not_read_as_yaml_again(tmp_path: Path, text: str) -> None:
+    template = {"context": text, "answer": text, "answer_end": None, "add_special_tokens": False}
+    config = rag_config({"data.template": template})
+    assert config.data.template == template
+    config.save(tmp_path / "c.yaml")
+    assert RagConfig.load(tmp_path / "c.yaml").data.template == template
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
