@@ -139,6 +139,8 @@ EXTRAS_REQUIRE = {
     "tensorboard": ["tensorboard>=2.16"],
     # the curve of a run and the figures of the benchmarks
     "plots": ["matplotlib>=3.8"],
+    # the page of `fastrag inspect`; torch requires it as well
+    "inspect": ["jinja2>=3.1"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     # usearch: a peer of the search; datasets: what Hugging Face's retriever keeps passages in;
     # faiss, which both need too, has an extra of its own
@@ -168,6 +170,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         # trec_eval's measures, with which ours are compared
         "ir-measures>=0.4",
+        "jinja2>=3.1",
         "lightning>=2.4",
         "matplotlib>=3.8",
         "mypy>=1.14",
@@ -205,6 +208,7 @@ setup(
     package_data={
         "fastrag": ["py.typed", "_C.pyi"],
         "fastrag.data": ["facts/*"],
+        "fastrag.inspect": ["assets/*"],
         "fastrag.kernels": ["tuned/*.json"],
     },
     include_package_data=False,
