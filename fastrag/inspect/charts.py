@@ -107,12 +107,13 @@ def draw_charts(entries: Sequence[dict[str, Any]]) -> list[Chart]:
     """
     charts = []
     for kind in CHARTS:
-        points: dict[str, list[tuple[int, float]]] = {}
+        points: dict[str, list[tuple[int, float]]] = {each: [] for each in kind.labels.values()}
         for entry in entries:
             for name, value in entry.items():
                 label = kind.label_of(name)
                 if label is not None and value is not None:
                     points.setdefault(label, []).append((entry["step"], value))
+        points = {label: line for label, line in points.items() if line}
         if points:
             charts.append(_laid_out(kind, points))
     return charts

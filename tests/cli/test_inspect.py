@@ -55,7 +55,7 @@ def test_page_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
             batch = model.processor.collate([{"question": question.question}])
             rows = model.retrieve(batch["input_ids"], batch["attention_mask"]).rows[0].tolist()
             ranked = {
-                row.all("td")[column].text: row.one("th").text
+                row.all("td")[column].text: row.one("th").one("span").text
                 for row in table.one("tbody").all("tr")
             }
             titles = [model.passages.title(row) for row in rows]
