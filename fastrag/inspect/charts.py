@@ -147,7 +147,8 @@ def _laid_out(kind: ChartKind, points: dict[str, list[tuple[int, float]]]) -> Ch
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Return about five round numbers, the outer ones at or beyond the ends."""
-    if high == low:
+    # below this a line is flat, and ticks would have the same label
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-200):
         high = low + max(1.0, abs(low))
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next(each for each in (1, 2, 5, 10) if (high - low) / (4 * step * each) <= 1.0001)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from fastrag.train.models import load_retriever
 
 if TYPE_CHECKING:
     from fastrag.data import Question
+
+# A chart computes with differences of its values, which stay finite.
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # malformed, endless digits, or endlessly nested
             if i == len(lines):
                 break
             entry = None
@@ -118,7 +120,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _check(entry: Any, line: str, where: str) -> None:
     step = entry.get("step") if isinstance(entry, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
         raise ValueError(f"{where}: expected a JSON object with a step, got {shown(line)}")
     for name, value in entry.items():
         if value is None or not any(chart.label_of(name) for chart in CHARTS):
@@ -126,6 +128,6 @@ def _check(entry: Any, line: str, where: str) -> None:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) < _LARGEST
         ):
             raise ValueError(f"{where}: {clipped(name)}: expected a number, got {shown(value)}")

@@ -84,8 +84,13 @@ class Chromium:
         """Load a file."""
         self.events.clear()
         self.call("Page.navigate", url=path.absolute().as_uri())
-        while not any(each.get("method") == "Page.loadEventFired" for each in self.events):
-            self.events.append(self._read())
+        self._wait_for_page()
+
+    def reload(self) -> None:
+        """Load the file again."""
+        self.events.clear()
+        self.call("Page.reload")
+        self._wait_for_page()
 
     def run(self, expression: str) -> Any:
         """Return the value of an expression in the page."""
@@ -118,6 +123,10 @@ class Chromium:
     def screenshot(self) -> bytes:
         """Return the visible part of the page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+
+    def _wait_for_page(self) -> None:
+        while not any(each.get("method") == "Page.loadEventFired" for each in self.events):
+            self.events.append(self._read())
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
