@@ -140,6 +140,8 @@ EXTRAS_REQUIRE = {
     # the curve of a run and the figures of the benchmarks
     "plots": ["matplotlib>=3.8"],
     "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
+    # the page of `fastrag inspect`; torch requires it as well
+    "inspect": ["jinja2>=3.1"],
     # usearch: a peer of the search; datasets: what Hugging Face's retriever keeps passages in;
     # faiss, which both need too, has an extra of its own
     "bench": [
@@ -169,6 +171,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         # trec_eval's measures, with which ours are compared
         "ir-measures>=0.4",
+        "jinja2>=3.1",
         "lightning>=2.4",
         "matplotlib>=3.8",
         "mypy>=1.14",
@@ -210,6 +213,7 @@ setup(
     package_data={
         "fastrag": ["py.typed", "_C.pyi"],
         "fastrag.data": ["facts/*"],
+        "fastrag.inspect": ["assets/*"],
         "fastrag.kernels": ["tuned/*.json"],
     },
     include_package_data=False,

@@ -207,6 +207,20 @@ SEAMS = (
         "tests/eval/test_calibration.py",
     ),
     Mistake(
+        "the page shows the posterior of the padding of an answer",
+        "fastrag/inspect/readings.py",
+        "labels = answer.sequences.masked_fill(places >= ends, IGNORE_INDEX)",
+        "labels = answer.sequences",
+        "tests/inspect/test_page.py",
+    ),
+    Mistake(
+        "the page runs the text of a passage",
+        "fastrag/inspect/assets/page.html",
+        '<p dir="auto">{{ passage.text }}</p>',
+        '<p dir="auto">{{ passage.text | safe }}</p>',
+        "tests/inspect/test_page.py",
+    ),
+    Mistake(
         "BM25 finds passages without a word of the question",
         "fastrag/index/bm25.py",
         "np.flatnonzero(scores > 0)",

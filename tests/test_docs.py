@@ -162,6 +162,13 @@ def test_evaluation_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert "RAG-Token" in (folder / "results.md").read_text()
 
 
+def test_inspector_page_runs(folder: Path) -> None:
+    tiny.rag_model().save_pretrained(folder / "runs" / "mine" / "model", include_index=True)
+    names = run(ROOT / "docs" / "inspector.md")
+    assert len(names["readings"]) == len(tiny.questions())
+    assert (folder / "page.html").read_text().count('class="question"') == len(names["readings"])
+
+
 def test_the_transcript_is_of_the_readme() -> None:
     """Every command of the README is in it, and no line of output is wider than its terminal."""
     shown = blocks(ROOT / "docs" / "transcript.md", "text")
@@ -176,7 +183,7 @@ def test_the_transcript_is_of_the_readme() -> None:
 def test_no_other_page_has_code() -> None:
     """Each that has needs a test above."""
     pages = {page.name for page in PAGES if blocks(page, "python")}
-    assert pages == {"README.md", "evaluation.md", "guide.md", "index.md"}
+    assert pages == {"README.md", "evaluation.md", "guide.md", "index.md", "inspector.md"}
 
 
 def test_yaml_configs_are_valid() -> None:
@@ -223,7 +230,7 @@ def test_commands_exist(command: list[str]) -> None:
 def test_every_fastrag_command_is_shown() -> None:
     found = [parameter.values[0] for parameter in commands()]
     shown = {command[1] for command in found if command[0] == "fastrag"}
-    assert shown == {"train", "evaluate", "ask", "serve", "index", "info"}
+    assert shown == {"train", "evaluate", "ask", "inspect", "serve", "index", "info"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -38,7 +38,18 @@ BASE_REQUIREMENTS = {
     "transformers",
     "triton",
 }
-EXTRAS = {"bench", "datasets", "demo", "faiss", "peft", "plots", "serve", "tensorboard", "test"}
+EXTRAS = {
+    "bench",
+    "datasets",
+    "demo",
+    "faiss",
+    "inspect",
+    "peft",
+    "plots",
+    "serve",
+    "tensorboard",
+    "test",
+}
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
@@ -247,6 +258,7 @@ def test_wheel_contents(built: dict[str, Path]) -> None:
         "fastrag/kernels/doc_scores.py",
         "fastrag/data/facts/passages.jsonl.xz",
         "fastrag/data/facts/questions.jsonl.xz",
+        "fastrag/inspect/assets/page.html",
     } <= names
     assert any(re.fullmatch(r"fastrag/data/facts/[A-Z]+(\.md)?", name) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

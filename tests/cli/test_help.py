@@ -48,7 +48,7 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 COMMANDS = ("", "train", "index", "index build", "index verify", "index info")
-COMMANDS += ("evaluate", "ask", "serve", "info")
+COMMANDS += ("evaluate", "ask", "inspect", "serve", "info")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ COMMANDS = [
     ["index", "verify", "folder"],
     ["index", "info", "folder"],
     ["evaluate", "--model", "m", "--questions", "q.jsonl"],
+    ["inspect", "--model", "m", "--questions", "q.jsonl", "--out", "o.html"],
     ["ask", "--model", "m", "q"],
     ["ask"],
     ["serve", "--port", "0"],
