@@ -2,18 +2,18 @@
 
     python -m examples.demo.ablation [--seeds 0 1 2] [--steps N] [--out runs/ablation]
 
-| row             | retriever                                    | loss         |
-|-----------------|----------------------------------------------|--------------|
-| joint           | trained, as in the demo                      | RAG-Sequence |
-| joint, token    | trained                                      | RAG-Token    |
-| frozen start    | the random encoders that the others start at | RAG-Sequence |
-| frozen BM25     | BM25 over the same words (package `bm25s`)   | RAG-Sequence |
-| permuted labels | trained, answers shuffled over the questions | RAG-Sequence |
+| row             | retriever                                    |
+|-----------------|----------------------------------------------|
+| frozen BM25     | BM25 over the same words (package `bm25s`)   |
+| frozen start    | the random encoders that the others start at |
+| joint           | trained, as in the demo                      |
+| permuted labels | trained, answers shuffled over the questions |
 
-All rows of a seed start from the same models, after the same cloze warm-up, and decode as they are
-trained. The BM25 row trains and
-answers with the K best passages by BM25; their BM25 scores are the `doc_scores`, and their
-temperature is learned, from 1. A frozen retriever does not explore: it has nothing to find out.
+The first three are trained twice, on the loss of RAG-Sequence and on that of RAG-Token, and each
+decodes as it was trained: the comparison of Lewis et al. 2020, table 6. All rows of a seed start
+from the same models, after the same cloze warm-up. The BM25 rows train and answer with the K best
+passages by BM25; their BM25 scores are the `doc_scores`, and their temperature is learned, from 1.
+A frozen retriever does not explore: it has nothing to find out.
 Where answers do not depend on questions, no ranking that depends on them helps: *ranked first*, how
 many different passages come first for the test questions, shows a retriever that lost the question.
 
@@ -102,26 +102,23 @@ def bm25_vectors(passages: PassageStore, vocab_size: int) -> Tensor:
     return vectors
 
 
-def joint(start: Path) -> RagModel:
+def joint(start: Path, marginal: str) -> RagModel:
     """The demo's model."""
-    return RagModel.from_pretrained(start)
+    return RagModel.from_pretrained(start, marginal=marginal)
 
 
-def joint_token(start: Path) -> RagModel:
-    """The same, trained on the RAG-Token loss."""
-    return RagModel.from_pretrained(start, marginal="token")
-
-
-def frozen_start(start: Path) -> RagModel:
+def frozen_start(start: Path, marginal: str) -> RagModel:
     """Encoders and temperature stay as they are; the generator alone learns."""
-    model = RagModel.from_pretrained(start, train_passage_encoder=False, explore=0)
+    model = RagModel.from_pretrained(
+        start, marginal=marginal, train_passage_encoder=False, explore=0
+    )
     for name, parameter in model.named_parameters():
         if not name.startswith("reader.generator."):
             parameter.requires_grad_(False)
     return model
 
 
-def frozen_bm25(start: Path) -> RagModel:
+def frozen_bm25(start: Path, marginal: str) -> RagModel:
     """BM25 in place of the encoders; generator and temperature learn."""
     model = RagModel.from_pretrained(start)
     vocab_size = len(model.processor.question_tokenizer)
@@ -135,20 +132,22 @@ def frozen_bm25(start: Path) -> RagModel:
         model.passages,
         model.processor,
         n_docs=model.n_docs,
-        marginal=model.marginal,
+        marginal=marginal,
         tau=1.0,
         learn_tau=True,
     )
 
 
-ROWS: dict[str, Callable[[Path], RagModel]] = {
-    "joint": joint,
-    "joint, token": joint_token,
-    "frozen start": frozen_start,
-    "frozen BM25": frozen_bm25,
-    "permuted labels": joint,
+# row -> what makes its model, and the loss that trains it
+ROWS: dict[str, tuple[Callable[[Path, str], RagModel], str]] = {
+    "frozen BM25": (frozen_bm25, "sequence"),
+    "frozen BM25, token": (frozen_bm25, "token"),
+    "frozen start": (frozen_start, "sequence"),
+    "frozen start, token": (frozen_start, "token"),
+    "joint": (joint, "sequence"),
+    "joint, token": (joint, "token"),
+    "permuted labels": (joint, "sequence"),
 }
-FROZEN = ("frozen start", "frozen BM25")
 
 
 def training_questions(data: DefaultDataset, row: str, seed: int) -> list[Question]:
@@ -185,13 +184,14 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     """
     data = default_dataset()
     test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
-    model = ROWS[row](start)
+    make, marginal = ROWS[row]
+    model = make(start, marginal)
     before = measure(model, test, name="before", progress=False)
     out = start.parent / "run" / row.replace(", ", "-").replace(" ", "-")
     config = make_config(settings, out, start=start, progress=False)
     config.training.eval_strategy, config.training.eval_steps = "no", None
-    config.loss.marginal = model.marginal
-    if row in FROZEN:
+    config.loss.marginal = marginal
+    if make is not joint:
         config.refresh.policy = "frozen"
     trainer = RagTrainer(
         model,
