@@ -139,6 +139,8 @@ EXTRAS_REQUIRE = {
     "tensorboard": ["tensorboard>=2.16"],
     # the curve of a run and the figures of the benchmarks
     "plots": ["matplotlib>=3.8"],
+    # BM25Index, and the baseline of `fastrag evaluate`
+    "bm25": ["bm25s>=0.2"],
     "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.30"],
     # the page of `fastrag inspect`; torch requires it as well
     "inspect": ["jinja2>=3.1"],

@@ -126,7 +126,9 @@ def _answers(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--marginal: expected some of {list(DECODERS)}, got {shown(word)}")
     retrievers = dict.fromkeys(arguments.retriever or RETRIEVERS[:1])
     if "bm25" in retrievers and importlib.util.find_spec("bm25s") is None:
-        raise ValueError("--retriever bm25: expected bm25s to be installed (pip install bm25s)")
+        raise ValueError(
+            "--retriever bm25: expected the extra `bm25` (pip install 'fastrag-torch[bm25]')"
+        )
     questions = load_questions(arguments.questions)
     rows: list[Row] = []
     for name, folder in models.items():
