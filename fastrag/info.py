@@ -35,8 +35,8 @@ _DISTRIBUTIONS = (
     "faiss-gpu",
     "tensorboard",
 )
-# Importing these registers which backends implement them.
-_OPS = ("doc_scores", "marginal_nll", "mips_topk", "token_logp")
+# Importing these modules registers the backends of their operations.
+_OPS = ("doc_scores", "marginal_nll", "mips_topk", "mixture_logp", "token_logp")
 
 
 def collect() -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["backends"]) == set(backends.names())
     fastest = "torch" if found["backends"]["cpp"] else "cpp"
     assert found["ops"]["marginal_nll"]["cpu"] == fastest
-    assert set(found["ops"]) == {"doc_scores", "token_logp", "marginal_nll", "mips_topk"}
+    ops = {"doc_scores", "token_logp", "marginal_nll", "mips_topk", "products"}
+    assert set(found["ops"]) == ops
     text = info()
     main()
     assert capsys.readouterr().out.split() == text.split()  # wrapped at the terminal's width

@@ -424,7 +424,9 @@ class Seq2SeqAdapter(GeneratorAdapter):
         return {**news, **branched(state), "use_cache": len(state) > 1}
 
     def inputs(self, context_ids: Tensor, context_mask: Tensor, labels: Tensor) -> dict[str, Any]:
-        decoder_ids = self._shift_right(labels)
+        pad = getattr(base_model(self.model).config, "pad_token_id", None) or 0
+        known = labels.masked_fill(labels == IGNORE_INDEX, pad)
+        decoder_ids = torch.cat([self.start(known), known[:, :-1]], dim=1)
         n_docs = context_ids.shape[0] // labels.shape[0]
         return {
             "input_ids": context_ids,
@@ -433,12 +435,6 @@ class Seq2SeqAdapter(GeneratorAdapter):
             "use_cache": False,
             "return_dict": True,
         }
-
-    def _shift_right(self, labels: Tensor) -> Tensor:
-        """Return the decoder's input: its start token, then the labels but the last."""
-        pad = getattr(base_model(self.model).config, "pad_token_id", None) or 0
-        known = labels.masked_fill(labels == IGNORE_INDEX, pad)
-        return torch.cat([self.start(known), known[:, :-1]], dim=1)
 
     def start(self, context_ids: Tensor) -> Tensor:
         base = base_model(self.model)

@@ -74,11 +74,11 @@ def tear(path: Path) -> None:
         ),
         (
             ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "no/p.jsonl"),
-            "--out: expected a file in an existing folder, got no/p.jsonl",
+            "--out: expected a file in an existing folder, got 'no/p.jsonl'",
         ),
         (
             ("evaluate", "--model", "run", "--questions", "questions.jsonl", "--out", "run"),
-            "--out: expected a file in an existing folder, got run",
+            "--out: expected a name ending in ['.md', '.csv', '.json', '.jsonl'], got 'run'",
         ),
         (("train", "train.yaml", "--resume", "--retriever.n_docs=2"), "n_docs: expected 3 as in"),
         (
