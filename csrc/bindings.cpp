@@ -145,6 +145,7 @@ void advise_huge_pages(const py::buffer& buffer) {
 
 }  // namespace
 
+void bind_decoding(py::module_& m);
 void bind_doc_scores(py::module_& m);
 void bind_gather(py::module_& m);
 void bind_mips(py::module_& m);
@@ -177,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &fastrag::instruction_sets, "What runs here, the best one first.");
   m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
   m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));
+  fastrag::bind_decoding(m);
   fastrag::bind_doc_scores(m);
   fastrag::bind_gather(m);
   fastrag::bind_mips(m);

@@ -128,18 +128,6 @@ void widen_rows(const py::buffer& index_emb, const py::buffer& out, const Option
   widen(matrix.get(), wide.size(1), wide.data(), with);
 }
 
-void all_products(const py::buffer& query_emb, const py::buffer& index_emb,
-                  const py::buffer& scores, int threads, const std::string& isa) {
-  const Array<float> query("query_emb", query_emb, {-1, -1});
-  const Matrix matrix(index_emb, std::nullopt, std::nullopt, query.size(1));
-  if (matrix.get().storage != Storage::kFloat32)
-    throw py::value_error("index_emb: expected float32");
-  const Array<float> out("scores", scores, {query.size(0), matrix.get().n_rows}, true);
-  const Threads with = threads_of(threads, isa);
-  const py::gil_scoped_release nogil;
-  products(query.data(), query.size(0), query.size(1), matrix.get(), out.data(), with);
-}
-
 void merge(const py::buffer& part_scores, const py::buffer& part_rows, const py::buffer& scores,
            const py::buffer& rows) {
   const Array<float> parts("part_scores", part_scores, {-1, -1, -1});
@@ -159,8 +147,6 @@ void bind_mips(py::module_& m) {
         py::arg("rows"), py::kw_only(), py::arg("removed") = py::none(),
         py::arg("exclude") = py::none(), py::arg("scale") = py::none(),
         py::arg("offset") = py::none(), py::arg("threads") = 1, py::arg("isa") = "");
-  m.def("products", &all_products, py::arg("query_emb"), py::arg("index_emb"), py::arg("scores"),
-        py::kw_only(), py::arg("threads") = 1, py::arg("isa") = "");
   m.def("widen", &widen_rows, py::arg("index_emb"), py::arg("out"), py::kw_only(),
         py::arg("scale") = py::none(), py::arg("offset") = py::none(), py::arg("threads") = 1,
         py::arg("isa") = "");

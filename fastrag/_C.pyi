@@ -57,16 +57,6 @@ def mips_topk(
     index_emb: float32, float16, bfloat16 as uint16, or int8 with its scale and offset [D].
     """
 
-def products(
-    query_emb: _Array,
-    index_emb: _Array,
-    scores: _Array,
-    *,
-    threads: int = 1,
-    isa: str = "",
-) -> None:
-    """The scores of all rows, [B, N]."""
-
 def widen(
     index_emb: _Array,
     out: _Array,
@@ -166,3 +156,31 @@ def fma_loop(n_fmas: int, *, threads: int = 1, isa: str = "") -> None:
 
 def read_loop(bytes: _Array, *, threads: int = 1, isa: str = "") -> int:
     """The exclusive or of all int8 [n], read as fast as memory is: a ceiling for benchmarks."""
+
+def head_products(
+    hidden: _Array,
+    weight: _Array,
+    z0: _Array,
+    log_z: _Array,
+    *,
+    bias: _Array | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """z0 [n, V] without bias, scale and softcap; log_z [n] with them. csrc/loss/decoding.h."""
+
+def mixture_logp(
+    z0: _Array,
+    log_z: _Array,
+    log_prior: _Array,
+    mixture: _Array,
+    *,
+    bias: _Array | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    threads: int = 1,
+    isa: str = "",
+) -> None:
+    """The log-probabilities of the next token under the mixture, [G, V]."""

@@ -132,7 +132,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["backends"]) == set(backends.names())
     fastest = "torch" if found["backends"]["cpp"] else "cpp"
     assert found["ops"]["marginal_nll"]["cpu"] == fastest
-    ops = {"doc_scores", "token_logp", "marginal_nll", "mips_topk", "products"}
+    ops = {"doc_scores", "token_logp", "marginal_nll", "mips_topk", "head_products", "mixture_logp"}
     assert set(found["ops"]) == ops
     text = info()
     main()

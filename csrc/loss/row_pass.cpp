@@ -14,20 +14,6 @@ namespace {
 
 constexpr int64_t kBlockRows = 16;  // rows that one thread joins at a time
 
-const KernelTable* kernels(Isa isa) {
-  switch (isa) {
-    case Isa::kAvx512:
-      return avx512_kernels();
-    case Isa::kAvx2:
-      return avx2_kernels();
-    case Isa::kNeon:
-    case Isa::kDotprod:
-      return neon_kernels();
-    default:
-      return scalar_kernels();
-  }
-}
-
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 IdRange block_ids(const Logits& logits, int64_t block) {
@@ -80,12 +66,26 @@ std::vector<float> gold_logits(const Logits& logits, const std::vector<float>& z
 
 }  // namespace
 
+const KernelTable& row_pass_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return *avx512_kernels();
+    case Isa::kAvx2:
+      return *avx2_kernels();
+    case Isa::kNeon:
+    case Isa::kDotprod:
+      return *neon_kernels();
+    default:
+      return *scalar_kernels();
+  }
+}
+
 void elementwise(const char* name, const float* x, float* y, int64_t n, Isa isa) {
-  kernels(isa)->elementwise(name, x, y, n);
+  row_pass_kernels(isa).elementwise(name, x, y, n);
 }
 
 void row_statistics(const Logits& logits, const RowStats& out, Threads threads) {
-  const KernelTable& table = *kernels(threads.isa);
+  const KernelTable& table = row_pass_kernels(threads.isa);
   const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_ids, kBlockIds);
   const bool with_mean = out.mean_logp != nullptr;
   std::vector<float> max(n_blocks * n), sum(n_blocks * n), centred(with_mean ? n_blocks * n : 0);
@@ -122,7 +122,7 @@ void row_statistics(const Logits& logits, const RowStats& out, Threads threads) 
 
 void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, Smoothing smoothing,
                   Threads threads) {
-  const KernelTable& table = *kernels(threads.isa);
+  const KernelTable& table = row_pass_kernels(threads.isa);
   const int64_t n = logits.n_rows;
   const float share = smoothing.smoothing / static_cast<float>(smoothing.vocab_size);
   const std::vector<float> z0 = gold_z0(logits), gold_logit = gold_logits(logits, z0, table);
@@ -146,7 +146,7 @@ void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, 
 
 void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                         float* mean_mixture, float* mean_share, Threads threads) {
-  const KernelTable& table = *kernels(threads.isa);
+  const KernelTable& table = row_pass_kernels(threads.isa);
   const int64_t n = logits.n_rows, n_blocks = blocks(logits.n_ids, kBlockIds);
   const int64_t n_positions = n / mixture.n_passages;
   const MixtureRows rows{log_z.shift, log_z.log_sum, mixture.log_prior,
@@ -173,7 +173,7 @@ void mixture_statistics(const Logits& logits, const LogZ& log_z, const Mixture& 
 
 void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mixture,
                       const float* hit, const float* target, const float* spread, Threads threads) {
-  const KernelTable& table = *kernels(threads.isa);
+  const KernelTable& table = row_pass_kernels(threads.isa);
   const int64_t n = logits.n_rows;
   std::vector<float> spread_of_row(n);
   for (int64_t i = 0; i < n; ++i) spread_of_row[i] = spread[i / mixture.n_passages];

@@ -73,6 +73,7 @@ inline F vtanh(F u, F* sech2) {
 struct Head {
   F scale, cap;
 
+  template <class Logits>
   explicit Head(const Logits& logits)
       : scale(Vec::set(logits.logit_scale)), cap(Vec::set(logits.softcap)) {}
 
@@ -412,6 +413,89 @@ void mixture_gradient(const Logits& logits, IdRange ids, const MixtureRows& rows
     mixture_gradient_of<false>(logits, ids, rows, memory);
 }
 
+// ------------------------------------------------------------------------------------ line passes
+
+// The logits of the ids v to v + kWidth of a row; the last `count` of them if not kWhole.
+template <bool kCap, bool kWhole>
+inline F logits_at(const LogitHead& head, const float* z0, int64_t v, int64_t count) {
+  const Head parts(head);
+  const F bias = head.bias ? load<kWhole>(head.bias + v, count) : Vec::set(0.0f);
+  return parts.logit<kCap>(parts.argument(load<kWhole>(z0 + v, count), bias));
+}
+
+template <bool kCap>
+void line_statistics_of(const LogitHead& head, const float* z0, IdRange ids, float* max,
+                        float* sum) {
+  const int64_t whole = ids.begin + (ids.end - ids.begin) / Vec::kWidth * Vec::kWidth;
+  float lanes[Vec::kWidth], top = -__builtin_inff(), total = 0.0f;
+  const auto join_max = [&](F x, int64_t count) {
+    Vec::store(lanes, x);
+    for (int64_t i = 0; i < count; ++i) top = lanes[i] > top ? lanes[i] : top;
+  };
+  const auto join_sum = [&](F x, int64_t count) {
+    Vec::store(lanes, x);
+    for (int64_t i = 0; i < count; ++i) total += lanes[i];
+  };
+  F each = Vec::set(top);
+  for (int64_t v = ids.begin; v < whole; v += Vec::kWidth)
+    each = Vec::max(each, logits_at<kCap, true>(head, z0, v, Vec::kWidth));
+  join_max(each, Vec::kWidth);
+  const int64_t rest = ids.end - whole;
+  if (rest > 0) join_max(logits_at<kCap, false>(head, z0, whole, rest), rest);
+  *max = top;
+  const F shift = Vec::set(top == -__builtin_inff() ? 0.0f : top);
+  each = Vec::set(0.0f);
+  for (int64_t v = ids.begin; v < whole; v += Vec::kWidth)
+    each = Vec::add(each,
+                    vexp(Vec::sub(logits_at<kCap, true>(head, z0, v, Vec::kWidth), shift)));
+  join_sum(each, Vec::kWidth);
+  if (rest > 0)
+    join_sum(vexp(Vec::sub(logits_at<kCap, false>(head, z0, whole, rest), shift)), rest);
+  *sum = total;
+}
+
+void line_statistics(const LogitHead& head, const float* z0, IdRange ids, float* max, float* sum) {
+  if (head.softcap > 0.0f)
+    line_statistics_of<true>(head, z0, ids, max, sum);
+  else
+    line_statistics_of<false>(head, z0, ids, max, sum);
+}
+
+template <bool kCap>
+struct LineMixtureStep {
+  const LogitHead& head;
+  const MixtureLines& lines;
+  int64_t first;  // token id
+  float* out;
+
+  template <bool kWhole>
+  void run(int64_t at, int64_t count) const {
+    const F lowest = Vec::set(-__builtin_inff());
+    const int64_t v = first + at;
+    const auto joint = [&](int64_t k) {
+      const F z = logits_at<kCap, kWhole>(head, lines.z0 + k * lines.n_ids, v, count);
+      return Vec::add(z, Vec::set(lines.shift[k]));
+    };
+    F top = lowest, sum = Vec::set(0.0f);
+    for (int64_t k = 0; k < lines.n_passages; ++k) top = Vec::max(top, joint(k));
+    // An id with probability 0 under every passage, where the sum is then 0, or NaN.
+    const F shift = Vec::equal(top, lowest, Vec::set(0.0f), top);
+    for (int64_t k = 0; k < lines.n_passages; ++k)
+      sum = Vec::add(sum, vexp(Vec::sub(joint(k), shift)));
+    const F mixture =
+        Vec::equal(top, lowest, Vec::add(lowest, sum), Vec::add(top, vlog(sum)));
+    store<kWhole>(out + v, mixture, count);
+  }
+};
+
+void line_mixture(const LogitHead& head, const MixtureLines& lines, IdRange ids, float* out) {
+  const int64_t n = ids.end - ids.begin;
+  if (head.softcap > 0.0f)
+    for_each_vector(n, LineMixtureStep<true>{head, lines, ids.begin, out});
+  else
+    for_each_vector(n, LineMixtureStep<false>{head, lines, ids.begin, out});
+}
+
 // ------------------------------------------------------------------------------------------ table
 
 struct SoftcapStep {
@@ -451,4 +535,4 @@ bool elementwise(const char* name, const float* x, float* y, int64_t n) {
 }
 
 const KernelTable kTable = {statistics,    gradient, mixture_statistics, mixture_gradient,
-                            Scratch::size, softcap,  elementwise};
+                            Scratch::size, line_statistics, line_mixture, softcap, elementwise};

@@ -82,11 +82,6 @@ int64_t mips_topk_by_codes(const MipsQuestion& question, const MipsMatrix& matri
                            const MipsMatrix& codes, const CodeBounds& bounds,
                            const MipsAnswer& answer, Threads threads);
 
-// out[i, r] = x_i . row r of a matrix of float32, [n, n_rows], for x [n, dim]: the scores of a search
-// for all rows, to the bit. Numbers need not be finite.
-void products(const float* x, int64_t n, int64_t dim, const MipsMatrix& matrix, float* out,
-              Threads threads);
-
 // The numbers of the matrix as float32, [n_rows, dim].
 void widen(const MipsMatrix& matrix, int64_t dim, float* out, Threads threads);
 

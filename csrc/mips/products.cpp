@@ -1,10 +1,11 @@
-// All inner products of some vectors with the rows of a matrix, by the tiles of the search.
+// The products by the tiles of the search.
+#include "mips/products.h"
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "mips/mips.h"
 #include "mips/mips_kernels.h"
 #include "mips/mips_parts.h"
 #include "pool/thread_pool.h"
@@ -37,15 +38,20 @@ std::vector<PackedPanel> packed(const float* x, int64_t n, int64_t dim, int64_t 
 
 }  // namespace
 
+int64_t products_block(int64_t dim, Isa isa) {
+  const int64_t step = mips_kernels(isa).rows;
+  const int64_t row_bytes = std::max<int64_t>(1, dim) * sizeof(float);
+  return std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
+}
+
 void products(const float* x, int64_t n, int64_t dim, const MipsMatrix& matrix, float* out,
-              Threads threads) {
+              Threads threads, const std::function<void(int64_t begin, int64_t end)>& on_block) {
   const MipsKernels& kernels = mips_kernels(threads.isa);
   const auto* data = static_cast<const float*>(matrix.data);
   const int64_t n_rows = matrix.n_rows, step = kernels.rows;
   const std::vector<PackedPanel> panels = packed(x, n, dim, kernels.width);
   const std::vector<float> no_hits(kMaxPanelLanes, kInfinity);
-  const int64_t row_bytes = std::max<int64_t>(1, dim) * sizeof(float);
-  const int64_t block = std::max<int64_t>(1, kBlockBytes / row_bytes / step) * step;
+  const int64_t block = products_block(dim, threads.isa);
   const int64_t n_blocks = (n_rows + block - 1) / block;
   const int64_t n_workers = worth_waking(threads.count, 1.0 * dim * n * n_rows, n_blocks);
   parallel_for(static_cast<int>(n_workers), n_blocks, [&](int64_t i) {
@@ -74,6 +80,7 @@ void products(const float* x, int64_t n, int64_t dim, const MipsMatrix& matrix, 
         }
       }
     }
+    on_block(i * block, end);
   });
 }
 

@@ -3,12 +3,12 @@
 A decoder takes a `Search` and returns a `RagGeneration`:
 
     for reading in search.readings():                   # some of the B*K contexts
-        answers, hidden = search.generate(reading)      # [n, T], and the states that predict them
+        answers, logp = search.generate(reading)        # [n, T], and log p of their tokens
         ...
     loss = search.loss()                                # of the labels, None without labels
 
-Each context is read once: labels and answers continue from the same state, and the states that
-predict the tokens of an answer are kept while the answer is generated.
+Each context is read once: labels and answers continue from the same state, and what predicts the
+tokens of an answer is kept while the answer is generated.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from fastrag import functional
 from fastrag.generation.settings import search_config
+from fastrag.ops.mixture_logp import chosen_logit
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
+    from fastrag.nn.heads import LMHead, Predicting
     from fastrag.nn.loss import RagLoss
 
 # Settings under which the search cannot continue from a state that has read the contexts.
@@ -222,7 +225,8 @@ class Search:
 
         Returns:
             The answers `[n * n_each, T]` int64, those of a context next to each other, -100 after
-            their end, and the states `[n * n_each, 1, T, H]` that predict them.
+            their end; and log p(y_t|x,z,y_<t) of their tokens by the unchanged distributions,
+            `[n * n_each, T]`, 0 after the end.
         """
         contexts, ids, mask, state = reading
         settings: dict[str, Any] = {"num_return_sequences": n_each}
@@ -232,7 +236,7 @@ class Search:
         inputs |= self.adapter.branch(state, max(n_each, self.config.num_beams))
         for name in self.handed_on.keys() & {*_NEGATIVE_PROMPT}:
             inputs[name] = self.handed_on[name][contexts // self.n_docs]
-        kept: list[Tensor] = []
+        kept: list[Predicting] = []
         with self.adapter.predicting() as seen:
 
             def keep() -> None:
@@ -244,8 +248,10 @@ class Search:
             answers, rows = self.run(self.adapter.model, reading, inputs, settings, keep)
         if len(kept) < answers.shape[1]:  # the model did not run once for each token
             ids, mask = (each.repeat_interleave(n_each, dim=0) for each in (ids, mask))
-            return answers, self.adapter.hidden(ids, mask, answers)
-        return answers, chosen(kept, rows)
+            hidden = self.adapter.hidden(ids, mask, answers)
+            return answers, label_logp(self.adapter.head(), hidden, answers).squeeze(1)
+        hidden, log_z = (chosen(part, rows) for part in zip(*kept, strict=True))
+        return answers, chosen_logp(self.adapter.head(), hidden, log_z, answers).squeeze(1)
 
     def run(
         self,
@@ -268,8 +274,14 @@ class Search:
             The answers `[n, T]` int64, -100 after their end, and the row of the model's call that
             chose each of their tokens, `[n, T]`.
         """
+        ids = inputs["input_ids"]
+        encoded = getattr(model.config, "is_encoder_decoder", False)
+        n_prompt = 1 if encoded else ids.shape[1]
         config = copy.copy(self.config)
         config.update(return_dict_in_generate=True, **settings)
+        if config.min_new_tokens is not None:
+            # transformers would mask the end twice, once for each name of the same limit.
+            config.update(min_length=n_prompt + config.min_new_tokens, min_new_tokens=None)
         n_rows = max(config.num_beams, config.num_return_sequences)  # for each row of the inputs
         share = len(reading.contexts) / len(self.context_ids)
         share *= 1.0 if self.labels is None else 0.5
@@ -282,7 +294,6 @@ class Search:
         handed_on = {n: v for n, v in self.handed_on.items() if n not in _NEGATIVE_PROMPT}
         if self.streamer is not None:
             handed_on["streamer"] = self.streamer
-        ids = inputs["input_ids"]
         n_questions = len(reading.contexts) // self.n_docs
         out = model.generate(
             generation_config=config,
@@ -292,8 +303,7 @@ class Search:
             **inputs,
         )
         self._report(share * max(0.0, 1 - stopping.n_steps / config.max_new_tokens))
-        encoded = getattr(model.config, "is_encoder_decoder", False)
-        tokens = out.sequences[:, 1 if encoded else ids.shape[1] :]
+        tokens = out.sequences[:, n_prompt:]
         beams = getattr(out, "beam_indices", None)
         if beams is not None:
             return tokens.masked_fill(beams < 0, IGNORE_INDEX), beams.clamp(min=0)
@@ -345,6 +355,33 @@ def chosen(states: Sequence[Tensor], rows: Tensor) -> Tensor:
     """
     steps = zip(states, rows.unbind(dim=1), strict=False)  # the last steps may serve no answer
     return torch.stack([state[row] for state, row in steps], dim=2)
+
+
+def chosen_logp(head: LMHead, hidden: Tensor, log_z: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p of tokens `[n, T]`, `[n, K, T]`; 0 at -100.
+
+    Args:
+        head: the head of the generator.
+        hidden: what predicts the tokens, `[n, K, T, H]`.
+        log_z: log sum_v exp(z_v) of its logits z, `[n, K, T]`.
+        tokens: `[n, T]`, -100 after the end.
+    """
+    missing = tokens == IGNORE_INDEX
+    logit = chosen_logit(hidden, tokens=tokens.masked_fill(missing, 0), **vars(head))
+    return (logit - log_z).masked_fill(missing.unsqueeze(1), 0.0)
+
+
+def label_logp(head: LMHead, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p of tokens `[n, T]` from the states `[n, K, T, H]`, `[n, K, T]`; 0 at -100."""
+    return functional.token_logp(
+        hidden,
+        head.weight,
+        tokens,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORE_INDEX,
+    )
 
 
 def each_of(indices: Tensor, n: int) -> Tensor:

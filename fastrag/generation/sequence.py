@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastrag import functional
-from fastrag.generation.search import each_of, in_order, join_answers
+from fastrag.generation.search import each_of, in_order, join_answers, label_logp
 from fastrag.generation.settings import refuse
 from fastrag.nn.outputs import RagGeneration
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastrag.generation.search import Reading, Search
-    from fastrag.nn.generators import GeneratorAdapter
 
 
 @torch.no_grad()
@@ -75,13 +73,13 @@ def _rag_sequence(search: Search, *, thorough: bool) -> RagGeneration:
     n_docs, n_return, n_each = search.n_docs, search.n_return, _n_each(search)
     parts, answers, part_logp = [], [], []
     for reading in search.readings(tied=thorough, wanted=thorough or n_each > 1):
-        answer, hidden = search.generate(reading, n_each)
+        answer, token_logp = search.generate(reading, n_each)
+        seq_logp = token_logp.sum(dim=1)
         parts.append(each_of(reading.contexts, n_each))
         answers.append(answer)
         if thorough:
-            part_logp.append(_logp_under_each(search, reading, answer, n_each))
-        else:
-            part_logp.append(_seq_logp(search.adapter, hidden, answer).squeeze(1))
+            seq_logp = _logp_under_each(search, reading, answer, seq_logp, n_each)
+        part_logp.append(seq_logp)
     seq_logp = in_order(parts, part_logp).float().unflatten(0, (-1, n_docs * n_each))
     keys = join_answers(parts, answers).unflatten(0, (-1, n_docs * n_each))  # [B, C, T]
     log_prior = search.log_prior
@@ -142,38 +140,34 @@ def _same(keys: Tensor) -> Tensor:
     return (keys.unsqueeze(2) == keys.unsqueeze(1)).all(dim=-1)
 
 
-def _logp_under_each(search: Search, reading: Reading, answers: Tensor, n_each: int) -> Tensor:
+def _logp_under_each(
+    search: Search, reading: Reading, answers: Tensor, own_logp: Tensor, n_each: int
+) -> Tensor:
     """Return log p(y|x,z_k) of each candidate `[n * n_each, T]` under each passage, `[.., K]`.
 
-    As many rows run at once as in the search that found the candidates.
+    Equal candidates of a question are scored once, and not under passages that proposed them, of
+    which `own_logp` `[n * n_each]` has the scores, nor under missing passages, whose score is 0. As
+    many rows run at once as in the search that found the candidates.
     """
     n_docs = search.n_docs
     keys = answers.unflatten(0, (-1, n_docs * n_each))  # [b, C, T]
-    first = _same(keys).int().argmax(dim=2)  # of equal candidates
-    question, candidate = (first == torch.arange(first.shape[1]).to(first)).nonzero().unbind(dim=1)
-    contexts = each_of(question, n_docs).split(len(answers) // n_docs * n_docs)
-    labels = keys[question, candidate].split(len(answers) // n_docs)
-    logp = []
-    for rows, part in zip(contexts, labels, strict=True):
-        state = search.adapter.select(reading.state, rows)
-        hidden = search.adapter.hidden(reading.ids[rows], reading.mask[rows], part, state=state)
-        logp.append(_seq_logp(search.adapter, hidden, part))
-    table = torch.cat(logp)  # [U, K]
-    place = torch.zeros_like(first)
-    place[question, candidate] = torch.arange(len(table), device=first.device)
-    return table[place.gather(1, first).flatten()]
-
-
-def _seq_logp(adapter: GeneratorAdapter, hidden: Tensor, answers: Tensor) -> Tensor:
-    """Return log p(y|x,z) of answers `[n, T]`, `[n, K]`, from the states `[n, K, T, H]`."""
-    head = adapter.head()
-    token_logp = functional.token_logp(
-        hidden,
-        head.weight,
-        answers,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=IGNORE_INDEX,
-    )
-    return token_logp.sum(dim=2)
+    same = _same(keys)
+    first = same.int().argmax(dim=2)  # of equal candidates, [b, C]
+    question = torch.arange(len(keys), device=keys.device).unsqueeze(1)
+    passage = torch.arange(n_docs, device=keys.device).repeat_interleave(n_each)
+    logp = own_logp.new_zeros(*first.shape, n_docs)
+    logp[question, first, passage] = own_logp.view_as(first)
+    found = search.log_prior.flatten()[reading.contexts].isfinite().view(-1, n_docs)  # [b, K]
+    proposed = (same & found[:, passage].unsqueeze(1)).any(dim=2)  # by a passage that is there
+    wanted = torch.zeros_like(logp, dtype=torch.bool)
+    wanted[question, first] = proposed.unsqueeze(2) & found.unsqueeze(1)
+    wanted[question, first, passage] = False
+    pairs = wanted.nonzero()
+    for part in pairs.split(len(answers)) if len(pairs) else ():
+        row = part[:, 0] * n_docs + part[:, 2]
+        labels = keys[part[:, 0], part[:, 1]]
+        state = search.adapter.select(reading.state, row)
+        hidden = search.adapter.hidden(reading.ids[row], reading.mask[row], labels, state=state)
+        scored = label_logp(search.adapter.head(), hidden, labels).sum(dim=2).squeeze(1)
+        logp[part.unbind(dim=1)] = scored.to(logp.dtype)
+    return logp[question, first].flatten(0, 1)

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from fastrag.generation.search import chosen, each_of, in_order, join_answers
+from fastrag.generation.search import chosen, chosen_logp, each_of, in_order, join_answers
 from fastrag.generation.settings import refuse
 from fastrag.nn.heads import base_model
 from fastrag.nn.outputs import RagGeneration
-from fastrag.ops.mixture_logp import chosen_logit, mixture_logp
+from fastrag.ops.mixture_logp import mixture_logp
 from fastrag.ops.positions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -149,11 +149,8 @@ class MarginalModel(GenerationMixin):
             tokens: `[n, T]`, -100 after the end.
             rows: the row of the call that chose each token, `[n, T]`.
         """
-        counted = tokens != IGNORE_INDEX
-        known = tokens.masked_fill(~counted, 0)
-        logit = chosen_logit(chosen(self.hidden, rows), tokens=known, **vars(self.head))
-        logp = logit - chosen(self.log_z, rows)
-        return logp.masked_fill(~counted.unsqueeze(1), 0.0)
+        hidden, log_z = chosen(self.hidden, rows), chosen(self.log_z, rows)
+        return chosen_logp(self.head, hidden, log_z, tokens)
 
     def _continued(self, answers: Tensor, n_each: int) -> Tensor | None:
         """Return the row of the last step that each answer and context goes on from."""

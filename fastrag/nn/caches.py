@@ -68,3 +68,26 @@ def reorder_answers(inputs: dict[str, Any], rows: Tensor) -> None:
         cache = inputs.get(name)
         if cache is not None:
             getattr(cache, "self_attention_cache", cache).reorder_cache(rows)
+
+
+def repeat_contexts(cache: Any, n: int) -> None:
+    """Repeat each row n times for beams, which `reorder_cache` then permutes among themselves."""
+    cache.batch_repeat_interleave(n)
+    if isinstance(cache, EncoderDecoderCache):
+        layers = cache.cross_attention_cache.layers
+        layers[:] = [
+            _Unordered.of(layer) if type(layer) is DynamicLayer else layer for layer in layers
+        ]
+
+
+class _Unordered(DynamicLayer):
+    """Keys and values of contexts, equal for all beams of one: a permutation changes nothing."""
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> _Unordered:
+        unordered = cls()
+        unordered.__dict__.update(vars(layer))
+        return unordered
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        return

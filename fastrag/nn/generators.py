@@ -30,8 +30,22 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastrag.nn.arguments import check_answers
-from fastrag.nn.caches import CACHE_NAMES, branched, cache_of, reorder_answers, selected
-from fastrag.nn.heads import LiveHead, LMHead, architecture, base_model, declared_heads
+from fastrag.nn.caches import (
+    CACHE_NAMES,
+    branched,
+    cache_of,
+    reorder_answers,
+    repeat_contexts,
+    selected,
+)
+from fastrag.nn.heads import (
+    LiveHead,
+    LMHead,
+    Predicting,
+    architecture,
+    base_model,
+    declared_heads,
+)
 from fastrag.ops.positions import IGNORE_INDEX, check_label_values
 
 _PROBE_LOGIT = 64.0  # size of the largest logit in the second self-check: above every softcap known
@@ -171,7 +185,7 @@ class GeneratorAdapter:
         branch = branched(state)
         for name in CACHE_NAMES:
             if n_beams > 1 and name in branch:
-                branch[name].batch_repeat_interleave(n_beams)
+                repeat_contexts(branch[name], n_beams)
         return branch
 
     def select(self, state: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
@@ -238,8 +252,8 @@ class GeneratorAdapter:
             return self._run_whole({**inputs, "answer": answer})
         return self._run(self._next_inputs(inputs, tokens[:, None]))
 
-    def predicting(self) -> AbstractContextManager[list[Tensor]]:
-        """Record the states `[rows, 1, H]` that predict the next token at each call of the model.
+    def predicting(self) -> AbstractContextManager[list[Predicting]]:
+        """Record what predicts the next token at each call of the model.
 
         While the ``with`` block runs, the model makes logits of each row's last token only.
         """

@@ -15,15 +15,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastrag.ops.mixture_logp import head_products
 
 # Attributes under which configurations state what happens to the logits after the projection.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1
 _SCALINGS = ("logits_scaling",)  # Granite divides by it, HyperCLOVA X multiplies
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class Predicting(NamedTuple):
+    """What predicts the next tokens at one call of a model.
+
+    Attributes:
+        hidden: the input of the head at the last position, `[rows, 1, H]`.
+        log_z: log sum_v exp(z_v) of its logits z, `[rows, 1]`.
+    """
+
+    hidden: Tensor
+    log_z: Tensor
 
 
 @dataclass(frozen=True)
@@ -140,22 +154,36 @@ class LiveHead:
             handle.remove()
 
     @contextmanager
-    def capture_last(self) -> Iterator[list[Tensor]]:
-        """Record the last state of each row, `[rows, 1, H]`, at each call inside the block.
+    def capture_last(self) -> Iterator[list[Predicting]]:
+        """Record what predicts the next token of each row, at each call inside the ``with`` block.
 
-        The projection sees that state only: the logits of a whole context are never made.
+        The projection sees no row. Its output is replaced by the products of the last states, which
+        are computed together with log_z, so the logits of a whole context are never made.
         """
-        seen: list[Tensor] = []
+        seen: list[Predicting] = []
+        module, head = _output_module(self.model), vars(self())
+        _, bias = _projection(module, architecture(self.model))
+        logits: list[Tensor] = []
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen.append(args[0][:, -1:])
-            return (seen[-1], *args[1:])
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0][:, -1:]
+            z0, log_z = head_products(hidden.squeeze(1), **head)
+            logits.append(z0 if bias is None else z0.add_(bias))
+            seen.append(Predicting(hidden, log_z.unsqueeze(1)))
+            return (args[0][:0, :1], *args[1:])
 
-        handle = _output_module(self.model).register_forward_pre_hook(hook)
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return logits.pop().to(output.dtype).unsqueeze(1)
+
+        handles = [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after),
+        ]
         try:
             yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _output_module(model: Any) -> nn.Module:

@@ -3,7 +3,8 @@
 CppChunkLogits    logits of one chunk: torch's GEMMs with C++ passes between them
 doc_scores_fwd    scores of given rows and their log-softmax; doc_scores_bwd
 mips_topk         exact maximum inner product search
-products          all inner products of some vectors with the rows of a matrix
+head_products     logits of a few states, and the logarithms of their sums over the vocabulary
+mixture_logp      the marginal distribution of the next token
 CodedIndex        the same search, through int8 codes of float32 rows
 """
 
@@ -206,12 +207,53 @@ def mips_topk(
     return scores, rows
 
 
-def products(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, H], weight [V, H], both float32 -> x W^T [n, V]."""
-    out = torch.empty(len(x), len(weight), dtype=torch.float32)
-    arrays = (x.detach().contiguous().numpy(), weight.detach().numpy(), out.numpy())
-    _C.products(*arrays, threads=torch.get_num_threads(), isa=forced_isa())
-    return out
+def head_products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    """hidden [n, H], weight [V, H], both float32 -> x W^T [n, V], log_z [n]."""
+    z0 = torch.empty(len(hidden), len(weight), dtype=torch.float32)
+    return z0, _products_into(z0, hidden, weight, _head(bias, softcap, logit_scale))
+
+
+def mixture_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    log_prior: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """hidden [n, K, H], weight [V, H], log_prior [n, K] -> log p(v) [n, V], log_z [n, K]."""
+    head = _head(bias, softcap, logit_scale)
+    shape, n_ids = hidden.shape[:2], len(weight)
+    buffer = workspace.take(shape.numel() * n_ids)
+    try:
+        z0 = buffer[: shape.numel() * n_ids].view(-1, n_ids)
+        log_z = _products_into(z0, hidden.flatten(0, 1), weight, head)
+        mixture = torch.empty(shape[0], n_ids, dtype=torch.float32)
+        prior = log_prior.to(torch.float32)
+        _C.mixture_logp(z0.numpy(), log_z.numpy(), _array(prior), mixture.numpy(), **head)
+    finally:
+        workspace.give_back(buffer)
+    return mixture, log_z.view(shape)
+
+
+def _products_into(z0: Tensor, hidden: Tensor, weight: Tensor, head: dict[str, Any]) -> Tensor:
+    """Write hidden W^T to z0 and return log_z."""
+    log_z = torch.empty(len(hidden), dtype=torch.float32)
+    _C.head_products(_array(hidden), weight.detach().numpy(), z0.numpy(), log_z.numpy(), **head)
+    return log_z
+
+
+def _head(bias: Tensor | None, softcap: float | None, logit_scale: float) -> dict[str, Any]:
+    """Return the keyword arguments that head_products and mixture_logp of fastrag._C share."""
+    return {
+        "bias": None if bias is None else _array(bias),
+        "logit_scale": logit_scale,
+        "softcap": softcap or 0.0,
+        "threads": torch.get_num_threads(),
+        "isa": forced_isa(),
+    }
 
 
 class CodedIndex:

@@ -8,6 +8,7 @@ For decoding: no gradient, all token ids, one position. Logits and sums are floa
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,18 @@ from torch.nn.functional import linear
 
 from fastrag.ops import backends, workspace
 
+# On a GPU, the vendor's product of few rows.
 backends.register(
-    "products",
-    cpp="fastrag.ops.cpp:products",
-    torch="fastrag.ops.mixture_logp:products",
-    triton="fastrag.ops.mixture_logp:products",  # the vendor's product of few rows
+    "head_products",
+    cpp="fastrag.ops.cpp:head_products",
+    torch="fastrag.ops.mixture_logp:torch_head_products",
+    triton="fastrag.ops.mixture_logp:torch_head_products",
+)
+backends.register(
+    "mixture_logp",
+    cpp="fastrag.ops.cpp:mixture_logp",
+    torch="fastrag.ops.mixture_logp:torch_mixture_logp",
+    triton="fastrag.ops.mixture_logp:torch_mixture_logp",
 )
 
 
@@ -35,13 +43,18 @@ def mixture_logp(
 
     log_z[k] = log sum_v exp(z_kv), so that log p(v|z_k) = z_kv - log_z[k].
     """
-    unfit = {"cpp": functools.partial(_unfit_for_cpp, hidden, weight)}
-    backend = backends.choose("products", hidden.device, hidden.dtype, unfit)
-    z: Tensor = backends.load("products", backend)(hidden.flatten(0, 1), weight)
-    z = head_of(z, bias, softcap, logit_scale).unflatten(0, hidden.shape[:2])
-    log_z = z.logsumexp(dim=2)
-    shift = log_prior.to(z.dtype) - log_z
-    return z.add_(shift.unsqueeze(2)).logsumexp(dim=1), log_z
+    run = _implementation("mixture_logp", hidden, weight)
+    found: tuple[Tensor, Tensor] = run(hidden, weight, log_prior, bias, softcap, logit_scale)
+    return found
+
+
+def head_products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    """hidden [n, H], weight [V, H] -> x W^T [n, V], and log_z [n] of the logits z."""
+    run = _implementation("head_products", hidden, weight)
+    found: tuple[Tensor, Tensor] = run(hidden, weight, bias, softcap, logit_scale)
+    return found
 
 
 def chosen_logit(
@@ -69,13 +82,42 @@ def head_of(z: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: 
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
+def torch_mixture_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    log_prior: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    z = head_of(_products(hidden.flatten(0, 1), weight), bias, softcap, logit_scale)
+    z = z.unflatten(0, hidden.shape[:2])
+    log_z = z.logsumexp(dim=2)
+    shift = log_prior.to(z.dtype) - log_z
+    return z.add_(shift.unsqueeze(2)).logsumexp(dim=1), log_z
+
+
+def torch_head_products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    z0 = _products(hidden, weight)
+    plain = bias is None and softcap is None and logit_scale == 1.0
+    z = z0 if plain else head_of(z0.clone(), bias, softcap, logit_scale)
+    return z0, z.logsumexp(dim=1)
+
+
+def _implementation(op: str, hidden: Tensor, weight: Tensor) -> Any:
+    unfit = {"cpp": functools.partial(_unfit_for_cpp, hidden, weight)}
+    return backends.load(op, backends.choose(op, hidden.device, hidden.dtype, unfit))
+
+
 def _unfit_for_cpp(hidden: Tensor, weight: Tensor) -> str:
     if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"it multiplies float32, got {hidden.dtype} and {weight.dtype}"
     return backends.strided(weight)
 
 
-def products(x: Tensor, weight: Tensor) -> Tensor:
+def _products(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, H], weight [V, H] -> x W^T [n, V], in float32 at least."""
     dtype = workspace.accumulate_dtype(x.dtype)
     if x.dtype == weight.dtype != dtype and x.device.type == "cuda":

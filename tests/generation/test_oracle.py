@@ -55,7 +55,7 @@ def adapted(kind: str) -> Any:
 
 
 def case(kind: str, n: int = 3) -> tuple[Tensor, ...]:
-    """Contexts of different lengths; the last passage of the second question is missing."""
+    """Contexts of different lengths; the second and the third question miss a passage each."""
     drawn = torch.Generator().manual_seed(3)
     ids = torch.randint(3, V, (n * K, 6), generator=drawn)
     lengths = torch.arange(n * K) % 5 + 2
@@ -65,7 +65,7 @@ def case(kind: str, n: int = 3) -> tuple[Tensor, ...]:
     rows = torch.arange(n * K).view(n, K)
     scores = torch.randn(n, K, dtype=torch.float64, generator=drawn)
     if n > 1:
-        rows[1, 2] = -1
+        rows[1, 2] = rows[2, 0] = -1
     return ids * mask, mask, scores.masked_fill(rows < 0, -torch.inf), rows
 
 

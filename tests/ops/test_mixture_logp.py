@@ -7,6 +7,7 @@ import torch
 
 from fastrag import functional
 from fastrag.ops import backends, cpp, mixture_logp
+from fastrag.testing import assert_close
 
 ABLE = [name for name in ("cpp", "torch") if not backends.why_not(name)]
 
@@ -59,17 +60,61 @@ def test_other_dtypes_sum_in_float32_at_least(dtype):
     torch.testing.assert_close(mixture.double(), literal(*given)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ABLE)
+def test_the_sums_belong_to_the_products(monkeypatch, backend):
+    """Bias, scale and softcap are part of log_z alone."""
+    monkeypatch.setenv(backends.BACKEND_VARIABLE, backend)
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 9), torch.randn(700, 9), torch.randn(700)
+    bias[3] = -torch.inf
+    found, log_z = mixture_logp.head_products(hidden, weight, bias, 2.0, 0.5)
+    torch.testing.assert_close(found, hidden @ weight.t())
+    given = (hidden.unsqueeze(0), weight, torch.zeros(1, 5), bias, 2.0, 0.5)
+    torch.testing.assert_close(log_z.double(), literal(*given)[1][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("cpp" not in ABLE, reason="fastrag._C is not built")
+@pytest.mark.parametrize("isa", cpp._C.instruction_sets() if "cpp" in ABLE else [])
+@pytest.mark.parametrize("softcap", [None, 4.0], ids=["plain", "capped"])
+def test_each_instruction_set(monkeypatch, isa, softcap):
+    """Error at most that of plain torch; the bits do not depend on the number of threads."""
+    monkeypatch.setenv(backends.ISA_VARIABLE, isa)
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(3, 4, 24), torch.randn(9001, 24), torch.randn(9001)
+    log_prior = torch.randn(3, 4)
+    log_prior[1, 2] = -torch.inf
+    log_prior = log_prior.log_softmax(1)
+    log_prior[2] = -torch.inf  # no passage at all
+    bias[4100] = -torch.inf if softcap is None else bias[4100]  # an id that no passage allows
+    given = (hidden, weight, log_prior, bias, softcap, 0.7)
+    found = cpp.mixture_logp(*given)
+    expected = literal(*given)
+    for got, plain, exact in zip(
+        found, mixture_logp.torch_mixture_logp(*given), expected[:2], strict=True
+    ):
+        assert_close(got, plain, exact)
+    assert found[0][2].isneginf().all() and found[0][0].isfinite().sum() >= 9000
+    one, _ = cpp.mixture_logp(hidden[:, :1], weight, log_prior[:, :1] * 0, bias, softcap, 0.7)
+    torch.testing.assert_close(one[:2].exp().sum(1), torch.ones(2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(a.equal(b) for a, b in zip(cpp.mixture_logp(*given), found, strict=True))
+    hidden[0, 1, 5] = torch.nan
+    mixture, log_z = cpp.mixture_logp(*given)
+    assert mixture[0].isnan().all() and not mixture[1:].isnan().any()
+    assert log_z.isnan().nonzero().tolist() == [[0, 1]]
+
+
 @pytest.mark.skipif("cpp" not in ABLE, reason="fastrag._C is not built")
 def test_products_are_the_scores_of_a_search():
     """To the bit, for any number of threads, and of a matrix with padding between its rows."""
     torch.manual_seed(0)
     x, weight = torch.randn(21, 40), torch.randn(3001, 48)[:, :40]
-    found = cpp.products(x, weight)
+    found, _ = cpp.head_products(x, weight, None, None, 1.0)
     scores, rows = functional.mips_topk(x, weight, 3001)
     assert found.gather(1, rows).equal(scores)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert cpp.products(x, weight).equal(found)
+        assert cpp.head_products(x, weight, None, None, 1.0)[0].equal(found)
     finally:
         torch.set_num_threads(threads)
