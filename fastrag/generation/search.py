@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
     StoppingCriteria,
@@ -279,10 +281,12 @@ class Search:
         n_prompt = 1 if encoded else ids.shape[1]
         config = copy.copy(self.config)
         config.update(return_dict_in_generate=True, **settings)
-        if config.min_new_tokens is not None:
-            # transformers would mask the end twice, once for each name of the same limit.
-            config.update(min_length=n_prompt + config.min_new_tokens, min_new_tokens=None)
         n_rows = max(config.num_beams, config.num_return_sequences)  # for each row of the inputs
+        n_questions = len(reading.contexts) // self.n_docs
+        processors = self._processors(len(ids) * n_rows // max(1, n_questions))
+        if no_end := _no_end(config, model.generation_config, n_prompt):
+            config.update(min_length=0, min_new_tokens=None)
+            processors.insert(0, no_end)
         share = len(reading.contexts) / len(self.context_ids)
         share *= 1.0 if self.labels is None else 0.5
 
@@ -294,10 +298,9 @@ class Search:
         handed_on = {n: v for n, v in self.handed_on.items() if n not in _NEGATIVE_PROMPT}
         if self.streamer is not None:
             handed_on["streamer"] = self.streamer
-        n_questions = len(reading.contexts) // self.n_docs
         out = model.generate(
             generation_config=config,
-            logits_processor=self._processors(len(ids) * n_rows // max(1, n_questions)),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([stopping]),
             **handed_on,
             **inputs,
@@ -388,6 +391,45 @@ def each_of(indices: Tensor, n: int) -> Tensor:
     """Return the indices of n rows for each index, which are next to each other."""
     each = torch.arange(n, device=indices.device)
     return (indices.unsqueeze(1) * n + each).flatten()
+
+
+class _NoEnd(LogitsProcessor):
+    """Let no answer end before a length, in place.
+
+    The processors of transformers for `min_length` and `min_new_tokens` copy the scores of the
+    whole vocabulary twice each, and both run if `min_new_tokens` is given.
+
+    Args:
+        end_ids: token ids that end an answer.
+        min_length: tokens of prompt and answer before which it must not end.
+    """
+
+    def __init__(self, end_ids: list[int], min_length: int) -> None:
+        self.end_ids = end_ids
+        self.min_length = min_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] < self.min_length:
+            scores[:, self.end_ids] = -torch.inf
+        return scores
+
+
+def _no_end(config: GenerationConfig, own: GenerationConfig | None, n_prompt: int) -> _NoEnd | None:
+    """Return what replaces the shortest length of `config`, if it has one.
+
+    None if an end would be forced where it is masked: transformers masks the end first, and runs
+    other processors than its own after it has forced a token.
+    """
+    least = config.min_length or 0
+    if config.min_new_tokens is not None:
+        least = n_prompt + config.min_new_tokens
+    ends = config.eos_token_id or []
+    first, last = (
+        {getattr(each, f"forced_{name}_token_id", None) for each in (config, own)} - {None}
+        for name in ("bos", "eos")
+    )
+    forced = first & {*ends} or (last and least >= n_prompt + config.max_new_tokens)
+    return None if forced or not ends or least <= n_prompt else _NoEnd(ends, least)
 
 
 class _Steps(StoppingCriteria):

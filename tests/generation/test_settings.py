@@ -253,3 +253,27 @@ def test_what_repeats_a_greedy_search_is_accepted() -> None:
         "output_scores": None,
     }
     assert asked_of(model, **settings).sequences.equal(asked_of(model).sequences)
+
+
+@pytest.mark.parametrize(("kind", "n_beams"), [("seq2seq", 1), ("seq2seq", 3), ("causal", 3)])
+def test_shortest_answer_is_that_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, kind: str, n_beams: int
+) -> None:
+    """Also where an end is forced before the shortest length."""
+    model = rag(kind)
+    ends = asked_of(model).sequences[:, 0].unique().tolist()
+    forced = []
+    for least, end in ((2, None), (3, ends[0]), (T, ends[0])):
+        settings: dict[str, Any] = {"min_new_tokens": least}
+        if kind == "seq2seq" and least == 2:
+            settings = {"min_length": 1 + least}  # with the start token
+        settings |= {"forced_eos_token_id": end, "eos_token_id": ends, "num_beams": n_beams}
+        out = asked_of(model, **settings)
+        with monkeypatch.context() as without:
+            without.setattr("fastrag.generation.search._no_end", lambda *_: None)
+            expected = asked_of(model, **settings)
+        assert out.sequences.equal(expected.sequences)
+        assert out.scores.equal(expected.scores)
+        assert int(out.lengths.min()) >= least
+        forced.append(end in out.sequences[:, -1].tolist())
+    assert forced == [False, True, True]
