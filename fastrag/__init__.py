@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastrag.index import FaissIndex, FlatIndex, Hits, Index, PassageStore
     from fastrag.nn import (
         LMHead,
+        PrefixCache,
         RagGeneration,
         RagLoss,
         RagModel,
@@ -57,6 +58,7 @@ __all__ = [
     "IndexRefresher",
     "LMHead",
     "PassageStore",
+    "PrefixCache",
     "RagGeneration",
     "RagLoss",
     "RagModel",
@@ -117,6 +119,7 @@ _LAZY = {
     "IndexRefresher": "fastrag.freshness",
     "RefreshPolicy": "fastrag.freshness",
     "LMHead": "fastrag.nn",
+    "PrefixCache": "fastrag.nn",
     "RagGeneration": "fastrag.nn",
     "RagLoss": "fastrag.nn",
     "RagModel": "fastrag.nn",

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from benchmarks.harness.registry import Op
-from benchmarks.ops import contexts, decode, doc_scores, marginal_loss, mips, rag_step, token_logp
+from benchmarks.ops import (
+    contexts,
+    decode,
+    doc_scores,
+    first_token,
+    marginal_loss,
+    mips,
+    rag_step,
+    token_logp,
+)
 
 # The most important first: a run with a budget takes them in this order.
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
-    for module in (marginal_loss, rag_step, mips, token_logp, doc_scores, contexts, decode)
+    for module in (
+        marginal_loss,
+        rag_step,
+        mips,
+        token_logp,
+        doc_scores,
+        contexts,
+        decode,
+        first_token,
+    )
 }

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrag.cli.options import add_index, device_of, load_model, positive
+from fastrag.cli.options import add_index, add_prefix_cache, device_of, load_model, positive
 from fastrag.cli.output import print_result, print_retrieval, print_rows, quiet
 from fastrag.messages import shown
 
@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
         help="model folders, run folders or checkpoints; a name stands for the folder in the table",
     )
     add_index(evaluate)
+    add_prefix_cache(evaluate)
     evaluate.add_argument(
         "--questions",
         required=True,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder, run folder or checkpoint")
     add_index(parser)
+    add_prefix_cache(parser)
 
 
 def add_index(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,16 @@ def add_index(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+def add_prefix_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--prefix-cache-mib",
+        type=positive,
+        metavar="MIB",
+        help="memory in which the generator keeps what it has read of passages; for a causal "
+        "generator and a template with the passage first (default: none)",
+    )
 
 
 def positive(text: str) -> int:
@@ -50,9 +61,11 @@ def device_of(arguments: argparse.Namespace) -> str:
 
 def load_model(arguments: argparse.Namespace, folder: str) -> RagModel:
     quiet()
+    from fastrag.nn.prefix_cache import keep_prefixes
     from fastrag.train.models import load_run
 
     model = load_run(folder, arguments.index)
+    keep_prefixes(model, arguments.prefix_cache_mib)
     device = device_of(arguments)
     model.to(device)
     model.index.to(device)

@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from fastrag.cli.options import add_device, device_of, positive
+from fastrag.cli.options import add_device, add_prefix_cache, device_of, positive
 from fastrag.cli.output import quiet
 from fastrag.messages import shown
 
@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
         "--retrieval-only", action="store_true", help="do not load the generator of --model"
     )
     add_device(serve)
+    add_prefix_cache(serve)
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     serve.add_argument("--port", type=_port, default=8000, help="default 8000; 0: a free one")
     serve.add_argument(
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         index=arguments.index,
         retrieval_only=arguments.retrieval_only,
         device=device_of(arguments),
+        prefix_cache_mib=arguments.prefix_cache_mib,
     )
     limits = Limits(
         max_body=arguments.max_body_mib << 20,

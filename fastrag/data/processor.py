@@ -72,11 +72,14 @@ class Contexts(NamedTuple):
             other; padded on the left for a causal generator, on the right for a seq2seq one.
         mask: `[B*K, L]` int64, 1 at tokens. No context is empty.
         n_cut: number of passages that were cut, a 0-d int64 tensor on the device of `ids`.
+        prefix_len: number of tokens before the question, `[B*K]` int64; None if the template puts
+            the question first.
     """
 
     ids: Tensor
     mask: Tensor
     n_cut: Tensor
+    prefix_len: Tensor | None
 
 
 class RagProcessor:
@@ -502,7 +505,10 @@ def join_contexts(
     # Column 0 receives the padding of all pieces and is dropped.
     ids = tokens.new_full((len(tokens), width + 1), template.pad_id)
     ids.scatter_(1, place.masked_fill(~present, 0), tokens)
-    return Contexts(ids[:, 1:], mask.long(), (kept < passage_len).sum())
+    prefix_len = None
+    if template.slots[0] == "passage":
+        prefix_len = (kept + len(template.literals[0]) + len(template.literals[1])).flatten()
+    return Contexts(ids[:, 1:], mask.long(), (kept < passage_len).sum(), prefix_len)
 
 
 def _check_room(room: Tensor, n_literals: int, width: int, max_context: int) -> None:

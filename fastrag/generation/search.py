@@ -32,7 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from fastrag import functional
-from fastrag.generation.settings import search_config
+from fastrag.generation.settings import refuse, search_config
 from fastrag.ops.mixture_logp import chosen_logit
 from fastrag.ops.positions import IGNORE_INDEX
 
@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
     from fastrag.nn.heads import LMHead, Predicting
     from fastrag.nn.loss import RagLoss
+    from fastrag.nn.prefix_cache import PrefixCache
 
 # Settings under which the search cannot continue from a state that has read the contexts.
 _OWN_CACHE = ("use_cache", "cache_implementation", "cache_config")
+_WITH_PREFIX_CACHE: dict[str, Any] = {**dict.fromkeys(_OWN_CACHE), "use_cache": True}
 # Arguments of transformers' generate with one row per question.
 _NEGATIVE_PROMPT = ("negative_prompt_ids", "negative_prompt_attention_mask")
 # Contexts that are generated together on a CPU, of similar length, because padding costs as much
@@ -86,6 +88,8 @@ class Search:
             contexts.
         loss_fn: the loss of the labels, required with them.
         on_progress: called with the share of the work that was done since the last call.
+        prefix_cache: keeps what the generator has read of the contexts before their questions.
+        prefix_len: length of that part of each context, `[B*K]` int64; None: there is none.
         logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer: as in transformers'
             `generate`. With one of them, all contexts are generated at once and in order: context
             b*K + k is passage k of question b. `prefix_allowed_tokens_fn` gets b as its batch id.
@@ -116,6 +120,8 @@ class Search:
         labels: Tensor | None = None,
         loss_fn: RagLoss | None = None,
         on_progress: Callable[[float], None] | None = None,
+        prefix_cache: PrefixCache | None = None,
+        prefix_len: Tensor | None = None,
         logits_processor: Sequence[Any] | None = None,
         stopping_criteria: Sequence[Any] | None = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
@@ -129,6 +135,8 @@ class Search:
             )
         if labels is not None and loss_fn is None:
             raise ValueError("loss_fn: expected a RagLoss for the labels, got None")
+        if prefix_cache is not None:
+            prefix_cache.check(adapter, has_prefix=prefix_len is not None)
         self.adapter = adapter
         self.context_ids = context_ids
         self.context_mask = context_mask
@@ -136,6 +144,8 @@ class Search:
         self.rows = rows
         self.labels = labels
         self.loss_fn = loss_fn
+        self.prefix_cache = prefix_cache
+        self.prefix_len = prefix_len
         self.streamer = streamer
         self._logits_processor = _listed("logits_processor", logits_processor)
         self._stopping_criteria = _listed("stopping_criteria", stopping_criteria)
@@ -156,6 +166,8 @@ class Search:
             for name in _OWN_CACHE
             if (value := generate_kwargs.get(name, getattr(config, name, None))) is not None
         }
+        if prefix_cache is not None:
+            refuse(self.own_cache, _WITH_PREFIX_CACHE, "because there is a prefix_cache")
         self.config, self.n_return = search_config(
             adapter, context_ids.shape[1], max_new_tokens, pad_id, eos_id, generate_kwargs
         )
@@ -199,7 +211,10 @@ class Search:
             ids, mask = self.context_ids[contexts], self.context_mask[contexts]
             ids, mask = _trimmed(ids, mask, self.adapter)
             state: dict[str, Any] = {}
-            if not self.own_cache and (wanted or self.labels is not None):
+            if self.prefix_cache is not None and self.prefix_len is not None:
+                prefix_len = self.prefix_len[contexts]
+                state = self.prefix_cache.read(self.adapter, ids, mask, prefix_len)
+            elif not self.own_cache and (wanted or self.labels is not None):
                 state = self.adapter.read(ids, mask)
             if self.labels is not None:
                 labels = self.labels[contexts // self.n_docs]

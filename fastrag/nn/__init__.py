@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastrag.nn.loss import RagLoss, RagLossOutput
     from fastrag.nn.model import RagModel
     from fastrag.nn.outputs import RagGeneration, RagOutput
+    from fastrag.nn.prefix_cache import PrefixCache
     from fastrag.nn.reader import Adapter, Reader
     from fastrag.nn.retriever import Retrieved, Retriever
     from fastrag.nn.sentence_encoder import SentenceEncoder
@@ -30,6 +31,7 @@ _HOMES = {
     "RagModel": "model",
     "RagGeneration": "outputs",
     "RagOutput": "outputs",
+    "PrefixCache": "prefix_cache",
     "Adapter": "reader",
     "Reader": "reader",
     "Retrieved": "retriever",
@@ -41,6 +43,7 @@ __all__ = [
     "Adapter",
     "CausalAdapter",
     "LMHead",
+    "PrefixCache",
     "RagGeneration",
     "RagLoss",
     "RagLossOutput",

@@ -1,13 +1,19 @@
-"""Caches of transformers' models: found, branched, and rows of them selected."""
+"""Caches of transformers' models: found, branched, rows of them selected, taken apart by token."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 from transformers.utils import ModelOutput
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers' name from 5.24 on, and before
@@ -91,3 +97,29 @@ class _Unordered(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         return
+
+
+def token_states(cache: DynamicCache) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Return the keys and values of all layers by token.
+
+    Args:
+        cache: keys and values of n rows and L columns.
+
+    Returns:
+        `[n, L, F]`, and heads and width of the keys and the values of each layer, in turn.
+    """
+    each = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in each]
+    return torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in each], dim=2), shapes
+
+
+def cache_of_states(states: Tensor, shapes: Sequence[tuple[int, int]]) -> DynamicCache:
+    """Return the cache of `token_states`."""
+    parts = states.split([heads * width for heads, width in shapes], dim=2)
+    each = [
+        part.unflatten(2, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)
+    ]
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(each[::2], each[1::2], strict=True)):
+        cache.update(keys, values, layer)
+    return cache

@@ -333,8 +333,8 @@ class GeneratorAdapter:
                 step = self.next(step, labels[several, 1], several.new_tensor([2, 1, 0]))
                 return (
                     bool(state)
-                    and _close(after, whole)
-                    and _close(step.hidden, whole[several, 0, 2])
+                    and close_to(after, whole)
+                    and close_to(step.hidden, whole[several, 0, 2])
                 )
             except Exception:  # models raise many kinds here, and still run in one piece
                 return False
@@ -363,7 +363,7 @@ class GeneratorAdapter:
             inputs = self.inputs(context, torch.ones_like(context), labels)
             hidden = self._captured(heads[0], inputs)
             changed = self.inputs(context, torch.ones_like(context), other)
-            if not _close(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
+            if not close_to(hidden[:, -2], self._captured(heads[0], changed)[:, -2]):
                 raise ValueError(
                     f"generator: expected a causal decoder, got {architecture(self.model)}, whose "
                     f"state at a position depends on later tokens"
@@ -375,7 +375,7 @@ class GeneratorAdapter:
                 own_loud = self.model(**inputs).logits
             for live in heads:
                 head = live()
-                if _close(head.logits(hidden), own) and _close(head.logits(loud), own_loud):
+                if close_to(head.logits(hidden), own) and close_to(head.logits(loud), own_loud):
                     return live
         tried = [f"logit_scale={h.logit_scale:g}, softcap={h.softcap}" for h in heads]
         raise ValueError(
@@ -471,6 +471,7 @@ class CausalAdapter(GeneratorAdapter):
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(base_model(model).forward).parameters
         self._takes_positions = "position_ids" in parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in parameters), None)
         super().__init__(model)
 
     def start(self, context_ids: Tensor) -> Tensor:
@@ -483,7 +484,23 @@ class CausalAdapter(GeneratorAdapter):
         """Read all but the last column, which holds the token that predicts the first label."""
         if context_ids.shape[1] == 1:
             return {}
-        inputs = self._first_inputs(context_ids[:, :-1], context_mask[:, :-1], {})
+        return self.resume(context_ids[:, :-1], context_mask[:, :-1], {}, 0)
+
+    def resume(
+        self, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any], n_read: int
+    ) -> dict[str, Any]:
+        """Read the columns after those that a state stands for.
+
+        Args:
+            context_ids: `[rows, L]` int64, left-padded.
+            context_mask: `[rows, L]`, 1 at tokens.
+            state: the state after the first `n_read` columns, which is used up.
+            n_read: number of columns, below L.
+
+        Returns:
+            The state after all L columns.
+        """
+        inputs = self._inputs_from(n_read, context_ids, context_mask, state)
         with self._live_head.capture():
             outputs = self.model(**inputs)
         return cache_of(outputs)
@@ -491,7 +508,11 @@ class CausalAdapter(GeneratorAdapter):
     def _first_inputs(
         self, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any]
     ) -> dict[str, Any]:
-        first = -1 if state else 0
+        return self._inputs_from(-1 if state else 0, context_ids, context_mask, state)
+
+    def _inputs_from(
+        self, first: int, context_ids: Tensor, context_mask: Tensor, state: dict[str, Any]
+    ) -> dict[str, Any]:
         inputs = {
             "input_ids": context_ids[:, first:],
             "attention_mask": context_mask,
@@ -619,7 +640,7 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
+def close_to(got: Tensor, expected: Tensor) -> bool:
     """Whether two tensors agree to a few roundings of the coarser dtype of the two."""
     if got.shape != expected.shape:
         return False

@@ -49,6 +49,7 @@ _OWNERS = {
     "explore_tau": "retriever",
     "generator": "reader",
     "adapter": "reader",
+    "prefix_cache": "reader",
 }
 
 
@@ -340,6 +341,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 labels=labels,
                 loss_fn=self.loss_fn if loss_fn is None else loss_fn,
                 on_progress=on_progress,
+                prefix_cache=self.prefix_cache,
+                prefix_len=context.prefix_len,
                 **{"tokenizer": self.processor.generator_tokenizer, **generate_kwargs},
             )
             try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastrag.nn.arguments import explain_failure
 from fastrag.nn.generators import adapt_generator
 from fastrag.nn.heads import LMHead
+from fastrag.nn.prefix_cache import PrefixCache
 
 
 @runtime_checkable
@@ -51,6 +52,9 @@ class Reader(nn.Module):
             `adapter`, any module.
         adapter: an `Adapter` of this generator; None: `adapt_generator(generator)`.
 
+    Attributes:
+        prefix_cache: a `PrefixCache` that decoding uses, or None.
+
     Raises:
         ValueError: a generator that `adapt_generator` refuses, or an adapter without the methods
             of `Adapter`.
@@ -71,6 +75,7 @@ class Reader(nn.Module):
                 f"{type(adapter).__name__}"
             )
         self.generator = generator
+        self.prefix_cache: PrefixCache | None = None
         self._adapted = (generator, adapter)
 
     @property

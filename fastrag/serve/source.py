@@ -15,6 +15,7 @@ from fastrag import folders
 from fastrag.data.processor import shortest
 from fastrag.data.readers import Passage, Question
 from fastrag.data.tokenization import QuestionBatch
+from fastrag.nn.prefix_cache import keep_prefixes
 from fastrag.train.checkpoints import STATE
 from fastrag.train.indexing import PASSAGES_FOLDER, load_index
 from fastrag.train.models import find_model, load_retriever, load_run, open_retriever
@@ -120,9 +121,11 @@ class Source:
         index: folder from `fastrag index build`; None: the model's own.
         retrieval_only: leave the model's generator out.
         device: where the models and the index go.
+        prefix_cache_mib: memory for what the generator has read of passages; None: nothing is kept.
 
     Raises:
-        ValueError: a model together with an encoder, or neither a model nor an index.
+        ValueError: a model together with an encoder, neither a model nor an index, or a prefix
+            cache without a generator.
     """
 
     model: str | None = None
@@ -130,6 +133,7 @@ class Source:
     index: str | None = None
     retrieval_only: bool = False
     device: str = "cpu"
+    prefix_cache_mib: int | None = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.encoder is not None:
@@ -141,6 +145,8 @@ class Source:
             )
         if self.model is None and self.retrieval_only:
             raise ValueError("retrieval_only: expected a model to leave the generator out of")
+        if self.prefix_cache_mib is not None and (self.model is None or self.retrieval_only):
+            raise ValueError("prefix_cache_mib: expected a model with its generator, got none")
 
     def load(self) -> Served:
         """Read everything.
@@ -154,6 +160,7 @@ class Source:
         folder = None if self.model is None else find_model(self.model).absolute()
         if folder is not None and not self.retrieval_only:
             model = load_run(folder, self.index)
+            keep_prefixes(model, self.prefix_cache_mib)
             model.to(self.device)
             model.index.to(self.device)
             model.passages.to(self.device)

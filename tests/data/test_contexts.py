@@ -70,6 +70,13 @@ def test_equals_lists(seed, n_questions, n_docs, kind, slots, literals, max_cont
         ids[keep].tolist() for ids, keep in zip(context.ids, context.mask.bool(), strict=True)
     ] == rows
     assert int(context.n_cut) == n_cut
+    if slots[0] == "question":
+        assert context.prefix_len is None
+    else:
+        after = len(literals[2])
+        lengths = torch.tensor([len(row) for row in rows]).view(n_questions, n_docs)
+        own = torch.tensor([[len(question) + after] for question in questions])
+        assert context.prefix_len.equal((lengths - own).flatten())
     assert context.ids.shape[1] == max(map(len, rows)) <= max_context
     assert (context.ids[context.mask == 0] == 7).all()
     edge = context.mask[:, -1] if kind == "causal" else context.mask[:, 0]
