@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning
+from fastrag.kernels import linear_logp, mips, mixture_logp, mixture_pass, row_pass, tuning
 from fastrag.kernels.mips_rescore import group_size
 from torch import Tensor
 
@@ -186,6 +186,8 @@ def mixture_job(kernel: str, n_passages: int) -> Job:
         def call(sizes: dict[str, int]) -> Outputs:
             head = (None, 1.0, None, *log_z, prior)
             with tuning.forced(kernel, sizes):
+                if kernel == "mixture_logp":
+                    return mixture_logp.mixture_logp(raw, prior, *head[:3], vocab_size=vocab)
                 if kernel == "mixture_statistics":
                     return mixture_pass.mixture_statistics(raw, *head, vocab_size=vocab)
                 mixture_pass.mixture_gradient(raw, gold, *head, *weights, out)
@@ -195,6 +197,8 @@ def mixture_job(kernel: str, n_passages: int) -> Job:
             logp = raw[:, :vocab].double().log_softmax(1).unflatten(0, prior.shape)  # [G, K, V]
             joint = logp + prior.double().unsqueeze(2)
             mixture = joint.logsumexp(1, keepdim=True)
+            if kernel == "mixture_logp":
+                return excess(found[0], mixture[:, 0], 1e-5)
             share = (joint - mixture).exp()
             if kernel == "mixture_statistics":
                 return max(
@@ -241,12 +245,13 @@ def _jobs() -> list[Job]:
     half = torch.bfloat16
     found = [search_job(half, n, low) for low in (False, True) for n in (16, 1024, 64, 256, 128)]
     found += [gradient_job(), statistics_job(False), linear_job(half)]
-    found += [mixture_job(f"mixture_{k}", 10) for k in ("statistics", "gradient")]
+    found += [mixture_job(f"mixture_{k}", 10) for k in ("statistics", "gradient", "logp")]
     found += [statistics_job(True), linear_job(torch.float16), linear_job(torch.float32)]
     found += [search_job(torch.int8, n, True) for n in mips.QUERIES]
     found += [search_job(torch.float32, n, False) for n in mips.QUERIES]
     found += [search_job(torch.float16, n, low) for low in (False, True) for n in mips.QUERIES]
-    found += [mixture_job(f"mixture_{k}", n) for n in (4, 50) for k in ("statistics", "gradient")]
+    kinds = ("statistics", "gradient", "logp")
+    found += [mixture_job(f"mixture_{k}", n) for n in (4, 50) for k in kinds]
     return found
 
 

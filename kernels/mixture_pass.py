@@ -29,12 +29,12 @@ from fastrag.kernels.row_pass import HEAD_TYPES, LOG2E, chain_factor, fold_logit
 from fastrag.kernels.tuning import choose
 from torch import Tensor
 
-_BLOCKS_K = (4, 16, 64, 256)
+BLOCKS_K = (4, 16, 64, 256)
 # Logits per program and tile, and num_warps: 16 a thread; then others that a GPU may like better.
 _TILES = ((2048, 4), (2048, 8), (1024, 4))
 # A grid has at most 65535 programs along its second axis, each for so many token ids.
 _LEAST_WORDS = 8
-MAX_PASSAGES = _BLOCKS_K[-1]
+MAX_PASSAGES = BLOCKS_K[-1]
 
 
 def blocks(
@@ -45,7 +45,7 @@ def blocks(
     Raises:
         ValueError: K is above the largest block.
     """
-    fitting = [block for block in _BLOCKS_K if block >= n_passages]
+    fitting = [block for block in BLOCKS_K if block >= n_passages]
     if not fitting:
         raise ValueError(f"marginal_nll: expected K of at most {MAX_PASSAGES}, got {n_passages}")
     return choose(kernel, tiles, device, block_k=fitting[0])
@@ -61,7 +61,7 @@ def tiles(block_k: int) -> tuple[dict[str, int], ...]:
 
 
 @triton.jit
-def _log_softmax_tile(
+def log_softmax_tile(
     raw_ptrs,
     bias_ptrs,
     mask_k,
@@ -83,7 +83,7 @@ def _log_softmax_tile(
 
 
 @triton.jit
-def _mixture(logp, prior):
+def mixture_of(logp, prior):
     """Return M [BLOCK_V] and r [BLOCK_K, BLOCK_V]."""
     joint = logp + prior[:, None]
     peak = tl.max(joint, axis=0)
@@ -127,7 +127,7 @@ def _mixture_statistics_kernel(
     share = tl.zeros((BLOCK_K, BLOCK_V), dtype=tl.float32)
     for start in range(0, V, BLOCK_V):
         mask_v = start + offs_v < V
-        logp, _ = _log_softmax_tile(
+        logp, _ = log_softmax_tile(
             raw_ptrs + start,
             bias_ptr + start + offs_v,
             mask_k,
@@ -139,7 +139,7 @@ def _mixture_statistics_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        mixture, r = _mixture(logp, prior)
+        mixture, r = mixture_of(logp, prior)
         smooth += tl.where(mask_v, mixture, 0.0)
         share += tl.where(mask_v[None, :], r, 0.0)
     tl.store(smooth_ptr + pid, tl.sum(smooth, axis=0) / V)
@@ -184,7 +184,7 @@ def _mixture_gradient_kernel(
     # In 32 bits the comparisons are cheap.
     gold = tl.load(gold_ptr + row, mask=mask_k, other=-1).to(tl.int32)
     spread = tl.load(spread_ptr + pid)
-    logp, raw = _log_softmax_tile(
+    logp, raw = log_softmax_tile(
         raw_ptr + row[:, None] * stride_raw + offs_v[None, :],
         bias_ptr + offs_v,
         mask_k,
@@ -196,7 +196,7 @@ def _mixture_gradient_kernel(
         HAS_BIAS,
         HAS_SOFTCAP,
     )
-    _, r = _mixture(logp, prior)
+    _, r = mixture_of(logp, prior)
     d = target[:, None] * tl.exp2(logp * LOG2E) - spread * r
     d = tl.where(offs_v[None, :] == gold[:, None], d - hit[:, None], d)
     d *= chain_factor(raw, logit_scale, softcap, HAS_SOFTCAP)
@@ -304,7 +304,7 @@ def _configs(n_tiles: int) -> Iterator[AotConfig]:
     pointers = ("prior_ptr", "hit_ptr", "target_ptr", "spread_ptr", "smooth_ptr", "share_ptr")
     shared = HEAD_TYPES | dict.fromkeys(pointers, "*fp32")
     aligned = ("width", "stride_raw", "stride_draw")
-    for block_k in _BLOCKS_K:
+    for block_k in BLOCKS_K:
         for sizes in tiles(block_k)[:n_tiles]:
             warps = sizes["num_warps"]
             for flags in head_flags():

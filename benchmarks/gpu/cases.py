@@ -76,6 +76,15 @@ def _token_logp(dtype: torch.dtype, device: torch.device) -> None:
     F.token_logp(p.hidden, p.weight, p.labels, **common).sum().backward()
 
 
+def _mixture_logp(dtype: torch.dtype, device: torch.device) -> None:
+    from fastrag.ops.mixture_logp import mixture_logp
+
+    hidden = torch.randn(3, 5, 72, device=device).to(dtype)
+    weight, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((5131, 72), (5131,)))
+    prior = torch.randn(3, 5, device=device).log_softmax(1)
+    mixture_logp(hidden, weight, prior, bias, 3.0, 1.0)
+
+
 def _vectors(
     n_rows: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,6 +154,7 @@ CASES: dict[str, Callable[[torch.device], object]] = {
     ),
     "linear_logp": partial(_token_logp, HALF),
     "linear_logp float32": partial(_token_logp, FLOAT),
+    "mixture_logp": partial(_mixture_logp, HALF),
     "doc_scores gathered": partial(_scores, HALF),
     "doc_scores fresh": lambda on: _scores(FLOAT, on, fresh=True),
     "doc_scores int8": partial(_scores, INT8),

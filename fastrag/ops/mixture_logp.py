@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastrag.ops import backends, workspace
+from fastrag.ops.marginal_nll import TRITON_MAX_MIXED
 
 # On a GPU, the vendor's product of few rows.
 backends.register(
@@ -27,7 +28,7 @@ backends.register(
     "mixture_logp",
     cpp="fastrag.ops.cpp:mixture_logp",
     torch="fastrag.ops.mixture_logp:torch_mixture_logp",
-    triton="fastrag.ops.mixture_logp:torch_mixture_logp",
+    triton="fastrag.ops.triton_decoding:mixture_logp",
 )
 
 
@@ -107,8 +108,17 @@ def torch_head_products(
 
 
 def _implementation(op: str, hidden: Tensor, weight: Tensor) -> Any:
-    unfit = {"cpp": functools.partial(_unfit_for_cpp, hidden, weight)}
+    unfit = {
+        "cpp": functools.partial(_unfit_for_cpp, hidden, weight),
+        "triton": functools.partial(_unfit_for_triton, hidden),
+    }
     return backends.load(op, backends.choose(op, hidden.device, hidden.dtype, unfit))
+
+
+def _unfit_for_triton(hidden: Tensor) -> str:
+    if hidden.dim() == 3 and hidden.shape[1] > TRITON_MAX_MIXED:
+        return f"expected K of at most {TRITON_MAX_MIXED}, got {hidden.shape[1]}"
+    return ""
 
 
 def _unfit_for_cpp(hidden: Tensor, weight: Tensor) -> str:

@@ -103,7 +103,7 @@ class TritonChunkLogits(ChunkLogits):
         self._raw = self._buffer(torch.float32)
         for part, weight in head.weight_slices():
             add_product(self._raw[:, part], x, weight.t(), first=True)
-        bias = None if head.bias is None else _padded_bias(head.bias)
+        bias = None if head.bias is None else padded_bias(head.bias)
         self._head = (bias, head.logit_scale, head.softcap)
 
     @staticmethod
@@ -201,7 +201,7 @@ def padded(n_ids: int) -> int:
     return -(-n_ids // PITCH) * PITCH
 
 
-def _padded_bias(bias: Tensor) -> Tensor:
+def padded_bias(bias: Tensor) -> Tensor:
     """Return bias with padding, `[padded(n_ids)]`; bias itself if it needs none."""
     n_ids = bias.shape[0]
     if n_ids == padded(n_ids):

@@ -26,7 +26,7 @@ def test_every_tunable_kernel_has_jobs_in_known_regimes() -> None:
     kernels = {job.kernel for job in tune.JOBS.values()}
     assert kernels == {
         "group_max", "row_statistics", "row_gradient", "mixture_statistics", "mixture_gradient",
-        "linear_logp",
+        "linear_logp", "mixture_logp",
     }  # fmt: skip
     assert len(tune.JOBS) == len(tune._jobs())
     for job in tune.JOBS.values():

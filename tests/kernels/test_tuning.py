@@ -36,6 +36,7 @@ KERNELS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "row_gradient": (row_pass.gradient_blocks, [{}]),
     "mixture_statistics": (mixture_pass.tiles, [{"block_k": k} for k in (4, 16, 64, 256)]),
     "mixture_gradient": (mixture_pass.tiles, [{"block_k": k} for k in (4, 16, 64, 256)]),
+    "mixture_logp": (mixture_pass.tiles, [{"block_k": k} for k in (4, 16, 64, 256)]),
     "linear_logp": (
         linear_logp.blocks,
         [{"dtype": d} for d in (torch.float32, torch.float16, torch.bfloat16)],
