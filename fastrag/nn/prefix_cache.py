@@ -111,16 +111,12 @@ class PrefixCache:
 
     @torch.no_grad()
     def read(
-        self,
-        adapter: CausalAdapter,
-        context_ids: Tensor,
-        context_mask: Tensor,
-        prefix_len: Tensor,
+        self, adapter: Any, context_ids: Tensor, context_mask: Tensor, prefix_len: Tensor
     ) -> dict[str, Any]:
         """Return what `adapter.read` returns, reading again only what is not kept.
 
         Args:
-            adapter: adapter of a generator in eval mode.
+            adapter: `CausalAdapter` of a generator in eval mode.
             context_ids: `[n, L]` int64, left-padded.
             context_mask: `[n, L]`, 1 at tokens.
             prefix_len: number of tokens of each context before its question, `[n]` int64.

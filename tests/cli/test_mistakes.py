@@ -136,6 +136,14 @@ def tear(path: Path) -> None:
             "--device: expected one that computes",
         ),
         (
+            ("ask", "--model", "run", "--prefix-cache-mib", "1", "x"),
+            "prefix_cache: expected a causal generator",
+        ),
+        (
+            ("serve", "--index", "idx", "--prefix-cache-mib", "1"),
+            "prefix_cache_mib: expected a model with its generator, got none",
+        ),
+        (
             ("train", "train.yaml", "--lr=1"),
             "did you mean retriever.learning_rate, training.learning_rate?",
         ),

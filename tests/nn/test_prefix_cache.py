@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from fastrag.nn import PrefixCache, RagModel, adapt_generator
+from fastrag.nn.prefix_cache import keep_prefixes
 from tests import tiny
 from tests.architectures import context, generator, lora_generator
 from tests.generation.test_reading import a_short_window, asked
@@ -191,6 +192,15 @@ def mamba() -> MambaForCausalLM:
 def test_what_cannot_be_reused_is_refused(made: Any, has_prefix: bool, message: str) -> None:
     with pytest.raises(ValueError, match=f"prefix_cache: {message}"):
         PrefixCache(LARGE).check(adapt_generator(made().eval()), has_prefix=has_prefix)
+
+
+def test_a_size_in_mebibytes() -> None:
+    model = tiny.rag_model("causal").eval()
+    keep_prefixes(model, None)
+    assert model.prefix_cache is None
+    keep_prefixes(model, 3)
+    assert model.reader.prefix_cache is model.prefix_cache
+    assert model.prefix_cache.max_bytes == 3 * 2**20
 
 
 def test_settings_that_disagree_are_refused() -> None:
