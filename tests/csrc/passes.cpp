@@ -75,7 +75,15 @@ class Problem {
     table.mixture_gradient(logits(&mixture_gradient), ids, rows(), scratch.data());
     std::vector<float> capped = bias_;
     table.softcap(3.0f, capped.data(), capped.size());
-    return {max, sum, centred, mixture, share, gradient, mixture_gradient, capped};
+    const int64_t n_passages = shape_.n_passages;
+    const std::vector<float> lines(z0_.begin(), z0_.begin() + n_passages * shape_.n_ids);
+    const fastrag::LogitHead head{shape_.with_bias ? bias_.data() : nullptr, 0.7f, shape_.softcap};
+    std::vector<float> line_mixture(shape_.n_ids);
+    table.line_mixture(head, {lines.data(), shape_.n_ids, per_row(0), n_passages}, ids,
+                       line_mixture.data());
+    float line_max, line_sum;  // the order of this sum depends on the width of a vector
+    table.line_statistics(head, lines.data(), ids, &line_max, &line_sum);
+    return {max, sum, centred, mixture, share, gradient, mixture_gradient, capped, line_mixture};
   }
 
  private:
