@@ -55,6 +55,7 @@ N_INTENSITIES = 4  # a roofline is drawn from as many numbers of flops for each 
 WORDS = {
     "B": "questions",
     "K": "passages for each question",
+    "S": "tokens of a question",
     "T": "tokens of an answer",
     "L": "tokens of a context",
     "H": "hidden width",
