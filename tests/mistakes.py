@@ -207,10 +207,10 @@ SEAMS = (
         "tests/eval/test_calibration.py",
     ),
     Mistake(
-        "the page shows the posterior of the padding of an answer",
-        "fastrag/inspect/readings.py",
-        "labels = answer.sequences.masked_fill(places >= ends, IGNORE_INDEX)",
-        "labels = answer.sequences",
+        "the posterior of a passage counts the padding of the answer",
+        "fastrag/generation/answers.py",
+        "posterior[:, :n_tokens].mean(dim=1)",
+        "posterior.mean(dim=1)",
         "tests/inspect/test_page.py",
     ),
     Mistake(
@@ -219,6 +219,20 @@ SEAMS = (
         '<p dir="auto">{{ passage.text }}</p>',
         '<p dir="auto">{{ passage.text | safe }}</p>',
         "tests/inspect/test_page.py",
+    ),
+    Mistake(
+        "a checkpoint is shown with what the last one retrieves",
+        "fastrag/inspect/run.py",
+        "dense = load_retriever(folder, index)",
+        "dense = load_retriever(folders[-1], index)",
+        "tests/cli/test_inspect.py",
+    ),
+    Mistake(
+        "questions without a value come first when they are sorted",
+        "fastrag/inspect/assets/page.js",
+        "return Number.isNaN(left) - Number.isNaN(right);",
+        "return Number.isNaN(right) - Number.isNaN(left);",
+        "tests/inspect/test_browser.py",
     ),
     Mistake(
         "BM25 finds passages without a word of the question",
@@ -308,10 +322,24 @@ SERVING = (
     ),
     Mistake(
         "the first passage is cited for every answer",
-        "fastrag/serve/answers.py",
-        "Citation(model.passages.passage(row), prior, row == support)",
-        "Citation(model.passages.passage(row), prior, row == rows[0])",
+        "fastrag/generation/answers.py",
+        "tuple(shares), row == support)",
+        "tuple(shares), row == int(found.rows[i, 0]))",
         "tests/serve/test_answer.py",
+    ),
+    Mistake(
+        "a body without a stated length is read to its end",
+        "fastrag/serve/limits.py",
+        "                    if len(body) > limit:\n",
+        "                    if False:\n",
+        "tests/serve/test_retrieve.py",
+    ),
+    Mistake(
+        "the folders are taken for read although they were replaced meanwhile",
+        "fastrag/serve/service.py",
+        "{**self.source.identities(fresh), **now}",
+        "self.source.identities(fresh)",
+        "tests/serve/test_reload.py",
     ),
     Mistake(
         "a question over the window is cut in silence",

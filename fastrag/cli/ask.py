@@ -17,8 +17,8 @@ from fastrag.messages import refusal
 from fastrag.terminal import Flow, labelled
 
 if TYPE_CHECKING:
+    from fastrag.generation.answers import Answer
     from fastrag.nn import RagModel
-    from fastrag.serve.answers import Answer
 
 _PROMPT = "question: "
 _REMEMBERED = 1000  # questions in the history
@@ -62,10 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("question: expected a text, got an empty one")
     at_prompt = not given and sys.stdin is not None and sys.stdin.isatty()
     model = load_model(arguments, arguments.model)
-    from fastrag.serve.source import within_window
-
-    processor = model.processor
-    processor.question_batch = within_window(processor.question_batch, model.question_encoder)
     if at_prompt:
         with _history(keep=not arguments.no_history):
             _converse(model, arguments)
@@ -133,7 +129,8 @@ def _converse(model: RagModel, arguments: argparse.Namespace) -> None:
 def _answer(
     model: RagModel, question: str, arguments: argparse.Namespace, *, several: bool
 ) -> None:
-    from fastrag.serve.answers import answer_questions, can_stream
+    from fastrag.generation.answers import answer_questions, can_stream
+    from fastrag.serve.records import answer_record
 
     if several and not arguments.json:
         print(labelled("question", question))
@@ -149,7 +146,7 @@ def _answer(
     for warning in answer.warnings:
         print(f"fastrag: warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(_record(answer), ensure_ascii=False), flush=True)
+        print(json.dumps(answer_record(answer), ensure_ascii=False), flush=True)
         return
     text = answer.text or "(empty: the generator ended it without a word)"
     if flow is None:
@@ -161,34 +158,15 @@ def _answer(
     print(_details(answer), end="\n\n" if several else "\n", flush=True)
 
 
-def _record(answer: Answer) -> dict[str, Any]:
-    found = answer.support
-    passage = {"id": "", "title": "", "text": ""}
-    if found is not None:
-        passage = {"id": found.id, "title": found.title, "text": found.text}
-    return {
-        "question": answer.question,
-        "answer": answer.text,
-        "probability": answer.probability,
-        "probability_per_token": answer.probability_per_token,
-        "passage": passage,
-    }
-
-
 def _details(answer: Answer) -> str:
     n = answer.n_tokens
     whole = f"{answer.probability:.3g} for all {n} tokens" if n > 1 else "the answer is one token"
-    lines = [
-        labelled("probability", f"{answer.probability_per_token:.3g} a token ({whole})"),
-        labelled("passage", _named(answer)),
-    ]
-    if answer.support is not None:
-        lines.append(labelled("", answer.support.text))
+    lines = [labelled("probability", f"{answer.probability_per_token:.3g} a token ({whole})")]
+    cited = answer.support
+    if cited is None:
+        return "\n".join([*lines, labelled("passage", "(none was found)")])
+    passage = cited.passage
+    name = f"{passage.title} ({passage.id})" if passage.title else passage.id
+    shares = f"prior {cited.prior:.3g}, posterior {cited.posterior:.3g}"
+    lines += [labelled("passage", f"{name}: {shares}"), labelled("", passage.text)]
     return "\n".join(lines)
-
-
-def _named(answer: Answer) -> str:
-    found = answer.support
-    if found is None:
-        return "(none was found)"
-    return f"{found.title} ({found.id})" if found.title else found.id

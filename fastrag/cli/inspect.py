@@ -44,6 +44,12 @@ def add(commands: Any) -> None:
         help="longest answer, in tokens (default 32)",
     )
     inspect.add_argument(
+        "--marginal",
+        metavar="WORD",
+        help="how answers are decoded, for example sequence-thorough (default: as the model was "
+        "trained)",
+    )
+    inspect.add_argument(
         "--no-checkpoints",
         action="store_true",
         help="leave out what the checkpoints of a run retrieve",
@@ -70,6 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
     log = read_log(folder / METRICS_FILE)
     model = load_model(arguments, arguments.model)
     chosen: dict[str, Any] = {"limit": arguments.limit, "batch_size": arguments.batch_size}
+    readings = read_answers(
+        model,
+        questions,
+        max_new_tokens=arguments.max_new_tokens,
+        marginal=arguments.marginal,
+        **chosen,
+    )
     history = None
     if not arguments.no_checkpoints:
         history = passage_history(
@@ -80,11 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
             device=device_of(arguments),
             **chosen,
         )
-    readings = read_answers(model, questions, max_new_tokens=arguments.max_new_tokens, **chosen)
     facts = {
         "Model": arguments.model,
         "Questions from": arguments.questions,
-        "Decoding": decoding_name(model.marginal),
+        "Decoding": decoding_name(arguments.marginal or model.marginal),
         "Passages per question": model.n_docs,
         "Passages in the index": f"{len(model.passages):,}",
         "Temperature": f"{model.retriever.tau_value:.4g}",

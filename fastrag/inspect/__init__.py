@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fastrag.inspect.page import check_page, render_page, write_page
-from fastrag.inspect.readings import PassageReading, Reading, read_answers
+from fastrag.inspect.readings import Reading, read_answers
 from fastrag.inspect.run import History, passage_history, read_log
 
 __all__ = [
     "History",
-    "PassageReading",
     "Reading",
     "check_page",
     "passage_history",

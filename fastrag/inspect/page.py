@@ -106,7 +106,7 @@ def render_page(
         charts=draw_charts(log),
         steps=() if history is None else history.steps,
         is_judged=any(reading.right_rank is not None for reading in readings),
-        is_answered=any(reading.answers for reading in readings),
+        is_answered=any(reading.accepted for reading in readings),
         size=(WIDTH, HEIGHT),
         plot=(LEFT, WIDTH - RIGHT),
     )
@@ -147,14 +147,15 @@ def _template() -> Template:
 
 
 def _entry(reading: Reading, history: History | None, i: int) -> _Entry:
-    prior = [each.prior for each in reading.passages]
-    shares = [each.by_token or (each.posterior,) for each in reading.passages]
+    citations = reading.answer.citations
+    prior = [each.prior for each in citations]
+    shares = [each.by_token or (each.posterior,) for each in citations]
     columns = list(zip(*shares, strict=True))
     kl = [
         sum(w * math.log(w / p) for w, p in zip(column, prior, strict=True) if w > 0 < p)
         for column in columns
     ]
-    last = tuple((each.id, each.title) for each in reading.passages)
+    last = tuple((each.passage.id, each.passage.title) for each in citations)
     lists = () if history is None or not history.steps else (*history.retrieved[i], last)
     traces = _traces(lists)
     return _Entry(

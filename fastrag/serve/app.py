@@ -17,11 +17,12 @@ from starlette.exceptions import HTTPException
 
 from fastrag import __version__
 from fastrag.generation import DECODERS
+from fastrag.generation.answers import can_stream, cut_warning
 from fastrag.messages import clipped, shown
-from fastrag.serve.answers import Answer, can_stream, cut_warning
 from fastrag.serve.limits import Limits, LimitsMiddleware
+from fastrag.serve.records import answer_record, passage_record
 from fastrag.serve.service import Service
-from fastrag.serve.source import Found, Served, passage_record
+from fastrag.serve.source import Found, Served
 
 
 def _has_words(text: str) -> str:
@@ -118,10 +119,11 @@ class SingleResults(BaseModel):
 
 
 class CitedDocument(BaseModel):
-    """A passage that an answer was read from, with p(z|x); one has the largest share in it."""
+    """A passage with p(z|x) and p(z|x,y); one of them has the largest share in the answer."""
 
     document: Document
     prior: float
+    posterior: float
     supports: bool
 
 
@@ -299,7 +301,7 @@ async def _answer(request: Request, fields: Question) -> Response:
     served = service.served
     settings = _answer_settings(served, limits, fields)
     if not fields.stream:
-        return _json(_record(await service.answer(served, fields.question, **settings)))
+        return _json(answer_record(await service.answer(served, fields.question, **settings)))
 
     async def events() -> AsyncIterator[str]:
         try:
@@ -309,7 +311,7 @@ async def _answer(request: Request, fields: Question) -> Response:
                     if isinstance(piece, str):
                         yield f"data: {json.dumps({'text': piece})}\n\n"
                     else:
-                        yield f"event: answer\ndata: {json.dumps(_record(piece))}\n\n"
+                        yield f"event: answer\ndata: {json.dumps(answer_record(piece))}\n\n"
         except Exception:
             yield f"event: error\ndata: {json.dumps({'error': _INTERNAL})}\n\n"
             raise
@@ -346,26 +348,6 @@ def _answer_settings(served: Served, limits: Limits, fields: Question) -> dict[s
     except ValueError as error:
         raise _wrong(f"question: {clipped(error, 400)}") from error
     return {"n_docs": n_docs, "max_new_tokens": longest, "marginal": fields.marginal}
-
-
-def _record(answer: Answer) -> dict[str, Any]:
-    return {
-        "question": answer.question,
-        "answer": answer.text,
-        "log_prob": answer.log_prob,
-        "probability": answer.probability,
-        "probability_per_token": answer.probability_per_token,
-        "n_tokens": answer.n_tokens,
-        "citations": [
-            {
-                "document": passage_record(each.passage),
-                "prior": each.prior,
-                "supports": each.supports,
-            }
-            for each in answer.citations
-        ],
-        **({"warnings": list(answer.warnings)} if answer.warnings else {}),
-    }
 
 
 async def _health(request: Request) -> dict[str, Any]:

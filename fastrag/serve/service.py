@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastrag.generation.answers import Answer, answer_questions
 from fastrag.messages import clipped
-from fastrag.serve.answers import Answer, answer_questions
 from fastrag.serve.batching import Batcher
 from fastrag.serve.metrics import Metrics
 from fastrag.serve.source import Found, Served, Source
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 # Questions that are answered in one call of the generator, with K contexts each.
 _ANSWERED_TOGETHER = 8
+
+
+class Abandoned(Exception):
+    """Raised during generation when no client waits for the answer any more."""
 
 
 class SearchKey(NamedTuple):
@@ -170,7 +174,7 @@ class Service:
                     max_new_tokens=max_new_tokens,
                     marginal=marginal,
                     on_text=put,
-                    abandoned=abandoned.is_set,
+                    on_progress=_ending(abandoned.is_set),
                 )
                 return answer
             finally:
@@ -235,8 +239,18 @@ def _answer(key: AnswerKey, questions: list[str], abandoned: Callable[[], bool])
         n_docs=key.n_docs,
         max_new_tokens=key.max_new_tokens,
         marginal=key.marginal,
-        abandoned=abandoned,
+        on_progress=_ending(abandoned),
     )
+
+
+def _ending(abandoned: Callable[[], bool]) -> Callable[[float], None]:
+    """Return a callback of `generate` that ends it when it is abandoned."""
+
+    def check(share: float) -> None:
+        if abandoned():
+            raise Abandoned
+
+    return check
 
 
 def _aligned(served: Served) -> RagModel:

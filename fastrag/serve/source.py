@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastrag import folders
-from fastrag.data.processor import shortest
 from fastrag.data.readers import Passage, Question
 from fastrag.data.tokenization import QuestionBatch
 from fastrag.nn.prefix_cache import keep_prefixes
@@ -164,8 +163,7 @@ class Source:
             model.to(self.device)
             model.index.to(self.device)
             model.passages.to(self.device)
-            batch = within_window(model.processor.question_batch, model.question_encoder)
-            model.processor.question_batch = batch
+            batch = model.processor.question_batch
             return Served(model.index, model.passages, model.retriever, batch, model, folder)
         if folder is not None:
             dense = load_retriever(folder, self.index)
@@ -173,7 +171,7 @@ class Source:
             dense = open_retriever(str(self.encoder), str(self.index))
         retriever = dense.retriever.to(self.device)
         retriever.index.to(self.device)
-        batch = within_window(dense.question_batch, retriever.question_encoder)
+        batch = dense.question_batch
         return Served(retriever.index, retriever.passages, retriever, batch, folder=folder)
 
     def reload(self, served: Served, changed: set[str]) -> Served:
@@ -209,53 +207,32 @@ class Source:
         return fresh
 
     def identities(self, served: Served) -> dict[str, Any]:
-        """Return the identity of each folder that may be replaced, by name.
+        """Return the identity of what is served from each folder that may be replaced, by name.
 
-        A checkpoint is left out because it never changes. The identity of a folder that is missing,
-        as it is between the two renames of a replacement, is None.
+        The identity of a folder that is missing, as it is between the two renames of a replacement,
+        is None.
         """
-        watched = {}
-        if served.folder is not None and not (served.folder / STATE).is_file():
-            watched["model"] = served.folder
+        found: dict[str, Any] = {} if self.model is None else {"model": self._model(served)}
         root = _index_root(served)
         if root is not None and root != served.folder:
-            watched |= {"index": root / INDEX_FOLDER, "passages": root / PASSAGES_FOLDER}
-        return {name: folders.identity(folder) for name, folder in watched.items()}
+            parts = {"index": INDEX_FOLDER, "passages": PASSAGES_FOLDER}
+            found |= {name: folders.identity(root / part) for name, part in parts.items()}
+        return found
 
-
-def within_window(batch: QuestionBatch, encoder: Any) -> QuestionBatch:
-    """Return a question batch that cuts questions at the encoder's positions, if it has fewer.
-
-    Args:
-        batch: tokenises questions for the encoder.
-        encoder: the question encoder.
-    """
-    config = getattr(getattr(encoder, "model", None), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # of some kinds -1 says that none is known
-        return batch
-    return QuestionBatch(batch.tokenizer, batch.prefix, shortest(batch.max_question, positions))
+    def _model(self, served: Served) -> Any:
+        """Return the identity of the model folder, which for a run may be another one by now."""
+        folder = served.folder
+        if Path(str(self.model)).is_dir():  # else an id of the Hub, which is not asked again
+            try:
+                folder = find_model(str(self.model)).absolute()
+            except ValueError:
+                return None
+        if folder is None or (folder / STATE).is_file():
+            return folder  # a checkpoint never changes
+        identity = folders.identity(folder)
+        return None if identity is None else (folder, identity)
 
 
 def _index_root(served: Served) -> Path | None:
     """Return the folder that holds index and passages; None if no folder holds this index."""
     return None if served.index.source is None else served.index.source.parent
-
-
-def passage_record(passage: Passage) -> dict[str, str]:
-    """Return a passage as a document of the retrieval protocol.
-
-    Args:
-        passage: the passage.
-
-    Example:
-        >>> passage_record(Passage("7", "Radium", "Found in 1898."))["contents"]
-        '"Radium"\\nFound in 1898.'
-    """
-    title = " ".join(passage.title.split())  # clients read the first line as the title
-    return {
-        "id": passage.id,
-        "title": passage.title,
-        "text": passage.text,
-        "contents": f'"{title}"\n{passage.text}',
-    }

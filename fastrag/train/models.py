@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -29,7 +30,7 @@ from fastrag.train.checkpoint_contents import (
     read_index,
     read_weights,
 )
-from fastrag.train.checkpoints import STATE
+from fastrag.train.checkpoints import STATE, checkpoints
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import is_first_process, launched_processes
 from fastrag.train.indexing import build_index, load_index
@@ -193,8 +194,8 @@ def load_run(
     """Load a model from a model folder, a run folder, or a checkpoint of a run.
 
     Args:
-        folder: a folder that `save_pretrained` wrote, a run folder (its `model` is loaded), or a
-            checkpoint of a run.
+        folder: a folder that `save_pretrained` wrote, a run folder (its `model` is loaded, or the
+            newest checkpoint while there is none), or a checkpoint of a run.
         index: a folder from `fastrag index build`; None: the index of the model.
 
     Returns:
@@ -205,9 +206,12 @@ def load_run(
     """
     path = find_model(folder)
     if (path / STATE).is_file():
-        return _load_checkpoint(path, index)
-    vectors, passages = _index_of(path, index)
-    return RagModel.from_pretrained(path, vectors, passages)
+        model = _load_checkpoint(path, index)
+    else:
+        model = RagModel.from_pretrained(path, *_index_of(path, index))
+    processor = model.processor
+    processor.question_batch = _within_window(processor.question_batch, model.question_encoder)
+    return model
 
 
 def load_retriever(
@@ -236,7 +240,8 @@ def load_retriever(
         return dense
     vectors, passages = _index_of(path, index)
     retriever, processor = checkpoint.load_retriever(path, vectors, passages)
-    return DenseRetriever(retriever, processor.question_batch)
+    batch = _within_window(processor.question_batch, retriever.question_encoder)
+    return DenseRetriever(retriever, batch)
 
 
 def open_retriever(
@@ -264,7 +269,8 @@ def open_retriever(
     passages.check_tokenizer("encoder", tokenizer)
     retriever = Retriever(question_encoder, None, vectors, passages).eval()
     length = shortest(max_question, question_encoder.max_length)
-    return DenseRetriever(retriever, QuestionBatch(tokenizer, question_encoder.prefix, length))
+    batch = QuestionBatch(tokenizer, question_encoder.prefix, length)
+    return DenseRetriever(retriever, _within_window(batch, question_encoder))
 
 
 def find_model(folder: str | os.PathLike[str]) -> Path:
@@ -274,7 +280,8 @@ def find_model(folder: str | os.PathLike[str]) -> Path:
         folder: a model folder or its Hub id, a run folder, or a checkpoint of a run.
 
     Returns:
-        The folder of a saved model or of a checkpoint.
+        The folder of a saved model or of a checkpoint; of a run that has no model yet, its newest
+        checkpoint.
 
     Raises:
         ValueError: the folder is none of these.
@@ -282,6 +289,8 @@ def find_model(folder: str | os.PathLike[str]) -> Path:
     path = model_folder("model", str(folder), holding=", a run, a checkpoint", whole=True)
     if (path / STATE).is_file() or (path / MODEL_CONFIG).is_file():
         return path
+    if not (path / MODEL_FOLDER).exists() and (saved := checkpoints(path)):
+        return saved[-1]
     if not (path / MODEL_FOLDER / MODEL_CONFIG).is_file():
         raise ValueError(
             f"model: expected a model, a run or a checkpoint, {path} has no {MODEL_CONFIG}"
@@ -323,3 +332,17 @@ def _index_of(
     if saved.is_file() and (known := RagConfig.load(saved).retriever.index) is not None:
         return load_index(known)
     raise ValueError(f"index: expected a folder from `fastrag index build`, {path} holds none")
+
+
+def _within_window(batch: QuestionBatch, encoder: Any) -> QuestionBatch:
+    """Return a question batch that cuts questions at the encoder's positions, if it has fewer.
+
+    Args:
+        batch: tokenises questions for the encoder.
+        encoder: the question encoder.
+    """
+    config = getattr(getattr(encoder, "model", None), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # of some kinds -1 says that none is known
+        return batch
+    return QuestionBatch(batch.tokenizer, batch.prefix, shortest(batch.max_question, positions))

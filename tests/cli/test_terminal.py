@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fastrag.cli import main
+from fastrag.generation import answers
 from fastrag.nn import RagModel
 from fastrag.nn.outputs import RagGeneration
-from fastrag.serve import answers
 from fastrag.terminal import Flow
 from tests import tiny
 from tests.cli.terminal import COLUMNS, Terminal, shown, widest
@@ -100,11 +100,16 @@ def test_the_words_of_an_answer(
     assert main([*ask, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert main(ask) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("probability"))
+    shown_lines = capsys.readouterr().out.splitlines()
+    line = next(each for each in shown_lines if each.startswith("probability"))
     a_token, whole = (float(x) for x in re.findall(r"[\d.e-]+(?= a token| for all 3)", line))
     assert a_token == pytest.approx(found["probability"] ** (1 / 3), rel=0.01)
     assert whole == pytest.approx(found["probability"], rel=0.01)
     assert found["probability_per_token"] == pytest.approx(a_token, rel=0.01)
+    [cited] = [each for each in found["citations"] if each["supports"]]
+    shares = f"prior {cited['prior']:.3g}, posterior {cited['posterior']:.3g}"
+    line = f"passage      {cited['document']['title']} ({cited['document']['id']}): {shares}"
+    assert line in shown_lines
     generate = RagModel.generate
 
     def ended(*arguments: Any, **settings: Any) -> RagGeneration:

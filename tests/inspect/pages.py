@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from fastrag.inspect import PassageReading, Reading
+from fastrag.data import Passage
+from fastrag.generation.answers import Answer, Citation
+from fastrag.inspect import Reading
 
 VOID = {"meta", "input", "img", "br"}
 
@@ -71,31 +73,24 @@ def parse(page: str) -> Element:
     return parser.open[0]
 
 
-def passage(
-    id: str,
-    prior: float,
-    by_token: tuple[float, ...] = (),
-    *,
-    right: bool | None = None,
-    **texts: str,
-) -> PassageReading:
+def passage(id: str, prior: float, by_token: tuple[float, ...] = (), **texts: str) -> Citation:
     posterior = sum(by_token) / len(by_token) if by_token else prior
     shown = {"title": f"title of {id}", "text": f"text of {id}"} | texts
-    return PassageReading(
-        id, **shown, prior=prior, posterior=posterior, by_token=by_token, is_right=right
-    )
+    return Citation(Passage(id, **shown), 0, prior, posterior, by_token, supports=False)
 
 
 def reading(
     id: str,
-    passages: tuple[PassageReading, ...],
+    citations: tuple[Citation, ...],
     *,
     question: str = "who?",
-    answers: tuple[str, ...] = (),
-    prediction: str = "one",
+    accepted: tuple[str, ...] = (),
+    text: str = "one",
     tokens: tuple[str, ...] = ("one", "</s>"),
     log_prob: float = -1.0,
     f1: float | None = None,
+    right: tuple[bool, ...] | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Reading:
-    exact = f1 == 1.0 if answers else None
-    return Reading(id, question, answers, prediction, tokens, log_prob, exact, f1, passages)
+    answer = Answer(question, text, tuple(range(len(tokens))), log_prob, citations, warnings)
+    return Reading(id, accepted, answer, tokens, f1 == 1.0 if accepted else None, f1, right)

@@ -19,18 +19,36 @@ HOSTILE = (
 )
 LOG = [{"step": step, "loss": 1.0 / (step + 1), "eval_em": 0.5} for step in range(0, 50, 10)]
 PASSAGES = (
-    passage("a", 0.7, (0.9, 0.2, 0.4), text=HOSTILE + " " + "long " * 60 + "x" * 300, right=True),
-    passage("b", 0.3, (0.1, 0.8, 0.6), right=False),
+    passage("a", 0.7, (0.9, 0.2, 0.4), text=HOSTILE + " " + "long " * 60 + "x" * 300),
+    passage("b", 0.3, (0.1, 0.8, 0.6)),
 )
 MISSED = (
-    passage("b", 0.6, (0.5,) * 3, right=False),
-    passage("c", 0.4, (0.5,) * 3, text="kiwi", right=False),
+    passage("b", 0.6, (0.5,) * 3),
+    passage("c", 0.4, (0.5,) * 3, text="kiwi"),
 )
 TOKENS = ("one", " two", "</s>")
+NONE = (False, False)
 READINGS = [
-    reading("q0", PASSAGES, question="zebra?", tokens=TOKENS, answers=("one",), f1=1.0),
-    reading("q1", MISSED, question="apple?", tokens=TOKENS, log_prob=-3.0, answers=("x",), f1=0.0),
-    reading("q2", MISSED[::-1], question="mango?", tokens=TOKENS * 12, log_prob=-2.0),
+    reading(
+        "q0",
+        PASSAGES,
+        question="zebra?",
+        tokens=TOKENS,
+        accepted=("one",),
+        f1=1.0,
+        right=(True, False),
+    ),
+    reading(
+        "q1",
+        MISSED,
+        question="apple?",
+        tokens=TOKENS,
+        log_prob=-3.0,
+        accepted=("x",),
+        f1=0.0,
+        right=NONE,
+    ),
+    reading("q2", MISSED[::-1], question="mango?", log_prob=-2.0, right=NONE, tokens=TOKENS * 12),
 ]
 HISTORY = History(
     tuple(range(100, 2100, 100)),

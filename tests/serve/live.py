@@ -62,6 +62,11 @@ class Live:
         """POST the fields as JSON."""
         return self.request("POST", path, fields)
 
+    def reload(self) -> bool:
+        """Look at the folders now, from the server's own loop as the watcher does."""
+        changed = self.service.reload_if_changed()
+        return asyncio.run_coroutine_threadsafe(changed, self.loop).result(60)
+
     def metric(self, line: str) -> float:
         """Return the value of a line of /metrics; 0 if it is not there."""
         _, text = self.request("GET", "/metrics")

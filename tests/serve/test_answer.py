@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastrag.generation.answers import answer_questions
 from fastrag.nn import RagModel
-from fastrag.serve.answers import Abandoned, answer_questions
+from fastrag.serve.service import Abandoned
 from fastrag.serve.source import Served
 from tests import tiny
 from tests.serve.live import Live
@@ -56,8 +57,11 @@ def test_an_answer_is_that_of_generate(answers: Live, marginal: str) -> None:
     assert [each["document"]["id"] for each in cited] == [
         f"p{row}" for row in expected.rows[0].tolist()
     ]
-    priors = expected.doc_scores.softmax(dim=1)[0]
-    torch.testing.assert_close(torch.tensor([each["prior"] for each in cited]), priors)
+    posterior = expected.log_posterior[0].exp()
+    shares = {"prior": expected.log_prior[0].exp()}
+    shares["posterior"] = posterior.mean(dim=1) if marginal == "token" else posterior
+    for name, values in shares.items():
+        torch.testing.assert_close(torch.tensor([each[name] for each in cited]), values)
     [support] = [each["document"]["id"] for each in cited if each["supports"]]
     assert support == f"p{int(expected.supporting_rows[0])}"
 

@@ -31,7 +31,7 @@ class Log:
         return [f"{key}{item}" for item in items]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     requests=st.lists(
         st.tuples(st.sampled_from("ab"), st.lists(st.integers(-1, 9), min_size=1, max_size=4)),

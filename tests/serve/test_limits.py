@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def test_one_request_too_many_is_refused_at_once(
         waiting = [threads.submit(live.post, "/retrieve", queries=[query]) for _ in range(2)]
         assert held.reached.wait(60)
         while live.metric("fastrag_requests_in_flight") < 3:  # the third is that of /metrics
-            pass
+            time.sleep(0.01)
         status, answer = live.post("/retrieve", queries=[query])
         assert (status, answer["error"]) == (503, "busy: 2 requests at once")
         assert live.request("GET", "/health")[0] == 200  # not counted among them

@@ -26,7 +26,7 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("kind", ["texts", "vectors", "answers"])
+@pytest.mark.parametrize("kind", ["vectors", "answers"])
 def test_the_server_keeps_to_its_document(kind: str, request: pytest.FixtureRequest) -> None:
     live: Live = request.getfixturevalue(kind)
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
@@ -46,7 +46,7 @@ def try_all(operation: Any, mode: schemathesis.GenerationMode) -> None:
         return
 
     @settings(
-        max_examples=15,
+        max_examples=10,
         deadline=None,
         derandomize=True,
         database=None,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
-import re
+import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,61 @@ import pytest
 
 from fastrag.cli import main
 from fastrag.serve import server
+from fastrag.serve.source import Served
 from tests.cli.commands import ENVIRONMENT
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
-        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
-    ],
-)
-def test_a_signal_lets_the_running_requests_finish(parts: Path, number: signal.Signals) -> None:
-    options = ("--index", "idx", "--device", "cpu", "--port", "0", "--max-wait-ms", "1000")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_lets_the_running_requests_finish(
+    parts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    """The signal comes while a search runs."""
+    monkeypatch.chdir(parts)
+    ports: list[int] = []
+    listen, search = server.listen, Served.search
+
+    def listening(host: str, port: int) -> socket.socket:
+        bound = listen(host, port)
+        ports.append(bound.getsockname()[1])
+        return bound
+
+    def interrupted(served: Served, queries: Any, k: int) -> Any:
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        return search(served, queries, k)
+
+    def ask() -> tuple[int, Any]:
+        while not ports:
+            time.sleep(0.01)
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", ports[0], timeout=60)
+        ) as connection:
+            body = json.dumps({"queries": [[0.5] * 16], "topk": 2})
+            connection.request("POST", "/retrieve", body, {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    monkeypatch.setattr(server, "listen", listening)
+    monkeypatch.setattr(Served, "search", interrupted)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask)
+        assert main(["serve", "--index", "idx", "--device", "cpu", "--port", "0"]) == 0
+    status, answer = asked.result()
+    assert status == 200 and len(answer["result"][0]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"serving 12 passages at http://127.0.0.1:{ports[0]}",
+        "POST /retrieve (vectors), GET /health, GET /metrics",
+    ]
+    assert err == "fastrag: stopped\n"
+
+
+@pytest.mark.slow
+def test_the_process_ends_at_a_signal(parts: Path) -> None:
+    options = ("--index", "idx", "--device", "cpu", "--port", "0")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastrag.cli", "serve", *options],
         cwd=parts,
@@ -39,23 +84,10 @@ def test_a_signal_lets_the_running_requests_finish(parts: Path, number: signal.S
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"serving 12 passages at http://127\.0\.0\.1:(\d+)\n", line)
-        assert found, line
-        routes = "POST /retrieve (vectors), GET /health, GET /metrics\n"
-        assert process.stdout.readline() == routes
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
-        body = json.dumps({"queries": [[0.5] * 16], "topk": 2})
-        # it waits a second for others, and the signal comes within that time
-        connection.request("POST", "/retrieve", body, {"content-type": "application/json"})
-        timer = threading.Timer(0.3, process.send_signal, (number,))
-        timer.start()
-        response = connection.getresponse()
-        assert response.status == 200
-        assert len(json.loads(response.read())["result"][0]) == 2
-        assert not timer.is_alive()
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (0, "", "fastrag: stopped\n")
+        assert process.stdout.readline().startswith("serving 12 passages at http://127.0.0.1:")
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "fastrag: stopped\n")
     finally:
         process.kill()
         process.wait()

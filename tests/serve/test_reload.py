@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,13 @@ import torch
 from fastrag.serve.service import Service
 from fastrag.serve.source import Source
 from tests import tiny
-from tests.serve.live import Live, save_index, serving
+from tests.serve.live import save_index, serving
 
 
 @pytest.fixture
 def folder(parts: Path, tmp_path: Path) -> Path:
     """A copy of `parts` that a test may change."""
     return shutil.copytree(parts, tmp_path / "own")
-
-
-def reload(live: Live) -> bool:
-    """Look at the folders now, from the server's own loop as the watcher does."""
-    return asyncio.run_coroutine_threadsafe(live.service.reload_if_changed(), live.loop).result(60)
 
 
 def identity(n: int = 12) -> torch.Tensor:
@@ -53,31 +49,32 @@ def test_no_request_is_dropped_while_an_index_is_swapped(folder: Path) -> None:
 
         with ThreadPoolExecutor(4) as threads:
             asking = [threads.submit(ask) for _ in range(4)]
-            for turn in range(4):
+            for turn in range(2):
                 n = len(seen)
                 while len(seen) < n + 8:
-                    pass
+                    time.sleep(0.001)
                 save_index(folder / "idx", backwards if turn % 2 == 0 else identity())
                 expected = ["p11"] * 3 if turn % 2 == 0 else ["p0"] * 3
                 while seen[-1][1] != expected:
                     assert not any(each.done() for each in asking)
+                    time.sleep(0.001)
             stop.set()
             for each in asking:
                 each.result(60)
         assert {status for status, _ in seen} == {200}
         assert {tuple(ids) for _, ids in seen} == {("p0",) * 3, ("p11",) * 3}
-        assert live.metric('fastrag_index_reloads_total{result="ok"}') >= 4
+        assert live.metric('fastrag_index_reloads_total{result="ok"}') >= 2
 
 
 def test_an_index_of_another_length_goes_with_its_passages(folder: Path) -> None:
     source = Source(encoder=str(folder / "encoder"), index=str(folder / "idx"))
     with serving(source) as live:
-        assert not reload(live)
+        assert not live.reload()
         encoder = live.service.served.retriever
         shutil.rmtree(folder / "idx")
-        assert not reload(live)  # nothing is there to be read
+        assert not live.reload()  # nothing is there to be read
         save_index(folder / "idx", n=5)
-        assert reload(live) and not reload(live)
+        assert live.reload() and not live.reload()
         assert live.request("GET", "/health")[1]["passages"] == 5
         assert live.service.served.retriever is encoder
         status, answer = live.post("/retrieve", queries=["ada"], topk=5)
@@ -93,15 +90,15 @@ def test_what_cannot_be_served_leaves_the_old_index(folder: Path) -> None:
             UserWarning,
             match="index and passages cannot be served, so the old content is: index: ex",
         ):
-            assert not reload(live)
-        assert not reload(live)  # tried again, said once
+            assert not live.reload()
+        assert not live.reload()  # tried again, said once
         now = live.request("GET", "/health")[1]
         error = "index: expected vectors of width 16 as before, got 8"
         assert now == before | {"reload_error": error}
         assert live.metric('fastrag_index_reloads_total{result="failed"}') == 1
         assert live.post("/retrieve", queries=[[0.0] * 16])[0] == 200
         save_index(folder / "idx")
-        assert reload(live) and live.request("GET", "/health")[1]["reload_error"] is None
+        assert live.reload() and live.request("GET", "/health")[1]["reload_error"] is None
 
 
 def test_an_answer_reads_the_index_that_is_served(folder: Path) -> None:
@@ -112,7 +109,7 @@ def test_an_answer_reads_the_index_that_is_served(folder: Path) -> None:
     with serving(source) as live:
         model = live.service.served.model
         save_index(folder / "idx", n=2)
-        assert reload(live) and live.service.served.model is model
+        assert live.reload() and live.service.served.model is model
         status, answer = live.post("/answer", question="ada", max_new_tokens=2)
         assert status == 200
         assert sorted(each["document"]["id"] for each in answer["citations"]) == ["p0", "p1"]
@@ -125,7 +122,7 @@ def test_a_model_that_is_saved_again_is_read_again(folder: Path) -> None:
         assert live.post("/answer", question="ada")[0] == 404
         model = tiny.rag_model(seed=1).eval()
         model.save_pretrained(folder / "model", include_index=True)
-        assert reload(live) and not reload(live)
+        assert live.reload() and not live.reload()
         batch = model.processor.collate([{"question": "ada"}])
         hits = model.retrieve(batch["input_ids"], batch["attention_mask"], 3)
         after = live.post("/retrieve", queries=["ada"], topk=3, return_scores=True)[1]

@@ -15,7 +15,7 @@ from fastrag.cli import main
 from fastrag.index import FlatIndex
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoint_contents, run
 from fastrag.train.callbacks import read_metrics
-from fastrag.train.models import load_run
+from fastrag.train.models import load_retriever, load_run
 from tests import tiny
 from tests.settings import rag_config
 
@@ -152,6 +152,15 @@ def test_the_best_metric_can_be_measured(
     config = rag_config({"data.eval_questions": str(asked), "training": training})
     with pytest.raises(ValueError, match=message):
         run.train_run(config)
+
+
+def test_questions_are_cut_at_the_positions_of_the_encoder(tmp_path: Path) -> None:
+    """Neither the tiny tokenizer nor the processor has a limit; the encoder has 64 positions."""
+    model = tiny.rag_model()
+    assert model.processor.question_batch.max_question is None
+    model.save_pretrained(tmp_path, include_index=True)
+    assert load_run(tmp_path).processor.question_batch.max_question == 64
+    assert load_retriever(tmp_path).question_batch.max_question == 64
 
 
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:

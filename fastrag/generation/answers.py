@@ -1,4 +1,9 @@
-"""Answers with citations, whole or token by token; for `fastrag serve` and `fastrag ask`."""
+"""Answers as text, with the passages that they were read from.
+
+prior       p(z|x), before the answer is known
+posterior   p(z|x,y); with RAG-Token p(z|x,y_<=t) of each token, and the mean of these
+                                                    (Lewis et al. 2020, sec. 2.1, figure 2)
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,13 @@ from transformers import TextStreamer
 from fastrag.data.readers import Passage
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from fastrag.nn import RagModel
 
-
-class Abandoned(Exception):
-    """Raised during generation when no client waits for the answer any more."""
+# Fields of a RagGeneration that an answer is made of.
+_NEEDED = ("sequences", "lengths", "scores", "rows", "log_prior", "log_posterior")
+_NEEDED += ("supporting_rows",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,18 @@ class Citation:
 
     Attributes:
         passage: the passage.
-        prior: p(z|x), its probability before the answer is known.
+        row: its row in the index.
+        prior: p(z|x).
+        posterior: p(z|x,y); with RAG-Token the mean of `by_token`.
+        by_token: with RAG-Token p(z|x,y_<=t) of each token of the answer; else empty.
         supports: whether it has the largest share in the answer.
     """
 
     passage: Passage
+    row: int
     prior: float
+    posterior: float
+    by_token: tuple[float, ...]
     supports: bool
 
 
@@ -44,18 +54,23 @@ class Answer:
     Attributes:
         question: the question.
         text: the answer.
+        token_ids: its tokens in the generator's vocabulary, the end included.
         log_prob: log of its marginal probability over the passages.
-        n_tokens: its tokens, the end included.
         citations: the passages that it was read from, best first.
         warnings: for example that the question was cut for the encoder.
     """
 
     question: str
     text: str
+    token_ids: tuple[int, ...]
     log_prob: float
-    n_tokens: int
     citations: tuple[Citation, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of its tokens, the end included."""
+        return len(self.token_ids)
 
     @property
     def probability(self) -> float:
@@ -68,13 +83,13 @@ class Answer:
         return math.exp(self.log_prob / self.n_tokens)
 
     @property
-    def support(self) -> Passage | None:
+    def support(self) -> Citation | None:
         """The passage with the largest share in the answer; None if no passage was found."""
-        return next((each.passage for each in self.citations if each.supports), None)
+        return next((each for each in self.citations if each.supports), None)
 
 
 def can_stream(model: RagModel, marginal: str | None = None) -> bool:
-    """Whether an answer can be streamed.
+    """Return whether an answer can be streamed.
 
     RAG-Sequence cannot stream: it chooses between finished answers, one of each passage.
 
@@ -89,35 +104,30 @@ def answer_questions(
     model: RagModel,
     questions: Sequence[str],
     *,
-    n_docs: int | None = None,
-    max_new_tokens: int = 32,
-    marginal: str | None = None,
     on_text: Callable[[str], None] | None = None,
-    abandoned: Callable[[], bool] = lambda: False,
+    **settings: Any,
 ) -> list[Answer]:
     """Answer questions together, with the passages that the answers come from.
 
     Args:
         model: the model.
         questions: the questions.
-        n_docs: passages per question; None: the model's.
-        max_new_tokens: longest answer.
-        marginal: the decoding; None: that of the model.
         on_text: called with each further piece of the answer as soon as its words are complete.
             Only for a single question and a decoding that can stream.
-        abandoned: called after each token; True ends the generation.
+        settings: other arguments of `RagModel.generate` (`n_docs`, `marginal`, `max_new_tokens`,
+            `on_progress`, ...), for one answer per question.
 
     Returns:
         One answer per question.
 
     Raises:
-        ValueError: an empty question, one that is longer than the generator's window, or arguments
-            that `RagModel.generate` refuses.
-        Abandoned: `abandoned` returned True.
+        ValueError: an empty question, one that is longer than the generator's window, arguments
+            that `RagModel.generate` refuses, or a decoder that leaves out what an answer consists
+            of.
 
     Example:
         >>> [answer] = answer_questions(model, ["who discovered radium?"])  # doctest: +SKIP
-        >>> answer.text, answer.support.title                               # doctest: +SKIP
+        >>> answer.text, answer.support.passage.title                       # doctest: +SKIP
         ('Marie Curie', 'Radium')
     """
     processor = model.processor
@@ -125,32 +135,39 @@ def answer_questions(
     batch: dict[str, Any] = {name: ids.to(model.device) for name, ids in collated.items()}
     if on_text is not None:
         batch["streamer"] = _Pieces(processor.generator_tokenizer, on_text)
-
-    def check(share: float) -> None:
-        if abandoned():
-            raise Abandoned
-
-    found: Any = model.generate(
-        **batch,
-        n_docs=n_docs,
-        max_new_tokens=max_new_tokens,
-        marginal=marginal,
-        on_progress=check,
-    )
-    priors = found.doc_scores.softmax(dim=1).tolist()
+    found: Any = model.generate(**batch, **settings)
+    for name in _NEEDED:
+        if getattr(found, name) is None:
+            raise ValueError(f"{name}: expected the decoder to return this field, got None")
+    texts = processor.decode(found.sequences)
     return [
-        Answer(
-            question,
-            text,
-            float(found.scores[i]),
-            int(found.lengths[i]),
-            _citations(model, found.rows[i], priors[i], int(found.supporting_rows[i])),
-            question_warnings(model, question),
-        )
-        for i, (question, text) in enumerate(
-            zip(questions, processor.decode(found.sequences), strict=True)
-        )
+        _answer(model, found, i, *each) for i, each in enumerate(zip(questions, texts, strict=True))
     ]
+
+
+def _answer(model: RagModel, found: Any, i: int, question: str, text: str) -> Answer:
+    """Return answer i of a `RagGeneration`."""
+    n_tokens = int(found.lengths[i])
+    prior = found.log_prior[i].float().exp().tolist()
+    posterior = found.log_posterior[i].float().exp()  # [K], or [K, T] with RAG-Token
+    by_token: list[list[float]] = [[]] * len(prior)
+    if posterior.dim() == 2:
+        by_token = posterior[:, :n_tokens].tolist()
+        posterior = posterior[:, :n_tokens].mean(dim=1)
+    passages = zip(found.rows[i].tolist(), prior, posterior.tolist(), by_token, strict=True)
+    support = int(found.supporting_rows[i])
+    return Answer(
+        question,
+        text,
+        tuple(found.sequences[i, :n_tokens].tolist()),
+        float(found.scores[i]),
+        tuple(
+            Citation(model.passages.passage(row), row, p, w, tuple(shares), row == support)
+            for row, p, w, shares in passages
+            if row >= 0
+        ),
+        question_warnings(model, question),
+    )
 
 
 def question_warnings(model: RagModel, question: str) -> tuple[str, ...]:
@@ -167,16 +184,6 @@ def cut_warning(name: str, limit: int | None) -> str:
         limit: the encoder's window in tokens.
     """
     return f"{name}: cut to the encoder's {limit} tokens; the rest took no part in the search"
-
-
-def _citations(
-    model: RagModel, rows: Tensor, priors: Sequence[float], support: int
-) -> tuple[Citation, ...]:
-    return tuple(
-        Citation(model.passages.passage(row), prior, row == support)
-        for row, prior in zip(rows.tolist(), priors, strict=True)
-        if row >= 0
-    )
 
 
 class _Pieces(TextStreamer):
