@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import fastrag, write_files
+from fastrag.cli import main
+from tests.cli.commands import write_files
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +18,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     write_files(folder)
     parts = ("--encoder", "encoder", "--generator", "generator", "--device", "cpu")
-    built = fastrag(folder, "index", "build", "--corpus", "corpus.jsonl", *parts, "--out", "idx")
-    assert built.returncode == 0, built.stderr
-    assert built.stdout == "idx: 12 passages, 16 dimensions\n"
-    trained = fastrag(folder, "train", "train.yaml")
-    assert trained.returncode == 0, trained.stderr
-    assert "model: run/model" in trained.stdout and "recall@1" in trained.stdout
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["index", "build", "--corpus", "corpus.jsonl", *parts, "--out", "idx"]) == 0
+        assert printed.getvalue() == "idx: 12 passages, 16 dimensions\n"
+        assert main(["train", "train.yaml"]) == 0
+    assert "model: run/model" in printed.getvalue() and "recall@1" in printed.getvalue()
     (folder / "plain" / "model").mkdir(parents=True)  # a run without checkpoints
     return folder
