@@ -6,6 +6,7 @@ run.py            providers of an operation against each other     ops/        t
 stages.py         a training step, stage by stage                  harness/    how they are timed
 largest_batch.py  the batch that fits a budget of memory           results/    committed rows
 rows_read.py      the rows that a search through codes reads
+serve_load.py     requests per second of `fastrag serve`
 profile.py        where the time of an operation goes              profiling/  its parts
 plot.py           figures and tables of committed results
 gate.py           counts, compared with committed counts

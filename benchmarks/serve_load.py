@@ -1,6 +1,6 @@
 """Measure requests per second of `fastrag serve`, searched together and one by one.
 
-    python -m benchmarks.serve_load [--passages 200000] [--dim 384] [--clients 32] [--seconds 4]
+    python -m benchmarks.serve_load [--kind vectors texts] [--clients 32] [--csv serve_load.csv]
 
 Each client sends the next request when it has the answer to the last, over a connection that stays
 open. Two servers of the same index run next to each other and are loaded in alternating rounds: one
@@ -29,25 +29,30 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from benchmarks.harness.arguments import Parser
 from benchmarks.harness.measure import facts
+from benchmarks.harness.results import COLUMNS, Row, add, percentile_columns, row_of
+from benchmarks.harness.timing import OK, Case
 from fastrag.data import Passage, RagProcessor
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.nn import TextEncoder
 
 WORDS = [f"word{i}" for i in range(2000)]
 TOPK = 3
+COLUMNS_HERE = [*COLUMNS, "ms_p99", "requests_per_s"]
 MINILM = {"num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 MODES = {"one by one": ("--max-batch", "1"), "together": ()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_load")
+    parser = Parser("serve_load", __doc__)
     parser.add_argument("--kind", choices=("vectors", "texts"), nargs="+", default=["vectors"])
     parser.add_argument("--passages", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=384, help="a multiple of 12 for texts")
     parser.add_argument("--clients", type=int, nargs="+", default=[32])
     parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_csv(COLUMNS_HERE)
     chosen = parser.parse_args(argv)
     machine = facts(torch.device("cpu"))
     found = " · ".join(machine[name] for name in ("device", "torch", "commit", "date"))
@@ -64,14 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 }
                 bodies = requests(kind, chosen.dim)
                 for n_clients in chosen.clients:
-                    print_rows(kind, n_clients, ports, bodies, chosen)
+                    rows = measure(kind, n_clients, ports, bodies, chosen, machine)
+                    if chosen.csv:
+                        add(chosen.csv, rows, COLUMNS_HERE)
     return 0
 
 
-def print_rows(
-    kind: str, n_clients: int, ports: dict[str, int], bodies: list[bytes], chosen: Any
-) -> None:
-    """Load the servers in turn and print a line for each, with the ratio of the two."""
+def measure(
+    kind: str,
+    n_clients: int,
+    ports: dict[str, int],
+    bodies: list[bytes],
+    chosen: argparse.Namespace,
+    machine: dict[str, str],
+) -> list[Row]:
+    """Load the servers in turn, print a line for each with the ratio of the two, return rows."""
     seconds: dict[str, list[float]] = {mode: [] for mode in ports}
     rates: dict[str, list[float]] = {mode: [] for mode in ports}
     for round_ in range(-1, chosen.rounds):  # the first one warms up and does not count
@@ -82,12 +94,19 @@ def print_rows(
                 seconds[mode] += found
                 rates[mode].append(len(found) / passed)
     median = {mode: float(np.median(found)) for mode, found in rates.items()}
+    shape = (n_clients, chosen.passages, chosen.dim, TOPK)
+    rows = []
     for mode, found in seconds.items():
         p50, p99 = np.quantile(found, (0.5, 0.99)) * 1000
+        case = Case("serve", mode.replace(" ", "-"), kind, shape, "float32", "cpu")
+        values = percentile_columns([1000 * each for each in found])
+        values |= {"ms_p99": f"{p99:.4f}", "requests_per_s": f"{median[mode]:.1f}"}
+        rows.append(row_of(case, machine, OK, **values))
         times = f" ({median[mode] / median['one by one']:.1f} ×)" if mode != "one by one" else ""
         print(
             f"| {kind} | {n_clients} | {mode} | {median[mode]:.0f}{times} | {p50:.1f} | {p99:.1f} |"
         )
+    return rows
 
 
 async def load(

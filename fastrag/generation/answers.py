@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from fastrag.nn import RagModel
 
 # Fields of a RagGeneration that an answer is made of.
-_NEEDED = ("sequences", "lengths", "scores", "rows", "log_prior", "log_posterior")
-_NEEDED += ("supporting_rows",)
+_NEEDED = (
+    *("sequences", "lengths", "scores", "rows", "supporting_rows"),
+    *("log_prior", "log_posterior"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastrag.generation import DECODERS, Search
+from fastrag.generation.answers import answer_questions
 from fastrag.nn.outputs import RagGeneration
 from tests import tiny
 
@@ -34,6 +35,8 @@ def test_a_decoder_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = model.generate(**data, marginal="sequence", max_new_tokens=3).candidates
     assert out.sequences.equal(candidates[:, 0])
     assert out.supporting_rows.equal(out.rows[:, 0])
+    with pytest.raises(ValueError, match="scores: expected the decoder to return this field"):
+        answer_questions(model, ["ada"], marginal="nearest")
     with torch.no_grad():
         assert out.loss.item() == pytest.approx(model(**data).loss.item(), rel=1e-5)
 
