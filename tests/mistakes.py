@@ -316,7 +316,7 @@ SERVING = (
     Mistake(
         "the answer for a client that has hung up is generated to its end",
         "fastrag/serve/service.py",
-        "        abandoned=abandoned,\n",
+        "        on_progress=_ending(abandoned),\n",
         "",
         "tests/serve/test_answer.py",
     ),
