@@ -65,6 +65,12 @@ def add(commands: Any) -> None:
         help="longest answer, in tokens (default 32)",
     )
     evaluate.add_argument(
+        "--n-docs",
+        type=positive,
+        metavar="N",
+        help="passages per answer (default: as the model was trained)",
+    )
+    evaluate.add_argument(
         "--marginal",
         nargs="+",
         metavar="WORD",
@@ -118,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _answers(arguments: argparse.Namespace) -> int:
     from fastrag.data.default import load_questions
     from fastrag.eval import BM25Retriever, evaluate
-    from fastrag.eval.report import Row, decoding_name, write_report
+    from fastrag.eval.report import Row, write_report
     from fastrag.generation import DECODERS
 
     models = _named(arguments.model)
@@ -144,12 +150,13 @@ def _answers(arguments: argparse.Namespace) -> int:
                     ks=arguments.k,
                     limit=arguments.limit,
                     max_new_tokens=arguments.max_new_tokens,
+                    n_docs=arguments.n_docs,
                     marginal=marginal,
                     retriever=other,
                     loss=True,
                     description=f"{name} {retriever} {marginal}",
                 )
-                rows.append(Row(name, retriever, marginal, result))
+                rows.append(Row(name, retriever, result))
     for path in arguments.out or ():
         write_report(path, rows, arguments.questions)
     if arguments.json:
@@ -159,7 +166,6 @@ def _answers(arguments: argparse.Namespace) -> int:
         print_rows(rows)
     else:
         print_result(rows[0].result)
-        print(f"decoding: {decoding_name(rows[0].marginal)}")
         if rows[0].retriever != RETRIEVERS[0]:
             print(f"retriever: {rows[0].retriever}")
     return 0
@@ -187,9 +193,12 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from fastrag.eval.report import write_records
     from fastrag.train.models import load_retriever, open_retriever
 
-    for name in ("marginal", "retriever"):
+    for name in ("n_docs", "marginal", "retriever"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name}: expected no --retrieval-only, which generates no answers")
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option}: expected no --retrieval-only, which generates no answers"
+            )
     if len(arguments.model or ()) > 1:
         raise ValueError(f"--model: expected one with --retrieval-only, got {len(arguments.model)}")
     for path in arguments.out or ():

@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from fastrag.data.default import load_questions
-    from fastrag.eval.report import decoding_name
+    from fastrag.eval.evaluate import decoding_name
     from fastrag.inspect import (
         check_page,
         passage_history,

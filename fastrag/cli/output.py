@@ -18,7 +18,7 @@ _LONGEST = (
 
 
 def print_metrics(result: Any) -> None:
-    """Print the metrics that a training run logs, with 95 % bootstrap intervals."""
+    """Print the metrics that a training run logs with 95 % intervals, and the decoding."""
     _print_metrics(result, list(result.summary), 12)
 
 
@@ -44,6 +44,7 @@ def _print_metrics(result: Any, names: list[str], room: int) -> None:
             print(f"{name:<{room}}{value:>#8.5g}")
         else:
             print(f"{name:<{room}}{value:>8.3f}   {ends[0]:.3f} – {ends[1]:.3f}")
+    print(f"decoding: {result.decoding}")
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -61,7 +62,7 @@ def print_rows(rows: Sequence[Row]) -> None:
             for name, room in widths.items()
         )
         model = terminal.printable(row.model)[-10:]  # the end of a path says more than its start
-        print(f"{model:<11}{row.retriever:<10}{row.marginal:<18}{cells}")
+        print(f"{model:<11}{row.retriever:<10}{row.result.marginal:<18}{cells}")
     print(f"{int(rows[0].result.metrics['n_questions'])} questions; all measures with --out")
 
 

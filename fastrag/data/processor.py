@@ -94,7 +94,8 @@ class RagProcessor:
         question_prefix: text put before each question for its encoder (`"query: "`).
         passage_prefix: text put before each passage for its encoder (`"passage: "`).
         max_question: length limit of a question for its encoder in tokens, with special tokens. The
-            text of a longer question is cut. None: the tokenizer's `model_max_length`, if set.
+            text of a longer question is cut, the first time with a warning. None: the tokenizer's
+            `model_max_length`, if set.
         max_prompt: length limit of a question in the generator's vocabulary. A longer one is an
             error, because the generator always gets the whole question. None: only `max_context`
             limits it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrag.data.readers import Question
+from fastrag.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,7 +175,9 @@ class QuestionBatch:
         tokenizer: the question encoder's tokenizer.
         prefix: text put before each question (`"query: "`).
         max_question: length limit of a question in tokens, with special tokens. The text of a
-            longer question is cut. None: the tokenizer's `model_max_length`, if set.
+            longer question is cut, the first time with a warning. None: the tokenizer's
+            `model_max_length`, if set.
+        warns: False leaves the warning to the caller, who asks `is_cut`.
 
     Raises:
         ValueError: `max_question` leaves no room for one token of text.
@@ -184,6 +188,8 @@ class QuestionBatch:
         tokenizer: PreTrainedTokenizerBase,
         prefix: str = "",
         max_question: int | None = None,
+        *,
+        warns: bool = True,
     ) -> None:
         if max_question is None and tokenizer.model_max_length < _NO_MAX_LENGTH:
             max_question = tokenizer.model_max_length
@@ -193,11 +199,14 @@ class QuestionBatch:
         pad = tokenizer.pad_token_id
         self._pad = 0 if pad is None else pad
         self._frame = frame_within(tokenizer, "max_question", max_question)
+        self._warns = warns
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, both `[B, S]` int64."""
         texts = [self.prefix + question.question.strip() for question in questions]
         framed = encode_framed(self.tokenizer, texts, self.max_question, self._frame)
+        if self._warns:
+            self._warn_if_cut(questions, framed)
         input_ids, mask = pad_ids(framed, self._pad)
         return {"input_ids": input_ids, "attention_mask": mask}
 
@@ -206,6 +215,17 @@ class QuestionBatch:
         text = self.prefix + question.strip()
         [whole] = encode_framed(self.tokenizer, [text], None, self._frame)
         return self.max_question is not None and len(whole) > self.max_question
+
+    def _warn_if_cut(self, questions: Sequence[Question], framed: list[list[int]]) -> None:
+        for question, ids in zip(questions, framed, strict=True):
+            if len(ids) == self.max_question and self.is_cut(question.question):
+                self._warns = False  # one warning for a whole data set
+                warnings.warn(
+                    f"question {shown(question.id)}: cut to the encoder's {self.max_question} "
+                    "tokens; the rest takes no part in the search. Further ones are not named",
+                    stacklevel=4,
+                )
+                return
 
 
 def pad_ids(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

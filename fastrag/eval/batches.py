@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ def check_evaluated(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size}")
-    ks = tuple(whole("ks", k) for k in ([ks] if isinstance(ks, int) else ks))
+    ks = tuple(whole("ks", k) for k in (ks if isinstance(ks, Iterable) else [ks]))
     if not ks or min(ks) < 1:
         raise ValueError(f"ks: expected one or more integers >= 1, got {shown(ks)}")
     chosen = [

@@ -81,6 +81,8 @@ class EvalResult:
         weights: weights of the values of a measure in its mean: the label tokens of `nll`.
         calibration: comparison of p(z|x) with whether passage z is right; None if no question can
             be judged.
+        marginal: name of the decoding that gave the answers, see `RagModel.generate`.
+        n_docs: passages that each answer was generated from.
     """
 
     metrics: dict[str, float]
@@ -88,6 +90,13 @@ class EvalResult:
     values: dict[str, list[float]]
     weights: dict[str, list[float]]
     calibration: Calibration | None
+    marginal: str
+    n_docs: int
+
+    @property
+    def decoding(self) -> str:
+        """The decoding and the passages of an answer in text, such as "RAG-Token, K = 5"."""
+        return f"{decoding_name(self.marginal)}, K = {self.n_docs}"
 
     @property
     def summary(self) -> dict[str, float]:
@@ -142,8 +151,9 @@ def evaluate(
         ks: one k of recall@k, or several.
         limit: evaluate only `choose_fixed(questions, limit)` of `fastrag.eval.batches`.
         max_new_tokens: length limit of an answer.
-        n_docs: passages per question for the answer; None: as in the model.
-        marginal: decoding of the answers, see `RagModel.generate`; None: as in the model.
+        n_docs: passages per question for the answer, which may differ from those of training;
+            None: as in the model.
+        marginal: decoding of the answers, see `RagModel.generate`; None: as the model was trained.
         retriever: finds the passages in place of the model's, for example a `BM25Retriever`; the
             softmax of its scores is the prior. It must search the model's passages.
         loss: also compute `nll`, the negative log-likelihood per label token under the marginal of
@@ -172,7 +182,8 @@ def evaluate(
     from fastrag.nn.generators import evaluating
 
     n_docs = model.n_docs if n_docs is None else n_docs
-    label_loss = LabelLoss(model.loss_fn, marginal or model.marginal)
+    marginal = model.marginal if marginal is None else marginal
+    label_loss = LabelLoss(model.loss_fn, marginal)
     answered = _Answered(model)
     total_loss = 0.0
     with (
@@ -204,7 +215,20 @@ def evaluate(
                     scores = None if doc_scores is None else doc_scores[:, own]
                     batch_loss = model(**batch, rows=rows[:, own], doc_scores=scores).loss
                 total_loss += float(batch_loss) * int(counted.sum())
-    return answered.result(ks, total_loss)
+    return answered.result(ks, total_loss, marginal, n_docs)
+
+
+def decoding_name(marginal: str) -> str:
+    """Return the name of a decoding in text.
+
+    Example:
+        >>> decoding_name("token")
+        'RAG-Token'
+        >>> decoding_name("sequence-thorough")
+        'RAG-Sequence, thorough'
+    """
+    name, _, how = marginal.partition("-")
+    return f"RAG-{name.capitalize()}" + (f", {how}" if how else "")
 
 
 def _collated(questions: list[Question], processor: RagProcessor, loss: bool) -> dict[str, Any]:
@@ -303,7 +327,9 @@ class _Answered:
                 self.nll.append(value / n)
                 self.n_tokens.append(float(n))
 
-    def result(self, ks: Sequence[int], total_loss: float) -> EvalResult:
+    def result(
+        self, ks: Sequence[int], total_loss: float, marginal: str, n_docs: int
+    ) -> EvalResult:
         """Summarise; `total_loss` is the model's loss summed over label tokens."""
         values: dict[str, list[float]] = {}
         judged = [each.hit_rank for each in self.predictions if each.hit_rank is not None]
@@ -335,4 +361,4 @@ class _Answered:
             calibration = calibrate([p for p, _ in cases], [right for _, right in cases])
             metrics["ece"] = calibration.ece
         metrics["n_questions"] = float(len(self.predictions))
-        return EvalResult(metrics, self.predictions, values, weights, calibration)
+        return EvalResult(metrics, self.predictions, values, weights, calibration, marginal, n_docs)

@@ -1,6 +1,6 @@
 """Reports of evaluations: one row for a model, a retriever and a decoding, as in Lewis et al. 2020.
 
-    rows = [Row("trained", "model", "token", evaluate(model, questions, marginal="token")), ...]
+    rows = [Row("trained", "model", evaluate(model, questions)), ...]
     write_report("results.md", rows, "data/dev.jsonl")
 
 The suffix of the file chooses the form: a table in Markdown (`.md`) or CSV (`.csv`), all figures as
@@ -26,7 +26,7 @@ from fastrag.folders import replacing
 from fastrag.messages import shown
 
 _ANSWERS = {"em": "EM", "f1": "F1", "cover_em": "cover-EM", "nll": "NLL/token"}
-_LABELS = ("model", "retriever", "marginal")
+_LABELS = ("model", "retriever", "marginal", "n_docs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,32 +36,18 @@ class Row:
     Attributes:
         model: name of the model.
         retriever: "model" for the model's own retriever, or the name of another one, "bm25".
-        marginal: name of the decoding.
-        result: what `evaluate` returned.
+        result: what `evaluate` returned, which names the decoding.
     """
 
     model: str
     retriever: str
-    marginal: str
     result: EvalResult
 
     @property
-    def labels(self) -> dict[str, str]:
-        """What tells the row from others."""
-        return {name: getattr(self, name) for name in _LABELS}
-
-
-def decoding_name(marginal: str) -> str:
-    """Return the name of a decoding in text.
-
-    Example:
-        >>> decoding_name("token")
-        'RAG-Token'
-        >>> decoding_name("sequence-thorough")
-        'RAG-Sequence, thorough'
-    """
-    name, _, how = marginal.partition("-")
-    return f"RAG-{name.capitalize()}" + (f", {how}" if how else "")
+    def labels(self) -> dict[str, str | int]:
+        """What tells the row from others: model, retriever, decoding and passages per answer."""
+        found = (self.model, self.retriever, self.result.marginal, self.result.n_docs)
+        return dict(zip(_LABELS, found, strict=True))
 
 
 def to_markdown(rows: Sequence[Row], questions: str) -> str:
@@ -74,7 +60,7 @@ def to_markdown(rows: Sequence[Row], questions: str) -> str:
     count = int(rows[0].result.metrics["n_questions"])
     names = [name for name in _ANSWERS if any(name in row.result.metrics for row in rows)]
     answers = [
-        [row.model, row.retriever, decoding_name(row.marginal)]
+        [row.model, row.retriever, row.result.decoding]
         + [_cell(row.result, name) for name in names]
         for row in rows
     ]
@@ -94,7 +80,7 @@ def to_markdown(rows: Sequence[Row], questions: str) -> str:
     for name, result in reversed(found.items()):
         if result.calibration is not None:
             parts.append(f"Prior of {name}:")
-            head = ["p(z\\|x)", "Passages", "Mean p", "Right"]
+            head = ["p(z|x)", "Passages", "Mean p", "Right"]
             parts.append(_table(head, reliability(result.calibration)))
     return "\n\n".join(parts) + "\n"
 
@@ -243,7 +229,7 @@ def _cell(result: EvalResult, name: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    cells = ([cell.replace("\n", " ") for cell in line] for line in lines)
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 

@@ -106,6 +106,9 @@ def search_config(
         count = chosen.get(name)
         if count is not None and not (isinstance(count, int) and count >= 1):
             raise ValueError(f"{name}: expected an integer >= 1, got {shown(count)}")
+    top_p = chosen.get("top_p")
+    if top_p is not None and not 0.0 < top_p <= 1.0:  # transformers ignores one above 1
+        raise ValueError(f"top_p: expected a number in (0, 1], got {shown(top_p)}")
     if not chosen.get("do_sample"):
         refuse(chosen, _SAMPLING, "because do_sample is False")
     if chosen.get("num_beams") in (None, 1):

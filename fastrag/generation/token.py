@@ -105,7 +105,9 @@ class MarginalModel(GenerationMixin):
             raise AttributeError(name)
         return getattr(base_model(self.adapter.model), name)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
         return {"input_ids": input_ids}
 
     def forward(self, input_ids: Tensor, return_dict: bool = True) -> CausalLMOutput:
@@ -207,7 +209,9 @@ def rag_token(search: Search) -> RagGeneration:
         )
         prompt = search.adapter.start(reading.ids[::n_docs])
         run = {"use_cache": False, "num_return_sequences": n_return}
-        tokens, rows = search.run(model, reading, {"input_ids": prompt}, run)
+        # The mask says that a prompt is no padding; T5's start token is its pad token as well.
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        tokens, rows = search.run(model, reading, inputs, run)
         log_prior = model.log_prior.repeat_interleave(n_return, dim=0).unsqueeze(2)
         joint = log_prior + model.token_logp(tokens, rows)  # [b * n_return, K, T]
         parts.append(each_of(questions, n_return))

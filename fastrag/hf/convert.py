@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     DPRContextEncoder,
@@ -201,7 +202,7 @@ def _load(source: str | os.PathLike[str]) -> tuple[Any, tuple[Any, Any]]:
     folder = model_folder("model", source, holding=" of a RAG model of transformers", whole=True)
     try:
         config = RagConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"model: expected {folder} to hold a RAG model: {error}") from error
     named = next(iter(config.architectures or ()), None)
     kinds = {kind.__name__: kind for kind in _CLASSES.values()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fastrag.data import Passage, RagProcessor, read_passages
 from fastrag.index import FaissIndex, FlatIndex, Index, PassageStore
@@ -60,8 +61,12 @@ def read_hf_index(
         raise ValueError(f"passages_path: expected a folder of save_to_disk, {folder} is none")
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"passages_path: expected a folder of save_to_disk: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # datasets reads its own files without checking them
+        raise ValueError(
+            f"passages_path: expected a folder of save_to_disk, got {folder}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if index_path is None:
         if factory is not None:
             raise ValueError(f"factory: expected None without an index_path, got {shown(factory)}")
@@ -83,8 +88,8 @@ def read_dpr(
 
     Args:
         passages: file with the columns id, text and title, such as `psgs_w100.tsv`, also packed.
-        embeddings: the vectors in the order of the file: `.npy` files `[n, D]`, one or several, an
-            array, or an index of faiss that was saved with `faiss.write_index` (`.faiss`,
+        embeddings: the vectors in the order of the file: arrays `[n, D]` or `.npy` files of such,
+            one or several, or an index of faiss that was saved with `faiss.write_index` (`.faiss`,
             `.index`).
         processor: tokenises the passages.
         dtype: how a FlatIndex stores the vectors.
@@ -132,7 +137,7 @@ def passages_of(dataset: Any) -> Iterator[Passage]:
         dataset: the object; its column id, or else its row number, is the id.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, an id is missing, or a title is no text.
     """
     columns = [name for name in ("id", *_COLUMNS) if name in dataset.column_names]
     if not set(_COLUMNS) <= set(columns):
@@ -140,10 +145,13 @@ def passages_of(dataset: Any) -> Iterator[Passage]:
             f"dataset: expected columns {list(_COLUMNS)}, got {shown(list(dataset.column_names))}"
         )
     for row, record in enumerate(dataset.with_format(None, columns=columns)):
-        title = record["title"] or ""
+        title, id = record["title"], record.get("id", row)
+        if id is None or not isinstance(title, str | None):
+            name, got = ("an id", "none") if id is None else ("a title", type(title).__name__)
+            raise ValueError(f"dataset: row {row}: expected {name}, got {got}")
         yield Passage(
-            id=str(record.get("id", row)),
-            title=title.removeprefix('"').removesuffix('"'),
+            id=str(id),
+            title=(title or "").removeprefix('"').removesuffix('"'),
             text=record["text"],
         )
 
@@ -175,17 +183,23 @@ def _joined(
 
 def _blocks(embeddings: Any) -> list[np.ndarray[Any, Any]]:
     """Return vectors as arrays, those of a file mapped."""
-    if isinstance(embeddings, str | os.PathLike):
+    if isinstance(embeddings, str | os.PathLike) or not isinstance(embeddings, Sequence):
         embeddings = [embeddings]
-    if isinstance(embeddings, Sequence):
-        arrays = [_mapped(Path(each)) for each in embeddings]
-    else:
-        arrays = [np.asarray(embeddings)]
+    arrays = [
+        _mapped(Path(each)) if isinstance(each, str | os.PathLike) else _array(each)
+        for each in embeddings
+    ]
     if not arrays or any(each.ndim != 2 for each in arrays):
         raise ValueError(
             f"embeddings: expected arrays [n, D], got {[list(each.shape) for each in arrays]}"
         )
     return arrays
+
+
+def _array(vectors: Any) -> np.ndarray[Any, Any]:
+    if isinstance(vectors, Tensor):
+        return vectors.float().numpy(force=True)
+    return np.asarray(vectors)
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from fastrag.data import RagProcessor
 from fastrag.hf.losses import hf_sequence_nll, paper_nll, shifted, without_bos, without_padding
-from fastrag.hf.retriever import IndexRetriever, rag_processor
+from fastrag.hf.retriever import IndexRetriever, check_parts, rag_processor
 from fastrag.index import Index, PassageStore
 from fastrag.nn.arguments import check_answers
 from fastrag.nn.generators import GeneratorAdapter, adapt_generator
@@ -214,6 +214,7 @@ def _make_retriever(
     if index is None or passages is None:
         missing = "index" if index is None else "passages"
         raise ValueError(f"{missing}: expected index and passages together, got None")
+    check_parts(index, passages, processor)
     before = model.rag.retriever
     if processor is not None:
         tokenizers = (processor.question_tokenizer, processor.generator_tokenizer)
@@ -272,7 +273,8 @@ def _with_labels(model: Any, given: dict[str, Any]) -> PatchedOutput:
     reduce_loss, asked = setting("reduce_loss"), setting("output_retrieved")
     excludes_bos = patch.marginal == "sequence" and setting("exclude_bos_score")
     labels = given.pop("labels")
-    check_answers(labels)
+    questions = given.get("input_ids") if given.get("doc_scores") is None else given["doc_scores"]
+    check_answers(labels, None if questions is None else len(questions))
     outside = check_label_values(labels, labels != IGNORE_INDEX, adapter.n_vocab)
     pad_id = getattr(config.generator, "pad_token_id", None)
     if adapter.kind == "seq2seq":

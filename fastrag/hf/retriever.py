@@ -92,6 +92,7 @@ class IndexRetriever(RagRetriever):
         generator_tokenizer: Any,
         processor: RagProcessor | None = None,
     ) -> None:
+        check_parts(index, passages, processor)
         if len(index) != len(passages):
             raise ValueError(
                 f"index: expected one vector per passage, got {len(index)} vectors and "
@@ -133,6 +134,21 @@ class IndexRetriever(RagRetriever):
         contexts = self.processor.contexts(self.passages, rows, *prompt)
         ids, mask = contexts.ids.cpu(), contexts.mask.cpu()
         return (ids, mask) if return_tensors == "pt" else (ids.numpy(), mask.numpy())
+
+
+def check_parts(index: object, passages: object, processor: object) -> None:
+    """Raise ValueError unless index, passages and, if given, processor are fastrag's."""
+    parts: list[tuple[str, object, type]] = [
+        ("index", index, Index),
+        ("passages", passages, PassageStore),
+    ]
+    if processor is not None:
+        parts.append(("processor", processor, RagProcessor))
+    for name, given, kind in parts:
+        if not isinstance(given, kind):
+            raise ValueError(
+                f"{name}: expected a fastrag {kind.__name__}, got {type(given).__name__}"
+            )
 
 
 class _SearchedIndex(HFIndex):

@@ -97,16 +97,19 @@ def column_blocks(dataset: Any, column: str) -> Iterator[np.ndarray[Any, Any]]:
     Raises:
         ValueError: cells that are not vectors of one width (the first row of the block is named).
     """
-    start = 0
-    for block in dataset.with_format("numpy", columns=[column]).iter(_DATASET_ROWS):
-        vectors = block[column]
+    numbers = dataset.with_format("numpy", columns=[column])
+    for start in range(0, len(dataset), _DATASET_ROWS):
+        stop = min(start + _DATASET_ROWS, len(dataset))
+        try:
+            vectors = numbers[start:stop][column]
+        except AttributeError:  # datasets finds no array in a cell that is empty
+            vectors = np.empty(0)
         if vectors.ndim != 2:
             raise ValueError(
                 f"dataset: expected vectors of one width in the column {column!r}, got others in "
-                f"rows {start} to {start + len(vectors) - 1}"
+                f"rows {start} to {stop - 1}"
             )
         yield vectors
-        start += len(vectors)
 
 
 def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> None:

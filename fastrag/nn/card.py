@@ -28,7 +28,7 @@ def model_card(
     model: RagModel,
     *,
     data: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | str] | None = None,
     name: str | None = None,
     **metadata: Any,
 ) -> str:

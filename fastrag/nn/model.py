@@ -287,7 +287,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
             marginal: a name in `fastrag.generation.DECODERS`, for example "token" or "sequence".
                 None: the marginal that the model is trained with.
             max_new_tokens: longest answer; None: that of `generation_config` if given, else 32.
-            n_docs: passages per question; None: the model's.
+            n_docs: passages per question, which may differ from those of training; None: the
+                model's, or all of `rows`.
             rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
             doc_scores: scores of `rows`, as in `forward`.
             labels: answers, `[B, T]` int64, padded with -100: compute their loss as `forward` does,
@@ -312,6 +313,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         decoder = DECODERS.get(self.marginal if marginal is None else marginal)
         if decoder is None:
             raise ValueError(f"marginal: expected one of {tuple(DECODERS)}, got {shown(marginal)}")
+        if rows is not None and n_docs not in (None, *rows.shape[1:]):
+            raise ValueError(f"n_docs: expected None with rows {list(rows.shape)}, got {n_docs}")
         n_docs = self.n_docs if n_docs is None else n_docs
         check_count("n_docs", n_docs)
         if labels is not None:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import (
 from fastrag import folders
 from fastrag.eval import DenseRetriever, EvalResult, evaluate_retrieval
 from fastrag.eval import evaluate as evaluate_model
+from fastrag.eval.evaluate import decoding_name
 from fastrag.eval.retrieval import recall
 from fastrag.freshness import IndexRefresher, RefreshPolicy
 from fastrag.nn.card import model_card, write_card
@@ -281,7 +282,8 @@ class RagTrainer(Trainer):
             }
         if hasattr(self.train_dataset, "__len__"):
             data["number of training questions"] = len(self.train_dataset)
-        metrics = self.last_evaluation.metrics if self.last_evaluation is not None else None
+        found = self.last_evaluation
+        metrics = None if found is None else {"decoding": found.decoding, **found.metrics}
         known = {name: value for name, value in data.items() if value is not None}
         model = self.accelerator.unwrap_model(self.model)
         return model_card(model, data=known, metrics=metrics, **settings)
@@ -365,6 +367,9 @@ class RagTrainer(Trainer):
     ) -> dict[str, float]:
         """Answer the evaluation questions and report recall@k, EM, F1 and the loss.
 
+        Answers are decoded by the marginal that the model is trained with, which the progress bar
+        and the model card name.
+
         Args:
             eval_dataset: questions, or lists of them by name; None: the trainer's.
             ignore_keys: not used.
@@ -387,6 +392,7 @@ class RagTrainer(Trainer):
                 max_new_tokens=self.eval_max_new_tokens,
                 loss=True,
                 progress=progress,
+                description=f"evaluate {decoding_name(self.model.marginal)}",
             )
             return self.last_evaluation.summary
 
