@@ -61,8 +61,8 @@ def test_evaluate_decodes_as_asked(
         assert json.loads(capsys.readouterr().out)["marginal"] == used
         assert set(decoded) == {used}
         decoded.clear()
-    assert main([*command, "--limit", "2", "--marginal", "sequence"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "decoding: RAG-Sequence"
+    assert main([*command, "--limit", "2", "--marginal", "sequence", "--n-docs", "7"]) == 0
+    assert "decoding: RAG-Sequence, K = 7" in capsys.readouterr().out.splitlines()
     assert main([*command, "--marginal", "token", "both"]) == 2
     assert "--marginal: expected some of ['token', " in capsys.readouterr().err
 
@@ -144,6 +144,7 @@ def test_published_questions_are_named_by_their_form(
         (("--model", "run", "--out", "none/a.md"), "--out: expected a file in an existing folder"),
         (("--model", "run", "--retrieval-only", "--out", "a.md"), "--out: expected a .jsonl file"),
         (("--model", "run", "plain", "--retrieval-only"), "--model: expected one with --retriev"),
+        (("--model", "run", "--retrieval-only", "--n-docs", "2"), "--n-docs: expected no --retri"),
         (
             ("--model", "run", "--retrieval-only", "--retriever", "bm25"),
             "--retriever: expected no --retrieval-only, which generates no answers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -130,9 +131,18 @@ def test_limits(family, make):
 
 
 def test_the_tokenizers_own_limit_cuts_the_encoders_question(family, processor):
+    """With a warning, which is not repeated, and without a change of the generator's copy."""
     assert family("bert").model_max_length == 64
-    batch = processor.collate([{"question": "where is Paris? " * 50}])
-    assert batch["input_ids"].shape == (1, 64)
+    long = {"question": "where is Paris? " * 50, "id": "q7"}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        processor.collate([{"question": "where is Paris?"}])
+        assert not seen
+        batches = [processor.collate([long]) for _ in range(2)]
+    assert [str(each.message).partition(";")[0] for each in seen] == [
+        "question 'q7': cut to the encoder's 64 tokens"
+    ]
+    assert batches[0]["input_ids"].shape == (1, 64) and batches[0]["prompt_ids"].shape[1] > 200
 
 
 def test_question_and_template_over_the_window(make):

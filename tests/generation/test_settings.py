@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
+from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
 from fastrag.nn import RagModel
@@ -226,6 +227,11 @@ def test_generation_config(marginal: str) -> None:
         ),
         ({"output_scores": True}, "output_scores: expected False, because generate returns a Rag"),
         ({"max_length": 9}, "max_length: expected None, because max_new_tokens limits"),
+        ({"do_sample": True, "top_p": 2.0}, r"top_p: expected a number in \(0, 1\], got 2.0"),
+        (
+            {"n_docs": 2, "rows": torch.zeros(1, 3).long()},
+            "n_docs: expected None with rows",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, got 0"),
         ({"max_new_token": 3}, r"GenerationConfig, got \['max_new_token'\]; .* max_new_tokens\?"),
         ({"logit_processor": []}, r"got \['logit_processor'\]; did you mean logits_processor\?"),
@@ -241,6 +247,18 @@ def test_generation_config(marginal: str) -> None:
 def test_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         asked_of(rag(), 1, **settings)
+
+
+def test_a_start_token_that_pads_as_well_is_not_taken_for_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T5's; transformers warns of a prompt that ends with padding."""
+    model = rag("seq2seq")
+    assert model.generator.config.decoder_start_token_id == model.processor.bound.pad_id
+    said: list[str] = []
+    monkeypatch.setattr(generation_utils.logger, "warning", lambda text, *_: said.append(text))
+    asked_of(model, 2, num_beams=2)
+    assert not said
 
 
 def test_what_repeats_a_greedy_search_is_accepted() -> None:

@@ -166,6 +166,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         RagModel.from_hf(tmp_path / "gpt2")
     made = rag(dtype=torch.float32)
     made.save_pretrained(tmp_path / "rag")
+    settings = tmp_path / "rag" / "config.json"
+    whole = settings.read_text()
+    for content in ("{", "[]", whole.replace('"n_docs": 3', '"n_docs": "3"')):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match="model: expected .*rag to hold a RAG model: "):
+            RagModel.from_hf(tmp_path / "rag")
+    settings.write_text(whole)
     from safetensors.torch import load_file, save_file
 
     file = tmp_path / "rag" / "model.safetensors"

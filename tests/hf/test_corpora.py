@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastrag import FaissIndex, FlatIndex, Index, PassageStore
-from fastrag.hf import read_dpr, read_hf_index
+from fastrag.hf import passages_of, read_dpr, read_hf_index
 from tests import tiny
 from tests.hf.models import DIM, TEXTS, TITLES, dataset, vectors
 
@@ -56,10 +56,11 @@ def test_flat_index_from_datasets(dtype):
         ({"text": ["a"]}, "dataset: expected one split with the column 'embeddings', got Dataset"),
         ({"embeddings": [[1.0], [1.0, 2.0]]}, "expected vectors of one width .* rows 0 to 1"),
         ({"embeddings": [1.0, 2.0]}, "expected vectors of one width"),
+        ({"embeddings": [None, [1.0]]}, "expected vectors of one width .* rows 0 to 1"),
         ({"embeddings": [[1, 2]]}, "vectors: expected floating point"),
         ({"embeddings": [[1.0, float("nan")]]}, "vectors: expected finite .* nan in row 0"),
     ],
-    ids=["column", "ragged", "numbers", "integers", "nan"],
+    ids=["column", "ragged", "numbers", "empty", "integers", "nan"],
 )
 def test_flat_index_refuses(columns, message):
     with pytest.raises(ValueError, match=message):
@@ -100,6 +101,12 @@ def test_ids_and_quoted_titles(tmp_path):
     _, passages = read_hf_index(passages_path, tiny.processor())
     assert list(passages.ids) == ["11", "12", "13"]
     assert [passages.title(i) for i in range(3)] == ["ada", "", "cleo"]
+    for wrong, message in (
+        ({"id": [1, None, 3]}, "dataset: row 1: expected an id, got none"),
+        ({"title": [1, 2, 3]}, "dataset: row 0: expected a title, got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(passages_of(datasets.Dataset.from_dict(columns | wrong)))
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "SQfp16", "IVF2,Flat", "PCA8,Flat"])
@@ -160,14 +167,21 @@ def test_folders_that_are_refused(tmp_path):
         read_hf_index(tmp_path / "none", tiny.processor())
     with pytest.raises(ValueError, match="passages_path: expected a folder of save_to_disk"):
         read_hf_index(tmp_path, tiny.processor())
+    passages_path, _ = save(tmp_path)
+    for name, content in (("state.json", "{}"), ("dataset_info.json", "[1]")):
+        file = passages_path / name
+        whole = file.read_text()
+        file.write_text(content)
+        with pytest.raises(ValueError, match="passages_path: expected a folder of save_to_disk, "):
+            read_hf_index(passages_path, tiny.processor())
+        file.write_text(whole)
     columns = {"text": TEXTS, "embeddings": vectors().tolist()}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "untitled")
     with pytest.raises(ValueError, match=r"dataset: expected columns \['title', 'text'\]"):
         read_hf_index(tmp_path / "untitled", tiny.processor())
     faiss.write_index(faiss.IndexFlatIP(DIM), str(tmp_path / "empty.faiss"))
-    dataset().save_to_disk(tmp_path / "dataset")
     with pytest.raises(ValueError, match="index: expected one vector per passage, got 0 vectors"):
-        read_hf_index(tmp_path / "dataset", tiny.processor(), index_path=tmp_path / "empty.faiss")
+        read_hf_index(passages_path, tiny.processor(), index_path=tmp_path / "empty.faiss")
 
 
 def dpr_file(tmp_path):
@@ -179,10 +193,14 @@ def dpr_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["files", "array", "tensor", "faiss"])
+@pytest.mark.parametrize("kind", ["files", "arrays", "array", "tensor", "faiss"])
 def test_dpr(tmp_path, kind):
     path = dpr_file(tmp_path)
-    embeddings = {"array": vectors(), "tensor": torch.from_numpy(vectors())}.get(kind)
+    embeddings = {
+        "array": vectors(),
+        "arrays": [vectors()[:1], vectors()[1:]],
+        "tensor": torch.from_numpy(vectors()).requires_grad_(),
+    }.get(kind)
     if kind == "files":
         np.save(tmp_path / "a.npy", vectors()[:2])
         np.save(tmp_path / "b.npy", vectors()[2:])

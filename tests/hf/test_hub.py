@@ -135,6 +135,7 @@ def test_a_trainer_writes_the_card_of_what_it_knows(tmp_path):
     _, text = card_of(tmp_path / "model" / "README.md")
     metrics = trainer.last_evaluation.metrics
     assert f"| recall@5 | {metrics['recall@5']:.4g} |" in text
+    assert "| decoding | RAG-Token, K = 3 |" in text
     assert "| number of training questions | 12 |" in text and model.index.checksum() in text
     trainer.create_model_card(model_name="mine", license="mit")
     metadata, text = card_of(tmp_path / "README.md")

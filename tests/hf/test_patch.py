@@ -267,14 +267,23 @@ def wrapped():
     ("made", "settings", "message"),
     [
         (lambda: rag().rag, {}, "model: expected a RagTokenForGeneration or .*, got RagModel"),
-        (lambda: torch.compile(rag()), {}, "model: expected a RagToken.*, got OptimizedModule"),
+        (lambda: torch.nn.DataParallel(rag()), {}, "model: expected a RagToken.*, got DataParall"),
         (lambda: fastrag.patch_hf_rag(rag()), {}, "model: expected one that is not patched"),
         (wrapped, {}, "model: expected one with the forward of its class"),
         (rag, {"index": fastrag.FlatIndex(16)}, "passages: expected index and passages together"),
         (rag, {"passages": object()}, "index: expected index and passages together, got None"),
         (rag, {"processor": tiny.processor()}, "processor: expected None without an index"),
+        (rag, {"index": "x", "passages": []}, "index: expected a fastrag Index, got str"),
+        (
+            rag,
+            {"index": fastrag.FlatIndex(16), "passages": []},
+            "passages: expected a fastrag PassageStore, got list",
+        ),
     ],
-    ids=["class", "compiled", "twice", "wrapped", "index", "passages", "processor"],
+    ids=[
+        *("class", "wrapper", "twice", "wrapped", "index", "passages", "processor"),
+        *("kind of index", "kind of passages"),
+    ],
 )
 def test_a_patch_is_refused(made, settings, message):
     model = made()
@@ -294,8 +303,12 @@ def test_a_wrapped_patch_is_not_undone():
     [
         (torch.zeros(3, dtype=torch.int64), r"labels: expected int64 \[B, T\]"),
         (torch.full((3, 2), tiny.VOCAB), "labels"),
+        (
+            torch.full((2, 2), 5),
+            r"labels: .* with B = 3 and T of .* got \[2, 2\]",
+        ),
     ],
-    ids=["shape", "vocabulary"],
+    ids=["shape", "vocabulary", "questions"],
 )
 @pytest.mark.parametrize("name", ["bart", "gpt2"])
 def test_bad_labels_are_named(name, target, message):
