@@ -269,7 +269,7 @@ def _search(
 
 
 class _Answered:
-    """What is known of the questions that have been answered.
+    """Collect answers and judgements of the questions that have been answered.
 
     Args:
         model: the model.

@@ -45,7 +45,7 @@ class Row:
 
     @property
     def labels(self) -> dict[str, str | int]:
-        """What tells the row from others: model, retriever, decoding and passages per answer."""
+        """The labels of the row: model, retriever, decoding and passages per answer."""
         found = (self.model, self.retriever, self.result.marginal, self.result.n_docs)
         return dict(zip(_LABELS, found, strict=True))
 

@@ -60,7 +60,7 @@ class Reading(NamedTuple):
         contexts: their indices, `[n]`; context b*K + k is passage k of question b.
         ids: `[n, L]`, padded as the adapter's kind wants it.
         mask: `[n, L]`, 1 at tokens.
-        state: what the adapter has read; empty where nobody asked for it.
+        state: the state of the contexts, of `adapter.read`; empty if it was not needed.
     """
 
     contexts: Tensor

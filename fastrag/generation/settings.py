@@ -1,8 +1,7 @@
-"""Settings of a search: the caller's, checked, over neutral ones of transformers.
+"""Settings of a search: the caller's, checked, and neutral defaults for all others.
 
-How to search (beams, sampling) is said by the caller alone, because a model's `generation_config`
-was made for its use without passages; what it says about the tokens (ends, penalties, suppressed
-ids) holds.
+Only the caller chooses how to search (beams, sampling), because a model's `generation_config` was
+made for its use without passages. Its settings of tokens (ends, penalties, suppressed ids) apply.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_NEW_TOKENS = 32
 
-# Values for transformers where the caller says nothing: it warns of any other one that a search
-# does not read.
+# Defaults passed to transformers, which warns of any other value that a search does not read.
 _SAMPLING: dict[str, Any] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -56,7 +54,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         "assistant_tokenizer": None,
         "custom_generate": None,
     },
-    "because an answer begins behind its context": {"token_healing": False},
+    "because an answer follows its context": {"token_healing": False},
     "because generate returns a RagGeneration": {
         "return_dict_in_generate": False,
         "output_scores": False,
@@ -78,8 +76,8 @@ def search_config(
 ) -> tuple[GenerationConfig, int]:
     """Return the config of a search with the caller's settings, and the answers to a question.
 
-    It is the given `generation_config`, else the generator's own, with what `settings` say. It asks
-    for one answer, because how many each context proposes is the decoder's business.
+    The config is the given `generation_config`, else the generator's own, with `settings` over it.
+    It asks for one answer, because the decoder chooses how many each context proposes.
 
     Args:
         adapter: adapter of the generator.
@@ -91,7 +89,7 @@ def search_config(
         settings: fields of `GenerationConfig`, and `generation_config` itself.
 
     Raises:
-        ValueError: a setting that nobody knows, of another search, or out of its range.
+        ValueError: a setting that is unknown, of another search, or out of its range.
     """
     own = base_model(adapter.model).generation_config
     given = settings.pop("generation_config", None)
@@ -151,14 +149,14 @@ def search_config(
 
 
 def refuse(chosen: Mapping[str, Any], values: Mapping[str, Any], reason: str) -> None:
-    """Raise for a setting that is not None and not the one of `values`."""
+    """Raise ValueError for a setting that is neither None nor the value in `values`."""
     for name, value in values.items():
         if chosen.get(name) not in (None, value):
             raise ValueError(f"{name}: expected {value}, {reason}, got {shown(chosen[name])}")
 
 
 def _unknown(names: list[str]) -> str:
-    """Say which arguments nobody knows, with the nearest known one of each."""
+    """Return the message for unknown arguments, with the nearest known name of each."""
     known = {
         *vars(GenerationConfig()),
         *inspect.signature(GenerationMixin.generate).parameters,

@@ -4,7 +4,7 @@
 
 `MarginalModel` shows the K contexts of a question to transformers' `generate` as one decoder-only
 model, whose logits are log p(y_t|x,y_<t). Greedy search, beams, sampling, logits processors,
-stopping criteria and streamers thus see questions, and know nothing of passages.
+stopping criteria and streamers thus see one row per question and beam, not passages.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from fastrag.generation.search import Search
     from fastrag.nn.generators import GeneratorAdapter, Step
 
-# What transformers would take from a prompt or a cache that a question does not have: its K
-# contexts have one each.
+# Settings that read one prompt or one cache. A question has K of both, one for each context.
 _OF_ONE_CONTEXT: dict[str, Any] = {
     "guidance_scale": 1.0,
     "negative_prompt_ids": None,
@@ -58,7 +57,7 @@ class MarginalModel(GenerationMixin):
         adapter: adapter of the generator.
         context_ids: `[B*K, L]` int64, the K contexts of a question next to each other.
         context_mask: `[B*K, L]`, 1 at tokens.
-        log_prior: log p(z|x), `[B, K]`; -inf gives a passage no say.
+        log_prior: log p(z|x), `[B, K]`; -inf excludes a passage.
         state: what `adapter.read` returned for the contexts.
         cached: False reads contexts and answers again for each token.
 

@@ -1,4 +1,4 @@
-"""RagModel from a RAG model of transformers, and back: the same modules, composed the other way."""
+"""RagModel from a RAG model of transformers, and back. Both share the same modules."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _known(given: tuple[Any, Any], saved: tuple[Any, Any]) -> list[Any]:
 
 
 def _own_index(model: Any, processor: RagProcessor) -> tuple[Index, PassageStore]:
-    """Return the passages of a model's retriever, or those that its config names, as ours."""
+    """Return index and passages of a model's retriever, or those that its config names."""
     config = model.config
     dataset = getattr(getattr(model.retriever, "index", None), "dataset", None)
     if dataset is not None:
@@ -175,7 +175,7 @@ def _plain_encoder(name: str, encoder: Any) -> Any:
 
 
 def _separators(template: Template, prefix: str) -> dict[str, str]:
-    """Return title_sep and doc_sep of a template that transformers can write."""
+    """Return title_sep and doc_sep of a template that transformers can reproduce."""
     before, _, rest = template.context.partition("{passage}")
     doc_sep, _, after = rest.partition("{question}")
     opening, _, rest = template.passage.partition("{title}")
@@ -187,7 +187,7 @@ def _separators(template: Template, prefix: str) -> dict[str, str]:
     if template != written:
         raise ValueError(
             f"template: expected passage before question and title before text, with nothing "
-            f"around them, which transformers can write, got {template}"
+            f"around them, which transformers can reproduce, got {template}"
         )
     return {"title_sep": title_sep, "doc_sep": doc_sep}
 

@@ -1,6 +1,6 @@
-"""Indexes that others built: those of Hugging Face's RagRetriever, and DPR's passages and vectors.
+"""Indexes of other projects: those of Hugging Face's RagRetriever, and DPR's passages and vectors.
 
-Nothing is unpickled, which would run code.
+No pickle is read, because reading one runs code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def read_hf_index(
         passages_path: folder of `dataset.save_to_disk`, with the columns title, text and
             embeddings.
         processor: tokenises the passages.
-        index_path: file of `dataset.get_index("embeddings").save`, which becomes a `FaissIndex`
-            that scores the vectors that faiss keeps. None: a `FlatIndex` of the column embeddings.
-        factory: what faiss built the file with, for example "HNSW32", if faiss cannot tell.
+        index_path: file of `dataset.get_index("embeddings").save`, read as a `FaissIndex`, whose
+            scores are those of the vectors in the file. None: a `FlatIndex` of the column
+            embeddings.
+        factory: faiss's description of the index, for example "HNSW32", where the file does not
+            tell.
         dtype: how a FlatIndex stores the vectors.
         dir: write the passages there; None: keep them in memory.
 

@@ -1,7 +1,7 @@
 """The losses of a patched model: the paper's, and those that Hugging Face's RAG classes compute.
 
-Their convention for the labels of an encoder-decoder: the first column is the decoder's start token
-and is never predicted, and the pad token does not count.
+The labels of an encoder-decoder follow Hugging Face's convention: the first column is the decoder's
+start token and is never predicted, and the pad token does not count.
 """
 
 from __future__ import annotations

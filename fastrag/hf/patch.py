@@ -4,8 +4,9 @@
     model(input_ids, labels=labels).loss        # from hidden states: no logits are made
     unpatch_hf_rag(model)
 
-transformers' own forward still does everything but the loss. With labels it runs while the hook of
-the generator's adapter records what enters the output projection, which sees one position only.
+transformers' own forward still does everything except the loss. With labels it runs while the hook
+of the generator's adapter records the input of the output projection, which itself processes one
+position only.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ def _no_logits(asked: object) -> ValueError:
 
 @dataclasses.dataclass
 class _Patch:
-    """What a patched model holds: how its loss is made, and what unpatching gives back."""
+    """State of a patched model: how its loss is computed, and what unpatching restores."""
 
     marginal: str
     hf_quirks: bool
     adapter: GeneratorAdapter
-    retriever: Any  # that of before, if another one took its place
+    retriever: Any  # the model's own, to which unpatching returns
     own_retriever: IndexRetriever | None
 
     def adapter_of(self, generator: Any) -> GeneratorAdapter:
@@ -99,14 +100,14 @@ def patch_hf_rag(
     hf_quirks: bool = False,
     processor: RagProcessor | None = None,
 ) -> Any:
-    """Give a live RAG model of transformers fastrag's loss, and its retrieval if there is an index.
+    """Give a live RAG model of transformers fastrag's loss and, with an index, its retrieval.
 
         RAG-Token      nll = -sum_t log sum_k p(z_k|x) p(y_t|x,z_k,y_<t)
         RAG-Sequence   nll = -log sum_k p(z_k|x) prod_t p(y_t|x,z_k,y_<t)
                                                             (Lewis et al. 2020, sec. 2.1)
 
-    A call with `labels` returns the loss and all else that transformers returns, but no logits. A
-    call without labels, and `generate`, are transformers' own; with an index they retrieve from it.
+    A call with `labels` returns the loss and every other output of transformers except the logits.
+    A call without labels and `generate` are transformers' own; with an index they retrieve from it.
     Parameters, configuration and the class of the model stay as they are.
 
     Labels are those that transformers takes. For an encoder-decoder the first column is the
@@ -116,12 +117,12 @@ def patch_hf_rag(
     Args:
         model: a `RagTokenForGeneration` or `RagSequenceForGeneration`.
         index: vectors of `passages`, to retrieve from; None: the model's own retriever stays.
-        passages: the passages of the index. Unless hf_quirks is set, they have to be built with the
-            processor that makes the contexts.
+        passages: the passages of the index. Unless hf_quirks is set, they must have been tokenised
+            by the processor that builds the contexts.
         hf_quirks: compute the loss as transformers does, also where it departs from the paper (see
-            docs/math.md), and write contexts as it does, questions cut. If not: labels of one
-            column are the target itself, a missing passage takes no probability, questions are
-            never cut.
+            docs/math.md), and build contexts as it does, which may cut the question. If False,
+            labels of one column are the target itself, a missing passage takes no probability, and
+            questions are never cut.
         processor: tokenizers and template for an index; None: the tokenizers of the model's
             retriever, and `rag_processor`.
 
@@ -129,9 +130,9 @@ def patch_hf_rag(
         The model.
 
     Raises:
-        ValueError: another class, a model that is patched or wrapped already, a generator that
-            `adapt_generator` refuses, one without encoder together with hf_quirks, only one of
-            index and passages, or those of another width, length or tokenizer.
+        ValueError: the model is of another class, already patched or wrapped; `adapt_generator`
+            refuses the generator; hf_quirks with a decoder-only generator; only one of index and
+            passages; or index and passages of another kind, width, length or tokenizer.
 
     Example:
         >>> fastrag.patch_hf_rag(model)                                 # doctest: +SKIP
@@ -368,7 +369,7 @@ def _refuse_decoder_arguments(model: Any, given: dict[str, Any]) -> None:
 def _as_decoder_only(adapter: GeneratorAdapter, labels: Tensor) -> Iterator[None]:
     """Let transformers call a decoder-only generator as if it were an encoder-decoder.
 
-    Its contexts, padded on either side, and the labels become one sequence.
+    Each context, padded on either side, and its labels become one sequence.
     """
 
     def before(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

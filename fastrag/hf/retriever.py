@@ -69,13 +69,12 @@ class IndexRetriever(RagRetriever):
         passages: the passages, in the same order.
         question_tokenizer: the question encoder's tokenizer, with which questions are decoded.
         generator_tokenizer: the generator's tokenizer.
-        processor: makes the contexts, in which no question is cut. None: transformers makes them
+        processor: builds the contexts, in which no question is cut. None: transformers builds them
             from the texts, as its own retriever does, and cuts them on the right.
 
     Raises:
-        ValueError: index and passages of different length, vectors of another width than
-            `retrieval_vector_size` or the question encoder says, or passages that were tokenised in
-            another way than the processor does.
+        ValueError: index or passages of another kind or of different lengths, vectors of another
+            width than the question encoder's, or passages that another processor tokenised.
         ImportError: the package datasets, which transformers asks for, is not installed.
 
     Example:
@@ -152,7 +151,7 @@ def check_parts(index: object, passages: object, processor: object) -> None:
 
 
 class _SearchedIndex(HFIndex):
-    """An index of fastrag, asked as transformers asks its own."""
+    """An index of fastrag with the interface of transformers' own indexes."""
 
     def __init__(self, index: Index, passages: PassageStore) -> None:
         self.index, self.passages = index, passages
@@ -161,7 +160,7 @@ class _SearchedIndex(HFIndex):
         return True
 
     def init_index(self) -> None:
-        """The index is there."""
+        """Do nothing: the index exists."""
 
     def get_top_docs(
         self, question_hidden_states: np.ndarray[Any, Any], n_docs: int = 5

@@ -193,7 +193,7 @@ class GeneratorAdapter:
         return selected(branched(state), rows)
 
     def start(self, context_ids: Tensor) -> Tensor:
-        """Return the token behind which the answer of each context begins, `[rows, 1]`."""
+        """Return the token that each context's answer follows, `[rows, 1]`."""
         raise NotImplementedError
 
     def capturing(self) -> AbstractContextManager[list[Tensor]]:

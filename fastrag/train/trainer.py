@@ -283,7 +283,9 @@ class RagTrainer(Trainer):
         if hasattr(self.train_dataset, "__len__"):
             data["number of training questions"] = len(self.train_dataset)
         found = self.last_evaluation
-        metrics = None if found is None else {"decoding": found.decoding, **found.metrics}
+        metrics: dict[str, float | str] = {}
+        if found is not None:
+            metrics = {"decoding": found.decoding, **found.metrics}
         known = {name: value for name, value in data.items() if value is not None}
         model = self.accelerator.unwrap_model(self.model)
         return model_card(model, data=known, metrics=metrics, **settings)

@@ -212,7 +212,7 @@ def test_generation_config(marginal: str) -> None:
         ({"assistant_model": 1}, "assistant_model: expected None, because answers are searched"),
         ({"custom_generate": "x"}, "custom_generate: expected None, because answers are searched"),
         ({"num_beam_groups": 2}, "num_beam_groups: expected 1, because answers are searched"),
-        ({"token_healing": True}, "token_healing: expected False, because an answer begins"),
+        ({"token_healing": True}, "token_healing: expected False, because an answer follows"),
         ({"guidance_scale": 2.0}, "guidance_scale: expected 1.0, because the K contexts of a"),
         ({"negative_prompt_ids": 1}, "negative_prompt_ids: expected None, because the K contexts"),
         ({"cache_implementation": "static"}, "cache_implementation: expected None, because the K"),
