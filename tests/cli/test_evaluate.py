@@ -116,7 +116,9 @@ def test_a_table_of_models_retrievers_and_decodings(
     # one row alone has the same figures, and its seed is the same
     assert main([*command, "--model", "trained=run", *words[3:], "--json"]) == 0
     alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    labels = ({name: row[name] for name in ("model", "retriever", "marginal")} for row in rows)
+    labels = (
+        {name: row[name] for name in ("model", "retriever", "marginal", "n_docs")} for row in rows
+    )
     assert alone == [
         found | row["metrics"]
         for found, row in zip(labels, rows, strict=True)
