@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("question: expected a text, got an empty one")
     at_prompt = not given and sys.stdin is not None and sys.stdin.isatty()
     model = load_model(arguments, arguments.model)
+    model.processor.question_batch.warns = False  # each answer says so itself
     if at_prompt:
         with _history(keep=not arguments.no_history):
             _converse(model, arguments)

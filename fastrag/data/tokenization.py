@@ -177,7 +177,7 @@ class QuestionBatch:
         max_question: length limit of a question in tokens, with special tokens. The text of a
             longer question is cut, the first time with a warning. None: the tokenizer's
             `model_max_length`, if set.
-        warns: False leaves the warning to the caller, who asks `is_cut`.
+        warns: False leaves the warning to the caller, who asks `is_cut`; it may be set later.
 
     Raises:
         ValueError: `max_question` leaves no room for one token of text.
@@ -199,13 +199,13 @@ class QuestionBatch:
         pad = tokenizer.pad_token_id
         self._pad = 0 if pad is None else pad
         self._frame = frame_within(tokenizer, "max_question", max_question)
-        self._warns = warns
+        self.warns = warns
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, both `[B, S]` int64."""
         texts = [self.prefix + question.question.strip() for question in questions]
         framed = encode_framed(self.tokenizer, texts, self.max_question, self._frame)
-        if self._warns:
+        if self.warns:
             self._warn_if_cut(questions, framed)
         input_ids, mask = pad_ids(framed, self._pad)
         return {"input_ids": input_ids, "attention_mask": mask}
@@ -219,7 +219,7 @@ class QuestionBatch:
     def _warn_if_cut(self, questions: Sequence[Question], framed: list[list[int]]) -> None:
         for question, ids in zip(questions, framed, strict=True):
             if len(ids) == self.max_question and self.is_cut(question.question):
-                self._warns = False  # one warning for a whole data set
+                self.warns = False  # one warning for a whole data set
                 warnings.warn(
                     f"question {shown(question.id)}: cut to the encoder's {self.max_question} "
                     "tokens; the rest takes no part in the search. Further ones are not named",

@@ -164,6 +164,7 @@ class Source:
             model.index.to(self.device)
             model.passages.to(self.device)
             batch = model.processor.question_batch
+            batch.warns = False  # each answer says so itself
             return Served(model.index, model.passages, model.retriever, batch, model, folder)
         if folder is not None:
             dense = load_retriever(folder, self.index)
