@@ -72,14 +72,20 @@ class Contexts(NamedTuple):
             other; padded on the left for a causal generator, on the right for a seq2seq one.
         mask: `[B*K, L]` int64, 1 at tokens. No context is empty.
         n_cut: number of passages that were cut, a 0-d int64 tensor on the device of `ids`.
-        prefix_len: number of tokens before the question, `[B*K]` int64; None if the template puts
-            the question first.
+        passage_len: number of tokens of each passage after the cut, `[B, K]` int64.
+        n_before: tokens of the template before the question; None if it puts the question first.
     """
 
     ids: Tensor
     mask: Tensor
     n_cut: Tensor
-    prefix_len: Tensor | None
+    passage_len: Tensor
+    n_before: int | None
+
+    @property
+    def prefix_len(self) -> Tensor | None:
+        """Number of tokens before the question, `[B*K]`; None if the question comes first."""
+        return None if self.n_before is None else (self.passage_len + self.n_before).flatten()
 
 
 class RagProcessor:
@@ -506,10 +512,10 @@ def join_contexts(
     # Column 0 receives the padding of all pieces and is dropped.
     ids = tokens.new_full((len(tokens), width + 1), template.pad_id)
     ids.scatter_(1, place.masked_fill(~present, 0), tokens)
-    prefix_len = None
+    n_before = None
     if template.slots[0] == "passage":
-        prefix_len = (kept + len(template.literals[0]) + len(template.literals[1])).flatten()
-    return Contexts(ids[:, 1:], mask.long(), (kept < passage_len).sum(), prefix_len)
+        n_before = len(template.literals[0]) + len(template.literals[1])
+    return Contexts(ids[:, 1:], mask.long(), (kept < passage_len).sum(), kept, n_before)
 
 
 def _check_room(room: Tensor, n_literals: int, width: int, max_context: int) -> None:
