@@ -173,6 +173,7 @@ class Source:
         retriever = dense.retriever.to(self.device)
         retriever.index.to(self.device)
         batch = dense.question_batch
+        batch.warns = False
         return Served(retriever.index, retriever.passages, retriever, batch, folder=folder)
 
     def reload(self, served: Served, changed: set[str]) -> Served:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastrag.serve.service import Service
-from fastrag.serve.source import Source
+from fastrag.serve.source import Served, Source
 from tests import tiny
 from tests.serve.live import save_index, serving
 
@@ -140,3 +140,21 @@ def test_an_index_of_another_encoder_is_refused(folder: Path) -> None:
     service.served.index.save(folder / "idx" / "index")
     with pytest.warns(UserWarning, match="was built with another tokenizer"):
         assert not asyncio.run(service.reload_if_changed())
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(Source(index=str(folder / "idx")))
+    read = Source.reload
+
+    def replaced_meanwhile(source: Source, served: Served, changed: set[str]) -> Served:
+        fresh = read(source, served, changed)
+        save_index(folder / "idx", n=5)
+        return fresh
+
+    save_index(folder / "idx", n=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "reload", replaced_meanwhile)
+        assert asyncio.run(service.reload_if_changed()) and service.served.index.n_live == 7
+    assert asyncio.run(service.reload_if_changed()) and service.served.index.n_live == 5
