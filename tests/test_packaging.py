@@ -40,6 +40,7 @@ BASE_REQUIREMENTS = {
 }
 EXTRAS = {
     "bench",
+    "bm25",
     "datasets",
     "demo",
     "faiss",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
@@ -241,7 +242,8 @@ def mixture_logp(
 def _products_into(z0: Tensor, hidden: Tensor, weight: Tensor, head: dict[str, Any]) -> Tensor:
     """Write hidden W^T to z0 and return log_z."""
     log_z = torch.empty(len(hidden), dtype=torch.float32)
-    _C.head_products(_array(hidden), weight.detach().numpy(), z0.numpy(), log_z.numpy(), **head)
+    values = np.from_dlpack(weight.detach())  # by rows that need not be next to each other
+    _C.head_products(_array(hidden), values, z0.numpy(), log_z.numpy(), **head)
     return log_z
 
 
@@ -349,7 +351,12 @@ def _excluding(exclude: Tensor | None) -> dict[str, Any]:
 
 
 def _array(x: Tensor) -> Any:
-    return x.detach().to(torch.float32).contiguous().numpy()
+    """Return values to read, as float32.
+
+    `Tensor.numpy` would fix the size of the storage for good, also that of a parameter, which
+    `fully_shard` has to free.
+    """
+    return np.from_dlpack(x.detach().to(torch.float32).contiguous())
 
 
 def _capsules(*tensors: Tensor | None) -> list[Any]:
