@@ -16,6 +16,7 @@ MODULES = {
     "doc_scores": ("doc_scores",),
     "mips": ("mips", "mips_rescore"),
     "contexts": (),
+    "decode": ("mixture_logp",),
 }
 # Matrix products come first: of a warpgroup (sm_90), of a warp, of the fifth generation (sm_100).
 # Copies to shared memory follow, by the tensor memory accelerator and by a thread, asynchronously;

@@ -36,8 +36,9 @@ def test_evaluate_and_ask_find_the_model_and_its_index(project: Path) -> None:
     assert asked.returncode == 0, asked.stderr
     answer = json.loads(asked.stdout)
     assert answer["answer"] == predictions[4]["prediction"]
-    assert answer["passage"]["id"] == predictions[4]["passage_id"]
-    assert answer["passage"]["text"].startswith("likes ")
+    [support] = [each["document"] for each in answer["citations"] if each["supports"]]
+    assert support["id"] == predictions[4]["passage_id"]
+    assert support["text"].startswith("likes ")
     assert 0.0 < answer["probability"] <= 1.0
 
 

@@ -15,7 +15,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastrag.kernels import linear_logp, mips, mixture_pass, row_pass, tuning  # noqa: E402
+from fastrag.kernels import (  # noqa: E402
+    linear_logp,
+    mips,
+    mixture_logp,
+    mixture_pass,
+    row_pass,
+    tuning,
+)
 
 from fastrag.ops import backends  # noqa: E402
 
@@ -155,11 +162,12 @@ def test_another_choice_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -
         gradient = torch.empty_like(raw)
         row_pass.row_gradient(raw, gold, None, 1.0, None, log_z, torch.ones(3), 0.1, 5000, gradient)
         mixture = mixture_pass.mixture_statistics(raw, None, 1.0, None, *log_z, prior)
+        step = mixture_logp.mixture_logp(raw, prior, None, 1.0, None, vocab_size=5000)
         x, weight = torch.ones(2, 16), torch.randn(40, 16)
         linear, _ = linear_logp.linear_logp(
             x, [(slice(0, 40), weight)], gold[:2] % 40, None, 1.0, None, 2
         )
-        return [logp, mean, gradient, *mixture, linear]
+        return [logp, mean, gradient, *mixture, *step, linear]
 
     def seeded() -> list[torch.Tensor]:
         torch.manual_seed(0)
