@@ -30,6 +30,7 @@ TRAIN = (
     " --training.save_steps {eval_steps} --training.logging_steps {log_steps}"
     " --evaluation.limit 60"
 )
+SERVING = b"GET /metrics\r\n"  # the last line before `fastrag serve` waits for requests
 QUESTIONS = ("what is the capital of Peru?", "how dense is tungsten?")
 HEADER = """# Transcript
 
@@ -79,15 +80,19 @@ def on_terminal(folder: Path, command: str) -> str:
         program = f'fastrag() {{ {shlex.quote(sys.executable)} -m fastrag.cli "$@"; }}; {command}'
         os.execv("/bin/sh", ["sh", "-c", program])
     data = b""
+    stopped = False
     while True:
         try:
             data += os.read(terminal, 1 << 16)
         except OSError:  # how Linux ends a pseudo-terminal
             break
+        if SERVING in data and not stopped:
+            os.write(terminal, b"\x03")  # Ctrl-C
+            stopped = True
     os.close(terminal)
     screen = Screen()
-    screen.write(data.decode())
-    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0:
+    screen.write(data.partition(b"^C")[0].decode())
+    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0 and not stopped:
         raise SystemExit(f"{command}\n{screen.text()}")
     return screen.text()
 
