@@ -34,8 +34,7 @@ void bound_head_products(const Memory& hidden, const Memory& weight, const Memor
                          double softcap, int threads, const std::string& isa) {
   const Array<float> x("hidden", hidden, {-1, -1});
   const Matrix matrix(weight, std::nullopt, std::nullopt, x.size(1));
-  if (matrix.get().storage != Storage::kFloat32)
-    throw py::value_error("weight: expected float32");
+  if (matrix.get().storage != Storage::kFloat32) throw py::value_error("weight: expected float32");
   const int64_t n_ids = matrix.get().n_rows;
   const Array<float> out("z0", z0, {x.size(0), n_ids}, true);
   const Array<float> sums("log_z", log_z, {x.size(0)}, true);
@@ -64,12 +63,11 @@ void bound_mixture_logp(const Memory& z0, const Memory& log_z, const Memory& log
 }  // namespace
 
 void bind_decoding(py::module_& m) {
-  m.def("head_products", &bound_head_products, py::arg("hidden"), py::arg("weight"),
-        py::arg("z0"), py::arg("log_z"), py::kw_only(), py::arg("bias") = py::none(),
-        py::arg("logit_scale") = 1.0, py::arg("softcap") = 0.0, py::arg("threads") = 1,
-        py::arg("isa") = "");
-  m.def("mixture_logp", &bound_mixture_logp, py::arg("z0"), py::arg("log_z"),
-        py::arg("log_prior"), py::arg("mixture"), py::kw_only(), py::arg("bias") = py::none(),
+  m.def("head_products", &bound_head_products, py::arg("hidden"), py::arg("weight"), py::arg("z0"),
+        py::arg("log_z"), py::kw_only(), py::arg("bias") = py::none(), py::arg("logit_scale") = 1.0,
+        py::arg("softcap") = 0.0, py::arg("threads") = 1, py::arg("isa") = "");
+  m.def("mixture_logp", &bound_mixture_logp, py::arg("z0"), py::arg("log_z"), py::arg("log_prior"),
+        py::arg("mixture"), py::kw_only(), py::arg("bias") = py::none(),
         py::arg("logit_scale") = 1.0, py::arg("softcap") = 0.0, py::arg("threads") = 1,
         py::arg("isa") = "");
 }

@@ -1,7 +1,7 @@
 // The logits of the next token and their marginal distribution, for decoding.
 //
-// Unlike in row_pass.h, the buffer is z0 = X W^T, [n_rows, V], contiguous: transformers reads logits
-// in this orientation. The lanes of a vector are token ids. The logits
+// Unlike in row_pass.h, the buffer is z0 = X W^T, [n_rows, V], contiguous: transformers reads
+// logits in this orientation. The lanes of a vector are token ids. The logits
 //
 //     z = softcap * tanh(logit_scale * (z0 + bias) / softcap)
 //

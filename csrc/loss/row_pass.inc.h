@@ -446,8 +446,7 @@ void line_statistics_of(const LogitHead& head, const float* z0, IdRange ids, flo
   const F shift = Vec::set(top == -__builtin_inff() ? 0.0f : top);
   each = Vec::set(0.0f);
   for (int64_t v = ids.begin; v < whole; v += Vec::kWidth)
-    each = Vec::add(each,
-                    vexp(Vec::sub(logits_at<kCap, true>(head, z0, v, Vec::kWidth), shift)));
+    each = Vec::add(each, vexp(Vec::sub(logits_at<kCap, true>(head, z0, v, Vec::kWidth), shift)));
   join_sum(each, Vec::kWidth);
   if (rest > 0)
     join_sum(vexp(Vec::sub(logits_at<kCap, false>(head, z0, whole, rest), shift)), rest);
@@ -482,8 +481,7 @@ struct LineMixtureStep {
     const F shift = Vec::equal(top, lowest, Vec::set(0.0f), top);
     for (int64_t k = 0; k < lines.n_passages; ++k)
       sum = Vec::add(sum, vexp(Vec::sub(joint(k), shift)));
-    const F mixture =
-        Vec::equal(top, lowest, Vec::add(lowest, sum), Vec::add(top, vlog(sum)));
+    const F mixture = Vec::equal(top, lowest, Vec::add(lowest, sum), Vec::add(top, vlog(sum)));
     store<kWhole>(out + v, mixture, count);
   }
 };
@@ -534,5 +532,6 @@ bool elementwise(const char* name, const float* x, float* y, int64_t n) {
   return true;
 }
 
-const KernelTable kTable = {statistics,    gradient, mixture_statistics, mixture_gradient,
-                            Scratch::size, line_statistics, line_mixture, softcap, elementwise};
+const KernelTable kTable = {statistics,       gradient,      mixture_statistics,
+                            mixture_gradient, Scratch::size, line_statistics,
+                            line_mixture,     softcap,       elementwise};
