@@ -1,4 +1,4 @@
-"""What a model answers to questions, which passages the answers come from, and which are right."""
+"""Ask a model questions; collect its answers, their passages, and which of them are right."""
 
 from __future__ import annotations
 

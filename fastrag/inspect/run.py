@@ -1,4 +1,4 @@
-"""What a run folder tells beyond its model: the log of training and the checkpoints."""
+"""Read the training log and the checkpoints of a run folder."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 
 class Predicting(NamedTuple):
-    """What predicts the next tokens at one call of a model.
+    """States that predict the next tokens, recorded at one call of a model.
 
     Attributes:
         hidden: the input of the head at the last position, `[rows, 1, H]`.

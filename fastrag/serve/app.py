@@ -141,7 +141,7 @@ class Answered(BaseModel):
 
 
 class Health(BaseModel):
-    """What is served."""
+    """Answer of `GET /health`: state of the server and of its index."""
 
     status: str
     version: str
@@ -154,7 +154,7 @@ class Health(BaseModel):
 
 
 class Error(BaseModel):
-    """What was wrong with a request."""
+    """Answer to a refused request: the error message."""
 
     error: str
 

@@ -28,14 +28,14 @@ class Abandoned(Exception):
 
 
 class SearchKey(NamedTuple):
-    """What the queries of a batch share: the content they were checked against, and k."""
+    """Key of a batch of queries: the content that they were checked against, and k."""
 
     served: Served
     k: int
 
 
 class AnswerKey(NamedTuple):
-    """What the questions of a batch share."""
+    """Key of a batch of questions: these settings are the same for all of them."""
 
     served: Served
     n_docs: int | None

@@ -30,7 +30,7 @@ _ENCODED_TOGETHER = 64
 
 
 class Found(NamedTuple):
-    """What a search found for one query.
+    """Result of a search for one query.
 
     Attributes:
         passages: the passages, best first.

@@ -96,7 +96,7 @@ def test_splits_cover_the_vocabulary(n: int, vocab: int) -> None:
 
 
 def test_the_operation_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an odd vocabulary, hidden states and head in other dtypes; more passages go to torch."""
+    """The op runs with an odd vocabulary and mixed dtypes, and refuses larger K by name."""
     from fastrag.ops import mixture_logp as op
 
     monkeypatch.setenv(backends.BACKEND_VARIABLE, "triton")

@@ -36,7 +36,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "phi", "gemma2_window", "lora"])
 def test_states_are_those_of_whole_contexts(name: str) -> None:
-    """Of contexts and prefixes of any length, in a batch and after it."""
+    """Cached states equal those of whole contexts, in one batch and in a later one."""
     made = {"gemma2_window": a_short_window, "lora": lambda: lora_generator().double().eval()}
     adapter: Any = adapt_generator(made[name]() if name in made else generator(name))
     cache = PrefixCache(LARGE)
