@@ -210,7 +210,7 @@ def create_app(service: Service, limits: Limits | None = None, *, topk: int = 3)
     kinds: dict[int | str, dict[str, Any]] = {200: {"model": Results | SingleResults}}
     app.post("/retrieve", responses=kinds | _ERRORS, summary="Find passages")(retrieve)
     if served.model is not None:
-        streamed = {"text/event-stream": {}}
+        streamed: dict[str, Any] = {"text/event-stream": {}}
         answered: dict[int | str, dict[str, Any]] = {200: {"model": Answered, "content": streamed}}
         app.post("/answer", responses=answered | _ERRORS, summary="Answer a question")(_answer)
     busy: dict[int | str, dict[str, Any]] = {code: _ERRORS[code] for code in (408, 413, 504)}
