@@ -133,6 +133,13 @@ def test_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("Passage(id=") == 3
 
 
+def test_freshness_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(ROOT / "docs" / "freshness.md")
+    shown = capsys.readouterr().out
+    assert shown.count("Refresh(step=") == 3 and "'staleness_retrieved': " in shown
+    assert str(names["refresher"].policy) == "favourites:3+every:100"
+
+
 def test_index_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "index.md"
     names = run(page)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import functional
+from fastrag.freshness.maps import FoldedVectors, VectorMap
 from fastrag.index.base import Hits, Index
 from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
 from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
@@ -45,12 +46,15 @@ class Retrieved(NamedTuple):
             scores of rows that the caller chose are `doc_scores` times tau.
         doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
         log_prior: log p(z|x) `[B, K]`, differentiable.
+        passage_emb: vectors `[B, K, D]` of passages that were encoded again, differentiable; None
+            if the stored vectors were scored.
     """
 
     query_emb: Tensor
     hits: Hits
     doc_scores: Tensor
     log_prior: Tensor
+    passage_emb: Tensor | None = None
 
 
 class Retriever(nn.Module):
@@ -78,6 +82,10 @@ class Retriever(nn.Module):
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
         move_index: move index and passages along when the module moves to another device.
+
+    Attributes:
+        vector_map: map from stored vectors to present ones through which the index is searched;
+            None: stored vectors are searched as they are. `IndexRefresher` fits it.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range.
@@ -127,6 +135,7 @@ class Retriever(nn.Module):
         self.explore_pool = explore_pool
         self.explore_tau = explore_tau
         self.move_index = move_index
+        self.vector_map: VectorMap | None = None
         self.search_seconds = 0.0  # wall time of the last search on the host
         self._prior_seen = False
         if self.passage_encoder is not None and not train_passage_encoder:
@@ -196,7 +205,7 @@ class Retriever(nn.Module):
             hits = Hits((doc_scores * self.tau).detach(), rows, stored, version)
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
-        return Retrieved(query_emb, hits, doc_scores, log_prior)
+        return Retrieved(query_emb, hits, doc_scores, log_prior, passage_emb if fresh else None)
 
     @torch.no_grad()
     def search(
@@ -220,7 +229,35 @@ class Retriever(nn.Module):
         check_count("k", k)
         with evaluating(self.question_encoder):
             query_emb = self.encode_questions(input_ids, attention_mask)
-        return self._search(query_emb, k)
+        return self.nearest(query_emb, k)
+
+    def nearest(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
+        """Return the k nearest passages of question vectors, without gradient.
+
+        Args:
+            query_emb: `[B, D]`.
+            k: passages per question.
+            vectors: also return the vectors of the hits.
+
+        Returns:
+            `Hits`. If a `vector_map` is set, scores and vectors are those of mapped passages.
+
+        Raises:
+            ValueError: as `Index.search`, or an empty index.
+        """
+        self._check_index()
+        with stage("search"):
+            if self.vector_map is None:
+                return self.index.search(query_emb, k, vectors=vectors)
+            query, shift = self.vector_map.questions(query_emb)
+            hits = self.index.search(query, k, vectors=vectors)
+            stored = hits.vectors
+            mapped = None if stored is None else self._mapped(stored, hits.rows)
+            return Hits(hits.scores + shift[:, None], hits.rows, mapped, hits.version)
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors of rows `[...]` as `nearest` sees them, `[..., D]` float32."""
+        return self._mapped(self.index.vectors(rows), rows)
 
     def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Encode questions `[B, S]` with gradient: `[B, D]`."""
@@ -286,12 +323,37 @@ class Retriever(nn.Module):
             rows=rows,
             dim=self.index.dim,
         )
+        self.write(vectors, rows)
+
+    def write(self, vectors: Tensor, rows: Tensor | None = None) -> None:
+        """Write vectors of the present passage encoder into the index.
+
+        If a `vector_map` is set, rows are stored so that the map returns these vectors. Vectors of
+        all rows are stored as they are, and the map is dropped.
+
+        Args:
+            vectors: `[n, D]`.
+            rows: their rows `[n]`, each once; None: all, also into an empty index.
+
+        Raises:
+            ValueError: another width, a vector that is not finite, or unknown or repeated rows. The
+                index is then unchanged.
+        """
         if rows is not None:
-            self.index.update(rows, vectors)
-        elif len(self.index):
+            stored = vectors if self.vector_map is None else self.vector_map.stored(vectors)
+            self.index.update(rows, stored)
+            return
+        if len(self.index):
             self.index.replace(vectors)
         else:
             self.index.add(vectors)
+        self.vector_map = None
+
+    def fold_map(self) -> None:
+        """Replace all stored vectors by those that the `vector_map` makes of them, and drop it."""
+        if self.vector_map is not None:
+            self.index.replace(FoldedVectors(self.index, self.vector_map))
+            self.vector_map = None
 
     def get_extra_state(self) -> Tensor:
         """Return the index's reference for `state_dict`; see `IndexReference`."""
@@ -325,12 +387,12 @@ class Retriever(nn.Module):
         start = time.perf_counter()
         if self.training and self.explore:
             n_candidates = max(self.explore_pool or len(self.index), k)
-            candidates = self._search(query_emb, n_candidates, vectors=True)
+            candidates = self.nearest(query_emb, n_candidates, vectors=True)
             softness = self.tau * self.explore_tau
             columns = explore(candidates.scores, k, min(self.explore, k), softness)
             hits = candidates.columns(columns)
         else:
-            hits = self._search(query_emb, k, vectors=True)
+            hits = self.nearest(query_emb, k, vectors=True)
         self.search_seconds = time.perf_counter() - start
         return hits
 
@@ -344,12 +406,13 @@ class Retriever(nn.Module):
         self._check_index()
         self.search_seconds = 0.0
         vectors, version = self.index.gather(rows)
-        return vectors.to(query_emb.device), version
+        return self._mapped(vectors.to(query_emb.device), rows), version
 
-    def _search(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
-        self._check_index()
-        with stage("search"):
-            return self.index.search(query_emb, k, vectors=vectors)
+    def _mapped(self, stored: Tensor, rows: Tensor) -> Tensor:
+        """Return stored vectors as the map sees them; vectors of missing rows stay zero."""
+        if self.vector_map is None:
+            return stored
+        return self.vector_map.passages(stored).masked_fill((rows < 0)[..., None], 0.0)
 
     def _check_index(self) -> None:
         """Raise ValueError unless there is a vector of the right width for each passage."""

@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "retriever.index_device",
     "data.eval_questions",
     "refresh.batch_size",
+    "refresh.worker",
     "evaluation.",
 )
 BOUND_IN_TRAINING = (
@@ -183,12 +184,19 @@ class RefreshConfig:
     """When the vectors of the index are recomputed.
 
     Args:
-        policy: frozen, or every:<steps>.
+        policy: frozen; every:<steps>; rolling:<passages per step>; drift:<limit>; map; several
+            joined with +, or a schedule such as 0-1000:rolling:64, 1000-:drift:0.02.
         batch_size: passages per batch when the index is built or refreshed.
+        samples: passages that are drawn uniformly and encoded in each step to measure how stale
+            the index is; null: as many as the policy asks for.
+        worker: device of a process of its own that encodes, such as cuda:1; null: the training
+            process encodes.
     """
 
     policy: str = "frozen"
     batch_size: int = 64
+    samples: int | None = None
+    worker: str | None = None
 
 
 @dataclass
@@ -257,6 +265,9 @@ class RagConfig:
         except ValueError as error:
             raise ValueError(f"refresh.policy{str(error).removeprefix('refresh')}") from None
         _require_count("refresh.batch_size", self.refresh.batch_size)
+        samples = self.refresh.samples
+        fits = samples is None or samples >= 0
+        require("refresh.samples", fits, "an integer >= 0 or null", samples)
         self.training.check()
         self._check_evaluation()
 
@@ -471,6 +482,8 @@ class RagConfig:
             "generator_lr": self.training.learning_rate,
             "refresh": self.refresh.policy,
             "encode_batch_size": self.refresh.batch_size,
+            "refresh_samples": self.refresh.samples,
+            "refresh_worker": self.refresh.worker,
             "eval_limit": evaluation.limit,
             "eval_ks": evaluation.ks,
             "eval_max_new_tokens": evaluation.max_new_tokens,
