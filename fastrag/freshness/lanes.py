@@ -109,7 +109,7 @@ class StreamLane:
         self._stream = self._streams.Stream()
         self._twin: nn.Module | None = None
         self._of: nn.Module | None = None
-        self._job: tuple[Tensor | None, list[Tensor], list[Tensor], int] | None = None
+        self._job: tuple[Tensor | None, list[Tensor], list[Tensor], Any, int] | None = None
 
     def submit(self, encoder: Any, rows: Tensor | None, step: int) -> None:
         """Copy the weights and send all batches to the stream."""
@@ -127,20 +127,21 @@ class StreamLane:
             ]
             self._stream.wait_stream(training)
             copy_weights(encoder, twin)
-            copied = self._stream.record_event()
+            copied = self._event()
             with stage("refresh/encode"):
                 for ids, mask in inputs:
                     vectors.append(twin(ids, mask).float())
                     _check_shape(vectors[-1], len(ids), self.dim)
+            done = self._event()
         training.wait_event(copied)
-        self._job = (rows, batches, vectors, step)
+        self._job = (rows, batches, vectors, done, step)
 
     def collect(self, *, wait: bool = False) -> Encoded | None:
-        """Wait for the stream and return the vectors on the CPU."""
+        """Wait for the job and return the vectors on the CPU."""
         if self._job is None:
             return None
-        (rows, batches, vectors, step), self._job = self._job, None
-        self._stream.synchronize()
+        (rows, batches, vectors, finished, step), self._job = self._job, None
+        finished.synchronize()
         out = torch.empty(sum(map(len, batches)), self.dim)
         for batch, each in zip(batches, vectors, strict=True):
             out[batch] = each.cpu()
@@ -154,6 +155,11 @@ class StreamLane:
     def close(self) -> None:
         """Forget the job."""
         self._job = None
+
+    def _event(self) -> Any:
+        event = self._streams.Event()
+        event.record(self._stream)
+        return event
 
     def _copy_of(self, encoder: nn.Module) -> nn.Module:
         if self._twin is None or self._of is not encoder:

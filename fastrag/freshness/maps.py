@@ -19,11 +19,15 @@ from fastrag.messages import shown
 if TYPE_CHECKING:
     from fastrag.index.base import Index
 
-# Pairs (with their weights) from which the first map is fitted.
+# Pairs, counted by their weights, from which the first map is fitted.
 MIN_PAIRS = 32.0
 # A map that stretches some direction this much more than another loses float32 digits when vectors
 # are mapped back.
 MAX_CONDITION = 1e3
+# Larger values leave much of a common drift in place, smaller ones follow the noise of few pairs.
+RIDGE = 0.25
+# Spread of the pairs in time, in half-lives, at which half of the trend is believed.
+FLAT_SHARE = 0.25
 _BLOCK_ROWS = 8192
 
 
@@ -106,13 +110,19 @@ class FoldedVectors:
 class MapFit:
     """Running least squares for A and b, from pairs of a stored and a fresh vector.
 
-    With weights w = 2^(-age of the pair / half_life), weighted means and covariances of
-    x = d_stored and y = d_fresh, and a ridge that pulls A to the identity where pairs are few,
+    A drifts on, so a mean over recent pairs lags behind. Every moment is therefore extrapolated to
+    the present along its weighted regression line in time tau <= 0, as in local linear regression:
+    with weights w = 2^(tau / half_life) and sums w_j = sum w tau^j,
 
-        lambda     = (D / sum w) tr(Cxx) / D
-        affine     A = (Cyx + lambda I) (Cxx + lambda I)^-1
-        orthogonal A = U V^T,  U S V^T = Cyx + lambda I          (Schönemann 1966)
-        b          = mean(y) - A mean(x)
+        m = sum w (w_2 - w_1 tau) f / (w_0 w_2 - w_1^2)    for f = x, y, x x^T, y x^T
+
+    where x = d_stored and y = d_fresh. With the covariances C of these moments, the present A, and
+    a ridge that pulls A to the identity where pairs are few,
+
+        lambda     = tr(Cxx) / (4 w_0)
+        affine     A <- A + (Cyx - A Cxx + lambda (I - A)) (mean Cxx + lambda I)^-1
+        orthogonal A <- U V^T,  U S V^T = Cyx + lambda I         (Schönemann 1966)
+        b          = m(y) - A m(x)
 
     Args:
         dim: D.
@@ -135,10 +145,11 @@ class MapFit:
         self.dim = dim
         self.kind = kind
         self.half_life = half_life
-        self.n_pairs = 0.0
-        self._x = torch.zeros(self.dim, dtype=torch.float64)
+        self._weights = [0.0, 0.0, 0.0]  # w_0, w_1, w_2
+        # Sums of w f and w tau f.
+        self._x = torch.zeros(2, dim, dtype=torch.float64)
         self._y = self._x.clone()
-        self._xx = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        self._xx = torch.zeros(2, dim, dim, dtype=torch.float64)
         self._yx = self._xx.clone()
 
     @property
@@ -146,54 +157,70 @@ class MapFit:
         """Kind and half-life."""
         return self.kind, self.half_life
 
+    @property
+    def _sums(self) -> dict[str, Tensor]:
+        return {"x": self._x, "y": self._y, "xx": self._xx, "yx": self._yx}
+
     def forget(self) -> None:
-        """Lower the weight of all pairs by a step."""
+        """Make all pairs a step older."""
         kept = 0.5 ** (1.0 / self.half_life)
-        self.n_pairs *= kept
-        for each in (self._x, self._y, self._xx, self._yx):
+        w0, w1, w2 = self._weights
+        self._weights = [kept * w0, kept * (w1 - w0), kept * (w2 - 2.0 * w1 + w0)]
+        for each in self._sums.values():
+            each[1] -= each[0]
             each *= kept
 
     def add(self, stored: Tensor, fresh: Tensor) -> None:
-        """Add pairs, both `[n, D]`."""
+        """Add pairs of the present step, both `[n, D]`."""
         x, y = (each.to("cpu", torch.float64) for each in (stored, fresh))
-        self.n_pairs += len(x)
-        self._x += x.sum(0)
-        self._y += y.sum(0)
-        self._xx += x.T @ x
-        self._yx += y.T @ x
+        self._weights[0] += len(x)
+        self._x[0] += x.sum(0)
+        self._y[0] += y.sum(0)
+        self._xx[0] += x.T @ x
+        self._yx[0] += y.T @ x
 
-    def solve(self) -> VectorMap | None:
+    def solve(self, present: VectorMap | None = None) -> VectorMap | None:
         """Return the map, or None while there are too few pairs.
+
+        Args:
+            present: the map in use; None: the identity.
 
         Raises:
             ValueError: the pairs do not determine an invertible map.
         """
-        if self.n_pairs < MIN_PAIRS:
+        w0, w1, w2 = self._weights
+        if w0 < MIN_PAIRS:
             return None
-        x, y = self._x / self.n_pairs, self._y / self.n_pairs
-        cxx = self._xx / self.n_pairs - torch.outer(x, x)
-        cyx = self._yx / self.n_pairs - torch.outer(y, x)
-        variance = float(cxx.trace())
-        if not variance > 1e-12 * float(self._xx.trace() / self.n_pairs):
+        # Without a spread of pairs in time there is no line: the second term keeps it flat.
+        w2 = w2 + w0 * (FLAT_SHARE * self.half_life) ** 2
+        scale = w0 * w2 - w1 * w1
+        x, y, xx, yx = ((w2 * f[0] - w1 * f[1]) / scale for f in self._sums.values())
+        cxx, cyx = xx - torch.outer(x, x), yx - torch.outer(y, x)
+        mean = self._x[0] / w0
+        spread = self._xx[0] / w0 - torch.outer(mean, mean)
+        variance = float(spread.trace())
+        if not variance > 1e-12 * float(self._xx[0].trace() / w0):
             raise ValueError("map: expected stored vectors that differ, got equal ones")
-        pull = variance / self.n_pairs * torch.eye(self.dim, dtype=torch.float64)
+        eye = torch.eye(self.dim, dtype=torch.float64)
+        pull = RIDGE * variance / w0
         if self.kind == "orthogonal":
-            u, _, vh = torch.linalg.svd(cyx + pull)
+            u, _, vh = torch.linalg.svd(cyx + pull * eye)
             matrix = u @ vh
         else:
-            factor, failed = torch.linalg.cholesky_ex(cxx + pull)
+            factor, failed = torch.linalg.cholesky_ex(spread + pull * eye)
             if int(failed):
                 raise ValueError("map: expected a positive definite covariance, got another")
-            matrix = torch.cholesky_solve((cyx + pull).T, factor).T
+            start = eye if present is None else present.matrix.double()
+            error = cyx - start @ cxx + pull * (eye - start)
+            matrix = start + torch.cholesky_solve(error.T, factor).T
         return VectorMap(matrix, y - matrix @ x)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the sums over the pairs."""
-        sums = {"x": self._x, "y": self._y, "xx": self._xx, "yx": self._yx}
         return {
             "settings": [self.kind, self.half_life],
-            "n_pairs": self.n_pairs,
-            **{name: each.clone() for name, each in sums.items()},
+            "weights": list(self._weights),
+            **{name: each.clone() for name, each in self._sums.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -207,14 +234,14 @@ class MapFit:
             raise ValueError(f"map: expected {', '.join(expected)}, got {shown(state_dict)}")
         for name, ours in expected.items():
             got = state_dict[name]
-            fits = type(got) is type(ours) and (
-                (got.shape, got.dtype) == (ours.shape, ours.dtype)
-                if isinstance(ours, Tensor)
-                else isinstance(ours, float) or got == ours
-            )
-            if not fits:
+            if isinstance(ours, Tensor):
+                fits = isinstance(got, Tensor) and (got.shape, got.dtype) == (
+                    ours.shape,
+                    ours.dtype,
+                )
+            else:
+                fits = isinstance(got, list) and [*map(type, got)] == [*map(type, ours)]
+            if not fits or (name == "settings" and got != ours):
                 raise ValueError(f"map: {name}: expected {shown(ours)}, got {shown(got)}")
-        self.n_pairs = state_dict["n_pairs"]
-        self._x, self._y, self._xx, self._yx = (
-            state_dict[name].clone() for name in ("x", "y", "xx", "yx")
-        )
+        self._weights = list(state_dict["weights"])
+        self._x, self._y, self._xx, self._yx = (state_dict[name].clone() for name in self._sums)

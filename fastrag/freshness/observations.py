@@ -23,6 +23,7 @@ class Observation(NamedTuple):
         rows: the same rows, each once, `[m]` int64.
         fresh: vectors of `rows` that the step has encoded, `[m, D]` float32; None: it has not, or
             not as an eval pass would.
+        noisy: whether it has encoded them, but not as an eval pass would.
         query_emb: question vectors of the last forward pass, `[B, D]`; None: there was no question.
         correlations: rank correlation of stored to fresh scores, one value per question.
     """
@@ -30,6 +31,7 @@ class Observation(NamedTuple):
     found: Tensor
     rows: Tensor
     fresh: Tensor | None
+    noisy: bool
     query_emb: Tensor | None
     correlations: Tensor
 
@@ -61,10 +63,12 @@ class Observations:
 
     def __init__(self) -> None:
         self._passes: list[tuple[list[Tensor | None], Any]] = []
+        self._noisy = False
 
     def add(self, retrieved: Retrieved, *, usable: bool) -> None:
         """Add a forward pass; `usable`: its passage vectors are those of an eval pass."""
         fresh = retrieved.passage_emb if usable else None
+        self._noisy |= retrieved.passage_emb is not None and not usable
         stale = None if fresh is None else retrieved.hits.vectors
         tensors = [retrieved.hits.rows, fresh, retrieved.query_emb, stale]
         copies = [None if each is None else _begin_copy(each.detach()) for each in tensors]
@@ -82,6 +86,7 @@ class Observations:
             of_all_ranks: join those of all ranks, so that all write the same into their indexes.
         """
         passes, self._passes = self._passes, []
+        noisy, self._noisy = self._noisy, False
         for _, event in passes:
             if event is not None:
                 event.synchronize()
@@ -97,7 +102,8 @@ class Observations:
             )
             fresh = torch.cat([each[1] for each in parts])[first]
         correlations = torch.cat([torch.empty(0), *(each[3] for each in parts)])
-        return Observation(found, rows, fresh, parts[-1][2] if parts else None, correlations)
+        query_emb = parts[-1][2] if parts else None
+        return Observation(found, rows, fresh, noisy, query_emb, correlations)
 
 
 def _begin_copy(tensor: Tensor) -> Tensor:
@@ -134,16 +140,18 @@ def _joined(parts: list[list[Any]]) -> list[list[Any]]:
 
 def newest(parts: list[Fresh], ledger: RowLedger) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows, vectors and steps to write: of each row the newest, unless a newer is stored."""
-    empty = torch.empty(0, dtype=torch.int64)
-    rows, steps, chosen = [empty], [empty], [torch.empty(0, 0)]
+    rows, steps, vectors = [], [], []
     for part in sorted(parts, key=lambda each: each.step):
         write = part.write & (ledger.ages(part.step, part.rows) >= 0)
         rows.append(part.rows[write])
-        steps.append(torch.full_like(rows[-1], part.step))
-        chosen.append(part.vectors[write])
-    all_rows, vectors = torch.cat(rows), torch.cat([each for each in chosen if len(each)] or chosen)
+        steps.append(torch.full_like(rows[-1], part.step, dtype=torch.int32))
+        vectors.append(part.vectors[write])
+    if not rows:
+        none = torch.empty(0, dtype=torch.int64)
+        return none, torch.empty(0, 0), none.int()
+    all_rows = torch.cat(rows)
     unique, where = all_rows.unique(return_inverse=True)
     last = torch.zeros_like(unique).scatter_reduce_(
         0, where, torch.arange(len(all_rows)), "amax", include_self=False
     )
-    return unique, vectors[last], torch.cat(steps)[last].int()
+    return unique, torch.cat(vectors)[last], torch.cat(steps)[last]

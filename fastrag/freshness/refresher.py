@@ -210,10 +210,7 @@ class IndexRefresher:
             ValueError: as `step`.
         """
         with stage("refresh"):
-            self.retriever.refresh_index(self.batch_size, rows=rows, encoder=encoder)
-        n = len(self.retriever.index) if rows is None else len(rows)
-        self._wrote(None if rows is None else rows.cpu(), step)
-        return Refresh(step, n, self._noted_version())
+            return self._refresh(step, rows, encoder)
 
     def finish(self, step: int) -> None:
         """Encode all passages whose vectors are older than the present weights, and drop the map.
@@ -449,10 +446,10 @@ class IndexRefresher:
                 chosen = policy.choose(View(step, self.ledger, seen.rows, removed, drift))
             if isinstance(chosen, str):
                 if not isinstance(lane, WorkerLane):
-                    return self.refresh(step, None, encoder)
+                    return self._refresh(step, None, encoder)
                 lane.submit(encoder, None, step)
             else:
-                again = seen.rows if policy.writes_back and seen.fresh is None else none
+                again = seen.rows if policy.writes_back and seen.noisy else none
                 drawn = self._draw(samples)
                 wanted = none if chosen is None else chosen.to("cpu", torch.int64)
                 _require_distinct(wanted)
@@ -464,6 +461,12 @@ class IndexRefresher:
                 if isinstance(lane, InlineLane):
                     parts += self._finished(step)[1]
         return self._commit(step, parts, seen) or report
+
+    def _refresh(self, step: int, rows: Tensor | None, encoder: PassageEncoder | None) -> Refresh:
+        self.retriever.refresh_index(self.batch_size, rows=rows, encoder=encoder)
+        n = len(self.retriever.index) if rows is None else len(rows)
+        self._wrote(None if rows is None else rows.cpu(), step)
+        return Refresh(step, n, self._noted_version())
 
     def _finished(self, step: int) -> tuple[Refresh | None, list[Fresh]]:
         """Return the vectors of a finished job; those of all rows are written at once."""
@@ -494,15 +497,14 @@ class IndexRefresher:
                 self.estimate.sampled(drift[part.drawn], predicted[part.drawn])
                 self.estimate.saw(drawn=drift[part.drawn])
             self.ledger.measured(part.rows, drift, part.step)
-            if self._fit is not None:
+            if self._fit is not None and part.step >= step - 1:
                 self._fit.add(*pairs)
         self.ledger.wrote(rows, steps)
         n_encoded = sum(len(each.rows) for each in parts if each.vectors is not seen.fresh)
-        if not len(rows) and not n_encoded:
+        n_back = sum(int(each.write.sum()) for each in parts if each.vectors is seen.fresh)
+        if not n_encoded and not n_back:
             return None
-        return Refresh(
-            step, n_encoded, self._noted_version(), len(rows) - min(len(rows), n_encoded)
-        )
+        return Refresh(step, n_encoded, self._noted_version(), n_back)
 
     def _compared(self, fresh: Fresh) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Return pairs for the map, the drift of each row, and its prediction."""
@@ -521,19 +523,17 @@ class IndexRefresher:
         """Fit the map again every few steps; a singular fit leaves the map as it is."""
         if self._fit is None:
             return
-        self._fit.forget()
-        if step % max(1, self._fit.half_life // FITS_PER_HALF_LIFE):
-            return
+        due = step % max(1, self._fit.half_life // FITS_PER_HALF_LIFE) == 0
         try:
-            fitted = self._fit.solve()
+            fitted = self._fit.solve(self.retriever.vector_map) if due else None
         except ValueError as error:
             if not self._warned:
                 without = "no map" if self.retriever.vector_map is None else "the map of before"
                 warnings.warn(f"{error}; the search goes on with {without}", stacklevel=4)
-            self._warned = True
-            return
+            self._warned, fitted = True, None
         if fitted is not None:
             self.retriever.vector_map = fitted
+        self._fit.forget()
 
     # ---- small things --------------------------------------------------------------------------
 
