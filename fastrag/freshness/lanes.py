@@ -106,7 +106,8 @@ class StreamLane:
         self.dim = dim
         self.device = device
         self._streams: Any = torch.get_device_module(device)
-        self._stream = self._streams.Stream()
+        # the stand-in for streams on the CPU knows no device
+        self._stream = self._streams.Stream(*([device] if device.type == "cuda" else []))
         self._twin: nn.Module | None = None
         self._of: nn.Module | None = None
         self._job: tuple[Tensor | None, list[Tensor], list[Tensor], Any, int] | None = None
@@ -116,7 +117,7 @@ class StreamLane:
         rows_ = torch.arange(len(self.passages)) if rows is None else rows.cpu()
         order = self.passages.lengths("encoder")[rows_].argsort(descending=True, stable=True)
         twin = self._copy_of(encoder)
-        training = self._streams.current_stream()
+        training = self._streams.current_stream(self.device)
         batches = list(order.split(self.batch_size))
         vectors = []
         with self._streams.stream(self._stream), torch.no_grad():
@@ -192,22 +193,21 @@ def stochastic(encoder: Any) -> bool:
     """
     if not isinstance(encoder, nn.Module) or not encoder.training:
         return False
-    for module in encoder.modules():
-        if not module.training:
-            continue
+    configs = {}
+    for module in filter(lambda each: each.training, encoder.modules()):
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0:
             return True
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return True
         config = getattr(module, "config", None)
-        rates = vars(config).items() if hasattr(config, "model_type") else ()
-        if any(
-            ("dropout" in name or "layerdrop" in name) and isinstance(rate, float) and rate > 0.0
-            for name, rate in rates
-            if "classifier" not in name
-        ):
-            return True
-    return False
+        if hasattr(config, "model_type"):
+            configs[id(config)] = config  # layers share that of the model
+    return any(
+        isinstance(rate, float) and rate > 0.0 and "classif" not in name
+        for config in configs.values()
+        for name, rate in vars(config).items()
+        if "dropout" in name or "layerdrop" in name
+    )
 
 
 def copy_weights(encoder: nn.Module, twin: nn.Module) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastrag.index.base import Index
 
 # Pairs, counted by their weights, from which the first map is fitted.
-MIN_PAIRS = 32.0
+MIN_PAIRS = 8.0
 # A map that stretches some direction this much more than another loses float32 digits when vectors
 # are mapped back.
 MAX_CONDITION = 1e3

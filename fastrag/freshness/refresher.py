@@ -103,12 +103,15 @@ class IndexRefresher:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if samples is not None and samples < 0:
             raise ValueError(f"samples: expected at least 0 or None, got {samples}")
+        try:
+            self.worker = None if worker is None else torch.device(worker)
+        except RuntimeError as error:
+            raise ValueError(f"worker: expected a device or None, got {shown(worker)}") from error
         owner: Any = retriever
         self.retriever: Retriever = getattr(owner, "retriever", owner)
         self.policy = RefreshPolicy.parse(policy)
         self.batch_size = batch_size
         self.samples = samples
-        self.worker = worker
         self.refreshed_at = 0
         self.ledger = RowLedger(0)
         self.estimate = DriftEstimate()

@@ -44,21 +44,15 @@ class WorkerLane:
         batch_size: passages per forward pass.
         dim: width that the vectors must have.
         device: device of the worker, such as `"cuda:1"` or `"cpu"`.
-
-    Raises:
-        ValueError: torch does not know the device.
     """
 
     def __init__(
-        self, passages: PassageStore, batch_size: int, dim: int, device: torch.device | str
+        self, passages: PassageStore, batch_size: int, dim: int, device: torch.device
     ) -> None:
         self.passages = passages
         self.batch_size = batch_size
         self.dim = dim
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"worker: expected a device, got {device!r}") from error
+        self.device = device
         self._twin: nn.Module | None = None
         self._of: Any = None
         self._process: Any = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -32,7 +34,7 @@ class ThreadContext:
 
     @staticmethod
     def Pipe() -> Any:  # noqa: N802
-        return torch.multiprocessing.get_context("spawn").Pipe()
+        return multiprocessing.Pipe()
 
     def Process(self, target: Any, args: Any, daemon: bool) -> Any:  # noqa: N802
         self.started.append(ThreadContext.Process_(self.go, args))
@@ -47,15 +49,14 @@ class ThreadContext:
             self.alive = True
 
             def wait_and_serve() -> None:
-                from multiprocessing.connection import Connection
-
                 class Waiting(nn.Module):
                     def forward(self, *given: Any) -> Any:
                         go.wait(20)
                         return twin(*given)
 
                 waiting: Any = Waiting().eval()
-                worker.serve(Connection(self.connection), waiting, passages, *rest)
+                theirs_again = multiprocessing.connection.Connection(self.connection)
+                worker.serve(theirs_again, waiting, passages, *rest)
 
             self.thread = threading.Thread(target=wait_and_serve, daemon=True)
 
@@ -143,8 +144,8 @@ def test_a_failure_in_the_worker_is_told(threads: ThreadContext) -> None:
     service.step(1)
     with pytest.raises((RuntimeError, TypeError), match="worker: encoding failed: TypeError"):
         until(lambda: service.step(2))
-    with pytest.raises(ValueError, match="worker: expected a device, got 'gpu'"):
-        IndexRefresher(made, "every:1", worker="gpu").step(1)
+    with pytest.raises(ValueError, match="worker: expected a device or None, got 'gpu'"):
+        IndexRefresher(made, "every:1", worker="gpu")
     service.close()
 
 
