@@ -52,13 +52,14 @@ class VectorMap:
             raise ValueError(f"matrix: expected [D, D], got {list(matrix.shape)}")
         if offset.shape != matrix.shape[:1]:
             raise ValueError(f"offset: expected [{len(matrix)}], got {list(offset.shape)}")
-        wide = matrix.detach().to("cpu", torch.float64)
+        # Rounded first: a map that was saved and loaded has the same inverse.
+        self.matrix = matrix.detach().to("cpu", torch.float32)
+        wide = self.matrix.double()
         inverse, failed = torch.linalg.inv_ex(wide)
         # the condition number in the Frobenius norm is at least D
         condition = float(wide.norm() * inverse.norm()) / len(wide)
         if int(failed) or not condition < MAX_CONDITION:
             raise ValueError(f"matrix: expected an invertible map, got condition {condition:.3g}")
-        self.matrix = wide.float()
         self.offset = offset.detach().to("cpu", torch.float32)
         inverse = inverse.float()
         self._copies = {self.matrix.device: (self.matrix, self.offset, inverse)}

@@ -20,7 +20,7 @@ class Observation(NamedTuple):
 
     Attributes:
         found: rows as often as they were retrieved, `[n]` int64.
-        rows: the same rows, each once, `[m]` int64.
+        rows: rows that were retrieved, or encoded as candidates, each once, `[m]` int64.
         fresh: vectors of `rows` that the step has encoded, `[m, D]` float32; None: it has not, or
             not as an eval pass would.
         noisy: whether it has encoded them, but not as an eval pass would.
@@ -67,12 +67,15 @@ class Observations:
 
     def add(self, retrieved: Retrieved, *, usable: bool) -> None:
         """Add a forward pass; `usable`: its passage vectors are those of an eval pass."""
-        fresh = retrieved.passage_emb if usable else None
-        self._noisy |= retrieved.passage_emb is not None and not usable
-        stale = None if fresh is None else retrieved.hits.vectors
-        tensors = [retrieved.hits.rows, fresh, retrieved.query_emb, stale]
+        rows, fresh, stale = retrieved.hits.rows, retrieved.passage_emb, retrieved.hits.vectors
+        encoded = rows
+        if retrieved.candidates is not None:  # encoded in eval mode, the K among them
+            encoded, fresh, stale = retrieved.candidates.rows, retrieved.candidates.vectors, None
+        elif not usable:
+            self._noisy |= fresh is not None
+            fresh = None
+        tensors = [rows, encoded, fresh, retrieved.query_emb, stale]
         copies = [None if each is None else _begin_copy(each.detach()) for each in tensors]
-        rows = retrieved.hits.rows
         event = None
         if rows.is_cuda:
             event = torch.cuda.Event()
@@ -93,16 +96,17 @@ class Observations:
         parts = [_reduced(*copies) for copies, _ in passes]
         if of_all_ranks:
             parts = _joined(parts)
-        found = torch.cat([torch.empty(0, dtype=torch.int64), *(each[0] for each in parts)])
-        rows, where = found.unique(return_inverse=True)
+        none = torch.empty(0, dtype=torch.int64)
+        found, encoded = (torch.cat([none, *(each[i] for each in parts)]) for i in (0, 1))
+        rows, where = encoded.unique(return_inverse=True)
         fresh = None
-        if parts and all(each[1] is not None for each in parts):
-            first = torch.full((len(rows),), len(found)).scatter_reduce_(
-                0, where, torch.arange(len(found)), "amin"
+        if parts and all(each[2] is not None for each in parts):
+            first = torch.full((len(rows),), len(encoded)).scatter_reduce_(
+                0, where, torch.arange(len(encoded)), "amin"
             )
-            fresh = torch.cat([each[1] for each in parts])[first]
-        correlations = torch.cat([torch.empty(0), *(each[3] for each in parts)])
-        query_emb = parts[-1][2] if parts else None
+            fresh = torch.cat([each[2] for each in parts])[first]
+        correlations = torch.cat([torch.empty(0), *(each[4] for each in parts)])
+        query_emb = parts[-1][3] if parts else None
         return Observation(found, rows, fresh, noisy, query_emb, correlations)
 
 
@@ -112,19 +116,18 @@ def _begin_copy(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _reduced(rows: Any, fresh: Any, query_emb: Any, stale: Any) -> list[Any]:
-    """Return rows, fresh vectors, question vectors and rank correlations of a forward pass."""
-    there = rows >= 0
-    query_emb = query_emb.float()
+def _reduced(rows: Any, encoded: Any, fresh: Any, query_emb: Any, stale: Any) -> list[Any]:
+    """Return retrieved rows, encoded rows, their vectors, questions and rank correlations."""
+    there = encoded >= 0
+    query_emb, correlations = query_emb.float(), torch.empty(0)
+    result = [rows[rows >= 0], encoded[there], None, query_emb, correlations]
     if fresh is None:
-        return [rows[there], None, query_emb, torch.empty(0)]
+        return result
     fresh = fresh.float()
-    whole = there.all(dim=1)
-    correlations = torch.empty(0)
-    if rows.shape[1] > 1:
+    if stale is not None and rows.shape[1] > 1:
         scores = [torch.einsum("bd,bkd->bk", query_emb, each.float()) for each in (stale, fresh)]
-        correlations = rank_correlation(*(each[whole] for each in scores))
-    return [rows[there], fresh[there], query_emb, correlations]
+        correlations = rank_correlation(*(each[there.all(dim=1)] for each in scores))
+    return [*result[:2], fresh[there], query_emb, correlations]
 
 
 def _joined(parts: list[list[Any]]) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -193,7 +194,6 @@ class IndexRefresher:
                 self.policy.load_state_dict(before)
                 self._draws.set_state(draws)
                 raise
-            self._refit(step, policy)
         return report
 
     def refresh(
@@ -247,8 +247,10 @@ class IndexRefresher:
         A worker is not waited for; its job is chosen again after a resume.
         """
         if isinstance(self._lane, StreamLane):
-            empty = Observations().take(of_all_ranks=False)
-            self._commit(self.refreshed_at, self._finished(self.refreshed_at)[1], empty)
+            _, parts = self._finished(self.refreshed_at)
+            if parts:
+                nothing = Observations().take(of_all_ranks=False)
+                self._commit(parts[0].step, parts, nothing)
 
     def close(self) -> None:
         """End the worker, if there is one."""
@@ -485,23 +487,41 @@ class IndexRefresher:
 
     def _commit(self, step: int, parts: list[Fresh], seen: Observation) -> Refresh | None:
         """Write all vectors, then take note of what they say about the stored ones."""
+        for part in parts:
+            if (bad := ~part.vectors.isfinite().all(dim=1)).any():
+                raise ValueError(
+                    "passage_encoder: expected finite vectors, got NaN or inf for row "
+                    f"{int(part.rows[bad][0])}"
+                )
         measured = [self._compared(each) for each in parts]
         rows, vectors, steps = newest(parts, self.ledger)
-        if len(rows):
-            self.retriever.write(vectors, rows)
-            self.refreshed_at = step
+        present = self.retriever.vector_map
+        now = [
+            each
+            for part, (each, _, _) in zip(parts, measured, strict=True)
+            if part.step >= step - 1
+        ]
+        fit, vector_map = self._refitted(step, now)
+        try:
+            # Rows are stored under the new map, so that it returns them as they are now.
+            self.retriever.vector_map = vector_map
+            if len(rows):
+                self.retriever.write(vectors, rows)
+                self.refreshed_at = step
+        except BaseException:
+            self.retriever.vector_map = present
+            raise
+        self._fit = fit
         self.ledger.retrieved(seen.found)
         if len(seen.correlations):
             self.estimate.saw(rank_correlation=seen.correlations)
-        for part, (pairs, drift, predicted) in zip(parts, measured, strict=True):
+        for part, (_, drift, predicted) in zip(parts, measured, strict=True):
             if part.vectors is seen.fresh:
                 self.estimate.saw(staleness_retrieved=drift)
             if part.drawn.any():
                 self.estimate.sampled(drift[part.drawn], predicted[part.drawn])
                 self.estimate.saw(drawn=drift[part.drawn])
             self.ledger.measured(part.rows, drift, part.step)
-            if self._fit is not None and part.step >= step - 1:
-                self._fit.add(*pairs)
         self.ledger.wrote(rows, steps)
         n_encoded = sum(len(each.rows) for each in parts if each.vectors is not seen.fresh)
         n_back = sum(int(each.write.sum()) for each in parts if each.vectors is seen.fresh)
@@ -522,21 +542,29 @@ class IndexRefresher:
             pairs = (self.retriever.index.vectors(fresh.rows[old]), fresh.vectors[old])
         return pairs, drift, predicted
 
-    def _refit(self, step: int, policy: RefreshPolicy) -> None:
-        """Fit the map again every few steps; a singular fit leaves the map as it is."""
+    def _refitted(
+        self, step: int, pairs: list[tuple[Tensor, Tensor]]
+    ) -> tuple[MapFit | None, VectorMap | None]:
+        """Return the fit with further pairs, and the map of it every few steps.
+
+        A singular fit leaves the map as it is.
+        """
+        vector_map = self.retriever.vector_map
         if self._fit is None:
-            return
-        due = step % max(1, self._fit.half_life // FITS_PER_HALF_LIFE) == 0
-        try:
-            fitted = self._fit.solve(self.retriever.vector_map) if due else None
-        except ValueError as error:
-            if not self._warned:
-                without = "no map" if self.retriever.vector_map is None else "the map of before"
-                warnings.warn(f"{error}; the search goes on with {without}", stacklevel=4)
-            self._warned, fitted = True, None
-        if fitted is not None:
-            self.retriever.vector_map = fitted
-        self._fit.forget()
+            return None, vector_map
+        fit = copy.deepcopy(self._fit)
+        for each in pairs:
+            fit.add(*each)
+        if step % max(1, fit.half_life // FITS_PER_HALF_LIFE) == 0:
+            try:
+                vector_map = fit.solve(vector_map) or vector_map
+            except ValueError as error:
+                if not self._warned:
+                    without = "no map" if vector_map is None else "the map of before"
+                    warnings.warn(f"{error}; the search goes on with {without}", stacklevel=5)
+                self._warned = True
+        fit.forget()
+        return fit, vector_map
 
     # ---- small things --------------------------------------------------------------------------
 

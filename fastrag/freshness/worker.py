@@ -75,7 +75,7 @@ class WorkerLane:
         """
         if not isinstance(encoder, nn.Module):
             raise ValueError(f"encoder: expected a module, got {type(encoder).__name__}")
-        if self._of is not encoder:
+        if self._twin is None or self._of is not encoder:
             self.close()
             self._twin, self._of = eval_copy(encoder).cpu().share_memory(), encoder
         copy_weights(encoder, self._twin)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastrag.index import PassageStore
 
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
+RESCORE_BATCH = 64  # candidates per pass of the encoder, which bounds the memory of a rescoring
 FLAT_PRIOR = 0.99  # share of log K above which a prior says nothing
 
 
@@ -48,6 +49,8 @@ class Retrieved(NamedTuple):
         log_prior: log p(z|x) `[B, K]`, differentiable.
         passage_emb: vectors `[B, K, D]` of passages that were encoded again, differentiable; None
             if the stored vectors were scored.
+        candidates: the L candidates of each question with the fresh vectors and scores by which the
+            K were chosen; None without `Retriever.rescore`.
     """
 
     query_emb: Tensor
@@ -55,6 +58,7 @@ class Retrieved(NamedTuple):
     doc_scores: Tensor
     log_prior: Tensor
     passage_emb: Tensor | None = None
+    candidates: Hits | None = None
 
 
 class Retriever(nn.Module):
@@ -86,6 +90,9 @@ class Retriever(nn.Module):
     Attributes:
         vector_map: map from stored vectors to present ones through which the index is searched;
             None: stored vectors are searched as they are. `IndexRefresher` fits it.
+        rescore: L, candidates of each question that are found among the stored vectors and encoded
+            again, without gradient, before the best are chosen by their fresh scores; None: the
+            nearest stored vectors are chosen. Larger than `n_docs`; to be set at any time.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range.
@@ -136,6 +143,7 @@ class Retriever(nn.Module):
         self.explore_tau = explore_tau
         self.move_index = move_index
         self.vector_map: VectorMap | None = None
+        self.rescore: int | None = None
         self.search_seconds = 0.0  # wall time of the last search on the host
         self._prior_seen = False
         if self.passage_encoder is not None and not train_passage_encoder:
@@ -189,9 +197,10 @@ class Retriever(nn.Module):
                 GPU, where looking would cost a wait, its scores are NaN instead), an empty index.
         """
         query_emb = self.encode_questions(input_ids, attention_mask)
-        hits = None
+        hits = candidates = None
         if rows is None:
-            hits = self._find(query_emb.detach(), self.n_docs if n_docs is None else n_docs)
+            k = self.n_docs if n_docs is None else n_docs
+            hits, candidates = self._find(query_emb.detach(), k)
             rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
             stored, version = self._take(rows, query_emb)
@@ -205,7 +214,8 @@ class Retriever(nn.Module):
             hits = Hits((doc_scores * self.tau).detach(), rows, stored, version)
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
-        return Retrieved(query_emb, hits, doc_scores, log_prior, passage_emb if fresh else None)
+        again = passage_emb if fresh else None
+        return Retrieved(query_emb, hits, doc_scores, log_prior, again, candidates)
 
     @torch.no_grad()
     def search(
@@ -229,7 +239,42 @@ class Retriever(nn.Module):
         check_count("k", k)
         with evaluating(self.question_encoder):
             query_emb = self.encode_questions(input_ids, attention_mask)
-        return self.nearest(query_emb, k)
+        if self.rescore is None:
+            return self.nearest(query_emb, k)
+        hits = self.rescored(query_emb, max(k, self.rescore))
+        return Hits(hits.scores[:, :k], hits.rows[:, :k], None, hits.version)
+
+    @torch.no_grad()
+    def rescored(self, query_emb: Tensor, n: int) -> Hits:
+        """Return the n nearest passages by stored vectors, in the order of their fresh scores.
+
+            s_bl = q_b . d_bl,  d = passage encoder in eval mode, each passage once
+
+        Memory: the passages of one batch of the encoder, and B n D numbers.
+
+        Args:
+            query_emb: `[B, D]`.
+            n: passages per question.
+
+        Returns:
+            `Hits` with fresh vectors and scores.
+
+        Raises:
+            ValueError: there is no passage encoder, or as `nearest`.
+        """
+        encoder = self._passage_encoder()
+        hits = self.nearest(query_emb, n)
+        there = hits.rows >= 0
+        unique, where = hits.rows.clamp(min=0).unique(return_inverse=True)
+        with stage("encode_passages"):
+            made = encode_passages(
+                encoder, self.passages, RESCORE_BATCH, rows=unique, dim=self.index.dim
+            )
+        fresh = made.to(query_emb.device)[where].masked_fill(~there[..., None], 0.0)
+        scores = torch.einsum("bd,bnd->bn", query_emb.float(), fresh)
+        scores = scores.masked_fill(~there, -math.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return Hits(scores, hits.rows, fresh, hits.version).columns(order)
 
     def nearest(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
         """Return the k nearest passages of question vectors, without gradient.
@@ -382,19 +427,34 @@ class Retriever(nn.Module):
             raise ValueError("passage_encoder: expected a module to encode passages, got None")
         return self.passage_encoder
 
-    def _find(self, query_emb: Tensor, k: int) -> Hits:
-        """Choose the K passages of each question: the nearest, or some of them drawn."""
+    def _find(self, query_emb: Tensor, k: int) -> tuple[Hits, Hits | None]:
+        """Choose the K passages of each question: the best, or some of them drawn.
+
+        Returns:
+            The passages, and all candidates if they were encoded again.
+        """
         start = time.perf_counter()
-        if self.training and self.explore:
+        exploring = self.training and self.explore > 0
+        fresh = None
+        if self.rescore is not None:
+            if self.rescore < k:
+                raise ValueError(
+                    f"rescore: expected at least {k} candidates for {k} passages, or None, got "
+                    f"{self.rescore}"
+                )
+            hits = fresh = self.rescored(query_emb, self.rescore)
+        elif exploring:
             n_candidates = max(self.explore_pool or len(self.index), k)
-            candidates = self.nearest(query_emb, n_candidates, vectors=True)
-            softness = self.tau * self.explore_tau
-            columns = explore(candidates.scores, k, min(self.explore, k), softness)
-            hits = candidates.columns(columns)
+            hits = self.nearest(query_emb, n_candidates, vectors=True)
         else:
             hits = self.nearest(query_emb, k, vectors=True)
+        if exploring:
+            softness = self.tau * self.explore_tau
+            hits = hits.columns(explore(hits.scores, k, min(self.explore, k), softness))
+        elif fresh is not None:
+            hits = Hits(*(each[:, :k] for each in (*hits, hits.vectors)), hits.version)
         self.search_seconds = time.perf_counter() - start
-        return hits
+        return hits, fresh
 
     def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
         """Read the vectors of the rows that the caller chose, and their version."""
