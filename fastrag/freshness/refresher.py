@@ -228,7 +228,7 @@ class IndexRefresher:
         if len(old) == len(self.ledger):
             self.refresh(step)
             return
-        self.retriever.fold_map()
+        self._fold(step)
         if len(old):
             self.refresh(step, old)
 
@@ -236,7 +236,7 @@ class IndexRefresher:
         """Count all vectors as made by the present weights, as after loading another index."""
         if self._lane is not None:
             self._lane.close()
-        self.retriever.fold_map()
+        self._fold(step)
         self.ledger = RowLedger(len(self.retriever.index))
         self._wrote(None, step)
         self._noted_version()
@@ -321,9 +321,10 @@ class IndexRefresher:
         result = {} if drift is None else {"staleness": drift}
         result |= figures
         if self._questions is not None and len(self.retriever.index) > N_OVERLAP:
-            few = self._questions[:2]
-            measured = self.staleness(few, CANDIDATES_PER_K * N_OVERLAP, N_OVERLAP, step)
-            result[f"overlap@{N_OVERLAP}"] = measured.overlap
+            none, few = torch.empty(0, dtype=torch.int64), self._questions[:2]
+            n = min(self.retriever.index.n_live, CANDIDATES_PER_K * N_OVERLAP)
+            _, overlap, _, _ = measure(self.retriever, none, few, n, N_OVERLAP, self.batch_size)
+            result[f"overlap@{N_OVERLAP}"] = overlap
         ages = self.ledger.ages(step, self._live())
         return result | {"age_median": float(ages.median()), "age_max": float(ages.max())}
 
@@ -421,8 +422,7 @@ class IndexRefresher:
             self.estimate.reset()
             self._fit = None
         if policy.map is None:
-            self.retriever.fold_map()
-            self._fit = None
+            self._fold(step)
         elif self._fit is None or self._fit.settings != policy.map:
             self._fit = MapFit(index.dim, *policy.map)
             if self.retriever.vector_map is None:
@@ -592,6 +592,12 @@ class IndexRefresher:
     def _noted_version(self) -> int:
         self._version = version = self.retriever.index.version
         return version
+
+    def _fold(self, step: int) -> None:
+        """Write the mapped vectors into the index, and forget the pairs of the old ones."""
+        self.retriever.fold_map()
+        self._fit, self._base = None, step
+        self._noted_version()
 
     def _removed(self) -> Tensor | None:
         index = self.retriever.index

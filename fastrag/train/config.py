@@ -78,6 +78,9 @@ class RetrieverConfig:
         tau: temperature of the scores; null takes 1, or .05 for encoders that normalise.
         learn_tau: train the temperature.
         train_passage_encoder: encode the K passages of a step with gradient.
+        rescore: number of candidates of each question that are found among the stored vectors and
+            encoded again, before the best n_docs are chosen by their fresh scores; null: the
+            nearest stored vectors are used.
         explore: number of the K passages that are drawn from the softened prior in training.
         explore_pool: number of candidates that they are drawn from; null: all passages.
         explore_tau: temperature that softens the prior they are drawn from.
@@ -93,6 +96,7 @@ class RetrieverConfig:
     tau: float | None = None
     learn_tau: bool = False
     train_passage_encoder: bool = False
+    rescore: int | None = None
     explore: int = 0
     explore_pool: int | None = 256
     explore_tau: float = 1.0
@@ -277,11 +281,13 @@ class RagConfig:
         _require_count("retriever.n_docs", part.n_docs)
         if part.tau is not None:
             _require_positive("retriever.tau", part.tau, " or null")
+        at_least = f"an integer >= n_docs = {part.n_docs} or null"
+        fits = part.rescore is None or part.rescore >= part.n_docs
+        require("retriever.rescore", fits, at_least, part.rescore)
         within = f"an integer from 0 to n_docs = {part.n_docs}"
         require("retriever.explore", 0 <= part.explore <= part.n_docs, within, part.explore)
         pool = part.explore_pool
         fits = pool is None or pool >= part.n_docs
-        at_least = f"an integer >= n_docs = {part.n_docs} or null"
         require("retriever.explore_pool", fits, at_least, pool)
         _require_positive("retriever.explore_tau", part.explore_tau)
         rate = part.learning_rate
