@@ -197,7 +197,8 @@ class Retriever(nn.Module):
                 GPU, where looking would cost a wait, its scores are NaN instead), an empty index.
         """
         query_emb = self.encode_questions(input_ids, attention_mask)
-        hits = candidates = None
+        hits: Hits | None = None
+        candidates: Hits | None = None
         if rows is None:
             k = self.n_docs if n_docs is None else n_docs
             hits, candidates = self._find(query_emb.detach(), k)
@@ -435,7 +436,7 @@ class Retriever(nn.Module):
         """
         start = time.perf_counter()
         exploring = self.training and self.explore > 0
-        fresh = None
+        fresh: Hits | None = None
         if self.rescore is not None:
             if self.rescore < k:
                 raise ValueError(
@@ -452,7 +453,7 @@ class Retriever(nn.Module):
             softness = self.tau * self.explore_tau
             hits = hits.columns(explore(hits.scores, k, min(self.explore, k), softness))
         elif fresh is not None:
-            hits = Hits(*(each[:, :k] for each in (*hits, hits.vectors)), hits.version)
+            hits = hits.columns(torch.arange(k, device=hits.rows.device).expand(len(hits.rows), k))
         self.search_seconds = time.perf_counter() - start
         return hits, fresh
 
