@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrag.freshness.policies import Frozen, MapSettings, RefreshPolicy, Rows, View
 from fastrag.messages import shown
 
+_BLOCK_ROWS = 1 << 16
 __all__ = ["Drift", "Every", "Frozen", "Map", "Rolling"]
 
 
@@ -64,33 +65,59 @@ class Rolling(RefreshPolicy, word="rolling"):
 
     def choose(self, view: View) -> Rows:
         """Choose the rows that would otherwise become too old, then those of highest priority."""
-        age = view.ledger.ages(view.step).long()
-        rows = torch.arange(len(age)) if view.removed is None else (~view.removed).nonzero()[:, 0]
-        if len(rows) <= self.n:
-            return rows if len(rows) else None
-        period = -(-len(rows) // self.n)
-        left = (period - age[rows]).clamp(0, period)  # steps within which a row is due
+        live = None if view.removed is None else (~view.removed).nonzero()[:, 0]
+        age, priority = view.ledger.ages(view.step), view.ledger.priority(view.step)
+        if live is not None:
+            age, priority = age[live], priority[live]
+        n = len(age)
+        places = torch.arange(n) if n <= self.n else self._places(age, priority)
+        return None if n == 0 else places if live is None else live[places]
+
+    def _places(self, age: Tensor, priority: Tensor) -> Tensor:
+        """Choose among rows of these ages and priorities `[n]`, more than r."""
+        period = -(-len(age) // self.n)
+        left = (period - age).clamp_(0, period)  # steps within which a row is due
         due = left.bincount(minlength=period + 1)[:period].cumsum(0)
         forced = int((due - self.n * torch.arange(period)).max().clamp(0, self.n))
-        priority = view.ledger.priority(view.step)[rows]
-        taken = torch.zeros(len(rows), dtype=torch.bool)
+        taken = torch.zeros(len(age), dtype=torch.bool)
         taken[_soonest(left, priority, forced)] = True
-        wanted = ((priority > 0) & ~taken).nonzero()[:, 0]
-        wanted = wanted[priority[wanted].argsort(descending=True, stable=True)]
-        taken[wanted[: self.n - forced]] = True
-        missing = self.n - int(taken.sum())
-        taken[_soonest(left.masked_fill(taken, period + 1), priority, missing)] = True
-        return rows[taken]
+        if forced < self.n:
+            wanted = ((priority > 0) & ~taken).nonzero()[:, 0]
+            taken[_highest_first(wanted, priority)[: self.n - forced]] = True
+            missing = self.n - int(taken.sum())
+            if missing:
+                left = left.masked_fill_(taken, period + 1)
+                taken[_soonest(left, priority, missing)] = True
+        return taken.nonzero()[:, 0]
 
 
 def _soonest(left: Tensor, priority: Tensor, n: int) -> Tensor:
-    """Return the n positions that are due first, of equals those of highest priority."""
+    """Return the n places that are due first, of equals those of highest priority."""
     if n == 0:
         return torch.empty(0, dtype=torch.int64)
     last = int(torch.searchsorted(left.bincount().cumsum(0), n))
-    before, equal = (left < last).nonzero()[:, 0], (left == last).nonzero()[:, 0]
-    equal = equal[priority[equal].argsort(descending=True, stable=True)]
-    return torch.cat([before, equal[: n - len(before)]])
+    before, equal = (left < last).nonzero()[:, 0], left == last
+    # Most rows have never been retrieved: they stay in order and are not sorted.
+    sought = equal & (priority > 0)
+    first = _highest_first(sought.nonzero()[:, 0], priority)[: n - len(before)]
+    rest = _first(equal & ~sought, n - len(before) - len(first))
+    return torch.cat([before, first, rest])
+
+
+def _first(mask: Tensor, n: int) -> Tensor:
+    """Return the first n places of a mask, and look no further."""
+    found, start = [torch.empty(0, dtype=torch.int64)], 0
+    for block in mask.split(_BLOCK_ROWS):
+        if n <= 0:
+            break
+        found.append(start + block.nonzero()[:n, 0])
+        n -= len(found[-1])
+        start += len(block)
+    return torch.cat(found)
+
+
+def _highest_first(places: Tensor, priority: Tensor) -> Tensor:
+    return places[priority[places].argsort(descending=True, stable=True)]
 
 
 class Drift(RefreshPolicy, word="drift"):
