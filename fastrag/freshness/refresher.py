@@ -422,7 +422,8 @@ class IndexRefresher:
             self.estimate.reset()
             self._fit = None
         if policy.map is None:
-            self._fold(step)
+            if self._fit is not None or self.retriever.vector_map is not None:
+                self._fold(step)
         elif self._fit is None or self._fit.settings != policy.map:
             self._fit = MapFit(index.dim, *policy.map)
             if self.retriever.vector_map is None:
