@@ -125,8 +125,8 @@ SEAMS = (
     Mistake(
         "passages are drawn in evaluation too",
         "fastrag/nn/retriever.py",
-        "if self.training and self.explore:",
-        "if self.explore:",
+        "exploring = self.training and self.explore > 0",
+        "exploring = self.explore > 0",
         "tests/nn/test_model.py",
     ),
     Mistake(
