@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.harness.registry import Call, Op, Outputs, Provider, Shape, ours
 
 MODES = ("frozen", "every", "rolling", "rolling+map")
-LEARNING_RATE = 0.05
+LEARNING_RATE = 2e-3
 VOCAB = 8192
 # Encoders by width: layers and heads. 384 is that of MiniLM.
 SIZES = {16: (1, 2), 128: (2, 4), 384: (6, 12)}
