@@ -160,7 +160,8 @@ class Map(RefreshPolicy, word="map"):
 
     Args:
         kind: `"affine"`, least squares with a ridge; `"orthogonal"`, Procrustes.
-        half_life: number of steps after which a pair of vectors counts half.
+        half_life: number of steps after which a pair of vectors counts half; None: as many as the
+            width of the vectors asks for, see `MapFit`.
     """
 
     usage = "map"
@@ -172,9 +173,9 @@ class Map(RefreshPolicy, word="map"):
     ) -> None:
         if kind not in ("affine", "orthogonal"):
             raise ValueError(f"kind: expected 'affine' or 'orthogonal', got {shown(kind)}")
-        default = MapSettings().half_life
-        steps = default if half_life is None else _at_least_one(half_life, "step", "half_life")
-        self.map = MapSettings(kind, steps)
+        if half_life is not None:
+            _at_least_one(half_life, "step", "half_life")
+        self.map = MapSettings(kind, half_life)
 
     @classmethod
     def from_argument(cls, argument: str | None) -> RefreshPolicy | None:

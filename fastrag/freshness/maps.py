@@ -24,10 +24,14 @@ MIN_PAIRS = 8.0
 # A map that stretches some direction this much more than another loses float32 digits when vectors
 # are mapped back.
 MAX_CONDITION = 1e3
+# Half-life of a pair in further pairs, for each dimension. Drift is linear in time for few steps
+# only: on encoders that train, 10 leave twice to four times the drift that 1 leaves.
+PAIRS_PER_DIM = 1.0
+MIN_HALF_LIFE = 4  # steps: a trend needs several
 # Larger values leave much of a common drift in place, smaller ones follow the noise of few pairs.
 RIDGE = 0.25
-# Spread of the pairs in time, in half-lives, at which half of the trend is believed.
-FLAT_SHARE = 0.25
+# Part of the trend that is not believed, for steadiness.
+FLAT_SHARE = 0.02
 _BLOCK_ROWS = 8192
 
 
@@ -111,24 +115,22 @@ class FoldedVectors:
 class MapFit:
     """Running least squares for A and b, from pairs of a stored and a fresh vector.
 
-    A drifts on, so a mean over recent pairs lags behind. Every moment is therefore extrapolated to
-    the present along its weighted regression line in time tau <= 0, as in local linear regression:
-    with weights w = 2^(tau / half_life) and sums w_j = sum w tau^j,
+    A drifts on, so a fit that held for recent pairs on average would lag behind. The map is
+    therefore fitted together with its trend V in time tau <= 0, as in local linear regression, and
+    taken at tau = 0. With x = d_stored, y = d_fresh and weights w that fall with the age of a pair,
 
-        m = sum w (w_2 - w_1 tau) f / (w_0 w_2 - w_1^2)    for f = x, y, x x^T, y x^T
+        min  sum w |y - (A + tau V) [x; 1]|^2 + lambda |A - I|^2 + lambda' |V|^2
 
-    where x = d_stored and y = d_fresh. With the covariances C of these moments, the present A, and
-    a ridge that pulls A to the identity where pairs are few,
+    where A contains b as its last column, which has no ridge. `"orthogonal"` replaces A by the
+    orthogonal matrix next to it, U V^T for A = U S V^T (Schönemann 1966).
 
-        lambda     = tr(Cxx) / (4 w_0)
-        affine     A <- A + (Cyx - A Cxx + lambda (I - A)) (mean Cxx + lambda I)^-1
-        orthogonal A <- U V^T,  U S V^T = Cyx + lambda I         (Schönemann 1966)
-        b          = m(y) - A m(x)
+    Memory: 5 D^2 numbers. Time of a fit: that of a linear system of size 2 D.
 
     Args:
         dim: D.
         kind: `"affine"` or `"orthogonal"`.
-        half_life: number of steps after which a pair counts half.
+        half_life: number of steps after which a pair counts half; None: as many as bring D pairs,
+            but at least four.
 
     Example:
         >>> fit = MapFit(2, half_life=8)
@@ -139,90 +141,92 @@ class MapFit:
     """
 
     def __init__(
-        self, dim: int, kind: Literal["affine", "orthogonal"] = "affine", half_life: int = 32
+        self,
+        dim: int,
+        kind: Literal["affine", "orthogonal"] = "affine",
+        half_life: int | None = None,
     ) -> None:
-        if half_life < 1:
-            raise ValueError(f"half_life: expected at least 1 step, got {half_life}")
+        if half_life is not None and half_life < 1:
+            raise ValueError(f"half_life: expected at least 1 step or None, got {half_life}")
         self.dim = dim
         self.kind = kind
         self.half_life = half_life
-        self._weights = [0.0, 0.0, 0.0]  # w_0, w_1, w_2
-        # Sums of w f and w tau f.
-        self._x = torch.zeros(2, dim, dtype=torch.float64)
-        self._y = self._x.clone()
-        self._xx = torch.zeros(2, dim, dim, dtype=torch.float64)
-        self._yx = self._xx.clone()
+        self._n_new = 0  # pairs of the present step
+        # sums of w tau^j [x; 1] [x; 1]^T, j = 0, 1, 2, and of w tau^j (y - x) [x; 1]^T, j = 0, 1
+        self._xx = torch.zeros(3, dim + 1, dim + 1, dtype=torch.float64)
+        self._rx = torch.zeros(2, dim, dim + 1, dtype=torch.float64)
 
     @property
-    def settings(self) -> tuple[str, int]:
+    def settings(self) -> tuple[str, int | None]:
         """Kind and half-life."""
         return self.kind, self.half_life
 
     @property
-    def _sums(self) -> dict[str, Tensor]:
-        return {"x": self._x, "y": self._y, "xx": self._xx, "yx": self._yx}
+    def n_pairs(self) -> float:
+        """Number of pairs, each counted by its weight."""
+        return float(self._xx[0, -1, -1])
+
+    @property
+    def mean_age(self) -> float:
+        """Weighted mean of the age of the pairs, in steps."""
+        return float(-self._xx[1, -1, -1] / self._xx[0, -1, -1]) if self.n_pairs else 0.0
 
     def forget(self) -> None:
         """Make all pairs a step older."""
-        kept = 0.5 ** (1.0 / self.half_life)
-        w0, w1, w2 = self._weights
-        self._weights = [kept * w0, kept * (w1 - w0), kept * (w2 - 2.0 * w1 + w0)]
-        for each in self._sums.values():
-            each[1] -= each[0]
-            each *= kept
+        if self.half_life is None:
+            kept = 0.5 ** min(1.0 / MIN_HALF_LIFE, self._n_new / (PAIRS_PER_DIM * self.dim))
+        else:
+            kept = 0.5 ** (1.0 / self.half_life)
+        self._n_new = 0
+        self._xx[2] += self._xx[0] - 2.0 * self._xx[1]
+        self._xx[1] -= self._xx[0]
+        self._rx[1] -= self._rx[0]
+        self._xx *= kept
+        self._rx *= kept
 
     def add(self, stored: Tensor, fresh: Tensor) -> None:
         """Add pairs of the present step, both `[n, D]`."""
         x, y = (each.to("cpu", torch.float64) for each in (stored, fresh))
-        self._weights[0] += len(x)
-        self._x[0] += x.sum(0)
-        self._y[0] += y.sum(0)
-        self._xx[0] += x.T @ x
-        self._yx[0] += y.T @ x
+        wide = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        self._n_new += len(x)
+        self._xx[0] += wide.T @ wide
+        self._rx[0] += (y - x).T @ wide
 
-    def solve(self, present: VectorMap | None = None) -> VectorMap | None:
+    def solve(self) -> VectorMap | None:
         """Return the map, or None while there are too few pairs.
-
-        Args:
-            present: the map in use; None: the identity.
 
         Raises:
             ValueError: the pairs do not determine an invertible map.
         """
-        w0, w1, w2 = self._weights
-        if w0 < MIN_PAIRS:
+        n, dim = self.n_pairs, self.dim
+        if n < MIN_PAIRS:
             return None
-        # Without a spread of pairs in time there is no line: the second term keeps it flat.
-        w2 = w2 + w0 * (FLAT_SHARE * self.half_life) ** 2
-        scale = w0 * w2 - w1 * w1
-        x, y, xx, yx = ((w2 * f[0] - w1 * f[1]) / scale for f in self._sums.values())
-        cxx, cyx = xx - torch.outer(x, x), yx - torch.outer(y, x)
-        mean = self._x[0] / w0
-        spread = self._xx[0] / w0 - torch.outer(mean, mean)
-        variance = float(spread.trace())
-        if not variance > 1e-12 * float(self._xx[0].trace() / w0):
+        square, mean = float(self._xx[0].diagonal()[:-1].sum()) / n, self._xx[0, -1, :-1] / n
+        variance = square - float(mean @ mean)
+        if not variance > 1e-12 * square:
             raise ValueError("map: expected stored vectors that differ, got equal ones")
-        eye = torch.eye(self.dim, dtype=torch.float64)
-        pull = RIDGE * variance / w0
+        spread = float(self._xx[2, -1, -1]) / n + 1.0  # of tau, which may be 0 for all pairs
+        ridge = torch.full((2, dim + 1), RIDGE * variance, dtype=torch.float64)
+        ridge[1] = (RIDGE + FLAT_SHARE * n / dim) * variance * spread
+        ridge[0, -1] = 0.0
+        (s0, s1, s2), (r0, r1) = self._xx, self._rx
+        system = torch.cat([torch.cat([s0, s1], dim=1), torch.cat([s1, s2], dim=1)])
+        factor, failed = torch.linalg.cholesky_ex(system + ridge.flatten().diag())
+        if int(failed):
+            raise ValueError("map: expected pairs that determine a map, got too similar ones")
+        found = torch.cholesky_solve(torch.cat([r0, r1], dim=1).T, factor).T[:, : dim + 1]
+        matrix, offset = found[:, :-1] + torch.eye(dim, dtype=torch.float64), found[:, -1]
         if self.kind == "orthogonal":
-            u, _, vh = torch.linalg.svd(cyx + pull * eye)
+            center = matrix @ mean + offset
+            u, _, vh = torch.linalg.svd(matrix)
             matrix = u @ vh
-        else:
-            factor, failed = torch.linalg.cholesky_ex(spread + pull * eye)
-            if int(failed):
-                raise ValueError("map: expected a positive definite covariance, got another")
-            start = eye if present is None else present.matrix.double()
-            error = cyx - start @ cxx + pull * (eye - start)
-            matrix = start + torch.cholesky_solve(error.T, factor).T
-        return VectorMap(matrix, y - matrix @ x)
+            offset = center - matrix @ mean
+        return VectorMap(matrix, offset)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the sums over the pairs."""
-        return {
-            "settings": [self.kind, self.half_life],
-            "weights": list(self._weights),
-            **{name: each.clone() for name, each in self._sums.items()},
-        }
+        sums = {"xx": self._xx.clone(), "rx": self._rx.clone()}
+        return {"settings": [self.kind, self.half_life], "n_new": self._n_new, **sums}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the result of `state_dict`.
@@ -235,14 +239,10 @@ class MapFit:
             raise ValueError(f"map: expected {', '.join(expected)}, got {shown(state_dict)}")
         for name, ours in expected.items():
             got = state_dict[name]
+            fits = type(got) is type(ours) and (name != "settings" or got == ours)
             if isinstance(ours, Tensor):
-                fits = isinstance(got, Tensor) and (got.shape, got.dtype) == (
-                    ours.shape,
-                    ours.dtype,
-                )
-            else:
-                fits = isinstance(got, list) and [*map(type, got)] == [*map(type, ours)]
-            if not fits or (name == "settings" and got != ours):
+                fits = fits and (got.shape, got.dtype) == (ours.shape, ours.dtype)
+            if not fits:
                 raise ValueError(f"map: {name}: expected {shown(ours)}, got {shown(got)}")
-        self._weights = list(state_dict["weights"])
-        self._x, self._y, self._xx, self._yx = (state_dict[name].clone() for name in self._sums)
+        self._n_new = state_dict["n_new"]
+        self._xx, self._rx = state_dict["xx"].clone(), state_dict["rx"].clone()

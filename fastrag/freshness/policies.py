@@ -62,7 +62,7 @@ class MapSettings(NamedTuple):
     """How a policy wants the map fitted; see `MapFit`."""
 
     kind: Literal["affine", "orthogonal"] = "affine"
-    half_life: int = 32
+    half_life: int | None = None
 
 
 class RefreshPolicy(abc.ABC):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 N_OVERLAP = 10  # k of the overlap in `summary`
 CANDIDATES_PER_K = 4  # candidates that an overlap encodes for each of the k
-FITS_PER_HALF_LIFE = 8  # of the map: a fit costs D^3, and pairs change little in between
+FITS_PER_MEAN_AGE = 4  # of the map's pairs: a fit costs D^3, and they change little in between
 
 
 @dataclass(frozen=True)
@@ -537,8 +537,9 @@ class IndexRefresher:
         pairs = (fresh.vectors[:0], fresh.vectors[:0])
         if self._fit is not None:
             # A row that was encoded since the map was the identity is stored as the inverse of the
-            # map of then; within the half-life of the fit it says that the map is right.
-            old = self.ledger.ages(fresh.step, fresh.rows) >= self._fit.half_life
+            # map of then: if that is not long ago, it says that the map is right.
+            oldest = fresh.step - int(self.ledger.encoded_at.min())
+            old = self.ledger.ages(fresh.step, fresh.rows) >= min(self._fit.mean_age, oldest // 2)
             old |= self.ledger.encoded_at[fresh.rows] <= self._base
             pairs = (self.retriever.index.vectors(fresh.rows[old]), fresh.vectors[old])
         return pairs, drift, predicted
@@ -556,9 +557,9 @@ class IndexRefresher:
         fit = copy.deepcopy(self._fit)
         for each in pairs:
             fit.add(*each)
-        if step % max(1, fit.half_life // FITS_PER_HALF_LIFE) == 0:
+        if step % max(1, int(fit.mean_age / FITS_PER_MEAN_AGE)) == 0:
             try:
-                vector_map = fit.solve(vector_map) or vector_map
+                vector_map = fit.solve() or vector_map
             except ValueError as error:
                 if not self._warned:
                     without = "no map" if vector_map is None else "the map of before"

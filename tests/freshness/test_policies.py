@@ -111,10 +111,10 @@ def test_a_sum_and_a_schedule() -> None:
 @pytest.mark.parametrize(
     ("text", "written", "fit"),
     [
-        ("map", "map", ("affine", 32)),
+        ("map", "map", ("affine", None)),
         ("map:8", "map:8", ("affine", 8)),
-        ("map:orthogonal", "map:orthogonal", ("orthogonal", 32)),
-        ("map:orthogonal:32", "map:orthogonal", ("orthogonal", 32)),
+        ("map:orthogonal", "map:orthogonal", ("orthogonal", None)),
+        ("map:orthogonal:32", "map:orthogonal:32", ("orthogonal", 32)),
         ("rolling:2+map:orthogonal:8", "rolling:2+map:orthogonal:8", ("orthogonal", 8)),
     ],
 )

@@ -195,15 +195,15 @@ def turned(policy: str, dtype: str = "float32", n_steps: int = 60) -> tuple[Retr
 
 def test_a_map_halves_the_lost_overlap_at_equal_encoding() -> None:
     """The same passages are encoded with and without it; alone and mixed with rolling."""
-    lost = {each: 1.0 - turned(each)[2] for each in ("rolling:2", "rolling:2+map:8", "map:8")}
-    assert lost["rolling:2"] > 0.1
-    assert lost["rolling:2+map:8"] < 0.5 * lost["rolling:2"]
-    assert lost["map:8"] < 0.5 * lost["rolling:2"]
-    assert 1.0 - turned("rolling:2+map:orthogonal:8")[2] < 0.5 * lost["rolling:2"]
+    policies = ("rolling:2", "rolling:2+map", "map:4", "rolling:2+map:orthogonal")
+    lost = {each: 1.0 - turned(each)[2] for each in policies}
+    assert lost["rolling:2"] > 0.2
+    for each in policies[1:]:
+        assert lost[each] < 0.55 * lost["rolling:2"], each
 
 
 def test_a_map_touches_no_stored_vector_but_those_of_encoded_rows() -> None:
-    made, service, _ = turned("map:8", n_steps=30)
+    made, service, _ = turned("map:4", n_steps=30)
     table: Any = made.passage_encoder
     start = drifting.retriever(questions(300, 16)).index.index_emb
     old = service.ledger.encoded_at == 0
@@ -217,7 +217,7 @@ def test_a_map_touches_no_stored_vector_but_those_of_encoded_rows() -> None:
 
 
 def test_folding_a_map_changes_no_result() -> None:
-    made, service, _ = turned("rolling:2+map:8", n_steps=30)
+    made, service, _ = turned("rolling:2+map", n_steps=30)
     query = questions(6, 16)
     before = made.nearest(query, 5, vectors=True)
     assert made.vector_map is not None
@@ -236,7 +236,7 @@ def test_folding_a_map_changes_no_result() -> None:
 
 def test_scores_and_missing_rows_through_a_map() -> None:
     """Scores are q . (A d + b); a missing row stays zero."""
-    made, _, _ = turned("map:8", n_steps=30)
+    made, _, _ = turned("map:4", n_steps=30)
     made.index.remove(torch.arange(297))
     hits = made.nearest(questions(2, 16), 5, vectors=True)
     assert hits.rows[:, 3:].eq(-1).all() and hits.scores[:, 3:].isneginf().all()
