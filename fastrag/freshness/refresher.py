@@ -576,6 +576,11 @@ class IndexRefresher:
                 self._lane.close()
             given = (self.retriever.passages, self.batch_size, self.retriever.index.dim)
             if self.worker is not None:
+                if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                    raise ValueError(
+                        "worker: expected None with several training processes, whose indexes "
+                        f"would change at different steps, got {self.worker}"
+                    )
                 self._lane = WorkerLane(*given, self.worker)
             else:
                 self._lane = lane_of(*given, encoder)
