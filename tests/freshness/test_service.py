@@ -267,23 +267,26 @@ def test_a_schedule_that_ends_a_map_folds_it() -> None:
 # ---- encoding under the next step --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_stream_writes_in_the_next_step_what_the_weights_were(
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights change at once, and the mode of the encoder does not matter."""
 
     def stream(*given: Any) -> lanes.StreamLane:
-        return lanes.StreamLane(*given[:3], torch.device("cpu"))
+        return lanes.StreamLane(*given[:3], torch.device(device))
 
     monkeypatch.setattr(refresher, "lane_of", stream)
     made = drifting.retriever(questions(12, 8))
-    table: Any = made.passage_encoder
+    made.move_index = False
+    table: Any = made.to(device).passage_encoder
     service = IndexRefresher(made, "rolling:5", batch_size=2, samples=0)
     start, fresh = all_vectors(made), []
     for step in range(1, 4):
-        table.vectors.data += 0.3 * questions(12, 8, seed=step)
-        fresh.append(table.all())
+        table.vectors.data += 0.3 * questions(12, 8, seed=step).to(device)
+        fresh.append(table.all().cpu())
         report = service.step(step)
+        table.train(step != 2)
         assert (report is None) == (step == 1)
     assert service.ledger.encoded_at.tolist() == [*[1] * 5, *[2] * 5, 0, 0]
     expected = torch.cat([fresh[0][:5], fresh[1][5:10], start[10:]])
