@@ -210,6 +210,7 @@ def stochastic(encoder: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def copy_weights(encoder: nn.Module, twin: nn.Module) -> None:
     """Copy parameters and buffers into a twin."""
     theirs = [*encoder.parameters(), *encoder.buffers()]
