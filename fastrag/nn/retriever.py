@@ -92,7 +92,7 @@ class Retriever(nn.Module):
             None: stored vectors are searched as they are. `IndexRefresher` fits it.
         rescore: L, candidates of each question that are found among the stored vectors and encoded
             again, without gradient, before the best are chosen by their fresh scores; None: the
-            nearest stored vectors are chosen. Larger than `n_docs`; to be set at any time.
+            nearest stored vectors are chosen. At least `n_docs`; it can be set at any time.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range.
