@@ -24,7 +24,14 @@ from benchmarks.harness import results, shared
 from benchmarks.harness.arguments import Parser, one_of, positive
 from benchmarks.harness.commits import CommitError, Pair, checkout, compare
 from benchmarks.harness.measure import facts, free_memory
-from benchmarks.harness.registry import Op, Point, by_importance, in_turn, shape_text
+from benchmarks.harness.registry import (
+    DTYPES,
+    Op,
+    Point,
+    by_importance,
+    in_turn,
+    shape_text,
+)
 from benchmarks.harness.results import Group, groups_of, measured
 from benchmarks.harness.timing import Case, Result, time_cases
 from benchmarks.ops import OPS
@@ -167,6 +174,10 @@ def _begin(point: Point, device: str) -> None:
     shared.hold(op.share(mode, shape) if op.share is not None and device == "cpu" else {})
 
 
+def _kind(args: argparse.Namespace) -> tuple[torch.dtype, torch.device]:
+    return DTYPES[args.dtype], torch.device(args.device)
+
+
 def _broken(op: Op, results: Iterable[Result]) -> bool:
     """Return whether one of ours is wrong or failed; peers that are have a row that says so."""
     return any(
@@ -193,7 +204,8 @@ def _providers(args: argparse.Namespace) -> int:
             (group,) = groups_of(measured(result, machine) for result in found)
             done.append(group)
             if fits:
-                parts = results.table(group), results.goals(group)
+                note = "" if op.note is None else op.note(*point[1:], *_kind(args))
+                parts = results.table(group), results.goals(group), note
                 print("\n".join(filter(None, parts)) + "\n", flush=True)
             if args.csv:  # at once: finished points are kept if a later one is interrupted
                 results.add(args.csv, group.rows)

@@ -125,8 +125,8 @@ SEAMS = (
     Mistake(
         "passages are drawn in evaluation too",
         "fastrag/nn/retriever.py",
-        "if self.training and self.explore:",
-        "if self.explore:",
+        "exploring = self.training and self.explore > 0",
+        "exploring = self.explore > 0",
         "tests/nn/test_model.py",
     ),
     Mistake(
@@ -314,9 +314,30 @@ SEAMS = (
     Mistake(
         "a policy whose refresh failed has moved on all the same",
         "fastrag/freshness/refresher.py",
-        "            self.policy.load_state_dict(before)\n",
+        "                self.policy.load_state_dict(before)\n",
         "",
         "tests/freshness/test_refresher.py",
+    ),
+    Mistake(
+        "rolling goes by priority alone",
+        "fastrag/freshness/kinds.py",
+        "        forced = int((due - self.n * torch.arange(period)).max().clamp(0, self.n))\n",
+        "        forced = 0\n",
+        "tests/freshness/test_policies.py",
+    ),
+    Mistake(
+        "staleness is not corrected by the drawn passages",
+        "fastrag/freshness/staleness.py",
+        "float(predicted.mean()) + self._error / self._n",
+        "float(predicted.mean())",
+        "tests/freshness/test_service.py",
+    ),
+    Mistake(
+        "a fresh vector is stored as it is under a map",
+        "fastrag/nn/retriever.py",
+        "vectors if self.vector_map is None else self.vector_map.stored(vectors)",
+        "vectors",
+        "tests/freshness/test_service.py",
     ),
     Mistake(
         "a checkpoint counts while it is written",

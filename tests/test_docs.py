@@ -133,6 +133,13 @@ def test_guide_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("Passage(id=") == 3
 
 
+def test_freshness_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(ROOT / "docs" / "freshness.md")
+    shown = capsys.readouterr().out
+    assert shown.count("Refresh(step=") == 3 and "'staleness_retrieved': " in shown
+    assert str(names["refresher"].policy) == "favourites:3+every:100"
+
+
 def test_index_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "index.md"
     names = run(page)
@@ -183,7 +190,8 @@ def test_the_transcript_is_of_the_readme() -> None:
 def test_no_other_page_has_code() -> None:
     """Each that has needs a test above."""
     pages = {page.name for page in PAGES if blocks(page, "python")}
-    assert pages == {"README.md", "evaluation.md", "guide.md", "index.md", "inspector.md"}
+    tested = ("README", "evaluation", "freshness", "guide", "index", "inspector")
+    assert pages == {f"{name}.md" for name in tested}
 
 
 def test_yaml_configs_are_valid() -> None:

@@ -131,6 +131,8 @@ class Op:
     curve_providers: tuple[str, ...] = ()  # timed along a curve by default; empty: all
     # provider, mode, problem, outputs -> the fault, for outputs that have no small error
     check: Callable[[Provider, str, Any, Outputs], str] | None = None
+    # mode, shape, dtype, device -> a line under the table of ours, for what is no time
+    note: Callable[[str, Shape, torch.dtype, torch.device], str] | None = None
     # mode, shape -> tensors that all processes on a CPU need
     share: Callable[[str, Shape], Mapping[str, Spec]] | None = None
     patience: float = math.inf  # seconds of turns after which a slow provider takes no more

@@ -11,6 +11,7 @@ from benchmarks.ops import (
     marginal_loss,
     mips,
     rag_step,
+    refresh,
     token_logp,
 )
 
@@ -26,5 +27,6 @@ OPS: dict[str, Op] = {
         contexts,
         decode,
         first_token,
+        refresh,
     )
 }

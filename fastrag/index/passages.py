@@ -170,6 +170,20 @@ class PassageStore:
         _check_arrays(Path(dir), manifest, arrays)
         return cls(manifest, arrays)
 
+    def handle(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a picklable description from which another process opens the store.
+
+        Mapped files are named, so the other process maps them as well.
+        """
+        arrays = {name: _by_file(array) for name, array in self._arrays.items()}
+        return {**self._manifest, "origin": self.origin}, arrays
+
+    @classmethod
+    def from_handle(cls, handle: tuple[dict[str, Any], dict[str, Any]]) -> Self:
+        """Open the store of a `handle`, on the host."""
+        manifest, arrays = handle
+        return cls(manifest, {name: _opened(each) for name, each in arrays.items()})
+
     @property
     def device(self) -> torch.device:
         """Device of the token streams."""
@@ -315,6 +329,20 @@ class PassageStore:
             longest = self.max_tokens(stream)
             token_ids, lengths = _gather_torch(tokens, offsets, at, max_length, longest)
         return token_ids.to(rows.device), lengths.to(rows.device)
+
+
+def _by_file(array: np.ndarray[Any, Any]) -> Any:
+    """Return the place of a mapped array in its file, or the array if it is in memory."""
+    if not isinstance(array, np.memmap) or array.filename is None:
+        return array
+    return str(array.filename), array.dtype, array.offset, array.shape
+
+
+def _opened(place: Any) -> np.ndarray[Any, Any]:
+    if isinstance(place, np.ndarray):
+        return place
+    file, dtype, offset, shape = place
+    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def _gather_cpp(

@@ -87,6 +87,10 @@ CHARTS = (
     ChartKind("Answers", {"eval_em": "EM", "eval_f1": "F1"}, share=True),
     ChartKind("Entropy (nats)", {"prior_entropy": "prior", "posterior_entropy": "posterior"}),
     ChartKind("KL of posterior and prior (nats)", {"kl": "KL"}),
+    ChartKind(
+        "Staleness: 1 - cos(stored, fresh vector)",
+        {"staleness": "all passages", "staleness_retrieved": "retrieved passages"},
+    ),
     ChartKind("Unique passages", {"unique_passages": "since the last line of the log"}, whole=True),
 )
 

@@ -123,6 +123,7 @@ def save_model(
             f"objective: expected a retriever term with a word to save, got "
             f"{type(model.loss_fn.retriever_term).__name__} without one"
         )
+    model.retriever.fold_map()  # the folder holds vectors that are searched as they are
     with FolderWriter(path, format=FORMAT, version=VERSION, holds=HOLDS) as writer:
         folder = writer.folder
         model.question_encoder.save_pretrained(folder / "question_encoder")

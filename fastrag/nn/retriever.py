@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrag import functional
+from fastrag.freshness.maps import FoldedVectors, VectorMap
 from fastrag.index.base import Hits, Index
 from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
 from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fastrag.index import PassageStore
 
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
+RESCORE_BATCH = 64  # candidates per pass of the encoder, which bounds the memory of a rescoring
 FLAT_PRIOR = 0.99  # share of log K above which a prior says nothing
 
 
@@ -45,12 +47,18 @@ class Retrieved(NamedTuple):
             scores of rows that the caller chose are `doc_scores` times tau.
         doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
         log_prior: log p(z|x) `[B, K]`, differentiable.
+        passage_emb: vectors `[B, K, D]` of passages that were encoded again, differentiable; None
+            if the stored vectors were scored.
+        candidates: the L candidates of each question with the fresh vectors and scores by which the
+            K were chosen; None without `Retriever.rescore`.
     """
 
     query_emb: Tensor
     hits: Hits
     doc_scores: Tensor
     log_prior: Tensor
+    passage_emb: Tensor | None = None
+    candidates: Hits | None = None
 
 
 class Retriever(nn.Module):
@@ -78,6 +86,13 @@ class Retriever(nn.Module):
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
         move_index: move index and passages along when the module moves to another device.
+
+    Attributes:
+        vector_map: map from stored vectors to present ones through which the index is searched;
+            None: stored vectors are searched as they are. `IndexRefresher` fits it.
+        rescore: L, candidates of each question that are found among the stored vectors and encoded
+            again, without gradient, before the best are chosen by their fresh scores; None: the
+            nearest stored vectors are chosen. At least `n_docs`; it can be set at any time.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range.
@@ -127,6 +142,8 @@ class Retriever(nn.Module):
         self.explore_pool = explore_pool
         self.explore_tau = explore_tau
         self.move_index = move_index
+        self.vector_map: VectorMap | None = None
+        self.rescore: int | None = None
         self.search_seconds = 0.0  # wall time of the last search on the host
         self._prior_seen = False
         if self.passage_encoder is not None and not train_passage_encoder:
@@ -180,9 +197,11 @@ class Retriever(nn.Module):
                 GPU, where looking would cost a wait, its scores are NaN instead), an empty index.
         """
         query_emb = self.encode_questions(input_ids, attention_mask)
-        hits = None
+        hits: Hits | None = None
+        candidates: Hits | None = None
         if rows is None:
-            hits = self._find(query_emb.detach(), self.n_docs if n_docs is None else n_docs)
+            k = self.n_docs if n_docs is None else n_docs
+            hits, candidates = self._find(query_emb.detach(), k)
             rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
             stored, version = self._take(rows, query_emb)
@@ -196,7 +215,8 @@ class Retriever(nn.Module):
             hits = Hits((doc_scores * self.tau).detach(), rows, stored, version)
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
-        return Retrieved(query_emb, hits, doc_scores, log_prior)
+        again = passage_emb if fresh else None
+        return Retrieved(query_emb, hits, doc_scores, log_prior, again, candidates)
 
     @torch.no_grad()
     def search(
@@ -220,7 +240,70 @@ class Retriever(nn.Module):
         check_count("k", k)
         with evaluating(self.question_encoder):
             query_emb = self.encode_questions(input_ids, attention_mask)
-        return self._search(query_emb, k)
+        if self.rescore is None:
+            return self.nearest(query_emb, k)
+        hits = self.rescored(query_emb, max(k, self.rescore))
+        return Hits(hits.scores[:, :k], hits.rows[:, :k], None, hits.version)
+
+    @torch.no_grad()
+    def rescored(self, query_emb: Tensor, n: int) -> Hits:
+        """Return the n nearest passages by stored vectors, in the order of their fresh scores.
+
+            s_bl = q_b . d_bl,  d = passage encoder in eval mode, each passage once
+
+        Memory: the passages of one batch of the encoder, and B n D numbers.
+
+        Args:
+            query_emb: `[B, D]`.
+            n: passages per question.
+
+        Returns:
+            `Hits` with fresh vectors and scores.
+
+        Raises:
+            ValueError: there is no passage encoder, or as `nearest`.
+        """
+        encoder = self._passage_encoder()
+        hits = self.nearest(query_emb, n)
+        there = hits.rows >= 0
+        unique, where = hits.rows.clamp(min=0).unique(return_inverse=True)
+        with stage("encode_passages"):
+            made = encode_passages(
+                encoder, self.passages, RESCORE_BATCH, rows=unique, dim=self.index.dim
+            )
+        fresh = made.to(query_emb.device)[where].masked_fill(~there[..., None], 0.0)
+        scores = torch.einsum("bd,bnd->bn", query_emb.float(), fresh)
+        scores = scores.masked_fill(~there, -math.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return Hits(scores, hits.rows, fresh, hits.version).columns(order)
+
+    def nearest(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
+        """Return the k nearest passages of question vectors, without gradient.
+
+        Args:
+            query_emb: `[B, D]`.
+            k: passages per question.
+            vectors: also return the vectors of the hits.
+
+        Returns:
+            `Hits`. If a `vector_map` is set, scores and vectors are those of mapped passages.
+
+        Raises:
+            ValueError: as `Index.search`, or an empty index.
+        """
+        self._check_index()
+        with stage("search"):
+            if self.vector_map is None:
+                return self.index.search(query_emb, k, vectors=vectors)
+            query, shift = self.vector_map.questions(query_emb)
+            hits = self.index.search(query, k, vectors=vectors)
+            stored = hits.vectors
+            mapped = None if stored is None else self._mapped(stored, hits.rows)
+            return Hits(hits.scores + shift[:, None], hits.rows, mapped, hits.version)
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors of rows `[...]` as `nearest` sees them, `[..., D]` float32."""
+        return self._mapped(self.index.vectors(rows), rows)
 
     def encode_questions(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Encode questions `[B, S]` with gradient: `[B, D]`."""
@@ -286,12 +369,37 @@ class Retriever(nn.Module):
             rows=rows,
             dim=self.index.dim,
         )
+        self.write(vectors, rows)
+
+    def write(self, vectors: Tensor, rows: Tensor | None = None) -> None:
+        """Write vectors of the present passage encoder into the index.
+
+        If a `vector_map` is set, rows are stored so that the map returns these vectors. Vectors of
+        all rows are stored as they are, and the map is dropped.
+
+        Args:
+            vectors: `[n, D]`.
+            rows: their rows `[n]`, each once; None: all, also into an empty index.
+
+        Raises:
+            ValueError: another width, a vector that is not finite, or unknown or repeated rows. The
+                index is then unchanged.
+        """
         if rows is not None:
-            self.index.update(rows, vectors)
-        elif len(self.index):
+            stored = vectors if self.vector_map is None else self.vector_map.stored(vectors)
+            self.index.update(rows, stored)
+            return
+        if len(self.index):
             self.index.replace(vectors)
         else:
             self.index.add(vectors)
+        self.vector_map = None
+
+    def fold_map(self) -> None:
+        """Replace all stored vectors by those that the `vector_map` makes of them, and drop it."""
+        if self.vector_map is not None:
+            self.index.replace(FoldedVectors(self.index, self.vector_map))
+            self.vector_map = None
 
     def get_extra_state(self) -> Tensor:
         """Return the index's reference for `state_dict`; see `IndexReference`."""
@@ -320,19 +428,34 @@ class Retriever(nn.Module):
             raise ValueError("passage_encoder: expected a module to encode passages, got None")
         return self.passage_encoder
 
-    def _find(self, query_emb: Tensor, k: int) -> Hits:
-        """Choose the K passages of each question: the nearest, or some of them drawn."""
+    def _find(self, query_emb: Tensor, k: int) -> tuple[Hits, Hits | None]:
+        """Choose the K passages of each question: the best, or some of them drawn.
+
+        Returns:
+            The passages, and all candidates if they were encoded again.
+        """
         start = time.perf_counter()
-        if self.training and self.explore:
+        exploring = self.training and self.explore > 0
+        fresh: Hits | None = None
+        if self.rescore is not None:
+            if self.rescore < k:
+                raise ValueError(
+                    f"rescore: expected at least {k} candidates for {k} passages, or None, got "
+                    f"{self.rescore}"
+                )
+            hits = fresh = self.rescored(query_emb, self.rescore)
+        elif exploring:
             n_candidates = max(self.explore_pool or len(self.index), k)
-            candidates = self._search(query_emb, n_candidates, vectors=True)
-            softness = self.tau * self.explore_tau
-            columns = explore(candidates.scores, k, min(self.explore, k), softness)
-            hits = candidates.columns(columns)
+            hits = self.nearest(query_emb, n_candidates, vectors=True)
         else:
-            hits = self._search(query_emb, k, vectors=True)
+            hits = self.nearest(query_emb, k, vectors=True)
+        if exploring:
+            softness = self.tau * self.explore_tau
+            hits = hits.columns(explore(hits.scores, k, min(self.explore, k), softness))
+        elif fresh is not None:
+            hits = hits.columns(torch.arange(k, device=hits.rows.device).expand(len(hits.rows), k))
         self.search_seconds = time.perf_counter() - start
-        return hits
+        return hits, fresh
 
     def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
         """Read the vectors of the rows that the caller chose, and their version."""
@@ -344,12 +467,13 @@ class Retriever(nn.Module):
         self._check_index()
         self.search_seconds = 0.0
         vectors, version = self.index.gather(rows)
-        return vectors.to(query_emb.device), version
+        return self._mapped(vectors.to(query_emb.device), rows), version
 
-    def _search(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
-        self._check_index()
-        with stage("search"):
-            return self.index.search(query_emb, k, vectors=vectors)
+    def _mapped(self, stored: Tensor, rows: Tensor) -> Tensor:
+        """Return stored vectors as the map sees them; vectors of missing rows stay zero."""
+        if self.vector_map is None:
+            return stored
+        return self.vector_map.passages(stored).masked_fill((rows < 0)[..., None], 0.0)
 
     def _check_index(self) -> None:
         """Raise ValueError unless there is a vector of the right width for each passage."""

@@ -22,7 +22,6 @@ from transformers.trainer_callback import ProgressCallback
 
 from fastrag import terminal
 from fastrag.folders import replacing
-from fastrag.nn.retriever import Retrieved, Retriever
 from fastrag.train import checkpoint_contents, checkpoints
 
 if TYPE_CHECKING:
@@ -31,13 +30,14 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "curve.png"
 # A line has to fit 80 columns. Learning rates and speeds are in metrics.jsonl.
-_TRAINING_LINE = ("loss", "prior_entropy", "kl", "unique_passages", "passages_cut")
+_TRAINING_LINE = ("loss", "prior_entropy", "kl", "unique_passages", "passages_cut", "staleness")
 _TEXTS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {value:#.5g}",
     "prior_entropy": lambda value: f"entropy {value:.3f}",
     "kl": lambda value: f"kl {value:.3g}",
     "unique_passages": lambda value: f"unique {value}",
     "passages_cut": lambda value: f"cut {100 * value:.0f} %",
+    "staleness": lambda value: f"stale {value:.2g}",
 }
 _METRIC = re.compile(r"eval_(?:(?P<questions>.+)_)?(?P<metric>recall@\d+|em|f1|loss)")
 # Endings of names that are logged for metrics.jsonl only.
@@ -47,8 +47,8 @@ _NOT_IN_LINES = ("epoch", "total_flos", "_runtime", "_per_second", "_time", "_n_
 class RefreshCallback(TrainerCallback):
     """Call an `IndexRefresher` at the end of each step.
 
-    Evaluation and saving follow, so both see the refreshed index. The refresher receives what the
-    retriever returned for the last micro-batch of the step.
+    Evaluation and saving follow, so both see the refreshed index. The refresher observes what the
+    retriever returns for each micro-batch. Its figures are added to each log of a training loss.
 
     Args:
         refresher: the refresher.
@@ -60,40 +60,41 @@ class RefreshCallback(TrainerCallback):
 
     def __init__(self, refresher: IndexRefresher) -> None:
         self.refresher = refresher
-        self._retrieved: Retrieved | None = None
         self._hook: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to record the results of the retriever."""
-        if self._hook is None and self.refresher.changing:
-            self._hook = self.refresher.retriever.register_forward_hook(self._keep)
+        """Start to observe the retriever."""
+        if self._hook is None and self.refresher.active:
+            self._hook = self.refresher.watch()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Call the refresher."""
-        self.refresher.step(state.global_step, self._retrieved)
-        self._retrieved = None
+        self.refresher.step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures of the refresher, unless the trainer has done so."""
+        if logs is not None and "loss" in logs:
+            logs.update(self.refresher.summary(state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop recording."""
+        """Stop observing, and end the refresher's worker."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _keep(self, retriever: Retriever, _inputs: Any, found: Retrieved) -> None:
-        if retriever.training:
-            # detached: otherwise the graph of the step would live until the next one
-            self._retrieved = Retrieved(
-                found.query_emb.detach(),
-                found.hits,
-                found.doc_scores.detach(),
-                found.log_prior.detach(),
-            )
+        self.refresher.close()
 
 
 class CheckpointCallback(TrainerCallback):
@@ -128,7 +129,7 @@ class CheckpointCallback(TrainerCallback):
             best = Path(state.best_model_checkpoint)
             checkpoint_contents.check_files(best, checkpoint_contents.MODEL_FILES)
             checkpoint_contents.read_index(self.refresher.retriever, best)
-            self.refresher.refreshed_at = state.global_step
+            self.refresher.restart(state.global_step)
 
 
 class MetricsFileCallback(TrainerCallback):

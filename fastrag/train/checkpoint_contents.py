@@ -23,6 +23,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from fastrag import manifests
+from fastrag.freshness.maps import VectorMap
 from fastrag.index import FlatIndex
 from fastrag.index.storage import MANIFEST
 from fastrag.manifests import (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 FROZEN = "frozen.json"
 INDEX = "index.json"
+INDEX_MAP = "index_map.safetensors"  # through which the index is searched, see VectorMap
 REFRESHER = "refresher.pt"
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
@@ -65,7 +67,7 @@ RANDOM_STATE = "rng_state*.pth"
 QUESTION_ENCODER = "retriever.question_encoder."  # prefix of the names of its parameters
 INDEX_REFERENCE = "retriever._extra_state"  # not in WEIGHTS, because INDEX says the same
 # Evaluating a checkpoint reads these files; resuming reads all.
-MODEL_FILES = (WEIGHTS, FROZEN, INDEX, f"{INDEX_FOLDER}/*")
+MODEL_FILES = (WEIGHTS, FROZEN, INDEX, INDEX_MAP, f"{INDEX_FOLDER}/*")
 # A file of one of these kinds would be loaded even if the manifest did not list it.
 _TENSORS = (".pt", ".pth", ".bin", ".safetensors")
 _TORCH_FILES = {
@@ -384,9 +386,12 @@ def write_index(model: RagModel, folder: Path, *, changing: bool) -> None:
     """
     index = model.index
     entry: dict[str, Any] = {"version": int(index.version), "n_passages": len(index)}
+    vector_map = model.retriever.vector_map
     if changing:
         index.save_copy(folder / INDEX_FOLDER)
         entry["kept"] = "whole"
+        if vector_map is not None:
+            save_file(vector_map.state_dict(), str(folder / INDEX_MAP))
     else:
         entry |= {"kept": "reference", "checksum": index.checksum()}
     manifests.write(folder / INDEX, entry)
@@ -410,7 +415,9 @@ def read_index(model: RagModel | Retriever, folder: Path) -> None:
         where: dict[str, Any] = {"device": index.device}
         if isinstance(index, FlatIndex):
             where["search_device"] = index.search_device
+        vector_map = _read_map(folder / INDEX_MAP)
         model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, verify=True, **where)
+        getattr(model, "retriever", model).vector_map = vector_map
         return
     checksum = index.checksum()
     if checksum != entry.get("checksum"):
@@ -418,6 +425,15 @@ def read_index(model: RagModel | Retriever, folder: Path) -> None:
             f"{path}: expected the index that the run started with, checksum "
             f"{entry.get('checksum')}, got {checksum}"
         )
+
+
+def _read_map(path: Path) -> VectorMap | None:
+    if not path.exists():
+        return None
+    try:
+        return VectorMap(**load_file(path, device="cpu"))
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a map of vectors: {error}") from error
 
 
 def write_refresher(refresher: IndexRefresher, folder: Path) -> None:

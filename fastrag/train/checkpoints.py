@@ -7,6 +7,7 @@
       index.json            version of the index, and its checksum unless the index is stored here
       index/                the index itself, if training changes it
       refresher.pt          state of the IndexRefresher
+      index_map.safetensors the map through which the index is searched, if a policy fits one
       optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
       manifest.json         size and SHA-256 of every file; written last, checked before a resume
 

@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "retriever.index_device",
     "data.eval_questions",
     "refresh.batch_size",
+    "refresh.worker",
     "evaluation.",
 )
 BOUND_IN_TRAINING = (
@@ -77,6 +78,9 @@ class RetrieverConfig:
         tau: temperature of the scores; null takes 1, or .05 for encoders that normalise.
         learn_tau: train the temperature.
         train_passage_encoder: encode the K passages of a step with gradient.
+        rescore: number of candidates of each question that are found among the stored vectors and
+            encoded again, before the best n_docs are chosen by their fresh scores; null: the
+            nearest stored vectors are used.
         explore: number of the K passages that are drawn from the softened prior in training.
         explore_pool: number of candidates that they are drawn from; null: all passages.
         explore_tau: temperature that softens the prior they are drawn from.
@@ -92,6 +96,7 @@ class RetrieverConfig:
     tau: float | None = None
     learn_tau: bool = False
     train_passage_encoder: bool = False
+    rescore: int | None = None
     explore: int = 0
     explore_pool: int | None = 256
     explore_tau: float = 1.0
@@ -183,12 +188,19 @@ class RefreshConfig:
     """When the vectors of the index are recomputed.
 
     Args:
-        policy: frozen, or every:<steps>.
+        policy: frozen; every:<steps>; rolling:<passages per step>; drift:<limit>; map; several
+            joined with +, or a schedule such as 0-1000:rolling:64, 1000-:drift:0.02.
         batch_size: passages per batch when the index is built or refreshed.
+        samples: passages that are drawn uniformly and encoded in each step to measure how stale
+            the index is; null: as many as the policy asks for.
+        worker: device of a process of its own that encodes, such as cuda:1; null: the training
+            process encodes.
     """
 
     policy: str = "frozen"
     batch_size: int = 64
+    samples: int | None = None
+    worker: str | None = None
 
 
 @dataclass
@@ -257,6 +269,9 @@ class RagConfig:
         except ValueError as error:
             raise ValueError(f"refresh.policy{str(error).removeprefix('refresh')}") from None
         _require_count("refresh.batch_size", self.refresh.batch_size)
+        samples = self.refresh.samples
+        fits = samples is None or samples >= 0
+        require("refresh.samples", fits, "an integer >= 0 or null", samples)
         self.training.check()
         self._check_evaluation()
 
@@ -266,11 +281,13 @@ class RagConfig:
         _require_count("retriever.n_docs", part.n_docs)
         if part.tau is not None:
             _require_positive("retriever.tau", part.tau, " or null")
+        at_least = f"an integer >= n_docs = {part.n_docs} or null"
+        fits = part.rescore is None or part.rescore >= part.n_docs
+        require("retriever.rescore", fits, at_least, part.rescore)
         within = f"an integer from 0 to n_docs = {part.n_docs}"
         require("retriever.explore", 0 <= part.explore <= part.n_docs, within, part.explore)
         pool = part.explore_pool
         fits = pool is None or pool >= part.n_docs
-        at_least = f"an integer >= n_docs = {part.n_docs} or null"
         require("retriever.explore_pool", fits, at_least, pool)
         _require_positive("retriever.explore_tau", part.explore_tau)
         rate = part.learning_rate
@@ -471,6 +488,8 @@ class RagConfig:
             "generator_lr": self.training.learning_rate,
             "refresh": self.refresh.policy,
             "encode_batch_size": self.refresh.batch_size,
+            "refresh_samples": self.refresh.samples,
+            "refresh_worker": self.refresh.worker,
             "eval_limit": evaluation.limit,
             "eval_ks": evaluation.ks,
             "eval_max_new_tokens": evaluation.max_new_tokens,

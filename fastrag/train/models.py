@@ -153,6 +153,7 @@ def build_model(
         objective=config.loss.objective,
         tau_lm=config.loss.tau_lm,
     )
+    model.retriever.rescore = config.retriever.rescore
     if config.retriever.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
     return model

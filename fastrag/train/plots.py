@@ -13,14 +13,14 @@ Entries = Sequence[dict[str, Any]]
 
 
 def plot_curve(entries: Entries, path: str | os.PathLike[str]) -> bool:
-    """Draw the loss, then recall@k, EM and F1, then entropy of the prior and KL.
+    """Draw the loss, then recall@k, EM and F1, then entropy of the prior and KL, then staleness.
 
     The file is replaced in one step, so that a viewer never reads half a picture.
 
     Args:
         entries: lines of `metrics.jsonl`: mappings with `step` and any of `loss`, `eval_loss`,
-            `eval_recall@<k>`, `eval_em`, `eval_f1`, `prior_entropy`, `kl`. A panel without
-            points is left out.
+            `eval_recall@<k>`, `eval_em`, `eval_f1`, `prior_entropy`, `kl`, `staleness`,
+            `staleness_retrieved`, `overlap@<k>`. A panel without points is left out.
         path: the PNG to write; the title names its folder.
 
     Returns:
@@ -96,6 +96,21 @@ def _draw_retriever(axes: Any, entries: Entries) -> list[Any]:
     return lines
 
 
+def _draw_staleness(axes: Any, entries: Entries) -> list[Any]:
+    right = axes.twinx()
+    lines = [
+        *_line(axes, entries, "staleness", "all passages", "tab:blue"),
+        *_line(axes, entries, "staleness_retrieved", "retrieved passages", "tab:orange"),
+    ]
+    for name in sorted(filter(_is_overlap, _names(entries)), key=_order):
+        lines += _line(right, entries, name, f"{name} (right)", "tab:green", marker=".")
+    axes.set(ylabel="1 − cos(stored, fresh vector)")
+    right.set(ylabel="share of the nearest that stay", ylim=(-0.02, 1.02))
+    if axes.lines:
+        axes.set_ylim(0.0, 1.05 * axes.dataLim.ymax or 1.0)
+    return lines
+
+
 def _line(
     axes: Any, entries: Entries, name: str, label: str, color: Any = None, **style: Any
 ) -> Any:
@@ -116,10 +131,15 @@ def _is_share(name: str) -> bool:
     return name.startswith("eval_recall@") or name in ("eval_em", "eval_f1")
 
 
+def _is_overlap(name: str) -> bool:
+    return name.startswith("overlap@")
+
+
 _PANELS: tuple[tuple[Callable[[Any, Entries], list[Any]], Callable[[str], bool]], ...] = (
     (_draw_loss, lambda name: name in ("loss", "eval_loss")),
     (_draw_shares, _is_share),
     (_draw_retriever, lambda name: name in ("prior_entropy", "kl")),
+    (_draw_staleness, lambda name: name.startswith("staleness") or _is_overlap(name)),
 )
 
 

@@ -70,8 +70,12 @@ class RagTrainer(Trainer):
         retriever_lr: learning rate of encoders and temperature; None: the config's, or
             `args.learning_rate`.
         generator_lr: learning rate of the generator, likewise.
-        refresh: `frozen`, `every:<steps>`, or a RefreshPolicy; None: the config's.
+        refresh: a setting such as `every:200` or `rolling:64`, or a RefreshPolicy; None: the
+            config's.
         encode_batch_size: passages per batch of a refresh.
+        refresh_samples: passages that are encoded in each step to measure how stale the index is;
+            None: as many as the policy asks for.
+        refresh_worker: device of a process that encodes, such as `cuda:1`; None: no other process.
         eval_limit: number of fixed questions to evaluate on; None: all.
         eval_ks: the k of recall@k.
         eval_max_new_tokens: longest answer in evaluation.
@@ -102,6 +106,8 @@ class RagTrainer(Trainer):
         generator_lr: float | None = None,
         refresh: str | RefreshPolicy | None = None,
         encode_batch_size: int | None = None,
+        refresh_samples: int | None = None,
+        refresh_worker: str | None = None,
         eval_limit: int | None = None,
         eval_ks: Sequence[int] | None = None,
         eval_max_new_tokens: int | None = None,
@@ -140,6 +146,9 @@ class RagTrainer(Trainer):
             model,
             setting(refresh, "refresh", "frozen"),
             int(setting(encode_batch_size, "encode_batch_size", 256)),
+            samples=setting(refresh_samples, "refresh_samples", None),
+            worker=setting(refresh_worker, "refresh_worker", None),
+            seed=args.seed,
         )
         self.include_index = self.refresher.changing or (
             config is not None and not config.retriever.index
@@ -240,9 +249,9 @@ class RagTrainer(Trainer):
         return output
 
     def finish_index(self) -> None:
-        """Encode all passages again if training changes the index and has made steps since."""
-        if self.refresher.changing and self.refresher.refreshed_at < self.state.global_step:
-            self.refresher.refresh(self.state.global_step)
+        """Encode passages with vectors of older weights, if training changes the index."""
+        if self.refresher.changing:
+            self.refresher.finish(self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the trained model as `RagModel.from_pretrained` reads it.
@@ -359,6 +368,7 @@ class RagTrainer(Trainer):
         """Add the statistics of the window to a training log, then report it."""
         if "loss" in logs:
             logs.update(self.statistics.summary(self.accelerator))
+            logs.update(self.refresher.summary(self.state.global_step))
         super().log(logs, *args, **kwargs)
 
     def evaluate(
@@ -456,6 +466,7 @@ class RagTrainer(Trainer):
 
     def _begin_checkpoint(self, folder: Path) -> None:
         """Write model, index and refresher; transformers writes the rest."""
+        self.refresher.flush()
         if self.args.should_save:
             checkpoints.begin(folder)
             # first, because saving the index also computes the checksum that a state dict contains

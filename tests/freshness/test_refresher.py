@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from fastrag import IndexRefresher
-from fastrag.freshness import Refresh, RefreshPolicy
+from fastrag.freshness import Refresh, RefreshPolicy, View
+from fastrag.freshness.ledger import RowLedger
 from fastrag.index import encode_passages
 from fastrag.nn import RagModel
+from fastrag.nn.retriever import Retrieved
 from fastrag.train import RagTrainer, RefreshCallback
 from tests import tiny
 
@@ -33,13 +33,11 @@ class Rolling(RefreshPolicy, word="roll"):
         self.n = n
         self.next = 0
 
-    def choose(self, step: int, retriever: Any, retrieved: Any, encoder: Any) -> Tensor:
-        if retrieved is None:
-            raise ValueError("retrieved: expected what the retriever returned, got None")
-        rows = (self.next + torch.arange(self.n)) % len(retriever.index)
-        self.next = (self.next + self.n) % len(retriever.index)
-        seen = retrieved.hits.rows.flatten()
-        return torch.cat([rows, seen[seen >= 0]]).unique()
+    def choose(self, view: View) -> Tensor:
+        n = len(view.ledger)
+        rows = (self.next + torch.arange(self.n)) % n
+        self.next = (self.next + self.n) % n
+        return torch.cat([rows, view.retrieved]).unique()
 
     def state_dict(self) -> dict[str, Any]:
         return {"next": self.next}
@@ -87,6 +85,17 @@ def test_chosen_rows_and_another_encoder() -> None:
     torch.testing.assert_close(stored(made), expected)
 
 
+def same_state(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            same_state(value, other[name])
+    elif isinstance(one, Tensor):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+    else:
+        assert one == other
+
+
 def broken(kind: str) -> tuple[nn.Module, type[Exception], str]:
     class Encoder(nn.Module):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ def broken(kind: str) -> tuple[nn.Module, type[Exception], str]:
 
 
 @pytest.mark.parametrize("kind", ["raises", "narrow", "nan"])
-@pytest.mark.parametrize("policy", ["every:1", "roll:2"])
+@pytest.mark.parametrize("policy", ["every:1", "roll:2", "rolling:3+map"])
 def test_a_refresh_that_fails_leaves_everything_as_it_was(policy: str, kind: str) -> None:
     made = model()
     refresher = IndexRefresher(made, policy)
@@ -115,7 +124,7 @@ def test_a_refresh_that_fails_leaves_everything_as_it_was(policy: str, kind: str
     with pytest.raises(error, match=message):
         refresher.step(2, retrieved, encoder)
     assert torch.equal(stored(made), vectors) and made.index.version == version
-    assert refresher.state_dict() == state
+    same_state(refresher.state_dict(), state)
     assert refresher.step(2, retrieved) is not None
 
 
@@ -141,50 +150,55 @@ def test_a_refresh_in_the_middle_of_a_step_from_another_thread() -> None:
     assert not torch.equal(stored(undisturbed), stored(refreshed))
 
 
-@given(steps=st.integers(0, 9), n=st.integers(1, 5))
-def test_a_loaded_state_goes_on_alike(steps: int, n: int) -> None:
-    class Index:
-        version = 0
-        __len__ = lambda self: N  # noqa: E731
+@pytest.mark.parametrize("policy", ["roll:5", "rolling:2+map:2", "0-3:map:2, 3-:rolling:4"])
+def test_a_loaded_state_goes_on_alike(policy: str) -> None:
+    """To the bit: chosen and drawn rows, priorities, map."""
 
-    class Retriever:
-        index, passage_encoder = Index(), None
+    def drifting(made: RagModel, step: int) -> Retrieved:
+        draws = torch.Generator().manual_seed(step)
+        for parameter in made.passage_encoder.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=draws)
+        data = tiny.batch(n=2 + step % 3)
+        return made.retriever(data["input_ids"], data["attention_mask"])
 
-        def __init__(self) -> None:
-            self.rows: list[list[int]] = []
-
-        def refresh_index(self, batch_size: int, *, rows: Tensor, encoder: Any) -> None:
-            self.rows.append(rows.tolist())
-
-    class Nothing:
-        class hits:
-            rows = torch.full((1, 1), -1)
-
-    first, second = Retriever(), Retriever()
-    whole, cut = (IndexRefresher(each, f"roll:{n}") for each in (first, second))  # type: ignore
-    for step in range(steps):
-        whole.step(step, Nothing)  # type: ignore[arg-type]
-    cut.load_state_dict(whole.state_dict())
-    assert cut.refreshed_at == whole.refreshed_at == max(steps - 1, 0)
-    for step in range(steps, steps + 3):
-        whole.step(step, Nothing)  # type: ignore[arg-type]
-        cut.step(step, Nothing)  # type: ignore[arg-type]
-    assert second.rows == first.rows[steps:]
+    whole_model, cut_model = model(), model()
+    whole, cut = IndexRefresher(whole_model, policy), IndexRefresher(cut_model, policy)
+    for step in range(1, 8):
+        whole.step(step, drifting(whole_model, step))
+        if step <= 4:
+            cut.step(step, drifting(cut_model, step))
+    state = cut.state_dict()
+    resumed = IndexRefresher(cut_model, policy, seed=9)
+    cut_model.retriever.vector_map = None
+    resumed.load_state_dict(state)
+    for step in range(5, 8):
+        resumed.step(step, drifting(cut_model, step))
+    same_state(resumed.state_dict(), whole.state_dict())
+    assert torch.equal(stored(cut_model), stored(whole_model))
+    assert resumed.refreshed_at == 7
 
 
-GOOD = {"policy": "every:3", "refreshed_at": 6, "state": {}}
+GOOD = IndexRefresher(tiny.rag_model(), "every:3").state_dict() | {"refreshed_at": 6}
 
 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, "^state_dict: expected policy, refreshed_at, state, got None"),
-        ({"policy": "every:3"}, "^state_dict: expected policy, refreshed_at, state, got"),
+        (None, "^state_dict: expected policy, refreshed_at, state, .*, got None"),
+        ({"policy": "every:3"}, "^state_dict: expected policy, refreshed_at, state, .*, got"),
         (GOOD | {"policy": "every:4"}, "^state_dict: expected the state of 'every:3', got .*'ev"),
         (GOOD | {"refreshed_at": -1}, "refreshed_at: expected a number of steps, got -1"),
         (GOOD | {"refreshed_at": True}, "refreshed_at: expected a number of steps, got True"),
         (GOOD | {"state": 3}, "state: expected a mapping, got 3"),
         (GOOD | {"state": {"next": 3}}, "expected no state of every:3, got"),
+        (GOOD | {"rows": {}}, "rows: expected encoded_at, seen, rate, sums, got"),
+        (GOOD | {"rows": RowLedger(99).state_dict()}, "rows: expected at most the 12 rows .* 99"),
+        (GOOD | {"rows": GOOD["rows"] | {"seen": torch.zeros(3)}}, "rows: seen: expected"),
+        (GOOD | {"drift": {"sums": [1]}}, "drift: expected sums of two numbers"),
+        (GOOD | {"map": {"base": 0, "fit": None}}, "expected the state of a refresher: 'map'"),
+        (GOOD | {"map": GOOD["map"] | {"fit": {"settings": ("affine", 3)}}}, "map: expected sett"),
+        (GOOD | {"draws": torch.zeros(3)}, "expected the state of a refresher"),
+        (GOOD | {"version": "1"}, "version: expected a number, got '1'"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(state: Any, message: str) -> None:
@@ -192,12 +206,14 @@ def test_a_state_that_does_not_fit_is_refused(state: Any, message: str) -> None:
     refresher.load_state_dict(GOOD)
     with pytest.raises(ValueError, match=message):
         refresher.load_state_dict(state)
-    assert refresher.state_dict() == GOOD
+    same_state(refresher.state_dict(), GOOD)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         IndexRefresher(tiny.rag_model(), batch_size=0)
+    with pytest.raises(ValueError, match="samples: expected at least 0 or None, got -1"):
+        IndexRefresher(tiny.rag_model(), samples=-1)
     with pytest.raises(ValueError, match="refresh: expected one of 'frozen', 'every:n'"):
         IndexRefresher(tiny.rag_model(), "hourly")
     without = tiny.rag_model()
@@ -243,8 +259,9 @@ def test_a_policy_from_outside_trains(tmp_path: Path, trainer: str) -> None:
     torch.testing.assert_close(last, fresh(made)[8:])
 
 
-def test_a_policy_from_outside_resumes_to_the_bit(tmp_path: Path) -> None:
-    """Its place in the cycle is in the checkpoint."""
+@pytest.mark.parametrize("policy", ["roll:5", "rolling:3+map:2"])
+def test_a_run_resumes_to_the_bit(tmp_path: Path, policy: str) -> None:
+    """The checkpoint has the place in the cycle, ages, draws and map; logs have figures."""
 
     def train(folder: str, resume: Path | None = None) -> RagTrainer:
         args = TrainingArguments(
@@ -254,18 +271,28 @@ def test_a_policy_from_outside_resumes_to_the_bit(tmp_path: Path) -> None:
             per_device_train_batch_size=2,
             learning_rate=1e-2,
             lr_scheduler_type="constant",
+            logging_steps=1,
             use_cpu=True,
             disable_tqdm=True,
             report_to=[],
         )
         made = tiny.rag_model(train_passage_encoder=True)
-        run = RagTrainer(made, args, tiny.collator(), tiny.questions(), refresh="roll:5")
+        run = RagTrainer(made, args, tiny.collator(), tiny.questions(), refresh=policy)
         run.train(resume_from_checkpoint=None if resume is None else str(resume))
         return run
 
     whole = train("whole")
     resumed = train("resumed", tmp_path / "whole" / "checkpoint-3")
-    assert resumed.refresher.state_dict() == whole.refresher.state_dict()
-    assert resumed.refresher.policy.state_dict() == {"next": 4 * 5 % N}
+    same_state(resumed.refresher.state_dict(), whole.refresher.state_dict())
     assert torch.equal(stored(resumed.model), stored(whole.model))
     tiny.same_weights(resumed.model, whole.model)
+    if policy == "roll:5":
+        assert resumed.refresher.policy.state_dict() == {"next": 4 * 5 % N}
+        return
+    assert (tmp_path / "whole" / "checkpoint-3" / "index_map.safetensors").is_file()
+    assert resumed.model.retriever.vector_map is not None
+    logs = [log for log in resumed.state.log_history if "loss" in log]
+    assert {"staleness_retrieved", "overlap@10", "age_max"} <= logs[-1].keys()
+    resumed.save_model()
+    assert resumed.model.retriever.vector_map is None
+    torch.testing.assert_close(stored(resumed.model), fresh(resumed.model))

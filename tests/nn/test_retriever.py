@@ -134,6 +134,46 @@ def test_explored_hits_keep_rows_scores_and_vectors_together():
     assert hits.rows.shape == hits.scores.shape == (4, 3)
 
 
+def test_candidates_are_chosen_by_fresh_scores():
+    """Of all passages: as if the index were fresh. The gradient is that of the K alone."""
+    model = rag_model(train_passage_encoder=True)
+    with torch.no_grad():
+        for parameter in model.passage_encoder.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    data = batch()
+    stale = model.retriever.search(data["input_ids"], data["attention_mask"])
+    model.retriever.rescore = N
+    found = model.retriever(data["input_ids"], data["attention_mask"])
+    searched = model.retriever.search(data["input_ids"], data["attention_mask"])
+    before = model.index.version
+    model.retriever.rescore = None
+    model.refresh_index()
+    right = model.retriever.search(data["input_ids"], data["attention_mask"])
+    assert not torch.equal(stale.rows, right.rows) and model.index.version == before + 1
+    assert torch.equal(found.hits.rows, right.rows) and torch.equal(searched.rows, right.rows)
+    torch.testing.assert_close(found.hits.scores, right.scores)
+    torch.testing.assert_close(found.hits.vectors, model.index.vectors(right.rows))
+    torch.testing.assert_close(found.doc_scores, right.scores / model.tau, rtol=1e-4, atol=1e-4)
+    assert found.candidates.rows.shape == (4, N) and found.passage_emb.requires_grad
+    assert model.passage_encoder.training
+
+
+def test_rescoring_of_few_candidates_and_its_errors():
+    model = rag_model()
+    model.index.remove(torch.arange(2, N))
+    model.retriever.rescore = 5
+    data = batch()
+    hits = model.retriever(data["input_ids"], data["attention_mask"]).hits
+    assert hits.rows.shape == (4, 3) and hits.rows[:, 2].eq(-1).all()
+    assert hits.scores[:, 2].isneginf().all() and not hits.vectors[:, 2].any()
+    model.retriever.rescore = 2
+    with pytest.raises(ValueError, match="rescore: expected at least 3 candidates for 3 passages"):
+        model.retriever(data["input_ids"], data["attention_mask"])
+    model.retriever.rescore, model.passage_encoder = 5, None
+    with pytest.raises(ValueError, match="passage_encoder: expected a module to encode"):
+        model.retriever(data["input_ids"], data["attention_mask"])
+
+
 def test_an_index_from_outside_with_four_methods():
     """All that a kind has to define; no matrix, no lock, no file."""
 

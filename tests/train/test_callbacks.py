@@ -70,6 +70,7 @@ def test_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = {"eval_recall@20": 0.9, "eval_recall@1": 0.3, "eval_em": 0.2, "eval_f1": 0.2}
     entries += [{"step": i, "eval_loss": 2.0} | metrics for i in range(0, 20, 5)]
     entries.append({"step": 19, "eval_em": None, "eval_best_em": 0.5})
+    entries.append({"step": 19, "staleness": 0.25, "staleness_retrieved": 0.5, "overlap@10": 0.9})
     path = tmp_path / "$my run$" / "curve.png"
     assert plot_curve(entries, path) and imread(path).ndim == 3
     [figure] = saved
@@ -80,6 +81,7 @@ def test_the_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["training", "evaluation"],
         ["recall@1", "recall@20", "EM", "F1"],
         ["entropy of the prior", "KL (right)"],
+        ["all passages", "retrieved passages", "overlap@10 (right)"],
     ]
     lines = {line.get_label(): line for each in figure.axes for line in each.lines}
     assert {lines[name].get_ydata()[0] for name in ("KL (right)", "recall@1")} == {0.01234, 0.3}
@@ -139,14 +141,20 @@ def test_the_line_of_an_evaluation_has_no_raw_keys(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_refresher_gets_the_step_and_what_was_retrieved() -> None:
-    """Detached, of a training step only, and only while training."""
+    """Of training steps only, and only while training; its figures get into the log."""
     model, seen = tiny.rag_model(train_passage_encoder=True), []
 
     class Refresher(IndexRefresher):
         def step(self, step: int, retrieved: Any = None, encoder: Any = None) -> None:
-            seen.append((step, retrieved))
+            seen.append(step)
 
-    callback = RefreshCallback(Refresher(model, "every:3"))
+        def observe(self, retrieved: Any) -> None:
+            seen.append(retrieved)
+
+        def summary(self, step: int) -> dict[str, float]:
+            return {"staleness": 0.25}
+
+    callback = RefreshCallback(Refresher(model, "rolling:3"))
     callback.on_train_begin(None, at(0), None)
     for step, training in enumerate((True, False), start=1):
         model.train(training)(**tiny.batch())
@@ -154,9 +162,12 @@ def test_the_refresher_gets_the_step_and_what_was_retrieved() -> None:
     callback.on_train_end(None, at(2), None)
     model.train()(**tiny.batch())
     callback.on_step_end(None, at(3), None)
-    [(first, retrieved), *others] = seen
-    assert first == 1 and others == [(2, None), (3, None)]
-    assert retrieved.hits.rows.shape == (4, 3) and not retrieved.doc_scores.requires_grad
+    [retrieved, *steps] = seen
+    assert steps == [1, 2, 3] and retrieved.hits.rows.shape == (4, 3)
+    logs, evaluation = {"loss": 1.0}, {"eval_em": 0.5}
+    for each in (logs, evaluation):
+        callback.on_log(None, at(3), None, each)
+    assert logs == {"loss": 1.0, "staleness": 0.25} and evaluation == {"eval_em": 0.5}
 
 
 def test_random_answers_depend_on_seed_epoch_and_batch_alone() -> None:

@@ -124,6 +124,8 @@ def test_what_is_saved_of_training() -> None:
         ({"data.max_passage": 0}, "data.max_passage: expected an integer >= 1 or null, got 0"),
         ({"retriever.explore": 6}, "retriever.explore: .* from 0 to n_docs = 5, got 6"),
         ({"retriever.explore_pool": 4}, "retriever.explore_pool: .* >= n_docs = 5 or null, got 4"),
+        ({"retriever.rescore": 4}, "retriever.rescore: expected an integer >= n_docs = 5 or null"),
+        ({"refresh.samples": -1}, "refresh.samples: expected an integer >= 0 or null, got -1"),
         ({"retriever.explore_tau": 0.0}, "retriever.explore_tau: expected a number > 0, got 0.0"),
         ({"retriever.tau": 0.0}, "retriever.tau: expected a number > 0 or null, got 0.0"),
         ({"loss.objective": "em"}, "loss.objective: expected one of marginal, emdr2, .* got 'em'"),
