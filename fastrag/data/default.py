@@ -68,7 +68,9 @@ def default_dataset() -> DefaultDataset:
 
 
 def load_passages(source: str) -> Iterable[Passage]:
-    """Read a corpus by its name in a config or on the command line.
+    """Read a corpus by its name in a config or on the command line, for `PassageStore.build`.
+
+    A file is read in bounded memory, so ids that occur twice are left to `PassageStore.build`.
 
     Args:
         source: a passages file, `default` for the embedded data set, or a published data set as
@@ -88,7 +90,11 @@ def load_passages(source: str) -> Iterable[Passage]:
     if source == DEFAULT:
         return default_dataset().passages
     form, _, path = source.partition(":")
-    return read_benchmark_passages(form, path) if form in PASSAGES else read_passages(source)
+    return (
+        read_benchmark_passages(form, path)
+        if form in PASSAGES
+        else read_passages(source, unique=False)
+    )
 
 
 def load_questions(source: str) -> list[Question]:

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from fastrag import functional
 from fastrag.index.base import Hits, Index
-from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
+from fastrag.index.encoding import (
+    EncodedBlocks,
+    PassageEncoder,
+    encode_passages,
+    encoder_inputs,
+)
 from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
@@ -267,6 +272,11 @@ class Retriever(nn.Module):
     ) -> None:
         """Encode passages with the present passage encoder and swap the vectors in.
 
+        All passages are encoded block by block into a new version of the index, which replaces the
+        old one when it is complete; searches meanwhile see the old one. An index that is mapped
+        from a folder gets its new version on that disk (see `FlatIndex.replace`), so the memory is
+        that of one block.
+
         Args:
             batch_size: passages per forward pass.
             rows: rows to encode `[n]`, each once; None: all, also into an empty index.
@@ -278,20 +288,19 @@ class Retriever(nn.Module):
                 the index or one that is not finite, or unknown or repeated rows. The index is then
                 unchanged.
         """
-        vectors = encode_passages(
-            self._passage_encoder() if encoder is None else encoder,
-            self.passages,
-            batch_size,
-            progress=progress,
-            rows=rows,
-            dim=self.index.dim,
-        )
+        encoder = self._passage_encoder() if encoder is None else encoder
+        dim = self.index.dim
         if rows is not None:
-            self.index.update(rows, vectors)
-        elif len(self.index):
-            self.index.replace(vectors)
+            fresh = encode_passages(
+                encoder, self.passages, batch_size, progress=progress, rows=rows, dim=dim
+            )
+            self.index.update(rows, fresh)
+            return
+        blocks = EncodedBlocks(encoder, self.passages, batch_size, dim=dim, progress=progress)
+        if len(self.index):
+            self.index.replace(blocks)
         else:
-            self.index.add(vectors)
+            self.index.add(blocks)
 
     def get_extra_state(self) -> Tensor:
         """Return the index's reference for `state_dict`; see `IndexReference`."""
