@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import operator
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -154,7 +155,7 @@ def write_passages(
         found = {f"{name}_bytes": blobs[name].flat.rows() for name in TEXTS}
         return found | {f"{name}_offsets": blobs[name].offsets.rows() for name in TEXTS}
 
-    total = len(passages) if isinstance(passages, Sized) else None
+    total = operator.length_hint(passages) or None if progress else None
     iterator, n = iter(passages), sink.n_rows
     with PassageBar("tokenise", total, n, progress) as bar:
         check_same_texts(texts(), n, iterator)

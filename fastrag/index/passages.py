@@ -120,7 +120,8 @@ class PassageStore:
         again and compared. The result is the same, byte for byte.
 
         Args:
-            passages: any iterable, read once. If it has a length, the progress bar shows it.
+            passages: any iterable, read once. If it has a length, or a hint of one, the progress
+                bar shows the time left.
             processor: tokenizers, template, prefix and length.
             dir: write the store to this folder block by block and map it; `None`: keep it in
                 memory.
