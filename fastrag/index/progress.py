@@ -25,7 +25,6 @@ class PassageBar:
             initial=done,
             desc=name,
             unit=" passages",
-            unit_scale=True,
             disable=not progress,
         )
 

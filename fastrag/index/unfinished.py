@@ -78,7 +78,7 @@ class Unfinished:
 
     def _open(self, task: dict[str, str], note: dict[str, str]) -> dict[str, str]:
         file = self.folder / _TASK
-        if file.exists() and self.data.exists() and self._has_blocks():
+        if file.exists() and self.data.exists() and self.has_blocks():
             found = manifests.unsealed(file, manifests.load(file))
             manifests.verify(file, found, _TASK_FIELDS)
             self._check_same(found["task"], task)
@@ -101,7 +101,7 @@ class Unfinished:
                     "delete that folder to begin anew"
                 )
 
-    def _has_blocks(self) -> bool:
+    def has_blocks(self) -> bool:
         """Return whether anything is finished: a block of a folder, or a whole folder."""
         journals = self.folder.rglob(_JOURNAL)
         return any(self.folder.rglob(MANIFEST)) or any(each.stat().st_size for each in journals)
@@ -142,7 +142,7 @@ class Unfinished:
 
     def close(self) -> None:
         """Release the lock; delete the folder unless it contains finished blocks."""
-        if self._done or not self._has_blocks():
+        if self._done or not self.has_blocks():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 

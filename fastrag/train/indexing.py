@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastrag.nn import TextEncoder
 
 PASSAGES_FOLDER = "passages"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def build_index(
@@ -192,11 +194,12 @@ def _write_index(
 
 @contextlib.contextmanager
 def _told(unfinished: Unfinished) -> Iterator[None]:
-    """Add to the error of a disk that finished blocks are kept."""
+    """Add to the error of a full disk that finished blocks are kept."""
     try:
         yield
     except ValueError as error:
-        if isinstance(error.__cause__, OSError):
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+        if full and unfinished.has_blocks():
             raise ValueError(
                 f"{error}; finished blocks are kept in {unfinished.folder}, and the next build "
                 "continues after them"
