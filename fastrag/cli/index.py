@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _passages(corpus: str) -> Any:
     from fastrag.hf.corpora import passages_of
     from fastrag.index.vector_files import load_saved_dataset
 
-    if Path(corpus).is_dir():
+    if os.path.isdir(corpus):
         return passages_of(load_saved_dataset(corpus, "--corpus"))
     return load_passages(corpus)
 

@@ -14,6 +14,7 @@ appended, so the complete folder has the same bytes whether or not the write was
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -143,7 +144,11 @@ class Unfinished:
     def close(self) -> None:
         """Release the lock; delete the folder unless it contains finished blocks."""
         if self._done or not self.has_blocks():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._delete_contents()
+                # Last, because a process that cannot lock it stays out of the folder.
+                Path(self._lock.name).unlink()
+                self.folder.rmdir()
         self._lock.close()
 
 

@@ -115,7 +115,7 @@ def load_saved_dataset(path: str | os.PathLike[str], name: str) -> Any:
     """
     import datasets
 
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         raise ValueError(f"{name}: expected a folder of save_to_disk, {path} is none")
     try:
         return datasets.load_from_disk(os.fspath(path))
@@ -128,7 +128,7 @@ def load_saved_dataset(path: str | os.PathLike[str], name: str) -> Any:
 
 
 def _part(path: Path, column: str) -> _Part:
-    if path.is_dir():
+    if os.path.isdir(path):
         return _dataset_part(path, column)
     kinds = {".npy": _npy_part, ".safetensors": _safetensors_part, ".pt": _torch_part}
     if path.suffix not in kinds:
@@ -138,7 +138,7 @@ def _part(path: Path, column: str) -> _Part:
         )
     try:
         return kinds[path.suffix](path, column)
-    except Exception as error:  # noqa: BLE001 (each library has errors of its own)
+    except Exception as error:  # each library has errors of its own
         raise ValueError(f"vectors: expected an array [n, D] in {path}: {reason(error)}") from error
 
 

@@ -80,7 +80,7 @@ def in_child(act: Callable[[], object], at_step: Callable[[str, str], object]) -
             torch.set_num_threads(1)
             folders.step = lambda name, path: at_step(name, str(path))
             act()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             sys.__stderr__.write(f"{error!r}\n")
             os._exit(1)
         os._exit(0)
