@@ -85,8 +85,9 @@ def build_index(
     """
     out = Path(folder)
     _check_replaceable(out)
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    for name, size in (("batch_size", batch_size), ("block_size", block_size)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     if dtype not in codec.DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(codec.DTYPES)}, got {shown(dtype)}")
     backends.check_forced()  # else the first search fails, after the corpus was encoded
@@ -103,7 +104,8 @@ def build_index(
     with unfinished, _told(unfinished):
         store = _build_store(unfinished, passages, processor, block_size, progress)
         target = unfinished.data / INDEX_FOLDER
-        if vectors is not None:
+        if vectors is not None and len(vectors) != len(store):
+            unfinished.discard()  # with these vectors it cannot be completed
             inputs.check_length(len(vectors), len(store))
         if isinstance(vectors, FaissIndex):
             vectors.passages_checksum = store.checksum()

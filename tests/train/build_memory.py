@@ -1,6 +1,6 @@
 """Build an index of N passages from a TSV file with an encoder of random weights.
 
-    python -m tests.train.build_memory FOLDER N DIM [DTYPE]
+    python -m tests.train.build_memory FOLDER N DIM [BLOCK_SIZE [DTYPE]]
 
 Prints a line of JSON: seconds, and the peak of the memory that is the process's own, in MiB, above
 what it had before the build. Mapped files and the page cache do not count: the system takes their
@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from fastrag.data.default import load_passages
+from fastrag.index.passage_writer import BLOCK_ROWS
 from fastrag.train import indexing
 from tests import tiny
-
-BLOCK_SIZE = 8192
 
 
 class Encoder(torch.nn.Module):
@@ -55,8 +54,11 @@ def write_corpus(path: Path, n: int) -> None:
             file.write(f"{i}\t{text}\t{words[i % len(words)]}\n")
 
 
-def main(folder: Path, n: int, dim: int, dtype: str = "float32") -> None:
+def main(
+    folder: Path, n: int, dim: int, block_size: int = BLOCK_ROWS, dtype: str = "float32"
+) -> None:
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / f"{n}.tsv"
     write_corpus(corpus, n)
     processor, encoder = tiny.processor(), Encoder(dim)
@@ -77,7 +79,7 @@ def main(folder: Path, n: int, dim: int, dtype: str = "float32") -> None:
         encoder,
         processor,
         batch_size=512,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         dtype=dtype,
         progress=sys.stderr.isatty(),
     )
@@ -90,4 +92,4 @@ def main(folder: Path, n: int, dim: int, dtype: str = "float32") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), *sys.argv[5:])
