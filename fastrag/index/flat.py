@@ -114,9 +114,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         self._codes: RowCodes | None = None
         self._making_codes = ReadWriteLock()
         self._n_clamped = 0
-        self._mapped = False
-        # If the vectors are on a disk: a folder there, for those of the next `replace`.
-        self._disk: Path | None = None
+        # Folder on the disk from which the vectors are mapped, read-only; None: they are in memory.
+        self._mapped: Path | None = None
         self._host_search = HostSearch.of(search_device, self.device)
 
     @classmethod
@@ -264,8 +263,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         """Replace all vectors at once, as after encoding all passages; tombstones are kept.
 
         The old vectors stay until all new ones are there. If this index is mapped from a folder,
-        the new vectors are written to a file without a name next to that folder, which is mapped
-        and takes no memory of its own; if the place is not writable, they are kept in memory.
+        the new vectors are written to a file without a name next to that folder and mapped as well,
+        so they take no memory of their own; if the place is not writable, they are kept in memory.
 
         Args:
             vectors: `[N, D]`, or blocks that add up to N rows and are read one at a time. An int8
@@ -279,9 +278,9 @@ class FlatIndex(RowIndex, format=FORMAT):
         with self._writer.write():
             chosen, n_clamped = self._codec, 0
             if self._codec.dtype == "int8" and self._n:
-                vectors = self._kept_blocks(vectors, self._n, self._disk)
+                vectors = self._kept_blocks(vectors, self._n, self._mapped)
                 chosen = codec.fit_int8(self._checked_blocks(vectors))
-            room = room_for(self._n, self.dim, self._codec.dtype, self.device, self._disk)
+            room = room_for(self._n, self.dim, self._codec.dtype, self.device, self._mapped)
             stop = 0
             for block in self._checked_blocks(vectors):
                 stored, n = chosen.encode(block, stop)
@@ -291,11 +290,11 @@ class FlatIndex(RowIndex, format=FORMAT):
                 room.append(stored)
                 n_clamped += n
             inputs.check_length(stop, self._n)
-            fresh, disk = room.rows(), None if isinstance(room, MemoryRoom) else self._disk
+            fresh, mapped = room.rows(), None if isinstance(room, MemoryRoom) else self._mapped
             with self._lock.write():
                 self._changed()
-                self._data, self._mapped, self._codes = fresh, False, None
-                self._codec, self._n_clamped, self._disk = chosen, n_clamped, disk
+                self._data, self._mapped, self._codes = fresh, mapped, None
+                self._codec, self._n_clamped = chosen, n_clamped
 
     @torch.no_grad()
     def astype(self, dtype: str, *, exact: str = "stored") -> Self:
@@ -350,9 +349,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         with self._writer.write(), self._lock.write():
             moved = self._data[: self._n].to(device)
             removed, moved_codec = self._removed.to(device), self._codec.to(device)
-            stays = moved.device == self._data.device
-            mapped, disk = self._mapped and stays, self._disk if stays else None
-            self._data, self._mapped, self._disk, self._removed = moved, mapped, disk, removed
+            mapped = self._mapped if moved.device == self._data.device else None
+            self._data, self._mapped, self._removed = moved, mapped, removed
             self._codes, self._host_search, self._codec = None, host_search, moved_codec
         return self
 
@@ -431,8 +429,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         # numpy has no bfloat16, so the file holds its bits as uint16; torch reads them as int16.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
         index._data = as_tensor(raw).view(index._codec.torch_dtype)
-        index._mapped = mmap
-        index._disk = Path(dir).absolute().parent if mmap else None
+        index._mapped = Path(dir).absolute().parent if mmap else None
         if index._codec.dtype == "int8" and index._n:
             factors = (factor_of(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
@@ -520,7 +517,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
-            self._data, self._mapped, self._disk, self._codes = grown, False, None, None
+            self._data, self._mapped, self._codes = grown, None, None
 
     def _content_sha256(self) -> str:
         sha = hashlib.sha256()

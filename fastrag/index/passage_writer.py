@@ -157,8 +157,8 @@ def write_passages(
 
     total = operator.length_hint(passages) or None if progress else None
     iterator, n = iter(passages), sink.n_rows
+    check_same_texts(texts(), n, iterator, progress=progress)
     with PassageBar("tokenise", total, n, progress) as bar:
-        check_same_texts(texts(), n, iterator)
         while block := tuple(itertools.islice(iterator, block_size)):
             for start in range(0, len(block), _BATCH):
                 batch = block[start : start + _BATCH]
@@ -184,6 +184,7 @@ def check_same_texts(
     passages: Iterator[Passage],
     *,
     complete: bool = False,
+    progress: bool = False,
 ) -> None:
     """Check that the next n passages are those of a store, or of its finished blocks.
 
@@ -192,27 +193,30 @@ def check_same_texts(
         n: number of passages to compare.
         passages: the corpus; n passages are taken from it.
         complete: the corpus must end there.
+        progress: show a progress bar.
 
     Raises:
         ValueError: the first row that differs is named.
     """
     stored = {name: Texts(arrays, name) for name in TEXTS}
     start = 0
-    while start < n or complete:
-        batch = tuple(itertools.islice(passages, min(_BATCH, n - start) or 1))
-        if start == n and not batch:
-            return
-        _check(batch, start)
-        stop = min(n, start + len(batch))
-        found = _encoded(batch)
-        expected = {name: texts.encoded(start, stop) for name, texts in stored.items()}
-        if found != expected:
-            for i in range(stop - start):
-                if any(found[name][i] != expected[name][i] for name in TEXTS):
-                    _differs(start + i, stored["ids"], batch[i:])
-        if start == stop:
-            _differs(start, stored["ids"], batch)
-        start = stop
+    with PassageBar("compare", n, 0, progress and n > 0) as bar:
+        while start < n or complete:
+            batch = tuple(itertools.islice(passages, min(_BATCH, n - start) or 1))
+            if start == n and not batch:
+                return
+            _check(batch, start)
+            stop = min(n, start + len(batch))
+            found = _encoded(batch)
+            expected = {name: texts.encoded(start, stop) for name, texts in stored.items()}
+            if found != expected:
+                for i in range(stop - start):
+                    if any(found[name][i] != expected[name][i] for name in TEXTS):
+                        _differs(start + i, stored["ids"], batch[i:])
+            if start == stop:
+                _differs(start, stored["ids"], batch)
+            bar.update(stop - start)
+            start = stop
 
 
 def _differs(row: int, ids: Texts, batch: Sequence[Passage]) -> NoReturn:

@@ -156,16 +156,18 @@ class PassageStore:
         streams = {f"{name} stream": json.dumps(processor.streams()[name]) for name in STREAMS}
         return {**streams, "template": json.dumps(processor.template.to_dict())}
 
-    def check_same(self, passages: Iterable[Passage]) -> None:
+    def check_same(self, passages: Iterable[Passage], progress: bool = False) -> None:
         """Check that passages are those of this store: ids, titles and texts, in the same order.
 
         Args:
             passages: any iterable, read once.
+            progress: show a progress bar.
 
         Raises:
             ValueError: the first row that differs is named.
         """
-        check_same_texts(self._arrays, len(self), iter(passages), complete=True)
+        given = iter(passages)
+        check_same_texts(self._arrays, len(self), given, complete=True, progress=progress)
 
     def save(self, dir: str | os.PathLike[str]) -> None:
         """Write the store to a folder; an interrupted save leaves the previous folder in place.

@@ -28,10 +28,10 @@ class PassageBar:
             disable=not progress,
         )
 
-    def update(self, n_passages: int, n_tokens: int) -> None:
-        """Count passages and their tokens."""
+    def update(self, n_passages: int, n_tokens: int = 0) -> None:
+        """Count passages and, in work on tokens, their tokens."""
         self._n_tokens += n_tokens
-        if not self._bar.disable:
+        if self._n_tokens and not self._bar.disable:
             elapsed = self._bar.format_dict["elapsed"] or 1.0
             rate = self._bar.format_sizeof(self._n_tokens / elapsed)
             self._bar.set_postfix_str(f"{rate} tokens/s", refresh=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrag.index import codec
-from fastrag.index.storage import as_value_error
+from fastrag.index.storage import as_tensor, as_value_error
 
 
 class MemoryRoom:
@@ -40,8 +40,7 @@ class MemoryRoom:
 class FileRoom:
     """Rows in a file that has no name and vanishes with the last tensor that maps it.
 
-    The system keeps the rows in memory as far as there is room. A change of a row is a change of a
-    page in memory, which neither the file nor a forked process sees.
+    The system keeps the rows in memory as far as there is room.
 
     Args:
         folder: a folder on the file system for the file.
@@ -67,16 +66,16 @@ class FileRoom:
         self._n += len(stored)
 
     def rows(self) -> Tensor:
-        """Return all rows `[N, pitch]`, mapped; the room takes no more."""
+        """Return all rows `[N, pitch]`, mapped read-only; the room takes no more."""
         with as_value_error(self._folder, "room for the new vectors"), self._file as file:
             file.flush()
             if self._n == 0:
                 return codec.allocate(0, self._dim, self._dtype, "cpu")
             shape, dtype = (self._n, self._pitch), codec.numpy_dtype(self._dtype)
-            mapped = np.memmap(file, dtype, "c", shape=shape)
+            mapped = np.memmap(file, dtype, "r", shape=shape)
         # torch reads the bits of bfloat16 from int16.
         raw = mapped.view(np.int16) if self._dtype == "bfloat16" else mapped
-        return torch.from_numpy(raw).view(codec.DTYPES[self._dtype])
+        return as_tensor(raw).view(codec.DTYPES[self._dtype])
 
 
 def room_for(

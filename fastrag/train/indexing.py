@@ -153,7 +153,7 @@ def _build_store(
     folder = unfinished.data / PASSAGES_FOLDER
     if folder.is_dir():  # an interrupted build finished it
         store = PassageStore.load(folder)
-        store.check_same(passages)
+        store.check_same(passages, progress)
         return store
     return PassageStore.build(
         passages,

@@ -229,17 +229,19 @@ def test_a_mapped_index_is_replaced_on_its_disk(
     with monkeypatch.context() as patch:
         patch.delattr(codec, "allocate")
         index.replace(block for block in given.flip(0).split(7))
-        assert os.listdir(folder.parent) == ["index"]
-        rows, copied = torch.tensor([50, 0, 7]), copy.deepcopy(index)
-        index.update(rows, given[rows])
+        assert os.listdir(folder.parent) == ["index"] and index.source is None
+        assert torch.equal(everything(index), expected)
+        index.replace(given)  # and again
+        index.replace(given.flip(0))
+    assert_exact(index, query(), 4, torch.ones(60, dtype=torch.bool))
+    rows, copied = torch.tensor([50, 0, 7]), copy.deepcopy(index)
+    index.update(rows, given[rows])  # which copies all vectors into memory
     assert torch.equal(everything(copied), expected)
     expected[rows] = index._codec.decode(index._codec.encode(given[rows])[0])
     assert torch.equal(everything(index), expected)
-    assert_exact(index, query(), 4, torch.ones(60, dtype=torch.bool))
-    assert index.add(given[:1]) == range(60, 61)  # which copies all vectors into memory
-    assert torch.equal(everything(index)[:60], expected)
-    index.save(folder)
-    assert torch.equal(everything(FlatIndex.load(folder, verify=True))[:60], expected)
+    copied.save(folder)
+    loaded = FlatIndex.load(folder, verify=True)
+    assert loaded.checksum() == copied.checksum() == filled(dtype, given.flip(0)).checksum()
 
 
 def test_a_disk_without_room_for_the_new_vectors(
