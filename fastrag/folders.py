@@ -30,6 +30,8 @@ from typing import BinaryIO, TypeVar
 
 _ASIDE = ".old"
 _STAGING = ".tmp"
+_PARTIAL = ".partial"
+_LOCK = "lock"
 _T = TypeVar("_T")
 # A save needs another attempt for each reader that takes the old folder back between its renames,
 # and a reader for each save that replaces the folder while it reads.
@@ -141,6 +143,52 @@ def discard_old(target: Path) -> None:
     target = _resolved(target)
     _delete(_aside(target))
     step("done", target)
+
+
+def lock_partial(target: Path) -> tuple[Path, BinaryIO]:
+    """Lock the folder in which a long write collects its files, and which survives a kill.
+
+    Args:
+        target: the folder to appear, for example `runs/index`.
+
+    Returns:
+        The folder, `runs/.index.partial`, made if there is none, and its open lock file. The lock
+        is released when the file is closed and when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process, or another thread of this one, holds the lock.
+        OSError: the system refuses.
+    """
+    import fcntl  # POSIX only
+
+    target = _resolved(target)
+    folder = target.with_name(f".{target.name}{_PARTIAL}")
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / _LOCK).open("a+b")
+        except FileNotFoundError:  # the process that held it deleted the folder
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _LOCK)):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                file.flush()
+                return folder, file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode("utf-8", "replace") or "another process"
+            raise ValueError(
+                f"{target}: expected a folder that no other process is writing, got one that "
+                f"{holder} is writing"
+            ) from None
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def recover(target: Path) -> None:

@@ -116,6 +116,34 @@ SEAMS = (
         "tests/index/test_flat.py tests/index/test_storage.py",
     ),
     Mistake(
+        "a build that continues keeps what a killed one wrote after its last block",
+        "fastrag/index/storage.py",
+        "self._file.truncate(_HEADER_BYTES + kept.n_bytes)",
+        "self._file.seek(_HEADER_BYTES + kept.n_bytes)",
+        "tests/train/test_index_build.py",
+    ),
+    Mistake(
+        "a build that continues does not look at the corpus again",
+        "fastrag/index/passage_writer.py",
+        "if found != expected:",
+        "if False:",
+        "tests/train/test_index_build.py",
+    ),
+    Mistake(
+        "a block is noted before it is on the disk",
+        "fastrag/index/storage.py",
+        '        folders.flush(self._file)\n        return {"bytes"',
+        '        return {"bytes"',
+        "tests/train/test_index_build.py",
+    ),
+    Mistake(
+        "an unfinished build continues with other weights",
+        "fastrag/train/indexing.py",
+        "sha.update(data.numpy().data)",
+        "pass",
+        "tests/train/test_index_build.py",
+    ),
+    Mistake(
         "a step scores the index as it is by then, not as it was searched",
         "fastrag/nn/retriever.py",
         "self.encode_rows(rows) if fresh else stored\n",
@@ -307,7 +335,7 @@ SEAMS = (
     Mistake(
         "a refresh in the middle of a run changes nothing",
         "fastrag/nn/retriever.py",
-        "            self.index.replace(vectors)\n",
+        "            self.index.replace(blocks)\n",
         "            pass\n",
         "tests/nn/test_model.py",
     ),

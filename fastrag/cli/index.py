@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ def add(commands: Any) -> None:
     index = commands.add_parser("index", help="build, describe or verify a passage index")
     actions = index.add_subparsers(dest="action", required=True, metavar="action")
     build = actions.add_parser("build", help="tokenise and encode a corpus")
-    build.add_argument("--corpus", required=True, help="JSONL, CSV or TSV file, or `default`")
+    build.add_argument(
+        "--corpus",
+        required=True,
+        help="JSONL, CSV or TSV file, `default`, or a folder of a dataset's save_to_disk",
+    )
     build.add_argument(
         "--encoder",
         "--passage-encoder",
@@ -53,6 +58,26 @@ def add(commands: Any) -> None:
         default="float32",
         help="how the index stores vectors: float32 (default), float16, bfloat16 or int8",
     )
+    build.add_argument(
+        "--vectors",
+        nargs="+",
+        metavar="FILE",
+        help="vectors of the passages that others made, which are then not encoded: .npy, .pt or "
+        ".safetensors files in the order of the corpus, a folder of a dataset's save_to_disk, or a "
+        "file of faiss",
+    )
+    build.add_argument(
+        "--column",
+        metavar="NAME",
+        help="with --vectors: column of the dataset, or tensor of the file (default embeddings)",
+    )
+    build.add_argument(
+        "--block-size",
+        type=positive,
+        metavar="N",
+        help="passages per block; an interrupted build continues after the last whole block "
+        "(default 32768)",
+    )
     add_device(build)
     build.set_defaults(run=_build)
     verify = actions.add_parser("verify", help="check every byte against its checksum")
@@ -80,10 +105,16 @@ def add(commands: Any) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     quiet()
-    from fastrag.data.default import load_passages
     from fastrag.data.processor import MAX_PASSAGE, RagProcessor
+    from fastrag.index.passage_writer import BLOCK_ROWS
+    from fastrag.index.vector_files import COLUMN, open_vectors
     from fastrag.train import indexing, pretrained
 
+    if arguments.column and not arguments.vectors:
+        raise ValueError(f"--column: expected --vectors with it, got {shown(arguments.column)}")
+    vectors = None
+    if arguments.vectors:
+        vectors = open_vectors(arguments.vectors, arguments.column or COLUMN)
     encoder = pretrained.load_encoder(arguments.encoder, "encoder", "passage")
     tokenizer = pretrained.load_tokenizer(arguments.generator, "generator")
     kind = pretrained.generator_kind(arguments.generator)
@@ -98,16 +129,28 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     index, _ = indexing.build_index(
         arguments.out,
-        load_passages(arguments.corpus),
+        _passages(arguments.corpus),
         encoder,
         processor,
+        vectors=vectors,
         batch_size=arguments.batch_size,
+        block_size=arguments.block_size or BLOCK_ROWS,
         dtype=arguments.dtype,
         device=device_of(arguments),
         origin={"encoder": arguments.encoder, "corpus": arguments.corpus},
     )
     print(f"{arguments.out}: {len(index)} passages, {index.dim} dimensions")
     return 0
+
+
+def _passages(corpus: str) -> Any:
+    from fastrag.data.default import load_passages
+    from fastrag.hf.corpora import passages_of
+    from fastrag.index.vector_files import load_saved_dataset
+
+    if os.path.isdir(corpus):
+        return passages_of(load_saved_dataset(corpus, "--corpus"))
+    return load_passages(corpus)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 
 from fastrag.data.benchmarks import (
@@ -31,6 +31,32 @@ class DefaultDataset:
 
     passages: list[Passage]
     questions: dict[str, list[Question]]
+
+
+class PassageFile:
+    """A passages file that is read, in bounded memory, when it is iterated.
+
+    Ids that occur twice are left to `PassageStore.build`. `operator.length_hint` returns the number
+    of lines, from which a progress bar estimates the time left.
+
+    Args:
+        path: as `source` of `read_passages`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[Passage]:
+        return read_passages(self._path, unique=False)
+
+    def __length_hint__(self) -> int:
+        if self._path.endswith((".gz", ".xz")):
+            return NotImplemented
+        try:
+            with open(self._path, "rb") as file:
+                return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        except OSError:  # iterating says why
+            return NotImplemented
 
 
 def default_dataset() -> DefaultDataset:
@@ -68,14 +94,14 @@ def default_dataset() -> DefaultDataset:
 
 
 def load_passages(source: str) -> Iterable[Passage]:
-    """Read a corpus by its name in a config or on the command line.
+    """Read a corpus by its name in a config or on the command line, for `PassageStore.build`.
 
     Args:
         source: a passages file, `default` for the embedded data set, or a published data set as
             `form:path`, for example `beir:data/scifact` (see `read_benchmark_passages`).
 
     Returns:
-        The passages; a file is read as they are consumed.
+        The passages; a file is a `PassageFile`.
 
     Raises:
         ValueError: the file is malformed.
@@ -88,7 +114,7 @@ def load_passages(source: str) -> Iterable[Passage]:
     if source == DEFAULT:
         return default_dataset().passages
     form, _, path = source.partition(":")
-    return read_benchmark_passages(form, path) if form in PASSAGES else read_passages(source)
+    return read_benchmark_passages(form, path) if form in PASSAGES else PassageFile(source)
 
 
 def load_questions(source: str) -> list[Question]:

@@ -61,7 +61,9 @@ class Question:
         return self.positive_ids[0] if self.positive_ids else None
 
 
-def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
+def read_passages(
+    source: Any, format: str | None = None, *, unique: bool = True
+) -> Iterator[Passage]:
     """Yield the passages of a file or data set.
 
     Records have `id` and `text`, and may have `title`. A separated file has a header row with these
@@ -71,6 +73,8 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
         source: a path (`.jsonl`, `.csv`, `.tsv`, each also with `.gz` or `.xz`), or a Hugging Face
             `datasets` object (anything with `column_names` that yields rows).
         format: `"jsonl"`, `"csv"` or `"tsv"`; `None`: as the file's name says.
+        unique: reject an id that occurs twice, which takes memory for all ids. False: leave that to
+            `PassageStore.build`.
 
     Yields:
         Passages in file order.
@@ -90,7 +94,8 @@ def read_passages(source: Any, format: str | None = None) -> Iterator[Passage]:
     """
     seen: dict[str, str] = {}
     for where, record in source_records(source, format, _PASSAGE_KEYS):
-        yield check_unique(_passage(record, where), where, seen)
+        passage = _passage(record, where)
+        yield check_unique(passage, where, seen) if unique else passage
 
 
 def read_questions(source: Any, format: str | None = None) -> Iterator[Question]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastrag.data import Passage, RagProcessor, read_passages
 from fastrag.index import FaissIndex, FlatIndex, Index, PassageStore
+from fastrag.index.vector_files import FAISS_SUFFIXES, PICKLE_HINT, load_saved_dataset
 from fastrag.messages import shown
 
 _COLUMNS = ("title", "text")
-_FAISS = (".faiss", ".index")
 
 
 def read_hf_index(
@@ -56,19 +56,7 @@ def read_hf_index(
     Example:
         >>> index, passages = read_hf_index("my_dataset", processor)    # doctest: +SKIP
     """
-    import datasets
-
-    folder = Path(passages_path)
-    if not folder.is_dir():
-        raise ValueError(f"passages_path: expected a folder of save_to_disk, {folder} is none")
-    try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # datasets reads its own files without checking them
-        raise ValueError(
-            f"passages_path: expected a folder of save_to_disk, got {folder}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    dataset = load_saved_dataset(passages_path, "passages_path")
     if index_path is None:
         if factory is not None:
             raise ValueError(f"factory: expected None without an index_path, got {shown(factory)}")
@@ -108,7 +96,7 @@ def read_dpr(
         >>> index, passages = read_dpr(                                 # doctest: +SKIP
         ...     "psgs_w100.tsv.gz", ["wiki_0.npy", "wiki_1.npy"], processor, dir="passages")
     """
-    if isinstance(embeddings, str | os.PathLike) and Path(embeddings).suffix in _FAISS:
+    if isinstance(embeddings, str | os.PathLike) and Path(embeddings).suffix in FAISS_SUFFIXES:
         _no_dtype(dtype)
         index: Index = FaissIndex.from_file(embeddings)
     else:
@@ -207,9 +195,8 @@ def _array(vectors: Any) -> np.ndarray[Any, Any]:
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
     if path.suffix != ".npy":
         raise ValueError(
-            f"embeddings: expected files ending in .npy, {' or '.join(_FAISS)}, got {path}; of a "
-            "pickle of pairs that DPR wrote and you trust, `numpy.save(path, numpy.stack([vector "
-            "for _, vector in pairs]))` makes one"
+            f"embeddings: expected files ending in .npy, {' or '.join(FAISS_SUFFIXES)}, got "
+            f"{path}; {PICKLE_HINT}"
         )
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)

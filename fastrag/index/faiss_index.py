@@ -405,6 +405,8 @@ class FaissIndex(RowIndex, format=FORMAT):
 
     def _training(self, index: Any, vectors: Vectors | Iterable[Vectors]) -> Iterable[Tensor]:
         """Train an index on the vectors if it needs training; return all vectors as blocks."""
+        if isinstance(vectors, inputs.SizedBlocks) and not index.is_trained:
+            vectors = inputs.checked_whole(vectors, self.dim, _CPU)  # the sample is from all rows
         blocks = self._checked_blocks(vectors)
         if index.is_trained:
             return blocks

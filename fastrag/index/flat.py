@@ -18,28 +18,25 @@ from fastrag import functional, manifests
 from fastrag.index import codec, codes, inputs
 from fastrag.index.codec import Codec
 from fastrag.index.codes import RowCodes
+from fastrag.index.flat_files import (
+    FIELDS,
+    FORMAT,
+    VERSION,
+    FlatFiles,
+    bytes_of,
+    check_stored,
+    content_sha256,
+    factor_of,
+    kept_dtype,
+)
 from fastrag.index.host_search import HostSearch
 from fastrag.index.inputs import Vectors
 from fastrag.index.lock import ReadWriteLock
+from fastrag.index.room import MemoryRoom, room_for
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
-from fastrag.manifests import integer, one_of, optional, record, sha256, text
 from fastrag.messages import shown
 
-FORMAT = "fastrag.FlatIndex"
-# 1: contiguous float32 rows. 2: any dtype, each row starts at a multiple of 64 bytes.
-VERSION = 2
-_FIELDS = record(
-    {"dim": integer(1), "dtype": one_of(*codec.DTYPES), "index_version": integer()},
-    {
-        "exact": one_of("stored", "float32"),
-        "count": integer(),
-        "pitch": integer(1),
-        "n_clamped": integer(),
-        "content_sha256": sha256(),
-        "passages": optional(text()),
-    },
-)
 # Number of rows from which scale and offset of int8 codes are chosen if an iterable is added.
 SAMPLE_ROWS = 16384
 
@@ -111,13 +108,14 @@ class FlatIndex(RowIndex, format=FORMAT):
             )
         self.dtype = dtype
         self.exact = exact
-        self._codec = Codec(_kept_dtype(dtype, exact))
+        self._codec = Codec(kept_dtype(dtype, exact))
         # [capacity, pitch]
         self._data = codec.allocate(0, self.dim, self._codec.dtype, self._removed.device)
         self._codes: RowCodes | None = None
         self._making_codes = ReadWriteLock()
         self._n_clamped = 0
-        self._mapped = False
+        # Folder on the disk from which the vectors are mapped, read-only; None: they are in memory.
+        self._mapped: Path | None = None
         self._host_search = HostSearch.of(search_device, self.device)
 
     @classmethod
@@ -264,32 +262,38 @@ class FlatIndex(RowIndex, format=FORMAT):
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
         """Replace all vectors at once, as after encoding all passages; tombstones are kept.
 
+        The old vectors stay until all new ones are there. If this index is mapped from a folder,
+        the new vectors are written to a file without a name next to that folder and mapped as well,
+        so they take no memory of their own; if the place is not writable, they are kept in memory.
+
         Args:
-            vectors: `[N, D]`, or blocks that add up to N rows. An int8 index reads them twice, to
-                choose scale and offset from all of them, and so rejects a generator.
+            vectors: `[N, D]`, or blocks that add up to N rows and are read one at a time. An int8
+                index reads vectors twice, to choose scale and offset from all of them, and first
+                writes the blocks of a generator to where the new rows will be, in float32.
 
         Raises:
-            ValueError: another number of rows or width, NaN or infinity; nothing changes.
+            ValueError: another number of rows or width, NaN or infinity, or a full disk; nothing
+                changes.
         """
         with self._writer.write():
             chosen, n_clamped = self._codec, 0
-            if self._codec.dtype == "int8":
-                inputs.reject_one_shot(vectors, "an int8 index reads them twice")
-                if self._n:
-                    chosen = codec.fit_int8(self._checked_blocks(vectors))
-            fresh = codec.allocate(self._n, self.dim, self._codec.dtype, self.device)
+            if self._codec.dtype == "int8" and self._n:
+                vectors = self._kept_blocks(vectors, self._n, self._mapped)
+                chosen = codec.fit_int8(self._checked_blocks(vectors))
+            room = room_for(self._n, self.dim, self._codec.dtype, self.device, self._mapped)
             stop = 0
             for block in self._checked_blocks(vectors):
                 stored, n = chosen.encode(block, stop)
                 stop += len(block)
                 if stop > self._n:
                     break
-                fresh[stop - len(block) : stop, : self.dim] = stored
+                room.append(stored)
                 n_clamped += n
             inputs.check_length(stop, self._n)
+            fresh, mapped = room.rows(), None if isinstance(room, MemoryRoom) else self._mapped
             with self._lock.write():
                 self._changed()
-                self._data, self._mapped, self._codes = fresh, False, None
+                self._data, self._mapped, self._codes = fresh, mapped, None
                 self._codec, self._n_clamped = chosen, n_clamped
 
     @torch.no_grad()
@@ -345,7 +349,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         with self._writer.write(), self._lock.write():
             moved = self._data[: self._n].to(device)
             removed, moved_codec = self._removed.to(device), self._codec.to(device)
-            mapped = self._mapped and moved.device == self._data.device
+            mapped = self._mapped if moved.device == self._data.device else None
             self._data, self._mapped, self._removed = moved, mapped, removed
             self._codes, self._host_search, self._codec = None, host_search, moved_codec
         return self
@@ -377,32 +381,18 @@ class FlatIndex(RowIndex, format=FORMAT):
             self._lock.read(),
             FolderWriter(dir, format=FORMAT, version=VERSION) as writer,
         ):
-            kept = self._codec.dtype
-            pitch = codec.pitch_of(self.dim, kept)
-            stream = writer.stream("vectors", codec.numpy_dtype(kept), (pitch,))
-            content = hashlib.sha256() if pitch > self.dim else None
+            files = FlatFiles(writer, self.dim, self._codec)
             for block in self._stored_blocks():
-                if content is not None:
-                    content.update(_bytes_of(block))
-                    block = torch.nn.functional.pad(block, (0, pitch - self.dim))
-                stream.append(codec.to_numpy(block))
-            writer.put("removed", self._removed_rows())
-            for name, array in self._codec.arguments.items():
-                writer.put(name, array.cpu().numpy())
-            described = {
-                "dim": self.dim,
-                "dtype": self.dtype,
-                "exact": self.exact,
-                "count": self._n,
-                "pitch": pitch * self._data.itemsize,
-                "index_version": self._version,
-                "n_clamped": self._n_clamped,
-                "passages": self.passages_checksum,
-            }
-            if content is not None:
-                described["content_sha256"] = content.hexdigest()
-            manifest = writer.commit(described)
-            self._checksum = self._checksum_of(_content_sha256(manifest))
+                files.append(block)
+            manifest = files.commit(
+                self._removed_rows(),
+                dtype=self.dtype,
+                exact=self.exact,
+                index_version=self._version,
+                n_clamped=self._n_clamped,
+                passages=self.passages_checksum,
+            )
+            self._checksum = self._checksum_of(content_sha256(manifest))
             self._source = Path(dir).absolute()
 
     @classmethod
@@ -429,41 +419,58 @@ class FlatIndex(RowIndex, format=FORMAT):
                 or an unreadable path (the message names the file); or as for the class.
         """
         manifest, arrays = read_folder(
-            dir, format=FORMAT, version=VERSION, fields=_FIELDS, mmap=mmap, verify=verify
+            dir, format=FORMAT, version=VERSION, fields=FIELDS, mmap=mmap, verify=verify
         )
         stored, removed = (entry_of(arrays, key, dir, FORMAT) for key in ("vectors", "removed"))
-        _check_stored(stored, manifest, dir)
+        check_stored(stored, manifest, dir)
         with manifests.named(dir):
             index = cls(manifest["dim"], manifest["dtype"], exact=manifest.get("exact", "stored"))
         index._load_removed(removed, len(stored), dir)
         # numpy has no bfloat16, so the file holds its bits as uint16; torch reads them as int16.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
         index._data = as_tensor(raw).view(index._codec.torch_dtype)
-        index._mapped = mmap
+        index._mapped = Path(dir).absolute().parent if mmap else None
         if index._codec.dtype == "int8" and index._n:
-            factors = (_factor(arrays, name, index.dim, dir) for name in ("scale", "offset"))
+            factors = (factor_of(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
-        if verify and index._content_sha256() != _content_sha256(manifest):
+        if verify and index._content_sha256() != content_sha256(manifest):
             raise ValueError(
                 f"{dir}: expected vectors of width {index.dim} with the SHA-256 "
-                f"{_content_sha256(manifest)}, got {index._content_sha256()}"
+                f"{content_sha256(manifest)}, got {index._content_sha256()}"
             )
         index._n_clamped = manifest.get("n_clamped", 0)
         index._version = manifest["index_version"]
         index.passages_checksum = manifest.get("passages")
-        index._checksum = index._checksum_of(_content_sha256(manifest))
+        index._checksum = index._checksum_of(content_sha256(manifest))
         index._source = Path(dir).absolute()
         return index.to(device, search_device=search_device)
 
     def _checked_blocks(self, vectors: Vectors | Iterable[Vectors]) -> Iterator[Tensor]:
         return inputs.checked_blocks(vectors, self.dim, self.device)
 
+    def _kept_blocks(
+        self, vectors: Vectors | Iterable[Vectors], n: int, disk: Path | None
+    ) -> Vectors | Iterable[Vectors]:
+        """Return vectors that can be read twice: the rows of a generator are kept in float32."""
+        if not isinstance(vectors, Iterator):
+            return vectors
+        room, n_found = room_for(n, self.dim, "float32", self.device, disk), 0
+        for block in self._checked_blocks(vectors):
+            n_found += len(block)
+            if n_found > n:
+                break
+            room.append(block)
+        inputs.check_length(n_found, n)
+        return room.rows()[:, : self.dim]
+
     def _encoding(self, vectors: Vectors | Iterable[Vectors]) -> tuple[Codec, Iterable[Tensor]]:
         """Return the codec for new rows, and the rows as blocks."""
         blocks = self._checked_blocks(vectors)
         if self._codec.dtype != "int8" or self._n:
             return self._codec, blocks
-        if inputs.whole_length(vectors) is not None:
+        if (length := inputs.whole_length(vectors)) is not None:
+            vectors = self._kept_blocks(vectors, length, None)
+            blocks = self._checked_blocks(vectors)
             sample = list(itertools.islice(self._checked_blocks(vectors), 1))
             measured: Iterable[Tensor] = self._checked_blocks(vectors)
         else:
@@ -510,12 +517,12 @@ class FlatIndex(RowIndex, format=FORMAT):
         grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
-            self._data, self._mapped, self._codes = grown, False, None
+            self._data, self._mapped, self._codes = grown, None, None
 
     def _content_sha256(self) -> str:
         sha = hashlib.sha256()
         for block in self._stored_blocks():
-            sha.update(_bytes_of(block))
+            sha.update(bytes_of(block))
         return sha.hexdigest()
 
     def _checksum_of(self, vectors_sha256: str) -> str:
@@ -524,48 +531,3 @@ class FlatIndex(RowIndex, format=FORMAT):
         for factor in self._codec.arguments.values():
             parts.append(hashlib.sha256(factor.cpu().numpy().tobytes()).hexdigest())
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:32]
-
-
-def _kept_dtype(dtype: str, exact: str) -> str:
-    """Return the dtype of the vectors that are kept and saved; int8 codes may be made from them."""
-    return "float32" if exact == "float32" else dtype
-
-
-def _bytes_of(block: Tensor) -> memoryview:
-    """Return the bytes of stored rows without the padding between rows."""
-    return codec.to_numpy(block.contiguous()).data.cast("B")
-
-
-def _content_sha256(manifest: dict[str, Any]) -> str:
-    """Return the saved checksum of the vectors without the padding between rows."""
-    whole = manifest["files"]["vectors.npy"]["sha256"]
-    return str(manifest.get("content_sha256", whole))
-
-
-def _check_stored(
-    stored: np.ndarray[Any, Any], manifest: dict[str, Any], dir: str | os.PathLike[str]
-) -> None:
-    kept = _kept_dtype(manifest["dtype"], manifest.get("exact", "stored"))
-    dim, dtype = manifest["dim"], codec.numpy_dtype(kept)
-    first = manifest["version"] == 1
-    pitch = dim * dtype.itemsize if first else entry_of(manifest, "pitch", dir, FORMAT)
-    count = len(stored) if first else entry_of(manifest, "count", dir, FORMAT)
-    if (
-        stored.dtype != dtype
-        or stored.shape != (count, pitch // dtype.itemsize)
-        or pitch % dtype.itemsize
-        or (pitch < dim * dtype.itemsize)
-    ):
-        raise ValueError(
-            f"{dir}: vectors.npy: expected {dtype} [{count}, {pitch / dtype.itemsize:g}] for "
-            f"{manifest['dtype']} vectors of width {dim}, got {stored.dtype} {list(stored.shape)}"
-        )
-
-
-def _factor(arrays: Any, name: str, dim: int, dir: str | os.PathLike[str]) -> Tensor:
-    factor = entry_of(arrays, name, dir, FORMAT)
-    if factor.dtype != np.float32 or factor.shape != (dim,):
-        raise ValueError(
-            f"{dir}: {name}.npy: expected float32 [{dim}], got {factor.dtype} {list(factor.shape)}"
-        )
-    return torch.from_numpy(np.array(factor))

@@ -19,6 +19,22 @@ BLOCK_BYTES = 1 << 24
 _DATASET_ROWS = 1024  # Arrow's own batches are about as large
 
 
+class SizedBlocks(Iterator[Tensor]):
+    """Blocks of vectors that can be read once, and the number of rows in all of them.
+
+    Args:
+        n_rows: number of rows.
+        blocks: the blocks.
+    """
+
+    def __init__(self, n_rows: int, blocks: Iterator[Tensor]) -> None:
+        self.n_rows = n_rows
+        self._blocks = blocks
+
+    def __next__(self) -> Tensor:
+        return next(self._blocks)
+
+
 def check_dim(dim: object) -> int:
     """Return the width of a vector as an int.
 
@@ -57,7 +73,11 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def checked_blocks(
-    vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device, name: str = "vectors"
+    vectors: Vectors | Iterable[Vectors],
+    dim: int,
+    device: torch.device,
+    name: str = "vectors",
+    first_row: int = 0,
 ) -> Iterator[Tensor]:
     """Yield vectors as float32 blocks `[n, D]` on a device, each of at most `BLOCK_BYTES`.
 
@@ -66,6 +86,7 @@ def checked_blocks(
         dim: D.
         device: device of the blocks.
         name: name of the argument in messages.
+        first_row: row of the first vector, for messages.
 
     Raises:
         ValueError: another width, not floating point, a NaN or an infinity (the row is named).
@@ -77,7 +98,6 @@ def checked_blocks(
             f"{name}: expected [n, D] or an iterable of blocks, got {type(vectors).__name__}"
         )
     n_rows = max(1, BLOCK_BYTES // (4 * dim))
-    first_row = 0
     for given in vectors:
         _check_vectors(given, dim, name)
         for start in range(0, len(given), n_rows):
@@ -132,20 +152,9 @@ def check_finite(block: Tensor, first_row: int = 0, name: str = "vectors") -> No
 
 def whole_length(vectors: object) -> int | None:
     """Return the number of rows, or None if only reading an iterable of blocks would tell it."""
+    if isinstance(vectors, SizedBlocks):
+        return vectors.n_rows
     return len(vectors) if isinstance(vectors, Tensor | np.ndarray) and vectors.ndim else None
-
-
-def reject_one_shot(vectors: object, why: str, name: str = "vectors") -> None:
-    """Reject vectors that can be read only once.
-
-    Raises:
-        ValueError: a generator or another iterator.
-    """
-    if isinstance(vectors, Iterator):
-        raise ValueError(
-            f"{name}: expected a tensor, an array or a list of blocks, as {why}, got a "
-            f"{type(vectors).__name__}"
-        )
 
 
 def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
@@ -174,8 +183,15 @@ def checked_rows(rows: Any, n: int, device: torch.device) -> Tensor:
 
 def checked_whole(vectors: Vectors | Iterable[Vectors], dim: int, device: torch.device) -> Tensor:
     """Return the blocks of `checked_blocks` as one tensor `[n, D]`."""
-    blocks = list(checked_blocks(vectors, dim, device))
-    return torch.cat(blocks) if blocks else torch.zeros(0, dim, dtype=torch.float32, device=device)
+    blocks = checked_blocks(vectors, dim, device)
+    if (n := whole_length(vectors)) is None:
+        found = list(blocks)
+        return torch.cat(found) if found else torch.zeros(0, dim, dtype=torch.float32)
+    whole, stop = torch.empty(n, dim, dtype=torch.float32, device=device), 0
+    for block in blocks:
+        whole[stop : stop + len(block)] = block
+        stop += len(block)
+    return whole
 
 
 def checked_update(rows: Tensor, vectors: Any, dim: int, device: torch.device) -> Tensor:

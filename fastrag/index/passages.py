@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -17,14 +16,24 @@ from fastrag import manifests
 from fastrag.data.readers import Passage
 from fastrag.data.templates import Template, stream_fingerprint
 from fastrag.index.inputs import usable_device
+from fastrag.index.passage_writer import (
+    BLOCK_ROWS,
+    STREAMS,
+    TEXTS,
+    MemorySink,
+    Stream,
+    Texts,
+    check_same_texts,
+    id_hash,
+    write_passages,
+)
 from fastrag.index.storage import (
-    ArrayStream,
-    FolderWriter,
     as_tensor,
     entry_of,
     read_folder,
     write_folder,
 )
+from fastrag.index.unfinished import ResumableWriter
 from fastrag.manifests import integer, optional, record, table, text
 from fastrag.messages import shown
 from fastrag.ops import backends, checks
@@ -36,9 +45,6 @@ if TYPE_CHECKING:
 
 FORMAT = "fastrag.PassageStore"
 VERSION = 1
-Stream = Literal["encoder", "generator"]
-STREAMS: tuple[Stream, ...] = ("encoder", "generator")
-_TEXTS = ("ids", "titles", "texts")
 _STREAM = {"fingerprint": text(), "max_tokens": optional(integer(1)), "longest": integer()}
 _FIELDS = record(
     {
@@ -50,7 +56,6 @@ _FIELDS = record(
     },
     {"origin": table(text())},
 )
-_BATCH = 1024
 
 
 class PassageStore:
@@ -87,8 +92,8 @@ class PassageStore:
         self._sha256 = {name: str(entry["sha256"]) for name, entry in files.items()}
         self._tokens = {name: as_tensor(arrays[f"{name}_tokens"]) for name in STREAMS}
         self._offsets = {name: as_tensor(arrays[f"{name}_offsets"]) for name in STREAMS}
-        self.ids: Sequence[str] = _Texts(arrays, "ids")
-        self._titles, self._bodies = _Texts(arrays, "titles"), _Texts(arrays, "texts")
+        self.ids: Sequence[str] = Texts(arrays, "ids")
+        self._titles, self._bodies = Texts(arrays, "titles"), Texts(arrays, "texts")
 
     def __len__(self) -> int:
         return int(self._manifest["n"])
@@ -105,37 +110,64 @@ class PassageStore:
         *,
         dir: str | os.PathLike[str] | None = None,
         origin: Mapping[str, str] | None = None,
+        block_size: int = BLOCK_ROWS,
         progress: bool = False,
     ) -> Self:
         """Tokenise a corpus; with `dir`, in bounded memory.
 
+        A build into a folder that is interrupted or killed continues after its last finished block
+        when it is called again with the same settings. The passages of the finished blocks are read
+        again and compared. The result is the same, byte for byte.
+
         Args:
-            passages: any iterable, read once. If it has a length, the progress bar shows it.
+            passages: any iterable, read once. If it has a length, or a hint of one, the progress
+                bar shows the time left.
             processor: tokenizers, template, prefix and length.
             dir: write the store to this folder block by block and map it; `None`: keep it in
                 memory.
             origin: description of the origin of the passages, by name; saved as `origin`.
+            block_size: passages per block, which is what a kill can lose.
             progress: show a progress bar.
 
         Raises:
             ValueError: no passages, an empty text, an id that occurs twice (the message names both
-                rows), a length that leaves no room for text, or a folder that cannot be written.
-                No unfinished folder remains.
+                rows), a length that leaves no room for text, a folder that cannot be written, or
+                an unfinished build of other passages or settings. An older store in the folder
+                stays, and finished blocks are kept for the next build.
         """
         manifest: dict[str, Any] = {
             "template": processor.template.to_dict(),
             "streams": processor.streams(),
             "origin": dict(origin or {}),
         }
-        encode = processor.tokenize
         if dir is None:
-            sink = _MemorySink()
-            _record(manifest, _write(passages, encode, sink, progress))
+            sink = MemorySink()
+            _record(manifest, write_passages(passages, processor, sink, block_size, progress))
             return cls(manifest, sink.arrays())
-        with FolderWriter(dir, format=FORMAT, version=VERSION) as writer:
-            _record(manifest, _write(passages, encode, writer, progress))
+        task = cls.task(processor)
+        with ResumableWriter(dir, format=FORMAT, version=VERSION, task=task) as writer:
+            _record(manifest, write_passages(passages, processor, writer, block_size, progress))
             writer.commit(manifest)
         return cls.load(dir)
+
+    @staticmethod
+    def task(processor: RagProcessor) -> dict[str, str]:
+        """Return the settings on which the token ids of a build depend, as texts by name."""
+        streams = {f"{name} stream": json.dumps(processor.streams()[name]) for name in STREAMS}
+        return {**streams, "template": json.dumps(processor.template.to_dict())}
+
+    def check_same(self, passages: Iterable[Passage], progress: bool = False) -> None:
+        """Check that passages are those of this store: ids, titles and texts, in the same order.
+
+        Args:
+            passages: any iterable, read once.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: the first row that differs is named.
+        """
+        given = iter(passages)
+        check_same_texts(self._arrays, len(self), given, complete=True, progress=progress)
 
     def save(self, dir: str | os.PathLike[str]) -> None:
         """Write the store to a folder; an interrupted save leaves the previous folder in place.
@@ -225,7 +257,7 @@ class PassageStore:
             ValueError: no passage has this id.
         """
         hashes, rows = self._arrays["id_hashes"], self._arrays["id_rows"]
-        wanted = np.uint64(_id_hash(id)[0])
+        wanted = np.uint64(id_hash(id)[0])
         for at in range(int(np.searchsorted(hashes, wanted)), len(hashes)):
             if hashes[at] != wanted:
                 break
@@ -287,10 +319,18 @@ class PassageStore:
         _check_stream(stream)
         return int(self._manifest["streams"][stream]["longest"])
 
-    def lengths(self, stream: Stream) -> torch.Tensor:
-        """Return the number of tokens of every passage, `[N]` int64, on the CPU."""
+    def lengths(self, stream: Stream, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the number of tokens of passages, `[n]` int64, on the CPU.
+
+        Args:
+            stream: `"encoder"` or `"generator"`.
+            rows: rows of the store, `[n]` int64 on the CPU; `None`: all.
+        """
         _check_stream(stream)
-        return as_tensor(np.diff(self._arrays[f"{stream}_offsets"]))
+        offsets = self._arrays[f"{stream}_offsets"]
+        if rows is None:
+            return as_tensor(np.diff(offsets))
+        return as_tensor(offsets[rows.numpy() + 1] - offsets[rows.numpy()])
 
     def gather(
         self, rows: torch.Tensor, stream: Stream, max_length: int | None = None
@@ -400,144 +440,10 @@ def _check_spans(
         )
 
 
-class _Texts(Sequence[str]):
-    """Texts in one array of UTF-8 bytes; each is decoded when it is accessed."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray[Any, Any]], name: str) -> None:
-        self._bytes, self._offsets = arrays[f"{name}_bytes"], arrays[f"{name}_offsets"]
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        row = int(row)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row: expected 0 to {len(self) - 1}, got {row}")
-        return bytes(self._bytes[self._offsets[row] : self._offsets[row + 1]]).decode("utf-8")
-
-
-class _MemoryArray:
-    def __init__(self, dtype: Any) -> None:
-        self._blocks = [np.empty(0, dtype=dtype)]
-
-    def append(self, block: np.ndarray[Any, Any]) -> None:
-        self._blocks.append(block)
-
-    def whole(self) -> np.ndarray[Any, Any]:
-        return np.concatenate(self._blocks)
-
-
-class _MemorySink:
-    """Collect arrays in memory with the interface of a FolderWriter."""
-
-    def __init__(self) -> None:
-        self._streams: dict[str, _MemoryArray] = {}
-
-    def stream(self, name: str, dtype: Any) -> _MemoryArray:
-        self._streams[name] = _MemoryArray(dtype)
-        return self._streams[name]
-
-    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        return {name: stream.whole() for name, stream in self._streams.items()}
-
-
-class _Ragged:
-    """Write rows of different lengths as one flat array and its offsets."""
-
-    def __init__(self, sink: FolderWriter | _MemorySink, flat: str, offsets: str, dtype: Any):
-        self._dtype = dtype
-        self._flat: ArrayStream | _MemoryArray = sink.stream(flat, dtype)
-        self._offsets: ArrayStream | _MemoryArray = sink.stream(offsets, np.int64)
-        self._offsets.append(np.zeros(1, dtype=np.int64))
-        self._end = 0
-        self.longest = 0
-
-    def extend(self, rows: Sequence[Any]) -> None:
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        if self._dtype == np.uint8:
-            flat = np.frombuffer(b"".join(rows), dtype=np.uint8)
-        else:
-            flat = np.fromiter(itertools.chain.from_iterable(rows), self._dtype, lengths.sum())
-        self._flat.append(flat)
-        self._offsets.append(self._end + np.cumsum(lengths))
-        self._end += int(lengths.sum())
-        self.longest = max(self.longest, int(lengths.max()))
-
-
-def _write(
-    passages: Iterable[Passage],
-    encode: Any,
-    sink: FolderWriter | _MemorySink,
-    progress: bool,
-) -> dict[str, Any]:
-    """Tokenise and write all passages; return the manifest's `n` and the `longest` passages."""
-    from tqdm.auto import tqdm
-
-    tokens = {
-        name: _Ragged(sink, f"{name}_tokens", f"{name}_offsets", np.int32) for name in STREAMS
-    }
-    blobs = {name: _Ragged(sink, f"{name}_bytes", f"{name}_offsets", np.uint8) for name in _TEXTS}
-    hashes: list[np.ndarray[Any, Any]] = []
-    n = 0
-    total = len(passages) if isinstance(passages, Sized) else None
-    with tqdm(total=total, desc="tokenise", unit=" passages", disable=not progress) as bar:
-        for batch in _batches(passages):
-            for row, passage in enumerate(batch, n):
-                if not isinstance(passage, Passage):
-                    raise ValueError(
-                        f"passages: row {row}: expected a Passage (read_passages makes them), got "
-                        f"{type(passage).__name__}"
-                    )
-                for name in ("id", "title", "text"):
-                    if not isinstance(value := getattr(passage, name), str):
-                        raise ValueError(
-                            f"passages: row {row}: {name}: expected text, got "
-                            f"{type(value).__name__}"
-                        )
-                if not passage.text.strip():
-                    raise ValueError(
-                        f"passages: row {row} (id {shown(passage.id)}): expected text, got an "
-                        f"empty one"
-                    )
-            for name, ids in encode(batch).items():
-                tokens[name].extend(ids)
-            blobs["ids"].extend([passage.id.encode("utf-8") for passage in batch])
-            blobs["titles"].extend([passage.title.encode("utf-8") for passage in batch])
-            blobs["texts"].extend([passage.text.encode("utf-8") for passage in batch])
-            hashes.append(np.array([_id_hash(passage.id) for passage in batch], dtype=np.uint64))
-            n += len(batch)
-            bar.update(len(batch))
-    if n == 0:
-        raise ValueError("passages: expected at least one passage, got an empty corpus")
-    both = np.concatenate(hashes)
-    order = np.lexsort((both[:, 1], both[:, 0]))
-    ordered = both[order]
-    same = (ordered[1:] == ordered[:-1]).all(axis=1).nonzero()[0]
-    if same.size:
-        first, again = sorted((int(order[same[0]]), int(order[same[0] + 1])))
-        raise ValueError(f"passages: expected unique ids, got rows {first} and {again} with one id")
-    sink.stream("id_hashes", np.uint64).append(np.ascontiguousarray(ordered[:, 0]))
-    sink.stream("id_rows", np.int64).append(order.astype(np.int64))
-    return {"n": n, "longest": {name: tokens[name].longest for name in STREAMS}}
-
-
 def _record(manifest: dict[str, Any], written: Mapping[str, Any]) -> None:
     manifest["n"] = written["n"]
     for name in STREAMS:
         manifest["streams"][name]["longest"] = written["longest"][name]
-
-
-def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
-    iterator = iter(passages)
-    while batch := list(itertools.islice(iterator, _BATCH)):
-        yield batch
-
-
-def _id_hash(id: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(id.encode("utf-8"), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def _check_stream(stream: str) -> None:
@@ -552,7 +458,7 @@ def _check_arrays(
     n = int(manifest["n"])
     pairs: list[tuple[str, str, Any]]
     pairs = [(f"{name}_tokens", f"{name}_offsets", np.int32) for name in STREAMS]
-    pairs += [(f"{name}_bytes", f"{name}_offsets", np.uint8) for name in _TEXTS]
+    pairs += [(f"{name}_bytes", f"{name}_offsets", np.uint8) for name in TEXTS]
     expected: dict[str, tuple[Any, int | None]] = {
         "id_hashes": (np.uint64, n),
         "id_rows": (np.int64, n),

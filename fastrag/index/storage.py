@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -58,18 +58,21 @@ def _header(dtype: np.dtype[Any], shape: Sequence[int]) -> bytes:
     return b"\x93NUMPY\x01\x00" + n_text.to_bytes(2, "little") + text.ljust(n_text - 1) + b"\n"
 
 
-class _Digests:
+class Digests:
     """Compute the SHA-256 of a stream of bytes and the CRC-32 of each block in one pass."""
 
-    def __init__(self, block_bytes: int) -> None:
+    def __init__(self, block_bytes: int | None = None) -> None:
         self._sha = hashlib.sha256()
-        self._block_bytes = block_bytes
-        self._room = block_bytes
+        self._block_bytes = _BLOCK_BYTES if block_bytes is None else block_bytes
+        self._room = self._block_bytes
         self._crc = 0
+        self.n_bytes = 0
         self.blocks: list[str] = []
 
     def update(self, data: memoryview | bytes) -> None:
+        """Take the next bytes."""
         self._sha.update(data)
+        self.n_bytes += len(data)
         rest = memoryview(data)
         while rest:
             part, rest = rest[: self._room], rest[self._room :]
@@ -77,6 +80,18 @@ class _Digests:
             self._room -= len(part)
             if self._room == 0:
                 self._end_block()
+
+    def read(self, file: BinaryIO, n_bytes: int | None = None) -> None:
+        """Take the bytes of a file from its position on, until there are `n_bytes` in all."""
+        while n_bytes is None or self.n_bytes < n_bytes:
+            left = _BLOCK_BYTES if n_bytes is None else min(_BLOCK_BYTES, n_bytes - self.n_bytes)
+            if not (data := file.read(left)):
+                break
+            self.update(data)
+
+    def so_far(self) -> str:
+        """Return the SHA-256 of the bytes so far; more may follow."""
+        return self._sha.hexdigest()
 
     def sha256(self) -> str:
         """Return the SHA-256 of all bytes and add the CRC-32 of the last block to `blocks`."""
@@ -96,14 +111,27 @@ class ArrayStream:
         path: the file.
         dtype: the array's dtype; blocks must have it.
         tail: the shape after the first dimension.
+        kept: the digests of the rows that the file begins with and that stay; None: a new file.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], tail: tuple[int, ...] = ()) -> None:
+    header_bytes = _HEADER_BYTES
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[Any],
+        tail: tuple[int, ...] = (),
+        kept: Digests | None = None,
+    ) -> None:
         self._path, self._dtype, self._tail = path, dtype, tail
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(b"\0" * _HEADER_BYTES)
-        self._digests = _Digests(_BLOCK_BYTES)
-        self.n_rows = 0
+        self._digests = Digests() if kept is None else kept
+        self._file: BinaryIO = path.open("wb" if kept is None else "r+b")
+        if kept is None:
+            self._file.write(b"\0" * _HEADER_BYTES)
+        else:
+            self._file.truncate(_HEADER_BYTES + kept.n_bytes)
+            self._file.seek(0, os.SEEK_END)
+        self.n_rows = 0 if kept is None else kept.n_bytes // (dtype.itemsize * math.prod(tail))
 
     def append(self, block: np.ndarray[Any, Any]) -> None:
         """Write rows `[n, *tail]`.
@@ -120,13 +148,26 @@ class ArrayStream:
             self.n_rows += block.shape[0]
             return
         step = max(1, _BLOCK_BYTES // max(1, block[:1].nbytes))
-        with _as_value_error(self._path, "a writable file"):
+        with as_value_error(self._path, "a writable file"):
             for start in range(0, block.shape[0], step):
                 data = np.ascontiguousarray(block[start : start + step]).data.cast("B")
                 self._file.write(data)
                 self._digests.update(data)
                 folders.step(f"block {self._path.stem}", self._path.parent)
         self.n_rows += block.shape[0]
+
+    def rows(self) -> np.ndarray[Any, Any]:
+        """Return the rows so far, mapped from the file."""
+        shape = (self.n_rows, *self._tail)
+        if 0 in shape:  # an empty file cannot be mapped
+            return np.zeros(shape, dtype=self._dtype)
+        self._file.flush()
+        return np.memmap(self._path, self._dtype, "r", offset=_HEADER_BYTES, shape=shape)
+
+    def sync(self) -> dict[str, Any]:
+        """Force the rows so far to the disk; return their number of bytes and their SHA-256."""
+        folders.flush(self._file)
+        return {"bytes": self._digests.n_bytes, "sha256": self._digests.so_far()}
 
     def close(self) -> dict[str, Any]:
         """Write the header, flush the file to the disk, and return its manifest entry."""
@@ -179,10 +220,26 @@ class FolderWriter:
         self._format, self._version, self._holds = format, version, holds
         self._streams: dict[str, ArrayStream] = {}
         self._done = False
-        with _as_value_error(self.path, "a writable folder"):
+        with self.writing():
             folders.recover(self.path)
             check_replaceable(self.path, format, holds=holds)
-            self.folder = folders.begin(self.path)
+            self.folder = self._begin()
+
+    def _begin(self) -> Path:
+        """Make the folder to write into."""
+        return folders.begin(self.path)
+
+    def _replace(self) -> None:
+        """Give the complete folder its name."""
+        folders.commit(self.folder, self.path)
+
+    def _leave(self) -> None:
+        """Clean up at the end, complete or not."""
+        if not self._done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return as_value_error(self.path, "a writable folder")
 
     def stream(self, name: str, dtype: Any, tail: tuple[int, ...] = ()) -> ArrayStream:
         """Open an array to append to.
@@ -192,14 +249,20 @@ class FolderWriter:
             dtype: dtype of the array.
             tail: shape of the array after the first dimension.
         """
-        with _as_value_error(self.path, "a writable folder"):
-            self._streams[name] = ArrayStream(self.folder / f"{name}.npy", np.dtype(dtype), tail)
+        return self._open_stream(name, dtype, tail)
+
+    def _open_stream(
+        self, name: str, dtype: Any, tail: tuple[int, ...], kept: Digests | None = None
+    ) -> ArrayStream:
+        file = self.folder / f"{name}.npy"
+        with self.writing():
+            self._streams[name] = ArrayStream(file, np.dtype(dtype), tail, kept)
         return self._streams[name]
 
     def put(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Write a whole array, in blocks."""
         array = np.atleast_1d(array)
-        with _as_value_error(self.path, "a writable folder"):
+        with self.writing():
             self.stream(name, array.dtype, array.shape[1:]).append(array)
 
     def commit(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +277,7 @@ class FolderWriter:
         Raises:
             ValueError: the disk is full or not writable; the previous folder stays as it was.
         """
-        with _as_value_error(self.path, "a writable folder"):
+        with self.writing():
             files = {}
             for name, stream in self._streams.items():
                 files[f"{name}.npy"] = stream.close()
@@ -231,11 +294,11 @@ class FolderWriter:
             folders.step("manifest", self.folder)
             # Other files may have been added while this folder was written.
             check_replaceable(self.path, self._format, holds=self._holds)
-            folders.commit(self.folder, self.path)
+            self._replace()
             self._done = True
         return body
 
-    def __enter__(self) -> FolderWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -247,7 +310,7 @@ class FolderWriter:
         if not self._done:
             for stream in self._streams.values():
                 stream.abort()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._leave()
 
 
 def write_folder(
@@ -316,7 +379,7 @@ def read_folder(
         manifests.verify(path / MANIFEST, manifest, fields)
         return manifest, _open_arrays(path, manifest, mmap, verify)
 
-    with _as_value_error(path, "a readable folder"):
+    with as_value_error(path, "a readable folder"):
         found = folders.read_whole(path, read)
         folders.step("read", path)
     return found
@@ -418,11 +481,10 @@ def _check_data(file: Path, entry: Mapping[str, Any]) -> None:
     n_blocks = -(-(entry["bytes"] - _HEADER_BYTES) // size)
     if expected and len(expected) != n_blocks:
         raise ValueError(f"{file}: expected {n_blocks} CRC-32 of blocks, got {len(expected)}")
-    digests = _Digests(size if expected else _BLOCK_BYTES)
+    digests = Digests(size if expected else None)
     with file.open("rb") as opened:
         opened.seek(_HEADER_BYTES)
-        while data := opened.read(_BLOCK_BYTES):
-            digests.update(data)
+        digests.read(opened)
     found = digests.sha256()
     if found != entry["sha256"]:
         places = [
@@ -509,7 +571,7 @@ def _as_names(found: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _as_value_error(path: Path, expected: str) -> Iterator[None]:
+def as_value_error(path: Path, expected: str) -> Iterator[None]:
     """Turn an OSError (permission, full disk, not a folder) into a ValueError with the path."""
     try:
         yield

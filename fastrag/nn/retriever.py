@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from fastrag import functional
 from fastrag.freshness.maps import FoldedVectors, VectorMap
 from fastrag.index.base import Hits, Index
-from fastrag.index.encoding import PassageEncoder, encode_passages, encoder_inputs
+from fastrag.index.encoding import (
+    EncodedBlocks,
+    PassageEncoder,
+    encode_passages,
+    encoder_inputs,
+)
 from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
@@ -350,6 +355,11 @@ class Retriever(nn.Module):
     ) -> None:
         """Encode passages with the present passage encoder and swap the vectors in.
 
+        All passages are encoded block by block into a new version of the index, which replaces the
+        old one when it is complete; searches meanwhile see the old one. An index that is mapped
+        from a folder gets its new version on that disk (see `FlatIndex.replace`), so the memory is
+        that of one block.
+
         Args:
             batch_size: passages per forward pass.
             rows: rows to encode `[n]`, each once; None: all, also into an empty index.
@@ -361,24 +371,26 @@ class Retriever(nn.Module):
                 the index or one that is not finite, or unknown or repeated rows. The index is then
                 unchanged.
         """
-        vectors = encode_passages(
-            self._passage_encoder() if encoder is None else encoder,
-            self.passages,
-            batch_size,
-            progress=progress,
-            rows=rows,
-            dim=self.index.dim,
+        encoder = self._passage_encoder() if encoder is None else encoder
+        dim = self.index.dim
+        if rows is None:
+            self.write(
+                EncodedBlocks(encoder, self.passages, batch_size, dim=dim, progress=progress)
+            )
+            return
+        fresh = encode_passages(
+            encoder, self.passages, batch_size, progress=progress, rows=rows, dim=dim
         )
-        self.write(vectors, rows)
+        self.write(fresh, rows)
 
-    def write(self, vectors: Tensor, rows: Tensor | None = None) -> None:
+    def write(self, vectors: Tensor | EncodedBlocks, rows: Tensor | None = None) -> None:
         """Write vectors of the present passage encoder into the index.
 
         If a `vector_map` is set, rows are stored so that the map returns these vectors. Vectors of
         all rows are stored as they are, and the map is dropped.
 
         Args:
-            vectors: `[n, D]`.
+            vectors: `[n, D]`, or blocks of all rows.
             rows: their rows `[n]`, each once; None: all, also into an empty index.
 
         Raises:

@@ -6,12 +6,15 @@ import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastrag import manifests
 from fastrag.cli import main
 from fastrag.index import FaissIndex, FlatIndex, PassageStore
+from fastrag.index import faiss_support as support
+from fastrag.train.indexing import load_index
 from tests.cli.commands import BUILD
 
 
@@ -152,6 +155,49 @@ def test_index_of_codes(
     assert main(["ask", "--model", "own_codes", "--device", "cpu", "what?"]) == 0
     assert main([*train, "--retriever.index_dtype=int4"]) == 2
     assert "index_dtype: expected" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["npy", "faiss", "dataset"])
+def test_vectors_that_others_made(
+    project: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One command makes an index of them, which a run can train on; nothing is encoded."""
+    monkeypatch.chdir(project)
+    own, passages = load_index("idx")
+    vectors, corpus = torch.randn(len(own), own.dim), "corpus.jsonl"
+    source, n_bad = str(tmp_path / f"vectors.{kind}"), f"expected {len(own)} rows, got 3"
+    if kind == "npy":
+        np.save(source, vectors.numpy())
+    elif kind == "faiss":
+        pytest.importorskip("faiss")
+        made = FaissIndex(own.dim, "Flat")
+        made.add(vectors)
+        support.load().write_index(made._index, source)
+    else:
+        datasets = pytest.importorskip("datasets")
+        texts = [passages.passage(row) for row in range(len(own))]
+        columns = {
+            name: [getattr(each, name) for each in texts] for name in ("id", "title", "text")
+        }
+        columns["own"] = list(vectors.numpy())
+        datasets.Dataset.from_dict(columns).save_to_disk(source)
+        corpus = source
+    build = [*BUILD[:-1], str(tmp_path / "made"), "--corpus", corpus, "--vectors", source]
+    if kind == "dataset":
+        build += ["--column", "own"]
+    assert main(build) == 0
+    index, store = load_index(tmp_path / "made", verify=True)
+    assert type(index) is (FaissIndex if kind == "faiss" else FlatIndex)
+    assert torch.equal(index.vectors(torch.arange(len(index))), vectors)
+    assert store.checksum() == passages.checksum() == index.passages_checksum
+    np.save(tmp_path / "few.npy", vectors.numpy()[:3])
+    capsys.readouterr()
+    assert main([*build[:10], "--vectors", str(tmp_path / "few.npy")]) == 2
+    assert n_bad in capsys.readouterr().err
 
 
 def test_index_with_a_template_of_its_own(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import operator
 from importlib import resources
 
 import pytest
 
 from fastrag.data import Question, default_dataset
 from fastrag.data import default as default_module
+from fastrag.data.default import load_passages
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,16 @@ def test_missing_package_data_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     with pytest.raises(ValueError, match=r"passages.jsonl.xz: no such file or directory"):
         default_dataset()
+
+
+def test_a_file_of_passages_is_read_when_it_is_iterated(tmp_path):
+    """The hint is the number of lines; whether ids occur twice, the store finds out."""
+    path = tmp_path / "p.tsv"
+    path.write_text("id\ttext\n1\ta\n1\tb\n")
+    passages = load_passages(str(path))
+    assert [each.text for each in passages] == [each.text for each in passages] == ["a", "b"]
+    assert operator.length_hint(passages) == 3
+    packed = load_passages(f"{path}.gz")
+    assert operator.length_hint(packed) == 0
+    with pytest.raises(ValueError, match="p.tsv.gz: no such file"):
+        next(iter(packed))

@@ -45,6 +45,7 @@ FLAGS = [
         "--marginal",
     ),
     *("--max-passage", "--batch-size", "--device", "--probe", "--k", "--exact", "--model"),
+    *("--vectors", "--column", "--block-size"),
     *("--port", "--topk", "--max-wait-ms", "--timeout", "--retrieval-only"),
     *("--questions", "--limit", "--max-new-tokens", "--index", "--json", "--", "--nonsense", "-x"),
 ]

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from fastrag.data import Passage, RagProcessor
-from fastrag.index import PassageStore, encode_passages
+from fastrag.index import FaissIndex, FlatIndex, PassageStore, encode_passages
+from fastrag.index.encoding import EncodedBlocks
+
+
+def ivf():
+    pytest.importorskip("faiss")
+    return FaissIndex(2, "IVF2,Flat")
 
 
 class Encoder(torch.nn.Module):
@@ -70,9 +76,35 @@ def test_chosen_rows(store):
     assert torch.equal(some, whole[rows]) and seen == [2, 1]
 
 
+def test_block_by_block(store):
+    """The vectors of all rows; between two blocks the encoder is in the mode of the user."""
+    whole = encode_passages(Encoder(), store)
+    encoder = Encoder().train()
+    blocks = EncodedBlocks(encoder, store, 3, block_size=4, start=2)
+    assert blocks.n_rows == 9
+    found = []
+    for block in blocks:
+        assert encoder.training and encoder.drop.training and not block.requires_grad
+        found.append(block)
+    assert [len(block) for block in found] == [4, 4, 1] and torch.equal(torch.cat(found), whole[2:])
+    with pytest.raises(ValueError, match="encoder: expected vectors of the index's width 3, got"):
+        next(EncodedBlocks(encoder, store, dim=3))
+
+
+@pytest.mark.parametrize("make", [lambda: FlatIndex(2), lambda: FlatIndex(2, "int8"), ivf])
+def test_an_index_takes_blocks_as_it_takes_an_array(store, make):
+    whole = encode_passages(Encoder(), store)
+    by_array, by_blocks = make(), make()
+    for change in ("add", "replace"):
+        getattr(by_array, change)(whole)
+        getattr(by_blocks, change)(EncodedBlocks(Encoder(), store, block_size=4))
+        assert by_blocks.checksum() == by_array.checksum()
+
+
 def test_progress_bar(store, capsys):
     encode_passages(Encoder(), store, progress=True)
-    assert "11/11" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "11/11" in err and "tokens/s" in err and " passages/s" in err
     encode_passages(Encoder(), store)
     assert not capsys.readouterr().err
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import io
+import os
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -181,10 +188,14 @@ def test_int8_of_one_row_leaves_room_for_more() -> None:
 
 
 def test_int8_is_read_twice() -> None:
+    """Blocks that can be read once are kept until then."""
     index = filled("int8", vectors())
-    with pytest.raises(ValueError, match="vectors: .* reads them twice, got a generator"):
-        index.replace(block for block in vectors().split(7))
-    index.replace([2 * block for block in vectors().split(7)])
+    expected = filled("int8", 2 * vectors())
+    for blocks in (list, iter):
+        index.replace(blocks(2 * block for block in vectors().split(7)))
+        assert torch.equal(index.index_emb, expected.index_emb)
+    with pytest.raises(ValueError, match="expected 60 rows, got 92 or more"):
+        index.replace(iter([*vectors().split(32), vectors()[:32]]))
     assert torch.equal(index.index_emb, filled("int8", 2 * vectors()).index_emb)
     empty = FlatIndex(DIM, "int8")
     empty.add([])
@@ -204,6 +215,57 @@ def test_update_and_replace(dtype: str) -> None:
     assert torch.equal(everything(index), expected)
     index.replace(given.flip(0))
     assert torch.equal(everything(index), everything(filled(dtype, given.flip(0))))
+
+
+@DTYPES
+def test_a_mapped_index_is_replaced_on_its_disk(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory is allocated for the new vectors, and no file has a name."""
+    given, folder = vectors(), tmp_path / "disk" / "index"
+    filled(dtype, given).save(folder)
+    index = FlatIndex.load(folder)
+    expected = everything(filled(dtype, given.flip(0)))
+    with monkeypatch.context() as patch:
+        patch.delattr(codec, "allocate")
+        index.replace(block for block in given.flip(0).split(7))
+        assert os.listdir(folder.parent) == ["index"] and index.source is None
+        assert torch.equal(everything(index), expected)
+        index.replace(given)  # and again
+        index.replace(given.flip(0))
+    assert_exact(index, query(), 4, torch.ones(60, dtype=torch.bool))
+    rows, copied = torch.tensor([50, 0, 7]), copy.deepcopy(index)
+    index.update(rows, given[rows])  # which copies all vectors into memory
+    assert torch.equal(everything(copied), expected)
+    expected[rows] = index._codec.decode(index._codec.encode(given[rows])[0])
+    assert torch.equal(everything(index), expected)
+    copied.save(folder)
+    loaded = FlatIndex.load(folder, verify=True)
+    assert loaded.checksum() == copied.checksum() == filled(dtype, given.flip(0)).checksum()
+
+
+def test_a_disk_without_room_for_the_new_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    filled("float16", vectors()).save(tmp_path / "i")
+    index = FlatIndex.load(tmp_path / "i")
+    before = index.checksum()
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+        with pytest.raises(ValueError, match="expected room for the new vectors, got .*No space"):
+            index.replace(2 * vectors())
+    assert index.checksum() == before and index.source == tmp_path / "i"
+
+    def refuse(dir: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    index.replace(2 * vectors())  # in memory, as there is no other place
+    assert torch.equal(everything(index), everything(filled("float16", 2 * vectors())))
 
 
 @DTYPES

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrag.data import Passage, RagProcessor, Template
-from fastrag.index import PassageStore
-from fastrag.index import passages as passages_module
+from fastrag.index import PassageStore, passage_writer
 from fastrag.ops import backends
 
 BACKENDS = ["cpp", "torch"]
@@ -155,7 +154,7 @@ def property_store(encoder_tokenizer, generator_tokenizer):
 
 
 def test_a_streamed_build_equals_one_in_memory(build, passages, tmp_path, monkeypatch):
-    monkeypatch.setattr(passages_module, "_BATCH", 2)
+    monkeypatch.setattr(passage_writer, "_BATCH", 2)
     in_memory = build(passages)
     on_disk = build((passage for passage in passages), dir=tmp_path / "store")
     in_memory.save(tmp_path / "saved")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,16 +91,20 @@ def test_foreign_files_beside_ours_survive(
         build_index(out, 3)
     assert snapshot(tmp_path) == before
     foreign.unlink()
-    encode = indexing.encode_passages
+    encoded = indexing.EncodedBlocks
 
     def slow(*arguments: Any, **settings: Any) -> Any:
         foreign.write_text("keep")
-        return encode(*arguments, **settings)
+        return encoded(*arguments, **settings)
 
-    monkeypatch.setattr(indexing, "encode_passages", slow)
+    monkeypatch.setattr(indexing, "EncodedBlocks", slow)
     with pytest.raises(ValueError, match=rf"{part}: expected only files that .* got notes\.txt"):
         build_index(out, 3)
-    assert snapshot(tmp_path) == before
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in after if ".out.partial" not in name} == before
+    foreign.unlink()
+    assert len(build_index(out, 3)[0]) == 3  # what was encoded is not lost
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("n", [4, 5], ids=["same-length", "other-length"])
