@@ -45,12 +45,15 @@ class Retrieved(NamedTuple):
             scores of rows that the caller chose are `doc_scores` times tau.
         doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
         log_prior: log p(z|x) `[B, K]`, differentiable.
+        passage_emb: vectors of the K passages, `[B, K, D]`, differentiable if they were encoded
+            again; None if they were not kept.
     """
 
     query_emb: Tensor
     hits: Hits
     doc_scores: Tensor
     log_prior: Tensor
+    passage_emb: Tensor | None = None
 
 
 class Retriever(nn.Module):
@@ -77,6 +80,10 @@ class Retriever(nn.Module):
             prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
+        null_passage: add to the K passages of each question one without text, so that an answer
+            need not be attributed to a passage that does not contain it. Its score is the mean of
+            the K scores plus a learned number.
+        null_score: start of that number.
         move_index: move index and passages along when the module moves to another device.
 
     Raises:
@@ -89,6 +96,7 @@ class Retriever(nn.Module):
     """
 
     log_tau: nn.Parameter | None
+    null_score: nn.Parameter | None
 
     def __init__(
         self,
@@ -104,6 +112,8 @@ class Retriever(nn.Module):
         explore: int = 0,
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
+        null_passage: bool = False,
+        null_score: float = 0.0,
         move_index: bool = True,
     ) -> None:
         super().__init__()
@@ -122,6 +132,8 @@ class Retriever(nn.Module):
         self._tau = float(tau)
         log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
         self.register_parameter("log_tau", log_tau)
+        learned = nn.Parameter(torch.tensor(float(null_score))) if null_passage else None
+        self.register_parameter("null_score", learned)
         self.train_passage_encoder = train_passage_encoder
         self.explore = explore
         self.explore_pool = explore_pool
@@ -157,12 +169,31 @@ class Retriever(nn.Module):
         """The temperature of the prior as a number."""
         return self._tau if self.log_tau is None else math.exp(self.log_tau.item())
 
+    @property
+    def null_passage(self) -> bool:
+        """Whether each question also has a passage without text."""
+        return self.null_score is not None
+
+    def set_tau(self, tau: float) -> None:
+        """Set the temperature of the prior.
+
+        Raises:
+            ValueError: it is learned, or `tau` is not a finite number > 0.
+        """
+        if self.log_tau is not None:
+            raise ValueError(f"tau: expected a temperature that is not learned, got {tau}")
+        check_numbers(self.n_docs, tau, self.explore, self.explore_pool, self.explore_tau)
+        self._tau = float(tau)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         rows: Tensor | None = None,
         n_docs: int | None = None,
+        *,
+        include: Tensor | None = None,
+        exclude: Tensor | None = None,
     ) -> Retrieved:
         """Find K passages per question and score them.
 
@@ -171,9 +202,12 @@ class Retriever(nn.Module):
             attention_mask: `[B, S]`, 1 at tokens.
             rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
             n_docs: K of this call; None: the retriever's.
+            include: rows that have to be among the K, `[B, E]` int64, -1 for none. They come first
+                and take the places of the last ones found.
+            exclude: rows that must not be found, `[B, E']` int64, -1 for none.
 
         Returns:
-            `Retrieved`.
+            `Retrieved`. With a null passage, it is one column more, the last, with row -1.
 
         Raises:
             ValueError: shapes disagree, a question or passage without a finite vector (named; on a
@@ -182,9 +216,12 @@ class Retriever(nn.Module):
         query_emb = self.encode_questions(input_ids, attention_mask)
         hits = None
         if rows is None:
-            hits = self._find(query_emb.detach(), self.n_docs if n_docs is None else n_docs)
+            k = self.n_docs if n_docs is None else n_docs
+            hits = self._find(query_emb.detach(), k, include, exclude)
             rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
+            if include is not None or exclude is not None:
+                raise ValueError("include, exclude: expected None with rows, which are all chosen")
             stored, version = self._take(rows, query_emb)
         fresh = self.train_passage_encoder and self.training
         passage_emb = self.encode_rows(rows) if fresh else stored
@@ -196,7 +233,9 @@ class Retriever(nn.Module):
             hits = Hits((doc_scores * self.tau).detach(), rows, stored, version)
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
-        return Retrieved(query_emb, hits, doc_scores, log_prior)
+        if self.null_score is None:
+            return Retrieved(query_emb, hits, doc_scores, log_prior, passage_emb)
+        return self._with_null(Retrieved(query_emb, hits, doc_scores, log_prior, passage_emb))
 
     @torch.no_grad()
     def search(
@@ -320,19 +359,80 @@ class Retriever(nn.Module):
             raise ValueError("passage_encoder: expected a module to encode passages, got None")
         return self.passage_encoder
 
-    def _find(self, query_emb: Tensor, k: int) -> Hits:
-        """Choose the K passages of each question: the nearest, or some of them drawn."""
+    def _find(
+        self,
+        query_emb: Tensor,
+        k: int,
+        include: Tensor | None = None,
+        exclude: Tensor | None = None,
+    ) -> Hits:
+        """Choose the K passages of each question: the nearest, or some of them drawn or given."""
         start = time.perf_counter()
+        left_out = exclude
+        if include is not None:
+            left_out = include if exclude is None else torch.cat([include, exclude], 1)
         if self.training and self.explore:
             n_candidates = max(self.explore_pool or len(self.index), k)
-            candidates = self._search(query_emb, n_candidates, vectors=True)
+            candidates = self._search(query_emb, n_candidates, left_out, vectors=True)
             softness = self.tau * self.explore_tau
             columns = explore(candidates.scores, k, min(self.explore, k), softness)
+            if include is not None:  # which takes the places of the last columns
+                columns = columns.roll(min(self.explore, k), 1)
             hits = candidates.columns(columns)
         else:
-            hits = self._search(query_emb, k, vectors=True)
+            hits = self._search(query_emb, k, left_out, vectors=True)
+        if include is not None:
+            hits = self._including(query_emb, include, hits, k)
         self.search_seconds = time.perf_counter() - start
         return hits
+
+    def _including(self, query_emb: Tensor, include: Tensor, found: Hits, k: int) -> Hits:
+        """Put given rows before those found, and keep the first k that are there."""
+        given, _ = self._take(include, query_emb)
+        scores = functional.doc_scores(query_emb, given, rows=include)
+        both = Hits(
+            torch.cat([scores, found.scores], 1),
+            torch.cat([include, found.rows], 1),
+            torch.cat([given, cast(Tensor, found.vectors)], 1),
+            found.version,
+        )
+        return both.columns((both.rows < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :k])
+
+    def _with_null(self, found: Retrieved) -> Retrieved:
+        """Append the passage without text to what was found."""
+        scores, hits = found.doc_scores, found.hits
+        here = scores.detach().isfinite()
+        mean = torch.where(here, scores.detach(), 0.0).sum(1) / here.sum(1).clamp(min=1)
+        null = mean + cast(Tensor, self.null_score)
+        scores = torch.cat([scores, null.unsqueeze(1)], 1)
+        widened = Hits(
+            nn.functional.pad(hits.scores, (0, 1), value=-torch.inf),
+            nn.functional.pad(hits.rows, (0, 1), value=-1),
+            None if hits.vectors is None else nn.functional.pad(hits.vectors, (0, 0, 0, 1)),
+            hits.version,
+        )
+        vectors = nn.functional.pad(cast(Tensor, found.passage_emb), (0, 0, 0, 1))
+        return Retrieved(found.query_emb, widened, scores, scores.log_softmax(1), vectors)
+
+    def score_others(self, query_emb: Tensor, found: Retrieved) -> Tensor:
+        """Score the passages that were found by other vectors than those of the questions.
+
+        Args:
+            query_emb: `[B, D]`, differentiable.
+            found: what the retriever returned in this step.
+
+        Returns:
+            `[B, K]` in the order of `found.doc_scores`, with a null passage likewise.
+        """
+        n_found = found.doc_scores.shape[1] - self.null_passage
+        rows, vectors = found.hits.rows[:, :n_found], cast(Tensor, found.passage_emb)[:, :n_found]
+        scores, log_prior = functional.doc_scores(
+            query_emb, vectors, rows=rows, tau=self.tau, return_log_prior=True
+        )
+        if not self.null_passage:
+            return scores
+        hits = Hits(scores.detach(), rows, None, found.hits.version)
+        return self._with_null(Retrieved(query_emb, hits, scores, log_prior, vectors)).doc_scores
 
     def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
         """Read the vectors of the rows that the caller chose, and their version."""
@@ -346,10 +446,12 @@ class Retriever(nn.Module):
         vectors, version = self.index.gather(rows)
         return vectors.to(query_emb.device), version
 
-    def _search(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
+    def _search(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, vectors: bool = False
+    ) -> Hits:
         self._check_index()
         with stage("search"):
-            return self.index.search(query_emb, k, vectors=vectors)
+            return self.index.search(query_emb, k, exclude, vectors=vectors)
 
     def _check_index(self) -> None:
         """Raise ValueError unless there is a vector of the right width for each passage."""
