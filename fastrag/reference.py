@@ -290,7 +290,7 @@ def pruned_nll(
         >>> logp, read = torch.zeros(1, 2, 1), torch.tensor([[True, False]])
         >>> counts = torch.ones(1, 1, dtype=torch.bool)
         >>> pruned_nll(logp, logp.log_softmax(1), read, torch.zeros(1, 2), counts, "token")
-        tensor([0.2876])
+        tensor([0.2877])
     """
     mixed = torch.where(read.unsqueeze(2), read_logp, logp.detach())
     prior = log_prior(doc_scores)

@@ -291,13 +291,13 @@ class RagModel(ActivationCheckpointing, nn.Module):
         if labels is None:
             return output
         context = self.contexts(rows, prompt_ids, prompt_mask)
-        output["n_cut"] = context.n_cut
         reader, loss_fn = self.reader, self.loss_fn
+        pruned = None
         share: dict[str, Any] = {"normalizer": num_items_in_batch, "example_weight": example_weight}
         if self.prune is None or not (self.training and torch.is_grad_enabled()):
             with stage("generator"):
                 hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
-            loss, output["log_posterior"] = loss_fn(
+            loss, log_posterior = loss_fn(
                 hidden,
                 reader.head(),
                 labels,
@@ -306,7 +306,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 **share,
             )
         else:
-            loss, output["log_posterior"], output["n_kept"], output["dropped"] = pruned_loss(
+            pruned = pruned_loss(
                 reader,
                 loss_fn,
                 context,
@@ -317,6 +317,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 posterior_scores=posterior_scores,
                 **share,
             )
+            loss, log_posterior = pruned.loss, pruned.log_posterior
         if self.training and (self.in_batch or self.contrastive):
             loss = loss + contrast(
                 retrieved,
@@ -325,7 +326,10 @@ class RagModel(ActivationCheckpointing, nn.Module):
                 weights=(self.in_batch, self.contrastive),
                 reduce=functools.partial(loss_fn.reduce, labels=labels, **share),
             )
-        output["loss"] = loss
+        output["loss"], output["log_posterior"] = loss, log_posterior
+        output["n_cut"] = context.n_cut
+        if pruned is not None:
+            output["n_kept"], output["dropped"] = pruned.n_kept, pruned.dropped
         return output
 
     def _jsa(self) -> JSA:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from fastrag import reference
 from fastrag.data.processor import Contexts
 from fastrag.nn import LMHead, RagLoss
 from fastrag.nn.pruning import pruned_loss
@@ -115,6 +116,48 @@ def test_error_is_bounded_by_the_dropped_posterior(kind, marginal):
     assert 0 < error <= total / int(counted.sum())
 
 
+class Given(torch.nn.Module):
+    """A reader whose hidden states are given: context i of them is the token id i."""
+
+    kind = "seq2seq"
+
+    def __init__(self, hidden, weight):
+        super().__init__()
+        self.states, self.weight = hidden, weight
+
+    def forward(self, ids, mask, labels):
+        return self.states.flatten(0, 1)[ids[:, 0]].unflatten(0, (len(labels), -1))
+
+    def head(self):
+        return LMHead(self.weight)
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_equals_the_literal_reference(marginal):
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 2, 3], [1, 2, -100]])
+    leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 4, 3, 5), (9, 5), (2, 4))]
+    hidden, weight, scores = (leaf.requires_grad_() for leaf in leaves)
+    ids = torch.arange(8).unsqueeze(1)
+    contexts = Contexts(ids, torch.ones_like(ids), *torch.zeros(3))
+    plain = RagLoss(marginal)(hidden, LMHead(weight), labels, scores).log_posterior.exp()
+    largest = (
+        plain
+        if marginal == "sequence"
+        else plain.masked_fill((labels < 0).unsqueeze(1), 0.0).amax(2)
+    )
+    eps = float(largest.flatten().sort().values[3:5].mean())
+    read = (largest > eps) | (largest == largest.amax(1, keepdim=True))
+    got = pruned_loss(Given(hidden, weight), RagLoss(marginal), contexts, labels, scores, eps=eps)
+    logp = reference.token_logp(hidden, weight, labels)
+    nll = reference.pruned_nll(logp, logp, read, scores, labels >= 0, marginal)
+    want = reference.reduce(nll, labels)
+    assert int(got.n_kept) == int(read.sum()) < 8
+    torch.testing.assert_close(got.loss, want)
+    grads = [torch.autograd.grad(each, (hidden, weight, scores)) for each in (got.loss, want)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 def test_unbiased_gradient_is_the_plain_one_on_average(marginal):
     torch.manual_seed(0)
@@ -122,30 +165,20 @@ def test_unbiased_gradient_is_the_plain_one_on_average(marginal):
     scores = torch.randn(2, 4, dtype=torch.float64)
     weight = torch.randn(9, 5, dtype=torch.float64)
     hidden = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-
-    class Given(torch.nn.Module):
-        kind = "seq2seq"
-
-        def forward(self, ids, mask, labels):
-            return hidden.flatten(0, 1)[ids[:, 0]].unflatten(0, (len(labels), -1))
-
-        def head(self):
-            return LMHead(weight)
-
     ids = torch.arange(8).unsqueeze(1)
-    contexts = Contexts(ids, torch.ones_like(ids), torch.tensor(0))
+    contexts = Contexts(ids, torch.ones_like(ids), *torch.zeros(3))
     loss_fn = RagLoss(marginal)
     loss_fn(hidden, LMHead(weight), labels, scores).loss.backward()
     expected, hidden.grad = hidden.grad, None
-    n = 400
+    reader, n = Given(hidden, weight), 400
     kept = 0
     for _ in range(n):
-        out = pruned_loss(Given(), loss_fn, contexts, labels, scores, eps=0.4, unbiased=True)
+        out = pruned_loss(reader, loss_fn, contexts, labels, scores, eps=0.4, unbiased=True)
         (out.loss / n).backward()
         kept += int(out.n_kept)
     assert 2 <= kept / n < 8
     biased = torch.autograd.grad(
-        pruned_loss(Given(), loss_fn, contexts, labels, scores, eps=0.4).loss, hidden
+        pruned_loss(reader, loss_fn, contexts, labels, scores, eps=0.4).loss, hidden
     )[0]
     error = (hidden.grad - expected).norm()
     assert error < 0.1 * expected.norm() and error < 0.5 * (biased - expected).norm()
