@@ -205,6 +205,101 @@ def retriever_term(
     return torch.stack(terms)
 
 
+def straight_through_term(
+    doc_scores: Tensor,
+    token_logp: Tensor,
+    counts: Tensor,
+    n_read: int,
+    marginal: str,
+    max_ratio: float = 100.0,
+) -> Tensor:
+    """What "topk" adds for the retriever; token_logp [B, K, T] is constant.
+
+        -log sum_k P_k L_k,  P = pi + p - sg(p),  p = softmax_k(s),  pi = p over the n_read best
+
+    L_k is p(y|x,z_k) (marginal "sequence"), or p(y_t|x,z_k) in a sum over t ("token"); where a
+    passage outside pi has L_k > max_ratio sum_j pi_j L_j, that bound takes the place of its L_k.
+    Returns one number per example [B]; 0 without passages or without labels that count.
+
+    Example:
+        >>> import torch
+        >>> logp = torch.tensor([[[0.9], [0.1]]]).log()
+        >>> counts = torch.ones(1, 1, dtype=torch.bool)
+        >>> straight_through_term(torch.tensor([[1.0, 0.0]]), logp, counts, 1, "token")
+        tensor([0.1054])
+    """
+    terms = []
+    for scores, logp, counted in zip(doc_scores, token_logp.detach(), counts, strict=True):
+        here = scores != -torch.inf
+        logp = logp[here][:, counted]
+        if not logp.numel():
+            terms.append(scores.new_zeros(()))
+            continue
+        likelihood = (logp if marginal == "token" else logp.sum(1, keepdim=True)).exp()
+        prior = scores[here].softmax(0)
+        best = prior.detach().argsort(descending=True)[:n_read]
+        read = torch.zeros_like(prior)
+        read[best] = prior.detach()[best] / prior.detach()[best].sum()
+        bound = max_ratio * (read.unsqueeze(1) * likelihood).sum(0)
+        through = (read + prior - prior.detach()).unsqueeze(1)
+        terms.append(-(through * likelihood.minimum(bound)).sum(0).log().sum())
+    return torch.stack(terms)
+
+
+def independence_shares(
+    log_target: Tensor, log_proposal: Tensor, proposals: Tensor, uniforms: Tensor
+) -> Tensor:
+    """Shares of the passages among the states of a Metropolis chain per example, [B, K].
+
+        w = target / proposal;  accept z' instead of z if u < min(1, w(z') / w(z))
+
+    proposals [B, m] are the draws from the proposal; the first is the first state.
+
+    Example:
+        >>> import torch
+        >>> target, q = torch.tensor([[0.1, 0.9]]).log(), torch.tensor([[0.5, 0.5]]).log()
+        >>> independence_shares(target, q, torch.tensor([[0, 1, 0, 0]]), torch.full((1, 4), 0.5))
+        tensor([[0.2500, 0.7500]])
+    """
+    shares = torch.zeros_like(log_target)
+    for b in range(len(log_target)):
+        weight = (log_target[b] - log_proposal[b]).exp()
+        state = int(proposals[b, 0])
+        for i, proposal in enumerate(proposals[b].tolist()):
+            if i and uniforms[b, i] < min(1.0, float(weight[proposal] / weight[state])):
+                state = proposal
+            shares[b, state] += 1.0 / proposals.shape[1]
+    return shares
+
+
+def pruned_nll(
+    logp: Tensor,
+    read_logp: Tensor,
+    read: Tensor,
+    doc_scores: Tensor,
+    counts: Tensor,
+    marginal: str,
+) -> Tensor:
+    """RAG's negative log-likelihood with gradients to the generator for some passages only, [B].
+
+    logp [B, K, T] are the token log-probabilities of all passages and are constant; for the
+    passages in `read` [B, K] bool, those in read_logp, with gradients, take their place.
+
+    Example:
+        >>> import torch
+        >>> logp, read = torch.zeros(1, 2, 1), torch.tensor([[True, False]])
+        >>> counts = torch.ones(1, 1, dtype=torch.bool)
+        >>> pruned_nll(logp, logp.log_softmax(1), read, torch.zeros(1, 2), counts, "token")
+        tensor([0.2877])
+    """
+    mixed = torch.where(read.unsqueeze(2), read_logp, logp.detach())
+    prior = log_prior(doc_scores)
+    if marginal == "token":
+        return -torch.where(counts, (prior.unsqueeze(2) + mixed).logsumexp(1), 0.0).sum(1)
+    sums = torch.where(counts.unsqueeze(1), mixed, 0.0).sum(2)
+    return -torch.where(counts.any(1), (prior + sums).logsumexp(1), 0.0)
+
+
 def reduce(
     nll: Tensor,
     labels: Tensor,

@@ -167,9 +167,37 @@ SEAMS = (
     Mistake(
         "the loss is not divided by the tokens of the whole batch",
         "fastrag/nn/model.py",
-        "normalizer=num_items_in_batch,",
-        "normalizer=None,",
+        '"normalizer": num_items_in_batch',
+        '"normalizer": None',
         "tests/nn/test_model.py",
+    ),
+    Mistake(
+        "what a pruned step drops is missing in its loss as well",
+        "fastrag/nn/pruning.py",
+        "flat[0].index_copy(0, chosen, evidence)",
+        "flat[0].fill_(-99.0).index_copy(0, chosen, evidence)",
+        "tests/nn/test_pruning.py",
+    ),
+    Mistake(
+        "contexts that are kept at random count no more than others",
+        "fastrag/nn/pruning.py",
+        "(evidence - constant) / share.flatten()[chosen].unsqueeze(1)",
+        "(evidence - constant)",
+        "tests/nn/test_pruning.py",
+    ),
+    Mistake(
+        "the chain of jsa forgets that its proposals are not uniform",
+        "fastrag/nn/objectives.py",
+        "independence_chain(log_joint - log_q, proposals, uniforms)",
+        "independence_chain(log_joint, proposals, uniforms)",
+        "tests/nn/test_objectives.py",
+    ),
+    Mistake(
+        "a passage that several questions found is a negative several times",
+        "fastrag/nn/contrastive.py",
+        "(scores - copies.log())",
+        "scores",
+        "tests/nn/test_contrastive.py",
     ),
     Mistake(
         "a passage may push the end of the question out of the window",
@@ -181,8 +209,8 @@ SEAMS = (
     Mistake(
         "the end of an answer is no label",
         "fastrag/data/processor.py",
-        "return self.bound.answer_ids(answer)[: self.max_answer]",
-        "return self.bound.answer_ids(answer)[:-1][: self.max_answer]",
+        "self.bound.answer_ids(answer)[: self.max_answer]",
+        "self.bound.answer_ids(answer)[:-1][: self.max_answer]",
         "tests/data/test_processor.py",
     ),
     Mistake(

@@ -238,7 +238,7 @@ def test_commands_exist(command: list[str]) -> None:
 def test_every_fastrag_command_is_shown() -> None:
     found = [parameter.values[0] for parameter in commands()]
     shown = {command[1] for command in found if command[0] == "fastrag"}
-    assert shown == {"train", "evaluate", "ask", "inspect", "serve", "index", "info"}
+    assert shown == {"train", "warmup", "evaluate", "ask", "inspect", "serve", "index", "info"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

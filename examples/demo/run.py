@@ -243,10 +243,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--marginal", choices=("sequence", "token"), default="sequence")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="joint training steps")
+    parser.add_argument("--n-docs", type=int, default=Settings.n_docs, help="passages, K")
+    parser.add_argument("--prune", type=float, help="least posterior of a context that trains")
     parser.add_argument("--out", default="runs/demo", help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     args = parser.parse_args(argv)
-    settings = Settings(seed=args.seed, marginal=args.marginal, steps=args.steps)
+    settings = Settings(
+        seed=args.seed,
+        marginal=args.marginal,
+        steps=args.steps,
+        n_docs=args.n_docs,
+        prune=args.prune,
+    )
     quiet()
     try:
         run(settings, args.out, resume=args.resume)

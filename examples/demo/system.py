@@ -35,6 +35,7 @@ class Settings:
     explore_pool: int = 24
     explore_tau: float = 1.0
     tau: float = 0.1
+    prune: float | None = None
     refresh: int = 20
     generator_lr: float = 2e-3
     retriever_lr: float = 1e-3
@@ -78,6 +79,7 @@ def build_model(data: DefaultDataset, settings: Settings) -> RagModel:
         explore=settings.explore,
         explore_pool=settings.explore_pool,
         explore_tau=settings.explore_tau,
+        prune=settings.prune,
     )
     model.refresh_index()
     return model
@@ -131,7 +133,7 @@ def make_config(
                 "learning_rate": settings.retriever_lr,
             },
             "reader": {"generator": str(start / "generator")},
-            "loss": {"marginal": settings.marginal},
+            "loss": {"marginal": settings.marginal, "prune": settings.prune},
             "data": {
                 "train_questions": "default:train",
                 "eval_questions": "default:dev",

@@ -1,4 +1,4 @@
-"""The command `fastrag`: train, index, evaluate, ask, inspect, serve, info.
+"""The command `fastrag`: train, warmup, index, evaluate, ask, inspect, serve, info.
 
 Each command has a module here, with `add` for its options. A mistake of the user is one line on
 stderr and exit status 2; FASTRAG_DEBUG=1 shows the traceback. torch and transformers are imported
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastrag import __version__
-from fastrag.cli import ask, evaluate, index, info, inspect, serve, train
+from fastrag.cli import ask, evaluate, index, info, inspect, serve, train, warmup
 from fastrag.cli.output import one_line, show_warning
 from fastrag.messages import clipped
 
@@ -80,6 +80,6 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"fastrag {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, index, evaluate, ask, inspect, serve, info):
+    for module in (train, warmup, index, evaluate, ask, inspect, serve, info):
         module.add(commands)
     return whole

@@ -12,6 +12,7 @@ token ids back to text.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -235,6 +236,7 @@ class RagProcessor:
         *,
         answer_choice: AnswerChoice = "first",
         require_answers: bool = False,
+        posterior: bool = False,
     ) -> dict[str, Tensor]:
         """Tokenise questions and their answers in both vocabularies and pad them.
 
@@ -248,11 +250,13 @@ class RagProcessor:
                 generator).
             require_answers: reject questions without answers. If False, a batch without answers has
                 no labels.
+            posterior: also return answer and question together, for a posterior encoder.
 
         Returns:
             `input_ids`, `attention_mask` `[B, S]` int64 for the question encoder; `prompt_ids`,
             `prompt_mask` `[B, S']` int64, the questions in the generator's vocabulary,
-            right-padded; with answers also `labels` `[B, T]` int64, padded with -100.
+            right-padded; with answers also `labels` `[B, T]` int64, padded with -100, and if asked
+            for `posterior_ids`, `posterior_mask` `[B, S'']` int64 in the encoder's vocabulary.
 
         Raises:
             ValueError: an empty batch, an empty question, question and template longer than
@@ -275,8 +279,15 @@ class RagProcessor:
                 raise ValueError(
                     f"question {shown(missing.id)}: expected answers ({why}), got none"
                 )
-            answers = [self._answer_ids(question, answer_choice) for question in questions]
-            batch["labels"], _ = pad_ids(answers, IGNORE_INDEX)
+            answers = [_answer_of(question, answer_choice) for question in questions]
+            ids = [self.bound.answer_ids(answer)[: self.max_answer] for answer in answers]
+            batch["labels"], _ = pad_ids(ids, IGNORE_INDEX)
+            if posterior:  # the answer first: a text that is too long is cut at its end
+                both = [
+                    dataclasses.replace(question, question=f"{answer.strip()} {question.question}")
+                    for question, answer in zip(questions, answers, strict=True)
+                ]
+                batch["posterior_ids"], batch["posterior_mask"] = self.question_batch(both).values()
         return batch
 
     def tokenize(self, passages: Sequence[Passage]) -> dict[str, list[list[int]]]:
@@ -427,16 +438,14 @@ class RagProcessor:
             )
         return ids
 
-    def _answer_ids(self, question: Question, answer_choice: AnswerChoice) -> list[int]:
-        choice = 0
-        if answer_choice == "random":
-            choice = int(torch.randint(len(question.answers), ()))
-        answer = question.answers[choice]
-        if not answer.strip():
-            raise ValueError(
-                f"question {shown(question.id)}: expected an answer, got an empty text"
-            )
-        return self.bound.answer_ids(answer)[: self.max_answer]
+
+def _answer_of(question: Question, choice: AnswerChoice) -> str:
+    """Return the answer to train on."""
+    place = int(torch.randint(len(question.answers), ())) if choice == "random" else 0
+    answer = question.answers[place]
+    if not answer.strip():
+        raise ValueError(f"question {shown(question.id)}: expected an answer, got an empty text")
+    return answer
 
 
 def join_contexts(

@@ -44,6 +44,7 @@ class Question:
         positive_ids: ids of passages that contain the answer.
         negative_ids: ids of passages that are known not to contain it.
         relevance: grade of each of `positive_ids`, for nDCG; empty: all are 1.
+        source_ids: ids of passages that the question was made of, which training can exclude.
         meta: other fields of the record.
     """
 
@@ -53,6 +54,7 @@ class Question:
     positive_ids: tuple[str, ...] = ()
     negative_ids: tuple[str, ...] = ()
     relevance: tuple[int, ...] = ()
+    source_ids: tuple[str, ...] = ()
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
@@ -103,10 +105,10 @@ def read_questions(source: Any, format: str | None = None) -> Iterator[Question]
 
     Records have `question`, and may have `id` (default: the number of the record, from 0),
     `answers` (a list or one text; `answer` is accepted too), `positive` or `positive_ids`,
-    `negative` or `negative_ids` (one id or a list). SQuAD's `{"answers": {"text": [...]}}` and
-    TriviaQA's `{"answer": {"value": "a", "aliases": [...]}}` are read as well. A separated file has
-    these names in its header; a file of two columns without a header has DPR's columns `question`
-    and `['answer', ...]`.
+    `negative` or `negative_ids`, `source_id` or `source_ids` (one id or a list). SQuAD's
+    `{"answers": {"text": [...]}}` and TriviaQA's `{"answer": {"value": "a", "aliases": [...]}}` are
+    read as well. A separated file has these names in its header; a file of two columns without a
+    header has DPR's columns `question` and `['answer', ...]`.
 
     Args:
         source: as `read_passages`.
@@ -156,8 +158,9 @@ def to_question(record: Any, where: str = "question", default_id: str = "") -> Q
         id=identity,
         question=question,
         answers=as_texts(answers, "answers", where),
-        positive_ids=_ids(rest, "positive", where),
-        negative_ids=_ids(rest, "negative", where),
+        positive_ids=_ids(rest, ("positive", "positive_ids"), where),
+        negative_ids=_ids(rest, ("negative", "negative_ids"), where),
+        source_ids=_ids(rest, ("source_id", "source_ids"), where),
         meta=rest,
     )
 
@@ -188,8 +191,9 @@ def _answers_of(record: Mapping[str, Any], where: str) -> Any:
     raise ValueError(f"{where}: answers: expected the key text or value, got {shown(list(record))}")
 
 
-def _ids(record: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    single, several = record.pop(key, None), record.pop(f"{key}_ids", None)
+def _ids(record: dict[str, Any], keys: tuple[str, str], where: str) -> tuple[str, ...]:
+    key = keys[0]
+    single, several = (record.pop(each, None) for each in keys)
     value = several if single is None else single
     if value is None or value == "":
         return ()

@@ -12,7 +12,7 @@ from fastrag.freshness.ledger import RowLedger
 from fastrag.freshness.staleness import rank_correlation
 
 if TYPE_CHECKING:
-    from fastrag.nn.retriever import Retrieved
+    from fastrag.nn.retrieved import Retrieved
 
 
 class Observation(NamedTuple):

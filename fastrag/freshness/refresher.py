@@ -31,7 +31,8 @@ from fastrag.profiling import stage
 if TYPE_CHECKING:
     from fastrag.index.encoding import PassageEncoder
     from fastrag.nn import RagModel
-    from fastrag.nn.retriever import Retrieved, Retriever
+    from fastrag.nn.retrieved import Retrieved
+    from fastrag.nn.retriever import Retriever
 
 N_OVERLAP = 10  # k of the overlap in `summary`
 CANDIDATES_PER_K = 4  # candidates that an overlap encodes for each of the k
@@ -481,7 +482,7 @@ class IndexRefresher:
             return None, []
         if done.rows is not None:
             return None, [Fresh(done.rows, done.vectors, done.step, *self._job)]
-        self.retriever.write(done.vectors)
+        self.retriever.write_all(done.vectors)
         self._wrote(None, done.step)
         self.refreshed_at = step
         return Refresh(step, len(done.vectors), self._noted_version()), []

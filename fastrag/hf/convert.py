@@ -100,6 +100,10 @@ def to_hf(model: RagModel) -> Any:
             f"generator: expected a plain encoder-decoder, which transformers' RAG classes take, "
             f"got {architecture(model.generator)} with {kind}"
         )
+    if model.null_passage:
+        raise ValueError(
+            "null_passage: expected False, since transformers has no passage without text, got True"
+        )
     if model.retriever.log_tau is not None or model.tau != 1.0:
         raise ValueError(
             f"tau: expected 1, since transformers does not divide scores, got "

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fastrag.nn.outputs import RagGeneration, RagOutput
     from fastrag.nn.prefix_cache import PrefixCache
     from fastrag.nn.reader import Adapter, Reader
-    from fastrag.nn.retriever import Retrieved, Retriever
+    from fastrag.nn.retrieved import Retrieved
+    from fastrag.nn.retriever import Retriever
     from fastrag.nn.sentence_encoder import SentenceEncoder
 
 _HOMES = {
@@ -34,7 +35,7 @@ _HOMES = {
     "PrefixCache": "prefix_cache",
     "Adapter": "reader",
     "Reader": "reader",
-    "Retrieved": "retriever",
+    "Retrieved": "retrieved",
     "Retriever": "retriever",
     "SentenceEncoder": "sentence_encoder",
 }

@@ -14,6 +14,7 @@ from fastrag.nn.heads import base_model
 from fastrag.ops import checks
 
 if TYPE_CHECKING:
+    from fastrag.nn.loss import RagLoss
     from fastrag.nn.reader import Reader
     from fastrag.nn.retriever import Retriever
 
@@ -53,6 +54,34 @@ def check_answers(labels: Tensor, n_questions: int | None = None) -> None:
         raise ValueError(
             f"labels: expected int64 [B, T] with {wanted}T of at least 1, got {checks.show(labels)}"
         )
+
+
+def check_pruning(loss_fn: RagLoss, prune: float | None, unbiased: bool) -> None:
+    """Raise ValueError for a threshold out of range, or a loss whose contexts cannot be pruned."""
+    if prune is None:
+        if unbiased:
+            raise ValueError("prune_unbiased: expected False without prune, got True")
+        return
+    if not (_is_number(prune) and 0 <= prune < 1):
+        raise ValueError(f"prune: expected 0 <= number < 1 or None, got {shown(prune)}")
+    if loss_fn.generator_loss == "none":
+        raise ValueError(
+            f"prune: expected None with the objective {loss_fn.objective}, which trains no "
+            f"generator, got {prune}"
+        )
+    if loss_fn.marginal == "token" and loss_fn.label_smoothing:
+        raise ValueError(
+            f"prune: expected None where the Token marginal is smoothed, because smoothing needs "
+            f"the distributions of all contexts, got {prune} with label_smoothing = "
+            f"{loss_fn.label_smoothing}"
+        )
+
+
+def checked_weight(name: str, value: float) -> float:
+    """Return the weight of a term of the loss, a number >= 0."""
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise ValueError(f"{name}: expected a number >= 0, got {shown(value)}")
+    return value
 
 
 def given_hits(rows: Tensor | None, doc_scores: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:

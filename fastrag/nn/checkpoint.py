@@ -57,6 +57,7 @@ _SETTINGS = (
 )
 HOLDS = ("index", "passages")  # with manifests of their own
 _LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
+_LATER_SETTINGS = ("null_passage", "prune", "prune_unbiased", "in_batch", "contrastive")
 _MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
 _SAVED = record(
     {
@@ -77,8 +78,18 @@ _SAVED = record(
         "tau_lm": number(above=0),
         "index": INDEX_FIELDS,
     },
-    # versions 1 and 2, which have no file of the processor
-    {"max_context": integer(1), "template": record({})},
+    {
+        # versions 1 and 2, which have no file of the processor
+        "max_context": integer(1),
+        "template": record({}),
+        # models saved before these settings existed do not have them
+        "null_passage": flag(),
+        "null_score": number(),
+        "prune": optional(number(0)),
+        "prune_unbiased": flag(),
+        "in_batch": number(0),
+        "contrastive": number(0),
+    },
     closed=True,
 )
 
@@ -194,6 +205,7 @@ def _load_model(
         "tau": settings["tau"],
         "learn_tau": settings["learn_tau"],
         **{name: settings[name] for name in _LOSS_SETTINGS},
+        **{name: settings[name] for name in (*_LATER_SETTINGS, "null_score") if name in settings},
     }
     parts = (_load_index(folder, settings, index), _load_passages(folder, passages))
     if "processor" not in overrides:
@@ -249,6 +261,8 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.retriever.log_tau is not None,
         **{name: getattr(model.loss_fn, name) for name in _LOSS_SETTINGS},
+        **{name: getattr(model, name) for name in _LATER_SETTINGS},
+        "null_score": model.null_score.item() if model.null_passage else 0.0,
         "index": IndexReference.of(model.index)._asdict(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,13 +20,17 @@ from fastrag.nn.arguments import (
     check_answers,
     check_count,
     check_processor,
+    check_pruning,
+    checked_weight,
     explain_failure,
     given_hits,
 )
+from fastrag.nn.contrastive import contrast
 from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
-from fastrag.nn.objectives import RetrieverTerm
+from fastrag.nn.objectives import JSA, RetrieverTerm
 from fastrag.nn.outputs import RagGeneration, RagOutput
+from fastrag.nn.pruning import pruned_loss
 from fastrag.nn.reader import Adapter, Reader
 from fastrag.nn.retriever import Retriever
 from fastrag.nn.state import keep_one_name_per_tensor
@@ -47,6 +52,8 @@ _OWNERS = {
     "explore": "retriever",
     "explore_pool": "retriever",
     "explore_tau": "retriever",
+    "null_passage": "retriever",
+    "null_score": "retriever",
     "generator": "reader",
     "adapter": "reader",
     "prefix_cache": "reader",
@@ -84,9 +91,19 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
+        null_passage, null_score: add a passage without text to the K of each question, see
+            `Retriever`.
         adapter: an `Adapter` of the generator, for a model that is not of transformers.
         label_smoothing, objective, tau_lm: see `RagLoss`. With an objective that leaves the
             generator alone ("replug") its parameters are set to `requires_grad=False`.
+        prune: in training, score all K contexts without gradient first, and then read those with
+            gradient whose weight in the generator's gradient exceeds this, in [0, 1); see
+            `fastrag.nn.pruning`. None: read all with gradient.
+        prune_unbiased: keep contexts below `prune` at random, so that the expected gradient is that
+            of all K contexts.
+        in_batch: weight of `in_batch_nll` of the K passages of a question against the passages of
+            the other questions of the batch.
+        contrastive: weight of `in_batch_nll` of a question's positive passages.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range, a
@@ -128,9 +145,15 @@ class RagModel(ActivationCheckpointing, nn.Module):
         explore: int = 0,
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
+        null_passage: bool = False,
+        null_score: float = 0.0,
         label_smoothing: float = 0.0,
         objective: str | RetrieverTerm = "marginal",
         tau_lm: float = 1.0,
+        prune: float | None = None,
+        prune_unbiased: bool = False,
+        in_batch: float = 0.0,
+        contrastive: float = 0.0,
         adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
@@ -146,11 +169,18 @@ class RagModel(ActivationCheckpointing, nn.Module):
             explore=explore,
             explore_pool=explore_pool,
             explore_tau=explore_tau,
+            null_passage=null_passage,
+            null_score=null_score,
         )
         self.reader = Reader(generator, adapter)
         self.loss_fn = RagLoss(marginal, objective, tau_lm=tau_lm, label_smoothing=label_smoothing)
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
+        check_pruning(self.loss_fn, prune, prune_unbiased)
+        self.in_batch = checked_weight("in_batch", in_batch)
+        self.contrastive = checked_weight("contrastive", contrastive)
+        self.prune = prune
+        self.prune_unbiased = prune_unbiased
         self.processor = processor
         check_processor(processor, self.reader, self.retriever)
         self._checked: tuple[Any, ...] = ()  # parts that were found to fit the processor
@@ -199,6 +229,11 @@ class RagModel(ActivationCheckpointing, nn.Module):
         num_items_in_batch: int | Tensor | None = None,
         example_weight: Tensor | None = None,
         doc_scores: Tensor | None = None,
+        include_rows: Tensor | None = None,
+        exclude_rows: Tensor | None = None,
+        positive_rows: Tensor | None = None,
+        posterior_ids: Tensor | None = None,
+        posterior_mask: Tensor | None = None,
     ) -> RagOutput:
         """Retrieve K passages per question and return the marginal loss of the labels.
 
@@ -213,6 +248,14 @@ class RagModel(ActivationCheckpointing, nn.Module):
             example_weight: `[B]` factors of the examples in the loss.
             doc_scores: scores of `rows` from another retriever such as `BM25Index`, `[B, K]`, whose
                 softmax is the prior. The question encoder is then not used.
+            include_rows: rows that have to be among the K, `[B, E]` int64, -1 for none.
+            exclude_rows: rows that must not be found, `[B, E']` int64, -1 for none.
+            positive_rows: rows that contain the answer, `[B, P]` int64, -1 for none, for
+                `contrastive`; they have to be among the K.
+            posterior_ids: question and answer in the question encoder's vocabulary, `[B, S'']`
+                int64, for the posterior encoder of the objective jsa. Its K nearest passages are
+                read as well.
+            posterior_mask: `[B, S'']`, 1 at tokens.
 
         Returns:
             `RagOutput`.
@@ -223,28 +266,81 @@ class RagModel(ActivationCheckpointing, nn.Module):
         """
         if labels is not None:
             check_answers(labels, len(input_ids))
+        retrieved = posterior_scores = None
+        if rows is not None and posterior_ids is not None:
+            raise ValueError("posterior_ids: expected None with rows, which are all chosen")
         if doc_scores is None:
-            retrieved = self.retriever(input_ids, attention_mask, rows)
+            chosen: dict[str, Any] = {"include": include_rows, "exclude": exclude_rows}
+            if posterior_ids is None:
+                retrieved = self.retriever(input_ids, attention_mask, rows, **chosen)
+            else:
+                retrieved, posterior_scores = self._jsa().retrieve(
+                    self.retriever,
+                    input_ids,
+                    attention_mask,
+                    posterior_ids,
+                    posterior_mask,
+                    **chosen,
+                )
             rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
         else:
+            if include_rows is not None or exclude_rows is not None:
+                raise ValueError("include_rows, exclude_rows: expected None with doc_scores")
             rows, doc_scores = given_hits(rows, doc_scores, input_ids)
         output = RagOutput(doc_scores=doc_scores, rows=rows)
         if labels is None:
             return output
         context = self.contexts(rows, prompt_ids, prompt_mask)
-        reader = self.reader
-        with stage("generator"):
-            hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
-        output["loss"], output["log_posterior"] = self.loss_fn(
-            hidden,
-            reader.head(),
-            labels,
-            doc_scores,
-            normalizer=num_items_in_batch,
-            example_weight=example_weight,
-        )
+        reader, loss_fn = self.reader, self.loss_fn
+        pruned = None
+        share: dict[str, Any] = {"normalizer": num_items_in_batch, "example_weight": example_weight}
+        if self.prune is None or not (self.training and torch.is_grad_enabled()):
+            with stage("generator"):
+                hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
+            loss, log_posterior = loss_fn(
+                hidden,
+                reader.head(),
+                labels,
+                doc_scores,
+                posterior_scores=posterior_scores,
+                **share,
+            )
+        else:
+            pruned = pruned_loss(
+                reader,
+                loss_fn,
+                context,
+                labels,
+                doc_scores,
+                eps=self.prune,
+                unbiased=self.prune_unbiased,
+                posterior_scores=posterior_scores,
+                **share,
+            )
+            loss, log_posterior = pruned.loss, pruned.log_posterior
+        if self.training and (self.in_batch or self.contrastive):
+            loss = loss + contrast(
+                retrieved,
+                self.tau,
+                positive_rows,
+                weights=(self.in_batch, self.contrastive),
+                reduce=functools.partial(loss_fn.reduce, labels=labels, **share),
+            )
+        output["loss"], output["log_posterior"] = loss, log_posterior
         output["n_cut"] = context.n_cut
+        if pruned is not None:
+            output["n_kept"], output["dropped"] = pruned.n_kept, pruned.dropped
         return output
+
+    def _jsa(self) -> JSA:
+        """Return the objective if it has a posterior encoder."""
+        term = self.loss_fn.retriever_term
+        if not isinstance(term, JSA) or term.encoder is None:
+            raise ValueError(
+                f"posterior_ids: expected None with the objective {self.loss_fn.objective}, which "
+                f"has no posterior encoder"
+            )
+        return term
 
     def retrieve(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None

@@ -19,6 +19,8 @@ class RagOutput(ModelOutput):
         rows: rows of the index, `[B, K]` int64, -1 at missing passages.
         log_posterior: log p(z|x,y), `[B, K]` (sequence) or `[B, K, T]` (token).
         n_cut: number of passages cut to fit the context, a 0-d int64 tensor.
+        n_kept: number of contexts read with gradient, a 0-d int64 tensor; None unless pruned.
+        dropped: posterior of the other contexts, a 0-d tensor; None unless pruned.
     """
 
     loss: Tensor | None = None
@@ -26,6 +28,8 @@ class RagOutput(ModelOutput):
     rows: Tensor | None = None
     log_posterior: Tensor | None = None
     n_cut: Tensor | None = None
+    n_kept: Tensor | None = None
+    dropped: Tensor | None = None
 
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":

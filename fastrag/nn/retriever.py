@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ from fastrag.index.encoding import (
 from fastrag.nn.arguments import check_count, check_numbers, explain_failure, require_finite
 from fastrag.nn.generators import evaluating
 from fastrag.nn.index_reference import IndexReference
+from fastrag.nn.retrieved import (
+    FLAT_PRIOR,
+    Retrieved,
+    append_null,
+    explore,
+    included,
+    is_flat,
+    with_null,
+)
 from fastrag.nn.sentence_encoder import SentenceEncoder, is_sentence_transformer
 from fastrag.ops import checks
 from fastrag.profiling import stage
@@ -40,30 +49,6 @@ if TYPE_CHECKING:
 
 NORMALIZED_TAU = 0.05  # cosines lie in [-1, 1]; without it the prior over K stays near uniform
 RESCORE_BATCH = 64  # candidates per pass of the encoder, which bounds the memory of a rescoring
-FLAT_PRIOR = 0.99  # share of log K above which a prior says nothing
-
-
-class Retrieved(NamedTuple):
-    """What `Retriever` returns.
-
-    Attributes:
-        query_emb: question vectors `[B, D]`, differentiable.
-        hits: the K passages of each question, in the version of the index that was searched. The
-            scores of rows that the caller chose are `doc_scores` times tau.
-        doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
-        log_prior: log p(z|x) `[B, K]`, differentiable.
-        passage_emb: vectors `[B, K, D]` of passages that were encoded again, differentiable; None
-            if the stored vectors were scored.
-        candidates: the L candidates of each question with the fresh vectors and scores by which the
-            K were chosen; None without `Retriever.rescore`.
-    """
-
-    query_emb: Tensor
-    hits: Hits
-    doc_scores: Tensor
-    log_prior: Tensor
-    passage_emb: Tensor | None = None
-    candidates: Hits | None = None
 
 
 class Retriever(nn.Module):
@@ -90,6 +75,10 @@ class Retriever(nn.Module):
             prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
+        null_passage: add to the K passages of each question one without text, so that an answer
+            need not be attributed to a passage that does not contain it. Its score is the mean of
+            the K scores plus a learned number.
+        null_score: start of that number.
         move_index: move index and passages along when the module moves to another device.
 
     Attributes:
@@ -109,6 +98,7 @@ class Retriever(nn.Module):
     """
 
     log_tau: nn.Parameter | None
+    null_score: nn.Parameter | None
 
     def __init__(
         self,
@@ -124,6 +114,8 @@ class Retriever(nn.Module):
         explore: int = 0,
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
+        null_passage: bool = False,
+        null_score: float = 0.0,
         move_index: bool = True,
     ) -> None:
         super().__init__()
@@ -142,6 +134,8 @@ class Retriever(nn.Module):
         self._tau = float(tau)
         log_tau = nn.Parameter(torch.tensor(math.log(tau))) if learn_tau else None
         self.register_parameter("log_tau", log_tau)
+        learned = nn.Parameter(torch.tensor(float(null_score))) if null_passage else None
+        self.register_parameter("null_score", learned)
         self.train_passage_encoder = train_passage_encoder
         self.explore = explore
         self.explore_pool = explore_pool
@@ -179,12 +173,31 @@ class Retriever(nn.Module):
         """The temperature of the prior as a number."""
         return self._tau if self.log_tau is None else math.exp(self.log_tau.item())
 
+    @property
+    def null_passage(self) -> bool:
+        """Whether each question also has a passage without text."""
+        return self.null_score is not None
+
+    def set_tau(self, tau: float) -> None:
+        """Set the temperature of the prior.
+
+        Raises:
+            ValueError: it is learned, or `tau` is not a finite number > 0.
+        """
+        if self.log_tau is not None:
+            raise ValueError(f"tau: expected a temperature that is not learned, got {tau}")
+        check_numbers(self.n_docs, tau, self.explore, self.explore_pool, self.explore_tau)
+        self._tau = float(tau)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         rows: Tensor | None = None,
         n_docs: int | None = None,
+        *,
+        include: Tensor | None = None,
+        exclude: Tensor | None = None,
     ) -> Retrieved:
         """Find K passages per question and score them.
 
@@ -193,9 +206,12 @@ class Retriever(nn.Module):
             attention_mask: `[B, S]`, 1 at tokens.
             rows: use these passages instead of searching, `[B, K]` int64, -1 = missing.
             n_docs: K of this call; None: the retriever's.
+            include: rows that have to be among the K, `[B, E]` int64, -1 for none. They come first
+                and take the places of the last ones found.
+            exclude: rows that must not be found, `[B, E']` int64, -1 for none.
 
         Returns:
-            `Retrieved`.
+            `Retrieved`. With a null passage, it is one column more, the last, with row -1.
 
         Raises:
             ValueError: shapes disagree, a question or passage without a finite vector (named; on a
@@ -206,9 +222,11 @@ class Retriever(nn.Module):
         candidates: Hits | None = None
         if rows is None:
             k = self.n_docs if n_docs is None else n_docs
-            hits, candidates = self._find(query_emb.detach(), k)
+            hits, candidates = self._find(query_emb.detach(), k, include, exclude)
             rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
+            if include is not None or exclude is not None:
+                raise ValueError("include, exclude: expected None with rows, which are all chosen")
             stored, version = self._take(rows, query_emb)
         fresh = self.train_passage_encoder and self.training
         passage_emb = self.encode_rows(rows) if fresh else stored
@@ -221,7 +239,8 @@ class Retriever(nn.Module):
         if self.training and not self._prior_seen:
             self._warn_if_flat(doc_scores.detach())
         again = passage_emb if fresh else None
-        return Retrieved(query_emb, hits, doc_scores, log_prior, again, candidates)
+        found = Retrieved(query_emb, hits, doc_scores, log_prior, again, candidates)
+        return found if self.null_score is None else with_null(found, self.null_score)
 
     @torch.no_grad()
     def search(
@@ -251,7 +270,7 @@ class Retriever(nn.Module):
         return Hits(hits.scores[:, :k], hits.rows[:, :k], None, hits.version)
 
     @torch.no_grad()
-    def rescored(self, query_emb: Tensor, n: int) -> Hits:
+    def rescored(self, query_emb: Tensor, n: int, exclude: Tensor | None = None) -> Hits:
         """Return the n nearest passages by stored vectors, in the order of their fresh scores.
 
             s_bl = q_b . d_bl,  d = passage encoder in eval mode, each passage once
@@ -261,6 +280,7 @@ class Retriever(nn.Module):
         Args:
             query_emb: `[B, D]`.
             n: passages per question.
+            exclude: as for `nearest`.
 
         Returns:
             `Hits` with fresh vectors and scores.
@@ -269,7 +289,7 @@ class Retriever(nn.Module):
             ValueError: there is no passage encoder, or as `nearest`.
         """
         encoder = self._passage_encoder()
-        hits = self.nearest(query_emb, n)
+        hits = self.nearest(query_emb, n, exclude)
         there = hits.rows >= 0
         unique, where = hits.rows.clamp(min=0).unique(return_inverse=True)
         with stage("encode_passages"):
@@ -282,12 +302,15 @@ class Retriever(nn.Module):
         order = scores.argsort(dim=1, descending=True, stable=True)
         return Hits(scores, hits.rows, fresh, hits.version).columns(order)
 
-    def nearest(self, query_emb: Tensor, k: int, *, vectors: bool = False) -> Hits:
+    def nearest(
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, vectors: bool = False
+    ) -> Hits:
         """Return the k nearest passages of question vectors, without gradient.
 
         Args:
             query_emb: `[B, D]`.
             k: passages per question.
+            exclude: rows that must not be found, `[B, E]` int64, -1 for none.
             vectors: also return the vectors of the hits.
 
         Returns:
@@ -299,9 +322,9 @@ class Retriever(nn.Module):
         self._check_index()
         with stage("search"):
             if self.vector_map is None:
-                return self.index.search(query_emb, k, vectors=vectors)
+                return self.index.search(query_emb, k, exclude, vectors=vectors)
             query, shift = self.vector_map.questions(query_emb)
-            hits = self.index.search(query, k, vectors=vectors)
+            hits = self.index.search(query, k, exclude, vectors=vectors)
             stored = hits.vectors
             mapped = None if stored is None else self._mapped(stored, hits.rows)
             return Hits(hits.scores + shift[:, None], hits.rows, mapped, hits.version)
@@ -374,7 +397,7 @@ class Retriever(nn.Module):
         encoder = self._passage_encoder() if encoder is None else encoder
         dim = self.index.dim
         if rows is None:
-            self.write(
+            self.write_all(
                 EncodedBlocks(encoder, self.passages, batch_size, dim=dim, progress=progress)
             )
             return
@@ -383,24 +406,32 @@ class Retriever(nn.Module):
         )
         self.write(fresh, rows)
 
-    def write(self, vectors: Tensor | EncodedBlocks, rows: Tensor | None = None) -> None:
+    def write(self, vectors: Tensor, rows: Tensor) -> None:
         """Write vectors of the present passage encoder into the index.
 
-        If a `vector_map` is set, rows are stored so that the map returns these vectors. Vectors of
-        all rows are stored as they are, and the map is dropped.
+        If a `vector_map` is set, they are stored so that the map returns them.
 
         Args:
-            vectors: `[n, D]`, or blocks of all rows.
-            rows: their rows `[n]`, each once; None: all, also into an empty index.
+            vectors: `[n, D]`.
+            rows: their rows `[n]`, each once.
 
         Raises:
             ValueError: another width, a vector that is not finite, or unknown or repeated rows. The
                 index is then unchanged.
         """
-        if rows is not None:
-            stored = vectors if self.vector_map is None else self.vector_map.stored(vectors)
-            self.index.update(rows, stored)
-            return
+        self.index.update(
+            rows, vectors if self.vector_map is None else self.vector_map.stored(vectors)
+        )
+
+    def write_all(self, vectors: Tensor | EncodedBlocks) -> None:
+        """Write the vectors of all passages, also into an empty index, and drop the `vector_map`.
+
+        Args:
+            vectors: `[N, D]`, or blocks of them.
+
+        Raises:
+            ValueError: as `write`, or another number of vectors than there are passages.
+        """
         if len(self.index):
             self.index.replace(vectors)
         else:
@@ -440,34 +471,59 @@ class Retriever(nn.Module):
             raise ValueError("passage_encoder: expected a module to encode passages, got None")
         return self.passage_encoder
 
-    def _find(self, query_emb: Tensor, k: int) -> tuple[Hits, Hits | None]:
-        """Choose the K passages of each question: the best, or some of them drawn.
+    def _find(
+        self, query_emb: Tensor, k: int, include: Tensor | None, exclude: Tensor | None
+    ) -> tuple[Hits, Hits | None]:
+        """Choose the K passages of each question: the nearest, or some of them drawn or given.
 
         Returns:
             The passages, and all candidates if they were encoded again.
         """
         start = time.perf_counter()
-        exploring = self.training and self.explore > 0
-        fresh: Hits | None = None
+        unwanted = [each for each in (include, exclude) if each is not None]
+        left_out = torch.cat(unwanted, 1) if unwanted else None
+        n_drawn = min(self.explore, k) if self.training else 0
+        candidates: Hits | None = None
         if self.rescore is not None:
             if self.rescore < k:
                 raise ValueError(
                     f"rescore: expected at least {k} candidates for {k} passages, or None, got "
                     f"{self.rescore}"
                 )
-            hits = fresh = self.rescored(query_emb, self.rescore)
-        elif exploring:
-            n_candidates = max(self.explore_pool or len(self.index), k)
-            hits = self.nearest(query_emb, n_candidates, vectors=True)
+            hits = candidates = self.rescored(query_emb, self.rescore, left_out)
         else:
-            hits = self.nearest(query_emb, k, vectors=True)
-        if exploring:
-            softness = self.tau * self.explore_tau
-            hits = hits.columns(explore(hits.scores, k, min(self.explore, k), softness))
-        elif fresh is not None:
+            n_candidates = max(self.explore_pool or len(self.index), k) if n_drawn else k
+            hits = self.nearest(query_emb, n_candidates, left_out, vectors=True)
+        if n_drawn:
+            columns = explore(hits.scores, k, n_drawn, self.tau * self.explore_tau)
+            if include is not None:  # which takes the places of the last columns
+                columns = columns.roll(n_drawn, 1)
+            hits = hits.columns(columns)
+        elif candidates is not None:
             hits = hits.columns(torch.arange(k, device=hits.rows.device).expand(len(hits.rows), k))
+        if include is not None:
+            given, version = self._take(include, query_emb)
+            scores = functional.doc_scores(query_emb, given, rows=include)
+            hits = included(Hits(scores, include, given, version), hits, k)
         self.search_seconds = time.perf_counter() - start
-        return hits, fresh
+        return hits, candidates
+
+    def score_others(self, query_emb: Tensor, found: Retrieved) -> Tensor:
+        """Score the passages that were found by other vectors than those of the questions.
+
+        Args:
+            query_emb: `[B, D]`, differentiable.
+            found: what the retriever returned in this step.
+
+        Returns:
+            `[B, K]` in the order of `found.doc_scores`, with a null passage likewise.
+        """
+        n_found = found.doc_scores.shape[1] - self.null_passage
+        rows, vectors = found.hits.rows[:, :n_found], found.vectors[:, :n_found]
+        scores, _ = functional.doc_scores(
+            query_emb, vectors, rows=rows, tau=self.tau, return_log_prior=True
+        )
+        return scores if self.null_score is None else append_null(scores, self.null_score)
 
     def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
         """Read the vectors of the rows that the caller chose, and their version."""
@@ -539,47 +595,6 @@ class Retriever(nn.Module):
             f"n_docs={self.n_docs}, tau={self.tau_value:g}, learn_tau={self.log_tau is not None}, "
             f"train_passage_encoder={self.train_passage_encoder}, explore={self.explore}"
         )
-
-
-def explore(scores: Tensor, n_docs: int, n_drawn: int, tau: float | Tensor) -> Tensor:
-    """Keep the nearest candidates and draw the rest without replacement: columns `[B, n_docs]`.
-
-        the first n_docs - n_drawn, then a sample of softmax(scores / tau) over those after them
-
-    Gumbel top-m draws such a sample in one step.
-
-    Args:
-        scores: `[B, C]`, descending, -inf where missing, C of at least n_docs.
-        n_docs: passages per question.
-        n_drawn: how many of them are drawn.
-        tau: softness of the draw.
-
-    Example:
-        >>> scores = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-        >>> explore(scores, n_docs=3, n_drawn=1, tau=1e-3)
-        tensor([[0, 1, 2]])
-    """
-    n_kept = n_docs - n_drawn
-    logits = (scores[:, n_kept:] / tau).detach()
-    gumbel = -torch.empty_like(logits).exponential_().log()
-    drawn = n_kept + (logits + gumbel).topk(n_drawn, dim=1).indices
-    kept = torch.arange(n_kept, device=drawn.device).expand(len(drawn), -1)
-    return torch.cat([kept, drawn], dim=1)
-
-
-def is_flat(doc_scores: Tensor) -> bool:
-    """Whether log_softmax_k(doc_scores) `[B, K]` is nearly uniform for every question.
-
-    Example:
-        >>> is_flat(torch.tensor([[0.0, 0.01]])), is_flat(torch.tensor([[0.0, 5.0]]))
-        (True, False)
-    """
-    found = doc_scores.isfinite()
-    log_prior = doc_scores.float().log_softmax(dim=1)
-    entropy = -torch.where(found, log_prior.exp() * log_prior, 0.0).sum(dim=1)
-    n_found = found.sum(dim=1).clamp(min=1)  # [B]
-    several = n_found > 1
-    return bool((several & (entropy > FLAT_PRIOR * n_found.log())).sum() == several.sum() > 0)
 
 
 def _freeze_unshared(module: nn.Module, other: nn.Module) -> None:

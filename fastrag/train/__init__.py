@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastrag.train.run import train_run
     from fastrag.train.signals import SignalCallback, TrainingInterrupted
     from fastrag.train.trainer import RagTrainer
+    from fastrag.train.warmup import warm_up
 
 _HOMES = {
     "CurveCallback": "callbacks",
@@ -42,6 +43,7 @@ _HOMES = {
     "parameter_groups": "optimizer",
     "plot_curve": "plots",
     "train_run": "run",
+    "warm_up": "warmup",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "parameter_groups",
     "plot_curve",
     "train_run",
+    "warm_up",
 ]
 
 

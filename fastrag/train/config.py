@@ -19,7 +19,8 @@ from fastrag.data.templates import TEMPLATES
 from fastrag.folders import replacing
 from fastrag.freshness import RefreshPolicy
 from fastrag.messages import shown
-from fastrag.nn.objectives import objective_words
+from fastrag.nn.arguments import check_pruning, checked_weight
+from fastrag.nn.loss import RagLoss
 from fastrag.train.parsing import dotted, dotted_hints, read_yaml, require, to_yaml, typed
 from fastrag.train.training_config import TrainingConfig
 
@@ -84,6 +85,10 @@ class RetrieverConfig:
         explore: number of the K passages that are drawn from the softened prior in training.
         explore_pool: number of candidates that they are drawn from; null: all passages.
         explore_tau: temperature that softens the prior they are drawn from.
+        null_passage: add a passage without text to the K passages of each question.
+        tau_start: temperature at the start of training, from which it falls to tau; null: tau.
+        tau_steps: steps after which it has reached tau.
+        freeze_steps: steps at the start in which only the generator trains.
         learning_rate: learning rate of both encoders and the temperature.
     """
 
@@ -100,6 +105,10 @@ class RetrieverConfig:
     explore: int = 0
     explore_pool: int | None = 256
     explore_tau: float = 1.0
+    null_passage: bool = False
+    tau_start: float | None = None
+    tau_steps: int = 0
+    freeze_steps: int = 0
     learning_rate: float = 2e-5
 
 
@@ -143,15 +152,30 @@ class LossConfig:
 
     Args:
         marginal: token or sequence (Lewis et al. 2020, section 2.1).
-        objective: marginal, emdr2, pdist or replug.
+        objective: marginal, emdr2, pdist, replug, topk:<passages to read>, or jsa:<steps of the
+            chain>.
         tau_lm: temperature of the generator's distribution over passages, in pdist and replug.
         label_smoothing: epsilon of label smoothing, in [0, 1).
+        prune: read with gradient only contexts whose posterior exceeds this, in [0, 1); null: all.
+        prune_unbiased: read some of the other contexts at random, so that the expected gradient is
+            that of all.
+        posterior_encoder: model folder or Hub id of the encoder of question and answer, for jsa;
+            null: the prior takes its place.
+        in_batch: weight of the term that scores the passages of a question above those of the
+            others in its batch.
+        contrastive: weight of the term that scores the positive passages of a question above all
+            others in its batch.
     """
 
     marginal: Literal["token", "sequence"] = "token"
     objective: str = "marginal"
     tau_lm: float = 1.0
     label_smoothing: float = 0.0
+    prune: float | None = None
+    prune_unbiased: bool = False
+    posterior_encoder: str | None = None
+    in_batch: float = 0.0
+    contrastive: float = 0.0
 
 
 @dataclass
@@ -170,6 +194,8 @@ class DataConfig:
         max_context: tokens of the generator's input.
         max_answer: answer tokens.
         answer_choice: train on the first or a random answer.
+        force_labelled: put the passages of a question's positive_ids and negative_ids among its K.
+        exclude_source: do not retrieve the passages of a question's source_ids for it.
     """
 
     corpus: str | None = None
@@ -181,6 +207,8 @@ class DataConfig:
     max_context: int = 512
     max_answer: int = 32
     answer_choice: Literal["first", "random"] = "first"
+    force_labelled: bool = False
+    exclude_source: bool = False
 
 
 @dataclass
@@ -290,6 +318,17 @@ class RagConfig:
         fits = pool is None or pool >= part.n_docs
         require("retriever.explore_pool", fits, at_least, pool)
         _require_positive("retriever.explore_tau", part.explore_tau)
+        if part.tau_start is not None:
+            _require_positive("retriever.tau_start", part.tau_start, " or null")
+        falls = "null with retriever.learn_tau"
+        fits = part.tau_start is None or not part.learn_tau
+        require("retriever.tau_start", fits, falls, part.tau_start)
+        needs = "an integer >= 1 with" if part.tau_start is not None else "0 without"
+        fits = (part.tau_steps >= 1) if part.tau_start is not None else part.tau_steps == 0
+        require("retriever.tau_steps", fits, f"{needs} retriever.tau_start", part.tau_steps)
+        require(
+            "retriever.freeze_steps", part.freeze_steps >= 0, "an integer >= 0", part.freeze_steps
+        )
         rate = part.learning_rate
         require("retriever.learning_rate", 0.0 <= rate < math.inf, "a number >= 0", rate)
 
@@ -311,12 +350,21 @@ class RagConfig:
 
     def _check_loss(self) -> None:
         part = self.loss
-        words = objective_words()
-        one_of = f"one of {', '.join(words)}"
-        require("loss.objective", part.objective in words, one_of, part.objective)
         _require_positive("loss.tau_lm", part.tau_lm)
         smooths = 0.0 <= part.label_smoothing < 1.0
         require("loss.label_smoothing", smooths, "a number in [0, 1)", part.label_smoothing)
+        try:
+            loss = RagLoss(part.marginal, part.objective, label_smoothing=part.label_smoothing)
+            check_pruning(loss, part.prune, part.prune_unbiased)
+            checked_weight("in_batch", part.in_batch)
+            checked_weight("contrastive", part.contrastive)
+        except ValueError as error:
+            raise ValueError(f"loss.{error}") from None
+        fits = part.posterior_encoder is None or part.objective.partition(":")[0] == "jsa"
+        encoder = part.posterior_encoder
+        require("loss.posterior_encoder", fits, "null unless loss.objective is jsa", encoder)
+        fits = part.contrastive == 0.0 or self.data.force_labelled
+        require("loss.contrastive", fits, "0 without data.force_labelled", part.contrastive)
 
     def _check_data(self) -> None:
         part = self.data
@@ -494,6 +542,9 @@ class RagConfig:
             "eval_ks": evaluation.ks,
             "eval_max_new_tokens": evaluation.max_new_tokens,
             "early_stopping": evaluation.early_stopping,
+            "tau_start": self.retriever.tau_start,
+            "tau_steps": self.retriever.tau_steps,
+            "freeze_steps": self.retriever.freeze_steps,
         }
 
     def training_arguments(self) -> TrainingArguments:

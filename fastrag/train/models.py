@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -22,6 +22,7 @@ from fastrag.index.encoding import encode_passages
 from fastrag.nn import RagModel, TextEncoder, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.nn.hub import model_folder
+from fastrag.nn.objectives import JSA, RetrieverTerm
 from fastrag.nn.retriever import Retriever
 from fastrag.train.checkpoint_contents import (
     MODEL_FILES,
@@ -149,9 +150,14 @@ def build_model(
         explore=config.retriever.explore,
         explore_pool=config.retriever.explore_pool,
         explore_tau=config.retriever.explore_tau,
+        null_passage=config.retriever.null_passage,
         label_smoothing=config.loss.label_smoothing,
-        objective=config.loss.objective,
+        objective=_objective(config),
         tau_lm=config.loss.tau_lm,
+        prune=config.loss.prune,
+        prune_unbiased=config.loss.prune_unbiased,
+        in_batch=config.loss.in_batch,
+        contrastive=config.loss.contrastive,
     )
     model.retriever.rescore = config.retriever.rescore
     if config.retriever.index is not None and not resume:
@@ -164,12 +170,29 @@ def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
 
     Args:
         model: the model; its processor is used.
-        config: the choice of answers.
+        config: the choice of answers, and the labelled passages that are used.
 
     Returns:
         The collator.
     """
-    return RagCollator(model.processor, answer_choice=config.data.answer_choice)
+    return RagCollator(
+        model.processor,
+        answer_choice=config.data.answer_choice,
+        passages=model.passages,
+        force=config.data.force_labelled,
+        exclude_source=config.data.exclude_source,
+        posterior=config.loss.posterior_encoder is not None,
+    )
+
+
+def _objective(config: RagConfig) -> str | RetrieverTerm:
+    """Return the objective, with its posterior encoder if it has one."""
+    folder = config.loss.posterior_encoder
+    if folder is None:
+        return config.loss.objective
+    term = cast(JSA, RetrieverTerm.named(config.loss.objective, config.loss.tau_lm))
+    term.encoder = load_encoder(folder, "posterior_encoder", "query")
+    return term
 
 
 def _warn_of_another_encoder(

@@ -43,7 +43,8 @@ class StepStatistics:
     def _reset(self) -> None:
         self._sums: Tensor | None = None
         self._rows: list[Tensor] = []
-        self._host = dict.fromkeys(("retrieval", "cut", "passages"), 0.0)
+        self._host = dict.fromkeys(("retrieval", "cut", "passages", "kept", "dropped"), 0.0)
+        self._pruned = 0  # forward passes that were
         self._steps = 0
         self._seconds = 0.0
         self._started: float | None = None
@@ -65,7 +66,7 @@ class StepStatistics:
 
         Args:
             outputs: a mapping with `doc_scores` [B, K], `rows` [B, K], `log_posterior` [B, K] or
-                [B, K, T], and optionally `n_cut`.
+                [B, K, T], and optionally `n_cut`, `n_kept` and `dropped`.
             labels: label ids, `[B, T]`.
             retrieval_seconds: time that the search took.
         """
@@ -80,6 +81,11 @@ class StepStatistics:
         n_cut = outputs.get("n_cut")
         if n_cut is not None:
             self._host["cut"] = self._host["cut"] + n_cut
+        n_kept = outputs.get("n_kept")
+        if n_kept is not None:
+            self._host["kept"] = self._host["kept"] + n_kept
+            self._host["dropped"] = self._host["dropped"] + outputs["dropped"]
+            self._pruned += 1
 
     def summary(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Return the figures since the last call and reset them.
@@ -89,30 +95,41 @@ class StepStatistics:
 
         Returns:
             `prior_entropy`, `posterior_entropy`, `kl` (nats, per question or label token),
-            `unique_passages`, `passages_cut` (share), `retrieval_ms` (per step),
+            `unique_passages`, `top_passage` (share of the questions that retrieved the most
+            retrieved passage), `passages_cut` (share), `retrieval_ms` (per step),
             `tokens_per_second` (label tokens times passages) and `steps_per_second`; empty when
-            nothing was added.
+            nothing was added. If contexts were pruned, also `passages_read` (share that the
+            generator read with gradient) and `posterior_dropped` (of the others).
         """
         if self._sums is None:
             self._reset()
             return {}
         host = self._sums.new_tensor([float(each) for each in self._host.values()])
         sums = torch.cat([self._sums, host])
-        unique = torch.unique(torch.cat([rows.reshape(-1) for rows in self._rows]))
+        rows = torch.cat([rows.reshape(-1) for rows in self._rows])
+        unique, counts = rows[rows >= 0].unique(return_counts=True)
         ranks = 1
         if accelerator is not None and accelerator.num_processes > 1:
             ranks = accelerator.num_processes
             sums = accelerator.reduce(sums)
-            padded = accelerator.pad_across_processes(unique, pad_index=-1)
-            unique = torch.unique(accelerator.gather(padded))
-        prior, questions, posterior, kl, weight, tokens, retrieval, cut, passages = sums.tolist()
+            both = torch.stack([unique, counts], 1)
+            both = accelerator.gather(accelerator.pad_across_processes(both, pad_index=-1))
+            both = both[both[:, 0] >= 0]
+            unique, where = both[:, 0].unique(return_inverse=True)
+            counts = torch.zeros_like(unique).index_add(0, where, both[:, 1])
+        prior, questions, posterior, kl, weight, tokens, *host_sums = sums.tolist()
+        retrieval, cut, passages, kept, dropped = host_sums
         result = {
             "prior_entropy": prior / max(questions, 1.0),
             "posterior_entropy": posterior / max(weight, 1.0),
             "kl": kl / max(weight, 1.0),
-            "unique_passages": int((unique >= 0).sum()),
+            "unique_passages": len(unique),
+            "top_passage": float(counts.max()) / max(questions, 1.0) if len(counts) else 0.0,
             "passages_cut": cut / max(passages, 1.0),
         }
+        if self._pruned:
+            result["passages_read"] = kept / max(passages, 1.0)
+            result["posterior_dropped"] = dropped / (ranks * self._pruned)
         if self.retriever_lr is not None:
             result["retriever_lr"] = self.retriever_lr
         if self._steps:

@@ -39,6 +39,7 @@ from fastrag.train.callbacks import (
     RefreshCallback,
     TerminalCallback,
 )
+from fastrag.train.collapse import CollapseCallback, remedies
 from fastrag.train.config import RagConfig
 from fastrag.train.distributed import SamePassagesCallback, check_processes
 from fastrag.train.optimizer import MasterWeights, needs_masters, parameter_groups
@@ -177,6 +178,8 @@ class RagTrainer(Trainer):
                 RefreshCallback(self.refresher),
                 MetricsFileCallback(run / METRICS_FILE),
                 CurveCallback(run / METRICS_FILE, run / CURVE_FILE),
+                CollapseCallback(model),
+                *remedies(model, configured),
                 *([EarlyStoppingCallback(patience)] if patience else []),
                 *(callbacks or []),
             ],

@@ -47,7 +47,7 @@ def test_help_needs_no_heavy_import() -> None:
     assert "index build or verify" not in done.stderr and "evaluate" in done.stdout
 
 
-COMMANDS = ("", "train", "index", "index build", "index verify", "index info")
+COMMANDS = ("", "train", "warmup", "index", "index build", "index verify", "index info")
 COMMANDS += ("evaluate", "ask", "inspect", "serve", "info")
 
 

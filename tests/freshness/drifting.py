@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fastrag.index import FlatIndex
 from fastrag.index.base import Hits
-from fastrag.nn.retriever import Retrieved, Retriever
+from fastrag.nn.retrieved import Retrieved
+from fastrag.nn.retriever import Retriever
 
 
 class Numbers:

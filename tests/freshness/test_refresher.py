@@ -17,7 +17,7 @@ from fastrag.freshness import Refresh, RefreshPolicy, View
 from fastrag.freshness.ledger import RowLedger
 from fastrag.index import encode_passages
 from fastrag.nn import RagModel
-from fastrag.nn.retriever import Retrieved
+from fastrag.nn.retrieved import Retrieved
 from fastrag.train import RagTrainer, RefreshCallback
 from tests import tiny
 

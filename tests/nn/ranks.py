@@ -29,18 +29,21 @@ def work(rank: int, kind: str, wrapper: str, rendezvous: str) -> None:
 
 
 def replicated(rank: int, kind: str, half: dict[str, torch.Tensor]) -> None:
-    """Two steps under DistributedDataParallel have the gradients of one process."""
+    """Steps under DistributedDataParallel have the gradients of one process.
+
+    In the last one each rank prunes other contexts.
+    """
     count = (batch(kind, 4)["labels"] != -100).sum()
     model = rag_model(kind, **SETTINGS)
     # The wrapper goes before its group: a reducer that holds the last reference to a gloo group
     # joins the group's threads while it holds the GIL, and one of them may be waiting for the GIL.
     wrapped = DistributedDataParallel(model)  # no find_unused_parameters: every parameter is used
-    for _ in range(2):
+    for model.prune in (None, None, 0.2):
         wrapped.zero_grad()
         # DDP averages over ranks: the loss is scaled by their number, as Trainer does
         (2 * wrapped(**half, num_items_in_batch=count).loss).backward()
     if rank == 0:
-        alone = rag_model(kind, **SETTINGS)
+        alone = rag_model(kind, **SETTINGS, prune=0.2)
         alone(**batch(kind, 4), num_items_in_batch=count).loss.backward()
         for (name, one), two in zip(alone.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)

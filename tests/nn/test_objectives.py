@@ -7,7 +7,7 @@ import torch
 
 from fastrag import RagLoss, reference
 from fastrag.nn import LMHead
-from fastrag.nn.objectives import RetrieverTerm, objective_words
+from fastrag.nn.objectives import JSA, MAX_RATIO, RetrieverTerm, objective_words
 
 OBJECTIVES = ("emdr2", "pdist", "replug")
 REFERENCE = {"token": reference.rag_token_nll, "sequence": reference.rag_sequence_nll}
@@ -145,6 +145,100 @@ def test_a_term_from_outside_with_a_parameter_of_its_own(monkeypatch):
     fixed = RagLoss()(*inputs[:3], inputs[3].detach()).loss
     torch.testing.assert_close(dhidden, torch.autograd.grad(fixed, inputs[0])[0])
     assert dscores.any()
+
+
+def differences(got, want, inputs):
+    torch.testing.assert_close(got, want)
+    for one, other in zip(gradients(got, inputs), gradients(want, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("n_read", [1, 2, 3])
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_straight_through_equals_the_reference(marginal, n_read):
+    inputs = case()
+    hidden, head, labels, scores = inputs
+    read = scores.detach().argsort(1, descending=True).argsort(1) < n_read
+    kept = scores.detach().masked_fill(~read, -torch.inf)
+    settings = (head.bias, head.softcap, head.logit_scale)
+    nll, _ = REFERENCE[marginal](hidden, head.weight, labels, kept, *settings)
+    logp = reference.token_logp(hidden, head.weight, labels, *settings)
+    term = reference.straight_through_term(scores, logp, labels != IGNORE, n_read, marginal)
+    want = reference.reduce(nll + term, labels)
+    loss_fn = RagLoss(marginal, f"topk:{n_read}")
+    differences(loss_fn(*inputs).loss, want, inputs)
+    if n_read == 3:  # all passages: nothing is chosen, and the gradient is that of the marginal
+        both = [gradients(each(*inputs).loss, inputs) for each in (loss_fn, RagLoss(marginal))]
+        for one, other in zip(*both, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_straight_through_bounds_what_was_not_read():
+    logp = torch.tensor([[[-50.0], [-0.1]]])
+    scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    term = RetrieverTerm.named("topk:1")(scores, logp, torch.ones(1, 1, dtype=torch.bool))
+    (grad,) = torch.autograd.grad(term.sum(), scores)
+    prior = scores.detach().softmax(1)[0]
+    assert term.item() == pytest.approx(50.0)
+    torch.testing.assert_close(grad[0, 1], -prior[1] * prior[0] * (MAX_RATIO - 1.0))
+
+
+@pytest.mark.parametrize("posterior", [True, False])
+def test_jsa_equals_the_reference(posterior):
+    inputs = case()
+    hidden, head, labels, scores = inputs
+    learned = torch.randn_like(scores).masked_fill(scores.isneginf(), -torch.inf).detach()
+    q_scores = learned.requires_grad_() if posterior else scores
+    loss_fn = RagLoss("sequence", "jsa:9")
+    torch.manual_seed(1)
+    given = {"posterior_scores": q_scores} if posterior else {}
+    got = loss_fn(*inputs, **given).loss
+    logp = reference.token_logp(
+        hidden, head.weight, labels, head.bias, head.softcap, head.logit_scale
+    )
+    likelihood = (logp * (labels != IGNORE).unsqueeze(1)).sum(2)
+    alive = scores.detach().isfinite()
+    prior, q = (
+        torch.where(alive.any(1, keepdim=True), each, 0.0).log_softmax(1)
+        for each in (scores, q_scores)
+    )
+    torch.manual_seed(1)
+    proposals = q.detach().exp().multinomial(9, replacement=True)
+    uniforms = torch.rand_like(proposals, dtype=torch.float64)
+    shares = reference.independence_shares(
+        (prior + likelihood).detach(), q.detach(), proposals, uniforms
+    )
+    shares[2:] = 0.0  # no label, no passage
+    wanted = likelihood + prior + (q if posterior else 0.0)
+    want = reference.reduce(-torch.where(shares > 0, shares * wanted, 0.0).sum(1), labels)
+    if posterior:
+        one, other = (torch.autograd.grad(x, q_scores, retain_graph=True)[0] for x in (got, want))
+        torch.testing.assert_close(one, other)
+    differences(got, want, inputs)
+
+
+def test_jsa_chain_converges_to_the_posterior():
+    torch.manual_seed(0)
+    scores, logp = torch.randn(3, 5), -3.0 * torch.rand(3, 5, 2)
+    counts = torch.ones(3, 2, dtype=torch.bool)
+    shares = JSA(n_steps=20_000).draw(scores, logp, counts, torch.randn(3, 5))
+    torch.testing.assert_close(
+        shares, (scores.log_softmax(1) + logp.sum(2)).softmax(1), rtol=0, atol=0.03
+    )
+
+
+def test_number_after_the_word():
+    assert RagLoss(objective="topk:4").objective == "topk:4"
+    assert RagLoss("sequence", "jsa").objective == "jsa:50"
+    for objective, message in (
+        ("pdist:3", "objective: expected pdist without a number, got 'pdist:3'"),
+        ("topk:0", "objective: expected topk:<n_read>, an integer >= 1, got 'topk:0'"),
+        ("topk:x", "objective: expected topk:<n_read>, an integer >= 1, got 'topk:x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RagLoss(objective=objective)
+    with pytest.raises(ValueError, match="marginal: expected 'sequence' with the objective jsa"):
+        RagLoss("token", "jsa")
 
 
 def test_rejects_words_and_numbers():
