@@ -55,7 +55,7 @@ def test_terms_enter_the_loss_of_a_training_step_alone():
     found = model.retriever(data["input_ids"], data["attention_mask"], rows)
     n = int((data["labels"] != -100).sum())
     terms = [
-        weight * in_batch_nll(found.query_emb, found.passage_emb, rows, targets, 0.3).sum() / n
+        weight * in_batch_nll(found.query_emb, found.vectors, rows, targets, 0.3).sum() / n
         for weight, targets in ((0.5, rows), (2.0, positive))
     ]
     torch.testing.assert_close(model(**data, positive_rows=positive).loss, plain.loss + sum(terms))
