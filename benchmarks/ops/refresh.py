@@ -60,8 +60,8 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def lengths(self, stream: str) -> Tensor:
-        return torch.full((len(self),), self.ids.shape[1])
+    def lengths(self, stream: str, rows: Tensor | None = None) -> Tensor:
+        return torch.full((len(self) if rows is None else len(rows),), self.ids.shape[1])
 
     def gather(self, rows: Tensor, stream: str) -> tuple[Tensor, Tensor]:
         return self.ids[rows], torch.full_like(rows, self.ids.shape[1])

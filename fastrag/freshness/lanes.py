@@ -115,7 +115,7 @@ class StreamLane:
     def submit(self, encoder: Any, rows: Tensor | None, step: int) -> None:
         """Copy the weights and send all batches to the stream."""
         rows_ = torch.arange(len(self.passages)) if rows is None else rows.cpu()
-        order = self.passages.lengths("encoder")[rows_].argsort(descending=True, stable=True)
+        order = self.passages.lengths("encoder", rows_).argsort(descending=True, stable=True)
         twin = self._copy_of(encoder)
         training = self._streams.current_stream(self.device)
         batches = list(order.split(self.batch_size))

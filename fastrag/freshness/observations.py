@@ -124,9 +124,11 @@ def _reduced(rows: Any, encoded: Any, fresh: Any, query_emb: Any, stale: Any) ->
     if fresh is None:
         return result
     fresh = fresh.float()
-    if stale is not None and rows.shape[1] > 1:
+    found = there.any(dim=0)  # not the column of a null passage
+    if stale is not None and int(found.sum()) > 1:
         scores = [torch.einsum("bd,bkd->bk", query_emb, each.float()) for each in (stale, fresh)]
-        correlations = rank_correlation(*(each[there.all(dim=1)] for each in scores))
+        whole = there[:, found].all(dim=1)
+        correlations = rank_correlation(*(each[whole][:, found] for each in scores))
     return [*result[:2], fresh[there], query_emb, correlations]
 
 

@@ -57,7 +57,15 @@ _SETTINGS = (
 )
 HOLDS = ("index", "passages")  # with manifests of their own
 _LOSS_SETTINGS = ("label_smoothing", "objective", "tau_lm")
-_LATER_SETTINGS = ("null_passage", "prune", "prune_unbiased", "in_batch", "contrastive")
+_LATER_SETTINGS = (
+    "rescore",
+    "passage_batch",
+    "null_passage",
+    "prune",
+    "prune_unbiased",
+    "in_batch",
+    "contrastive",
+)
 _MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
 _SAVED = record(
     {
@@ -83,6 +91,8 @@ _SAVED = record(
         "max_context": integer(1),
         "template": record({}),
         # models saved before these settings existed do not have them
+        "rescore": optional(integer(1)),
+        "passage_batch": optional(integer(1)),
         "null_passage": flag(),
         "null_score": number(),
         "prune": optional(number(0)),

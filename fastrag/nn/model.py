@@ -52,6 +52,8 @@ _OWNERS = {
     "explore": "retriever",
     "explore_pool": "retriever",
     "explore_tau": "retriever",
+    "rescore": "retriever",
+    "passage_batch": "retriever",
     "null_passage": "retriever",
     "null_score": "retriever",
     "generator": "reader",
@@ -91,8 +93,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
-        null_passage, null_score: add a passage without text to the K of each question, see
-            `Retriever`.
+        rescore, passage_batch, null_passage, null_score: see `Retriever`.
         adapter: an `Adapter` of the generator, for a model that is not of transformers.
         label_smoothing, objective, tau_lm: see `RagLoss`. With an objective that leaves the
             generator alone ("replug") its parameters are set to `requires_grad=False`.
@@ -145,6 +146,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         explore: int = 0,
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
+        rescore: int | None = None,
+        passage_batch: int | None = None,
         null_passage: bool = False,
         null_score: float = 0.0,
         label_smoothing: float = 0.0,
@@ -169,6 +172,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
             explore=explore,
             explore_pool=explore_pool,
             explore_tau=explore_tau,
+            rescore=rescore,
+            passage_batch=passage_batch,
             null_passage=null_passage,
             null_score=null_score,
         )

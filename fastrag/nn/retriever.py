@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastrag import functional
 from fastrag.freshness.maps import FoldedVectors, VectorMap
@@ -75,6 +76,12 @@ class Retriever(nn.Module):
             prior softmax(s / explore_tau) over the candidates after the first K - m.
         explore_pool: number of candidates; None: all passages.
         explore_tau: softening of that prior; larger is more uniform.
+        rescore: L, at least K: the L nearest stored vectors of each question are encoded again,
+            without gradient, before the best K are chosen by their fresh scores; None: the K
+            nearest stored vectors are chosen.
+        passage_batch: passages per forward pass when those of a training step are encoded with
+            gradient. The activations of each pass are computed once more in backward, so memory
+            does not grow with K; None: all at once, and no recomputation.
         null_passage: add to the K passages of each question one without text, so that an answer
             need not be attributed to a passage that does not contain it. Its score is the mean of
             the K scores plus a learned number.
@@ -84,9 +91,6 @@ class Retriever(nn.Module):
     Attributes:
         vector_map: map from stored vectors to present ones through which the index is searched;
             None: stored vectors are searched as they are. `IndexRefresher` fits it.
-        rescore: L, candidates of each question that are found among the stored vectors and encoded
-            again, without gradient, before the best are chosen by their fresh scores; None: the
-            nearest stored vectors are chosen. At least `n_docs`; it can be set at any time.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range.
@@ -114,6 +118,8 @@ class Retriever(nn.Module):
         explore: int = 0,
         explore_pool: int | None = 256,
         explore_tau: float = 1.0,
+        rescore: int | None = None,
+        passage_batch: int | None = None,
         null_passage: bool = False,
         null_score: float = 0.0,
         move_index: bool = True,
@@ -128,6 +134,9 @@ class Retriever(nn.Module):
             normalized = all(getattr(encoder, "normalize", False) for encoder in both)
             tau = NORMALIZED_TAU if normalized else 1.0
         check_numbers(n_docs, tau, explore, explore_pool, explore_tau)
+        for name, value in (("rescore", rescore), ("passage_batch", passage_batch)):
+            if value is not None:
+                check_count(name, value)
         if train_passage_encoder and passage_encoder is None:
             raise ValueError("passage_encoder: expected a module to train, got None")
         self.n_docs = n_docs
@@ -140,9 +149,10 @@ class Retriever(nn.Module):
         self.explore = explore
         self.explore_pool = explore_pool
         self.explore_tau = explore_tau
+        self.rescore = rescore
+        self.passage_batch = passage_batch
         self.move_index = move_index
         self.vector_map: VectorMap | None = None
-        self.rescore: int | None = None
         self.search_seconds = 0.0  # wall time of the last search on the host
         self._prior_seen = False
         if self.passage_encoder is not None and not train_passage_encoder:
@@ -358,7 +368,7 @@ class Retriever(nn.Module):
         with stage("encode_passages"):
             ids, mask = encoder_inputs(self.passages, unique, rows.device)
             try:
-                vectors = encoder(ids, mask)
+                vectors = self._encoded(encoder, ids, mask)
             except RuntimeError as error:
                 explain_failure("passage_encoder", encoder, ids, error)
                 raise
@@ -367,6 +377,13 @@ class Retriever(nn.Module):
         )
         # Unlike that of vectors[where], its backward adds in the same order with any threads.
         return nn.functional.embedding(where, vectors)
+
+    def _encoded(self, encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        n = self.passage_batch
+        if n is None or len(ids) <= n or not torch.is_grad_enabled():
+            return encoder(ids, mask)
+        passes = zip(ids.split(n), mask.split(n), strict=True)
+        return torch.cat([checkpoint(encoder, *each, use_reentrant=False) for each in passes])
 
     def refresh_index(
         self,
@@ -480,8 +497,9 @@ class Retriever(nn.Module):
             The passages, and all candidates if they were encoded again.
         """
         start = time.perf_counter()
-        unwanted = [each for each in (include, exclude) if each is not None]
-        left_out = torch.cat(unwanted, 1) if unwanted else None
+        left_out = exclude
+        if include is not None:
+            left_out = include if exclude is None else torch.cat([include, exclude], 1)
         n_drawn = min(self.explore, k) if self.training else 0
         candidates: Hits | None = None
         if self.rescore is not None:

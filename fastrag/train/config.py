@@ -82,6 +82,9 @@ class RetrieverConfig:
         rescore: number of candidates of each question that are found among the stored vectors and
             encoded again, before the best n_docs are chosen by their fresh scores; null: the
             nearest stored vectors are used.
+        passage_batch: passages per pass of the passage encoder in a training step; the activations
+            of each pass are computed once more in backward, so memory does not grow with n_docs;
+            null: all at once.
         explore: number of the K passages that are drawn from the softened prior in training.
         explore_pool: number of candidates that they are drawn from; null: all passages.
         explore_tau: temperature that softens the prior they are drawn from.
@@ -102,6 +105,7 @@ class RetrieverConfig:
     learn_tau: bool = False
     train_passage_encoder: bool = False
     rescore: int | None = None
+    passage_batch: int | None = None
     explore: int = 0
     explore_pool: int | None = 256
     explore_tau: float = 1.0
@@ -312,6 +316,8 @@ class RagConfig:
         at_least = f"an integer >= n_docs = {part.n_docs} or null"
         fits = part.rescore is None or part.rescore >= part.n_docs
         require("retriever.rescore", fits, at_least, part.rescore)
+        fits = part.passage_batch is None or part.passage_batch >= 1
+        require("retriever.passage_batch", fits, "an integer >= 1 or null", part.passage_batch)
         within = f"an integer from 0 to n_docs = {part.n_docs}"
         require("retriever.explore", 0 <= part.explore <= part.n_docs, within, part.explore)
         pool = part.explore_pool

@@ -150,6 +150,8 @@ def build_model(
         explore=config.retriever.explore,
         explore_pool=config.retriever.explore_pool,
         explore_tau=config.retriever.explore_tau,
+        rescore=config.retriever.rescore,
+        passage_batch=config.retriever.passage_batch,
         null_passage=config.retriever.null_passage,
         label_smoothing=config.loss.label_smoothing,
         objective=_objective(config),
@@ -159,7 +161,6 @@ def build_model(
         in_batch=config.loss.in_batch,
         contrastive=config.loss.contrastive,
     )
-    model.retriever.rescore = config.retriever.rescore
     if config.retriever.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
     return model

@@ -22,8 +22,8 @@ class Numbers:
     def __len__(self) -> int:
         return self.n
 
-    def lengths(self, stream: str) -> Tensor:
-        return torch.ones(self.n, dtype=torch.int64)
+    def lengths(self, stream: str, rows: Tensor | None = None) -> Tensor:
+        return torch.ones(self.n if rows is None else len(rows), dtype=torch.int64)
 
     def gather(self, rows: Tensor, stream: str) -> tuple[Tensor, Tensor]:
         return rows[..., None], torch.ones_like(rows)

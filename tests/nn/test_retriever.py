@@ -174,6 +174,32 @@ def test_rescoring_of_few_candidates_and_its_errors():
         model.retriever(data["input_ids"], data["attention_mask"])
 
 
+def kept_numbers(n_docs: int, passage_batch: int | None) -> tuple[int, list[torch.Tensor]]:
+    """Return the numbers that a step keeps for backward, and the gradients."""
+    torch.manual_seed(0)
+    model = rag_model(n_docs=n_docs, train_passage_encoder=True, passage_batch=passage_batch)
+    sizes: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    data = batch()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        found = model.retriever(data["input_ids"], data["attention_mask"])
+        loss = found.log_prior[:, 0].sum()
+    loss.backward()
+    return sum(sizes), [each.grad for each in model.passage_encoder.parameters()]
+
+
+def test_activations_of_passages_in_batches_do_not_grow_with_k():
+    (few, _), (many, grads) = kept_numbers(3, 2), kept_numbers(10, 2)
+    (all_few, _), (all_at_once, plain) = kept_numbers(3, None), kept_numbers(10, None)
+    assert all_at_once - all_few > 10 * (many - few)
+    assert any(each.abs().max() > 1e-3 for each in plain)
+    torch.testing.assert_close(grads, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_an_index_from_outside_with_four_methods():
     """All that a kind has to define; no matrix, no lock, no file."""
 
