@@ -186,7 +186,7 @@ def checked_whole(vectors: Vectors | Iterable[Vectors], dim: int, device: torch.
     blocks = checked_blocks(vectors, dim, device)
     if (n := whole_length(vectors)) is None:
         found = list(blocks)
-        return torch.cat(found) if found else torch.zeros(0, dim, dtype=torch.float32)
+        return torch.cat(found) if found else torch.zeros(0, dim, device=device)
     whole, stop = torch.empty(n, dim, dtype=torch.float32, device=device), 0
     for block in blocks:
         whole[stop : stop + len(block)] = block
