@@ -297,7 +297,7 @@ class JSA(RetrieverTerm, word="jsa"):
         """
         query_emb = self.encoder(posterior_ids, posterior_mask)  # type: ignore[misc]
         n_docs = retriever.n_docs
-        rows = retriever.index.search(query_emb.detach(), n_docs, exclude).rows
+        rows = retriever.nearest(query_emb.detach(), n_docs, exclude).rows
         if include is not None:
             repeated = (rows.unsqueeze(2) == include.unsqueeze(1)).any(2)
             rows = torch.cat([include, rows.masked_fill(repeated, -1)], 1)

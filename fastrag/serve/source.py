@@ -75,7 +75,9 @@ class Served:
             One `Found` per query.
         """
         vectors, cut = self._vectors(queries)
-        scores, rows = self.index.search(vectors, k)
+        # The retriever knows through which map an index of a run that still trains is searched.
+        searched = self.index.search if self.retriever is None else self.retriever.nearest
+        scores, rows = searched(vectors, k)
         found = zip(scores.tolist(), rows.tolist(), cut, strict=True)
         return [
             Found(

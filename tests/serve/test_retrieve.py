@@ -12,6 +12,7 @@ import pytest
 import requests
 import torch
 
+from fastrag.freshness.maps import VectorMap
 from fastrag.serve.limits import Limits
 from fastrag.serve.source import Source
 from tests import tiny
@@ -196,3 +197,14 @@ def test_texts_agree_however_they_are_batched(texts: Live) -> None:
         for mine, other in zip(found, alone["result"][0], strict=True):
             assert mine["document"] == other["document"]
             assert mine["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_an_index_is_searched_through_the_map_of_its_run(parts: Path) -> None:
+    """With d -> -d the order of the passages is the opposite one."""
+    served = Source(model=str(parts / "model")).load()
+    assert served.retriever is not None
+    n, dim = len(served.index), served.index.dim
+    before = [each.id for each in served.search(["ada"], n)[0].passages]
+    served.retriever.vector_map = VectorMap(-torch.eye(dim), torch.zeros(dim))
+    after = [each.id for each in served.search(["ada"], n)[0].passages]
+    assert before == after[::-1] and before[0] != after[0]
