@@ -75,9 +75,10 @@ class Served:
             One `Found` per query.
         """
         vectors, cut = self._vectors(queries)
-        # The retriever knows through which map an index of a run that still trains is searched.
-        searched = self.index.search if self.retriever is None else self.retriever.nearest
-        scores, rows = searched(vectors, k)
+        search = self.index.search
+        if self.retriever is not None and self.retriever.index is self.index:
+            search = self.retriever.nearest  # through the map of a run that still trains
+        scores, rows = search(vectors, k)
         found = zip(scores.tolist(), rows.tolist(), cut, strict=True)
         return [
             Found(
