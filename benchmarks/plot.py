@@ -63,6 +63,7 @@ WORDS = {
     "N": "passages of the index",
     "D": "width of a vector",
     "k": "hits for each question",
+    "r": "passages encoded per step",
 }
 FLOOR_MIB = 0.1  # the last digit of the CSV: the least that a logarithmic axis shows
 STYLE: dict[str, Any] = {

@@ -153,8 +153,8 @@ SEAMS = (
     Mistake(
         "passages are drawn in evaluation too",
         "fastrag/nn/retriever.py",
-        "exploring = self.training and self.explore > 0",
-        "exploring = self.explore > 0",
+        "n_drawn = min(self.explore, k) if self.training else 0",
+        "n_drawn = min(self.explore, k)",
         "tests/nn/test_model.py",
     ),
     Mistake(
@@ -363,7 +363,7 @@ SEAMS = (
     Mistake(
         "a refresh in the middle of a run changes nothing",
         "fastrag/nn/retriever.py",
-        "            self.index.replace(blocks)\n",
+        "            self.index.replace(vectors)\n",
         "            pass\n",
         "tests/nn/test_model.py",
     ),

@@ -26,7 +26,7 @@ class Wrapped(nn.Module):
 def test_every_trained_parameter_is_in_its_group(tmp_path: Path, wrap: type[Wrapped]) -> None:
     model = tiny.rag_model(train_passage_encoder=True, learn_tau=True)
     model.generator.encoder.requires_grad_(False)
-    model.loss_fn.register_parameter("weights", nn.Parameter(torch.ones(2, 2)))
+    model.loss_fn.register_parameter("mixture", nn.Parameter(torch.ones(2, 2)))
     groups = parameter_groups(wrap(model), retriever_lr=1.0, reader_lr=2.0, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, tuple[float, float]] = {}
