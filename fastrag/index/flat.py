@@ -22,6 +22,7 @@ from fastrag.index.flat_files import (
     FIELDS,
     FORMAT,
     VERSION,
+    Base,
     FlatFiles,
     bytes_of,
     check_stored,
@@ -116,6 +117,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         self._n_clamped = 0
         # Folder on the disk from which the vectors are mapped, read-only; None: they are in memory.
         self._mapped: Path | None = None
+        self._base: Base | None = None
         self._host_search = HostSearch.of(search_device, self.device)
 
     @classmethod
@@ -225,7 +227,7 @@ class FlatIndex(RowIndex, format=FORMAT):
             if stop > start:
                 with self._lock.write():
                     self._changed()
-                    self._codec, self._codes = chosen, None
+                    self._codec, self._codes, self._base = chosen, None, None
                     self._n_clamped += n_clamped
                     self._append_live(stop - start)
         return range(start, stop)
@@ -253,6 +255,8 @@ class FlatIndex(RowIndex, format=FORMAT):
                 # The codes are put back after the change. If it is interrupted, there are none, and
                 # the next search computes them.
                 row_codes, self._codes = self._codes, None
+                if self._base is not None:
+                    self._base.changed[rows.cpu()] = True
                 codec.put_rows(self.index_emb, rows, stored)
                 self._n_clamped += n_clamped
                 if row_codes is not None:
@@ -294,7 +298,7 @@ class FlatIndex(RowIndex, format=FORMAT):
             with self._lock.write():
                 self._changed()
                 self._data, self._mapped, self._codes = fresh, mapped, None
-                self._codec, self._n_clamped = chosen, n_clamped
+                self._codec, self._n_clamped, self._base = chosen, n_clamped, None
 
     @torch.no_grad()
     def astype(self, dtype: str, *, exact: str = "stored") -> Self:
@@ -364,9 +368,17 @@ class FlatIndex(RowIndex, format=FORMAT):
             32 hexadecimal digits, the same for equal content on every device.
         """
         with self._lock.read():
-            if self._checksum is None:
-                self._checksum = self._checksum_of(self._content_sha256())
-            return self._checksum
+            return self._known_checksum()
+
+    def track_changes(self) -> None:
+        """Remember from now on which rows are updated, so that a checkpoint can hold these alone.
+
+        Nothing happens if no folder holds exactly this content, or if changes are tracked already.
+        """
+        with self._writer.write():
+            if self._base is None and self._source is not None:
+                unchanged = torch.zeros(self._n, dtype=torch.bool)
+                self._base = Base(self._source, self.checksum(), unchanged)
 
     def save(self, dir: str | os.PathLike[str]) -> None:
         """Write the index to a folder; an interrupted save leaves the previous folder in place.
@@ -518,6 +530,12 @@ class FlatIndex(RowIndex, format=FORMAT):
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
             self._data, self._mapped, self._codes = grown, None, None
+
+    def _known_checksum(self) -> str:
+        """Return the checksum, which is computed once. The caller holds the lock."""
+        if self._checksum is None:
+            self._checksum = self._checksum_of(self._content_sha256())
+        return self._checksum
 
     def _content_sha256(self) -> str:
         sha = hashlib.sha256()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,21 @@ FIELDS = record(
     },
 )
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The saved index that changes are relative to.
+
+    Attributes:
+        folder: its folder.
+        checksum: its checksum.
+        changed: mask of the rows that were updated since, `[N]` bool on the CPU.
+    """
+
+    folder: Path
+    checksum: str
+    changed: Tensor
 
 
 class FlatFiles:

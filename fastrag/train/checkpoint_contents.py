@@ -24,7 +24,8 @@ from transformers.trainer_pt_utils import safe_globals
 
 from fastrag import manifests
 from fastrag.freshness.maps import VectorMap
-from fastrag.index import FlatIndex
+from fastrag.index import FlatIndex, Index
+from fastrag.index.flat_changes import load_changes, save_changes
 from fastrag.index.storage import MANIFEST
 from fastrag.manifests import (
     integer,
@@ -46,6 +47,7 @@ from fastrag.train.checkpoints import (
     UNFINISHED,
     VERSION,
     file_sha256,
+    is_checkpoint,
     listed_files,
 )
 from fastrag.train.optimizer import check_fits
@@ -97,7 +99,7 @@ _STATE_FIELDS = record(
 )
 _FROZEN_FIELDS = table(record({"shape": items(integer()), "sha256": sha256()}))
 _INDEX_FIELDS = record(
-    {"version": integer(), "kept": one_of("whole", "reference")},
+    {"version": integer(), "kept": one_of("whole", "changes", "reference")},
     {"n_passages": integer(), "checksum": text()},
 )
 # torch.load (restricted to tensors and plain values) and transformers raise these for bytes that
@@ -376,8 +378,25 @@ def forgive_frozen(model: nn.Module, incompatible: Any) -> None:
     missing[:] = [name for name in missing if name not in left_out]
 
 
+def track_index(model: RagModel) -> None:
+    """Have checkpoints hold only the rows that differ from the folder of the present index.
+
+    Another checkpoint may be deleted before, so its index does not serve.
+
+    Args:
+        model: the model that owns the index.
+    """
+    index = model.index
+    source = index.source
+    if isinstance(index, FlatIndex) and source and not is_checkpoint(source.parent):
+        index.track_changes()
+
+
 def write_index(model: RagModel, folder: Path, *, changing: bool) -> None:
     """Write the index if training changes it, or else its checksum.
+
+    If the run started with an index from a folder, only the rows that differ from it are written,
+    as long as they are few.
 
     Args:
         model: the model that owns the index.
@@ -388,8 +407,12 @@ def write_index(model: RagModel, folder: Path, *, changing: bool) -> None:
     entry: dict[str, Any] = {"version": int(index.version), "n_passages": len(index)}
     vector_map = model.retriever.vector_map
     if changing:
-        index.save_copy(folder / INDEX_FOLDER)
-        entry["kept"] = "whole"
+        target = folder / INDEX_FOLDER
+        if isinstance(index, FlatIndex) and save_changes(index, target):
+            entry["kept"] = "changes"
+        else:
+            index.save_copy(target)
+            entry["kept"] = "whole"
         if vector_map is not None:
             save_file(vector_map.state_dict(), str(folder / INDEX_MAP))
     else:
@@ -405,18 +428,24 @@ def read_index(model: RagModel | Retriever, folder: Path) -> None:
         folder: the checkpoint.
 
     Raises:
-        ValueError: a file of the checkpoint's index is missing or altered, or a frozen index has
-            other contents than when the checkpoint was written.
+        ValueError: a file of the checkpoint's index is missing or altered, or a frozen index, or
+            the one that the changes belong to, has other contents than when the run started.
     """
     path = folder / INDEX
     entry = manifests.read(path, _INDEX_FIELDS)
     index = model.index
-    if entry["kept"] == "whole":
+    if entry["kept"] != "reference":
         where: dict[str, Any] = {"device": index.device}
         if isinstance(index, FlatIndex):
             where["search_device"] = index.search_device
         vector_map = _read_map(folder / INDEX_MAP)
-        model.index = type(index).load(folder / INDEX_FOLDER, mmap=False, verify=True, **where)
+        stored = folder / INDEX_FOLDER
+        if entry["kept"] == "changes":
+            loaded: Index = load_changes(stored, **where)
+        else:
+            loaded = type(index).load(stored, mmap=False, verify=True, **where)
+        with manifests.named(stored):  # of another width, for example
+            model.index = loaded
         getattr(model, "retriever", model).vector_map = vector_map
         return
     checksum = index.checksum()

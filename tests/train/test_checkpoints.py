@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from fastrag import folders
+from fastrag import folders, manifests
+from fastrag.index import FlatIndex
 from fastrag.train import RagTrainer
 from fastrag.train import checkpoint_contents as contents
 from fastrag.train import checkpoints as module
@@ -152,6 +154,42 @@ def test_index_by_reference_and_whole(tmp_path: Path) -> None:
     model.index.update(torch.tensor([0]), torch.ones(1, 16))
     contents.read_index(model, tmp_path)
     assert torch.equal(model.index.index_emb, expected)
+
+
+def test_an_index_that_changes_by_the_rows_that_changed(tmp_path: Path) -> None:
+    model = tiny.rag_model()
+    model.index.save(tmp_path / "base")
+    contents.track_index(model)
+    model.index.update(torch.tensor([7]), torch.ones(1, 16))
+    contents.write_index(model, tmp_path, changing=True)
+    assert np.load(tmp_path / "index" / "rows.npy").tolist() == [7]
+    expected, version = model.index.index_emb.clone(), model.index.version
+    model.index.update(torch.tensor([0]), torch.zeros(1, 16))
+    contents.read_index(model, tmp_path)
+    assert torch.equal(model.index.index_emb, expected) and model.index.version == version
+    FlatIndex.load(tmp_path / "base").astype("float16").save(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"index: expected the index in .*/base, of which it hold"):
+        contents.read_index(model, tmp_path)
+
+
+def test_no_checkpoint_needs_another_one(tmp_path: Path) -> None:
+    """Rotation deletes checkpoints, so the index of one is no base."""
+    model = tiny.rag_model()
+    model.index.save(complete(tmp_path, 1) / module.INDEX_FOLDER)
+    contents.track_index(model)
+    model.index.update(torch.tensor([7]), torch.ones(1, 16))
+    contents.write_index(model, tmp_path, changing=True)
+    assert (tmp_path / "index" / "vectors.npy").stat().st_size == 128 + 12 * 64
+
+
+def test_an_index_of_another_width(tmp_path: Path) -> None:
+    model = tiny.rag_model()
+    narrow = FlatIndex(8)
+    narrow.add(torch.ones(12, 8))
+    narrow.save(tmp_path / "index")
+    manifests.write(tmp_path / contents.INDEX, {"version": 1, "kept": "whole"})
+    with pytest.raises(ValueError, match=r"index: index: expected vectors of width 16 .* got 8"):
+        contents.read_index(model, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["first", "last"])
