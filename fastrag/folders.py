@@ -23,7 +23,9 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -33,6 +35,8 @@ _STAGING = ".tmp"
 _PARTIAL = ".partial"
 _LOCK = "lock"
 _T = TypeVar("_T")
+_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+_holders: dict[Path, int] = {}  # thread that is in `locked`, by folder
 # A save needs another attempt for each reader that takes the old folder back between its renames,
 # and a reader for each save that replaces the folder while it reads.
 _ATTEMPTS = 9
@@ -159,10 +163,43 @@ def lock_partial(target: Path) -> tuple[Path, BinaryIO]:
         ValueError: another process, or another thread of this one, holds the lock.
         OSError: the system refuses.
     """
-    import fcntl  # POSIX only
-
     target = _resolved(target)
     folder = target.with_name(f".{target.name}{_PARTIAL}")
+    return folder, _lock(folder, target)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that lock a folder out of it; a thread may lock it again.
+
+    Args:
+        folder: the folder, made if there is none and deleted at the end if it is empty.
+
+    Raises:
+        ValueError: another process, or another thread of this one, holds the lock. A process that
+            has ended holds none, however it ended.
+        OSError: the system refuses.
+    """
+    folder = _resolved(folder)
+    if _holders.get(folder) == threading.get_ident():
+        yield
+        return
+    file = _lock(folder, folder)
+    _holders[folder] = threading.get_ident()
+    try:
+        yield
+    finally:
+        _holders.pop(folder, None)
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink()
+            folder.rmdir()
+        file.close()
+
+
+def _lock(folder: Path, target: Path) -> BinaryIO:
+    """Lock the file `lock` in a folder; the target is what messages name."""
+    import fcntl  # POSIX only
+
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -175,7 +212,8 @@ def lock_partial(target: Path) -> tuple[Path, BinaryIO]:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 file.flush()
-                return folder, file
+                _locks.add(file)
+                return file
         except FileNotFoundError:
             pass
         except BlockingIOError:
@@ -189,6 +227,17 @@ def lock_partial(target: Path) -> tuple[Path, BinaryIO]:
             file.close()
             raise
         file.close()
+
+
+def _forget_locks_in_child() -> None:
+    """Close the copies of lock files, which would hold the locks when the parent has ended."""
+    _holders.clear()
+    for file in list(_locks):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks_in_child)
 
 
 def recover(target: Path) -> None:

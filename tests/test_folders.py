@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fastrag import folders
 from fastrag.folders import replacing
+from tests.children import in_child
 
 STEPS = ["open", "synced", "aside", "in", "done"]
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
@@ -340,3 +344,54 @@ def test_an_error_keeps_the_old_file(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise KeyError
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["config.yaml"]
+
+
+# ---- locks -------------------------------------------------------------------------------------
+
+
+def no_steps(name: str, path: str) -> None:
+    pass
+
+
+def test_a_locked_folder_is_refused_to_others(tmp_path: Path) -> None:
+    """To another thread and another process; the message names the holder."""
+    folder = tmp_path / "run"
+
+    def refused() -> None:
+        message = f"run: expected a folder that no other process .* process {os.getpid()} on"
+        with pytest.raises(ValueError, match=message), folders.locked(folder):
+            pass
+
+    def refused_in_child(holder: int = os.getpid()) -> None:
+        with pytest.raises(ValueError, match=f"process {holder} on"), folders.locked(folder):
+            pass
+
+    with folders.locked(folder):
+        with folders.locked(folder):
+            pass
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(refused).result()
+        assert in_child(refused_in_child, no_steps) == 0
+        assert os.listdir(folder) == ["lock"]
+    assert not folder.exists()
+
+
+def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
+    """Even if its child, which has inherited the open file, lives on."""
+    folder, born = tmp_path / "run", tmp_path / "born"
+
+    def die() -> None:
+        with folders.locked(folder):
+            child = os.fork()
+            if child == 0:
+                born.touch()
+                time.sleep(60)
+            born.with_name("pid").write_text(str(child))
+            while not born.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die, no_steps) == signal.SIGKILL
+    with folders.locked(folder):
+        assert f"process {os.getpid()} on" in (folder / "lock").read_text()
+    os.kill(int(born.with_name("pid").read_text()), signal.SIGKILL)

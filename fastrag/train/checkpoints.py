@@ -5,7 +5,7 @@
       model.safetensors     trained parameters and buffers of encoders, generator, temperature
       frozen.json           names, shapes and a fingerprint of the parameters that do not train
       index.json            version of the index, and its checksum unless the index is stored here
-      index/                the index itself, if training changes it
+      index/                the index itself if training changes it, or the rows that have changed
       refresher.pt          state of the IndexRefresher
       index_map.safetensors the map through which the index is searched, if a policy fits one
       optimizer.pt scheduler.pt scaler.pt rng_state.pth trainer_state.json    as transformers writes
@@ -74,7 +74,7 @@ def begin(folder: Path) -> None:
     Args:
         folder: `checkpoint-<step>`; a checkpoint of that name is set aside.
     """
-    _withdraw(folder)
+    withdraw(folder)
     staging = folders.begin(folder, shared=True)
     (staging / UNFINISHED).touch()
     folders.commit(staging, folder, keep_old=True)
@@ -129,13 +129,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _withdraw(folder: Path) -> None:
-    """Delete an unfinished checkpoint and bring back the one that it was to replace."""
+def withdraw(folder: Path) -> None:
+    """Delete an unfinished checkpoint and bring back the one that it was to replace.
+
+    Args:
+        folder: `checkpoint-<step>`; nothing happens to one that is finished.
+    """
     if (folder / UNFINISHED).exists():
-        spare = folders.staging_path(folder)  # renamed first: deleting may be killed half way
-        folder.rename(spare)
-        shutil.rmtree(spare, ignore_errors=True)
+        _delete(folder)
     folders.recover(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint under another name, so that a half-deleted one does not count."""
+    spare = folders.staging_path(folder)
+    folder.rename(spare)
+    folders.step("withdrawn", folder)
+    shutil.rmtree(spare, ignore_errors=True)
+    folders.step("deleted", folder)
 
 
 def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
@@ -145,7 +156,7 @@ def remove_leftovers(run_dir: str | os.PathLike[str]) -> None:
         run_dir: the run folder, in which no other process is writing.
     """
     for path in Path(run_dir).glob("checkpoint-*"):
-        _withdraw(path)
+        withdraw(path)
     folders.clean(Path(run_dir), "checkpoint-*")
 
 
@@ -184,4 +195,4 @@ def rotate(run_dir: str | os.PathLike[str], keep: int | None, protect: str | Non
         stays.add(Path(run_dir) / Path(protect).name)
     spare = len(found) - max(keep, len(stays))
     for path in [each for each in found if each not in stays][: max(spare, 0)]:
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from transformers import TrainingArguments
 
+from fastrag import folders
 from fastrag.data import Question
 from fastrag.data.default import load_questions
 from fastrag.eval.batches import choose_fixed
@@ -36,8 +39,8 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
         The trainer; `last_evaluation` holds the final answers.
 
     Raises:
-        ValueError: the run folder holds another run, finished or not, there is nothing to resume,
-            or a part or file is not as expected.
+        ValueError: the run folder holds another run, finished or not, another process trains in it,
+            there is nothing to resume, or a part or file is not as expected.
         TrainingInterrupted: a signal came; its checkpoint is on disk.
     """
     run = Path(config.training.output_dir)
@@ -46,6 +49,12 @@ def train_run(config: RagConfig, resume: bool | str = False) -> RagTrainer:
     else:
         _check_new(run)
     arguments = config.training_arguments()  # its mistakes come before what takes long
+    with folders.locked(run) if arguments.process_index == 0 else nullcontext():
+        return _train(config, resume, arguments)
+
+
+def _train(config: RagConfig, resume: bool | str, arguments: TrainingArguments) -> RagTrainer:
+    run = Path(config.training.output_dir)
     asked = config.data.eval_questions
     questions = load_questions(config.data.train_questions)
     eval_questions = load_questions(asked) if asked else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fastrag.eval import evaluate as evaluate_model
 from fastrag.eval.evaluate import decoding_name
 from fastrag.eval.retrieval import recall
 from fastrag.freshness import IndexRefresher, RefreshPolicy
+from fastrag.messages import reason
 from fastrag.nn.card import model_card, write_card
 from fastrag.profiling import stage
 from fastrag.train import checkpoint_contents, checkpoints
@@ -212,15 +214,21 @@ class RagTrainer(Trainer):
         Raises:
             TrainingInterrupted: a signal came; its checkpoint is on disk.
             ValueError: there is no such checkpoint, it belongs to another configuration, or a file
-                of it was altered; or a run starts where another one left checkpoints.
+                of it was altered; a run starts where another one left checkpoints; another process
+                trains in the run folder; or a checkpoint cannot be written.
         """
         run = Path(self.args.output_dir)
+        with folders.locked(run) if self.is_world_process_zero() else nullcontext():
+            return self._train(run, resume_from_checkpoint, **kwargs)
+
+    def _train(self, run: Path, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> Any:
         if self.is_world_process_zero():
             checkpoints.remove_leftovers(run)
         self.accelerator.wait_for_everyone()
         checkpoint = self._resolve(resume_from_checkpoint)
         if checkpoint is None:
             checkpoints.require_no_checkpoints(run)
+            checkpoint_contents.track_index(self.model)
         else:
             self._restore(checkpoint)
         if self.is_world_process_zero():
@@ -233,10 +241,8 @@ class RagTrainer(Trainer):
                 output = super().train(
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs
                 )
-            except SafetensorError:  # of the best checkpoint: the one to resume from was checked
-                checkpoint_contents.check_files(
-                    Path(str(self.state.best_model_checkpoint)), checkpoint_contents.MODEL_FILES
-                )
+            except Exception as error:
+                self._explain(error)
                 raise
             finally:
                 loading.remove()
@@ -316,6 +322,9 @@ class RagTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Take the micro-batches of a step, and count their label tokens on all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            # transformers takes a step more if it resumes after the last one
+            return [], None
         batches = list(islice(epoch_iterator, num_batches))
         if any(batch.get("labels") is None for batch in batches):
             raise ValueError("train_dataset: expected questions with answers, got none in a batch")
@@ -505,6 +514,24 @@ class RagTrainer(Trainer):
         checkpoint_contents.read_refresher(self.refresher, checkpoint)
         checkpoint_contents.read_index(self.model, checkpoint)
 
+    def _explain(self, error: Exception) -> None:
+        """Raise a clear error for a checkpoint that could not be written or read."""
+        run = Path(self.args.output_dir)
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if (folder / checkpoints.UNFINISHED).exists():
+            if self.args.should_save:
+                checkpoints.withdraw(folder)
+            whole = checkpoints.checkpoints(run)
+            left = f"resume from {whole[-1]}" if whole else "there is none before it"
+            raise ValueError(
+                f"{folder}: expected room for a checkpoint in a writable folder, got "
+                f"{reason(error)}; {left}"
+            ) from error
+        # of the best checkpoint: the one to resume from was checked
+        if isinstance(error, SafetensorError):
+            best = Path(str(self.state.best_model_checkpoint))
+            checkpoint_contents.check_files(best, checkpoint_contents.MODEL_FILES)
+
     @property
     def _sharded(self) -> bool:
         """Whether ranks hold shards, which accelerate gathers and writes in files of its own."""
@@ -518,7 +545,6 @@ class RagTrainer(Trainer):
         folders.recover(folder)
         if (folder / checkpoints.STATE).is_file():
             return folder
-        checkpoints.remove_leftovers(folder)
         found = checkpoints.checkpoints(folder)
         if not found:
             raise ValueError(

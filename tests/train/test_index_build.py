@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fastrag.index.codec import Codec
 from fastrag.index.flat_files import write_flat
 from fastrag.train import indexing
 from tests import tiny
+from tests.children import in_child
 
 N, BLOCK = 11, 4
 
@@ -70,21 +71,6 @@ def encoded_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(type(tiny.encoder()), "forward", counted)
     return seen
-
-
-def in_child(act: Callable[[], object], at_step: Callable[[str, str], object]) -> int:
-    """Act in a fork of this process, which calls `at_step` at each step of a save; its status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            folders.step = lambda name, path: at_step(name, str(path))
-            act()
-        except BaseException as error:
-            sys.__stderr__.write(f"{error!r}\n")
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
 
 
 def kill_at(out: Path, number: int, **changes: Any) -> list[str]:

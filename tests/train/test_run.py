@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from fastrag import folders
 from fastrag.cli import main
 from fastrag.index import FlatIndex
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoint_contents, run
@@ -182,7 +186,7 @@ def test_settings_and_versions_come_before_what_takes_long(
     seen: list[set[str]] = []
 
     def build(config: RagConfig, *, resume: bool, on_loaded: Callable[[], None]) -> Any:
-        assert not (tmp_path / "run").exists()  # a part that cannot be read leaves nothing behind
+        assert os.listdir(tmp_path / "run") == ["lock"]  # both go if a part cannot be read
         on_loaded()
         seen.append({each.name for each in (tmp_path / "run").iterdir()})
         return tiny.rag_model()
@@ -190,7 +194,20 @@ def test_settings_and_versions_come_before_what_takes_long(
     monkeypatch.setattr(run, "build_model", build)
     monkeypatch.setattr(run, "build_collator", lambda model, config: tiny.collator())
     run.train_run(config)
-    assert seen == [{"config.yaml", "versions.json"}]
+    assert seen == [{"config.yaml", "versions.json", "lock"}]
     entries = [e for e in read_metrics(tmp_path / "run" / "metrics.jsonl") if e["step"] == 0]
     names = {name.removeprefix("eval_").partition("@")[0] for entry in entries for name in entry}
     assert names & {"recall", "em"} == measured
+
+
+def test_two_trainers_in_one_run_folder(tmp_path: Path) -> None:
+    """The second is refused before it reads or writes anything, with the holder's process."""
+    config = rag_config({"training.output_dir": str(tmp_path)})
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = RagTrainer(tiny.rag_model(), arguments, tiny.collator(), tiny.questions())
+    message = re.escape(f"{tmp_path}: expected a folder that no other process is writing, got one")
+    with folders.locked(tmp_path), ThreadPoolExecutor(1) as other:
+        for train in (lambda: run.train_run(config), trainer.train):
+            with pytest.raises(ValueError, match=f"{message} that process {os.getpid()} on "):
+                other.submit(train).result()
+        assert os.listdir(tmp_path) == ["lock"]
