@@ -77,38 +77,21 @@ def check_pruning(loss_fn: RagLoss, prune: float | None, unbiased: bool) -> None
         )
 
 
+def check_posterior(loss_fn: RagLoss, posterior_encoder: object) -> None:
+    """Raise ValueError for a posterior encoder whose scores the objective does not use."""
+    term = loss_fn.retriever_term
+    if posterior_encoder is not None and (term is None or not term.draws):
+        raise ValueError(
+            f"posterior_encoder: expected None with the objective {loss_fn.objective}, got "
+            f"{type(posterior_encoder).__name__}"
+        )
+
+
 def checked_weight(name: str, value: float) -> float:
     """Return the weight of a term of the loss, a number >= 0."""
     if not (_is_number(value) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a number >= 0, got {shown(value)}")
     return value
-
-
-def given_hits(rows: Tensor | None, doc_scores: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and scores of the caller's own search, where the questions are.
-
-    The score of a missing row becomes -inf.
-
-    Raises:
-        ValueError: no rows `[B, K]` of integers, or scores of another shape or dtype.
-    """
-    checks.check_tensor("doc_scores", doc_scores)
-    if rows is None:
-        raise ValueError("doc_scores: expected the rows that they score as well, got None")
-    checks.check_integer("rows", rows)
-    shape = (len(input_ids), *rows.shape[1:])
-    if rows.dim() != 2 or rows.shape != shape or 0 in shape:
-        raise ValueError(
-            f"rows: expected [B, K] with B = {len(input_ids)} and K of at least 1, got "
-            f"{list(rows.shape)}"
-        )
-    if doc_scores.shape != shape or not doc_scores.is_floating_point():
-        raise ValueError(
-            f"doc_scores: expected floating point {list(shape)} as rows, got "
-            f"{checks.show(doc_scores)}"
-        )
-    rows, doc_scores = rows.to(input_ids.device), doc_scores.to(input_ids.device)
-    return rows, doc_scores.masked_fill(rows < 0, -torch.inf)
 
 
 def check_processor(processor: object, reader: Reader, retriever: Retriever) -> None:

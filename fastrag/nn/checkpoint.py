@@ -1,6 +1,7 @@
 """RagModel as a folder: encoders and generator as Hugging Face folders, settings as JSON.
 
-    question_encoder/   passage_encoder/ (unless shared; settings alone if it has the same model)
+    question_encoder/
+    passage_encoder/ posterior_encoder/ (unless shared; settings alone if it has the same model)
     generator/ (or a PEFT adapter)
     generator_base/ (only under an adapter whose base model has no name of its own)
     index/ passages/ (if asked for)   rag_config.json   processor.json   manifest.json
@@ -66,13 +67,15 @@ _LATER_SETTINGS = (
     "in_batch",
     "contrastive",
 )
+_OTHER_ENCODERS = ("passage_encoder", "posterior_encoder")
+_KEPT = ("own", "shared", "same model", "none")
 _MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
 _SAVED = record(
     {
         "fastrag": text(),
         "kind": one_of("seq2seq", "causal"),
         "generator": one_of("model", "adapter", "adapter on generator_base"),
-        "passage_encoder": one_of("own", "shared", "same model", "none"),
+        "passage_encoder": one_of(*_KEPT),
         "n_docs": integer(1),
         "marginal": one_of(*MARGINALS),
         "train_passage_encoder": flag(),
@@ -93,6 +96,7 @@ _SAVED = record(
         # models saved before these settings existed do not have them
         "rescore": optional(integer(1)),
         "passage_batch": optional(integer(1)),
+        "posterior_encoder": one_of(*_KEPT),
         "null_passage": flag(),
         "null_score": number(),
         "prune": optional(number(0)),
@@ -127,7 +131,7 @@ def save_model(
             "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
             "StateDictOptions(full_state_dict=True)) into a model without shards and save that"
         )
-    for name in ("question_encoder", "passage_encoder"):
+    for name in ("question_encoder", *_OTHER_ENCODERS):
         encoder = getattr(model, name)
         if encoder is not None and not hasattr(encoder, "save_pretrained"):
             raise ValueError(
@@ -148,13 +152,14 @@ def save_model(
     with FolderWriter(path, format=FORMAT, version=VERSION, holds=HOLDS) as writer:
         folder = writer.folder
         model.question_encoder.save_pretrained(folder / "question_encoder")
-        passage_folder = folder / "passage_encoder"
-        match _passage_encoder_kept(model):
-            case "own":
-                model.passage_encoder.save_pretrained(passage_folder)
-            case "same model":
-                passage_folder.mkdir()
-                model.passage_encoder.save_settings(passage_folder)
+        for name in _OTHER_ENCODERS:
+            encoder, encoder_folder = getattr(model, name), folder / name
+            match _encoder_kept(model.question_encoder, encoder):
+                case "own":
+                    encoder.save_pretrained(encoder_folder)
+                case "same model":
+                    encoder_folder.mkdir()
+                    encoder.save_settings(encoder_folder)
         kept = _save_generator(model.generator, folder, merge_adapter)
         model.processor.save_pretrained(folder)
         if include_index:
@@ -201,19 +206,22 @@ def _load_model(
 ) -> RagModel:
     settings = _read_settings(folder, given_base=base_generator is not None)
     question_encoder = _load_encoder(folder / "question_encoder")
-    passage_encoder: Any = None
-    match settings["passage_encoder"]:
-        case "shared":
-            passage_encoder = question_encoder
-        case "same model":
-            passage_encoder = question_encoder.with_settings(folder / "passage_encoder")
-        case "own":
-            passage_encoder = _load_encoder(folder / "passage_encoder")
+    others: dict[str, Any] = dict.fromkeys(_OTHER_ENCODERS)
+    for name in _OTHER_ENCODERS:
+        match settings.get(name):
+            case "shared":
+                others[name] = question_encoder
+            case "same model":
+                others[name] = question_encoder.with_settings(folder / name)
+            case "own":
+                others[name] = _load_encoder(folder / name)
+    passage_encoder = others["passage_encoder"]
     generator = _load_generator(folder, settings, base_generator, generator_class)
     arguments = {name: settings[name] for name in _SETTINGS}
     arguments |= {
         "tau": settings["tau"],
         "learn_tau": settings["learn_tau"],
+        "posterior_encoder": others["posterior_encoder"],
         **{name: settings[name] for name in _LOSS_SETTINGS},
         **{name: settings[name] for name in (*_LATER_SETTINGS, "null_score") if name in settings},
     }
@@ -266,7 +274,10 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
         "fastrag": __version__,
         "kind": model.adapter.kind,
         "generator": generator_kept,
-        "passage_encoder": _passage_encoder_kept(model),
+        **{
+            name: _encoder_kept(model.question_encoder, getattr(model, name))
+            for name in _OTHER_ENCODERS
+        },
         **{name: getattr(model, name) for name in _SETTINGS},
         "tau": tau.item() if isinstance(tau, Tensor) else tau,
         "learn_tau": model.retriever.log_tau is not None,
@@ -277,15 +288,14 @@ def _settings(model: RagModel, generator_kept: str) -> dict[str, Any]:
     }
 
 
-def _passage_encoder_kept(model: RagModel) -> str:
-    """Return how the passage encoder is saved; "same model" keeps only its settings."""
-    question, passage = model.question_encoder, model.passage_encoder
-    if passage is None:
+def _encoder_kept(question: Any, other: Any) -> str:
+    """Return how another encoder is saved; "same model" keeps only its settings."""
+    if other is None:
         return "none"
-    if passage is question:
+    if other is question:
         return "shared"
-    alike = type(passage) is type(question) and isinstance(passage, (TextEncoder, SentenceEncoder))
-    return "same model" if alike and passage.model is question.model else "own"
+    alike = type(other) is type(question) and isinstance(other, (TextEncoder, SentenceEncoder))
+    return "same model" if alike and other.model is question.model else "own"
 
 
 def _parts(folder: Path) -> list[str]:

@@ -11,8 +11,7 @@ explain the answer. It is smallest where each question prefers passages that the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,36 +59,37 @@ def in_batch_nll(
     return scores.logsumexp(1) - target_scores.logsumexp(1)
 
 
-def contrast(
-    found: Retrieved | None,
-    tau: float | Tensor,
-    positive_rows: Tensor | None,
-    *,
-    weights: tuple[float, float],
-    reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return the weighted terms of a step, reduced.
+class Contrast(NamedTuple):
+    """Weights of the contrastive terms of a training step.
 
-    Args:
-        found: what the retriever returned.
-        tau: temperature of the scores.
-        positive_rows: `[B, P]` int64, -1 for none; None: no question has any.
-        weights: of the term of the retrieved passages, and of that of the positive ones.
-        reduce: maps the terms `[B]` to the loss's form.
-
-    Raises:
-        ValueError: the scores were given, not made by the retriever.
+    Attributes:
+        in_batch: weight of the term whose P_b are the K passages of the question.
+        contrastive: weight of the term whose P_b are its positive passages.
     """
-    if found is None:
-        raise ValueError(
-            "doc_scores: expected None with in_batch or contrastive, which train the retriever"
-        )
-    total = found.query_emb.new_zeros(len(found.query_emb), dtype=found.doc_scores.dtype)
-    with stage("contrast"):
-        for weight, targets in zip(weights, (found.hits.rows, positive_rows), strict=True):
-            if weight and targets is not None:
-                rows = found.hits.rows
-                total = total + weight * in_batch_nll(
-                    found.query_emb, found.vectors, rows, targets, tau
-                )
-    return reduce(total)
+
+    in_batch: float = 0.0
+    contrastive: float = 0.0
+
+    def terms(self, found: Retrieved, tau: float | Tensor, positive_rows: Tensor | None) -> Tensor:
+        """Return the weighted sum of the terms of each question, `[B]`.
+
+        Args:
+            found: what the retriever returned.
+            tau: temperature of the scores.
+            positive_rows: `[B, P]` int64, -1 for none; None: no question has any.
+
+        Raises:
+            ValueError: the scores were given, not made by the retriever.
+        """
+        if found.query_emb is None:
+            raise ValueError(
+                "doc_scores: expected None with in_batch or contrastive, which train the retriever"
+            )
+        rows = found.hits.rows
+        total = found.doc_scores.new_zeros(len(rows))
+        with stage("contrast"):
+            for weight, targets in zip(self, (rows, positive_rows), strict=True):
+                if weight and targets is not None:
+                    term = in_batch_nll(found.query_emb, found.vectors, rows, targets, tau)
+                    total = total + weight * term
+        return total

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,19 +15,20 @@ from fastrag.nn.activation_checkpointing import ActivationCheckpointing
 from fastrag.nn.arguments import (
     check_answers,
     check_count,
+    check_posterior,
     check_processor,
     check_pruning,
     checked_weight,
     explain_failure,
-    given_hits,
 )
-from fastrag.nn.contrastive import contrast
+from fastrag.nn.contrastive import Contrast
+from fastrag.nn.exchange import Exchange
 from fastrag.nn.generators import GeneratorAdapter, evaluating
 from fastrag.nn.loss import RagLoss
-from fastrag.nn.objectives import JSA, RetrieverTerm
+from fastrag.nn.objectives import RetrieverTerm
 from fastrag.nn.outputs import RagGeneration, RagOutput
-from fastrag.nn.pruning import pruned_loss
 from fastrag.nn.reader import Adapter, Reader
+from fastrag.nn.retrieved import given_scores
 from fastrag.nn.retriever import Retriever
 from fastrag.nn.state import keep_one_name_per_tensor
 from fastrag.profiling import stage
@@ -56,13 +53,18 @@ _OWNERS = {
     "passage_batch": "retriever",
     "null_passage": "retriever",
     "null_score": "retriever",
+    "posterior_encoder": "retriever",
     "generator": "reader",
     "adapter": "reader",
+    "prune": "reader",
+    "prune_unbiased": "reader",
     "prefix_cache": "reader",
+    "in_batch": "contrast",
+    "contrastive": "contrast",
 }
 
 
-class RagModel(ActivationCheckpointing, nn.Module):
+class RagModel(ActivationCheckpointing, Exchange, nn.Module):
     """Retrieval-augmented generation, trained on the marginal likelihood (Lewis et al. 2020).
 
         q = question_encoder(x);  z_1..z_K = the K passages of largest inner product with q
@@ -97,14 +99,9 @@ class RagModel(ActivationCheckpointing, nn.Module):
         adapter: an `Adapter` of the generator, for a model that is not of transformers.
         label_smoothing, objective, tau_lm: see `RagLoss`. With an objective that leaves the
             generator alone ("replug") its parameters are set to `requires_grad=False`.
-        prune: in training, score all K contexts without gradient first, and then read those with
-            gradient whose weight in the generator's gradient exceeds this, in [0, 1); see
-            `fastrag.nn.pruning`. None: read all with gradient.
-        prune_unbiased: keep contexts below `prune` at random, so that the expected gradient is that
-            of all K contexts.
-        in_batch: weight of `in_batch_nll` of the K passages of a question against the passages of
-            the other questions of the batch.
-        contrastive: weight of `in_batch_nll` of a question's positive passages.
+        prune, prune_unbiased: train the generator on few of the K contexts, see `Reader`.
+        in_batch, contrastive: weights of contrastive terms, see `Contrast`.
+        posterior_encoder: the encoder of question and answer of the objective jsa, see `Retriever`.
 
     Raises:
         ValueError: index and passages of different length or width, numbers out of range, a
@@ -157,6 +154,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
         prune_unbiased: bool = False,
         in_batch: float = 0.0,
         contrastive: float = 0.0,
+        posterior_encoder: nn.Module | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
@@ -176,16 +174,17 @@ class RagModel(ActivationCheckpointing, nn.Module):
             passage_batch=passage_batch,
             null_passage=null_passage,
             null_score=null_score,
+            posterior_encoder=posterior_encoder,
         )
-        self.reader = Reader(generator, adapter)
+        self.reader = Reader(generator, adapter, prune=prune, prune_unbiased=prune_unbiased)
         self.loss_fn = RagLoss(marginal, objective, tau_lm=tau_lm, label_smoothing=label_smoothing)
         if self.loss_fn.generator_loss == "none":
             generator.requires_grad_(False)
         check_pruning(self.loss_fn, prune, prune_unbiased)
-        self.in_batch = checked_weight("in_batch", in_batch)
-        self.contrastive = checked_weight("contrastive", contrastive)
-        self.prune = prune
-        self.prune_unbiased = prune_unbiased
+        check_posterior(self.loss_fn, posterior_encoder)
+        self.contrast = Contrast(
+            checked_weight("in_batch", in_batch), checked_weight("contrastive", contrastive)
+        )
         self.processor = processor
         check_processor(processor, self.reader, self.retriever)
         self._checked: tuple[Any, ...] = ()  # parts that were found to fit the processor
@@ -258,8 +257,7 @@ class RagModel(ActivationCheckpointing, nn.Module):
             positive_rows: rows that contain the answer, `[B, P]` int64, -1 for none, for
                 `contrastive`; they have to be among the K.
             posterior_ids: question and answer in the question encoder's vocabulary, `[B, S'']`
-                int64, for the posterior encoder of the objective jsa. Its K nearest passages are
-                read as well.
+                int64, for the posterior encoder. Its K nearest passages are read as well.
             posterior_mask: `[B, S'']`, 1 at tokens.
 
         Returns:
@@ -271,81 +269,38 @@ class RagModel(ActivationCheckpointing, nn.Module):
         """
         if labels is not None:
             check_answers(labels, len(input_ids))
-        retrieved = posterior_scores = None
-        if rows is not None and posterior_ids is not None:
-            raise ValueError("posterior_ids: expected None with rows, which are all chosen")
         if doc_scores is None:
-            chosen: dict[str, Any] = {"include": include_rows, "exclude": exclude_rows}
-            if posterior_ids is None:
-                retrieved = self.retriever(input_ids, attention_mask, rows, **chosen)
-            else:
-                retrieved, posterior_scores = self._jsa().retrieve(
-                    self.retriever,
-                    input_ids,
-                    attention_mask,
-                    posterior_ids,
-                    posterior_mask,
-                    **chosen,
-                )
-            rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+            found = self.retriever(
+                input_ids,
+                attention_mask,
+                rows,
+                include=include_rows,
+                exclude=exclude_rows,
+                posterior_ids=posterior_ids,
+                posterior_mask=posterior_mask,
+            )
         else:
-            if include_rows is not None or exclude_rows is not None:
-                raise ValueError("include_rows, exclude_rows: expected None with doc_scores")
-            rows, doc_scores = given_hits(rows, doc_scores, input_ids)
-        output = RagOutput(doc_scores=doc_scores, rows=rows)
+            unused = (include_rows, exclude_rows, posterior_ids)
+            found = given_scores(rows, doc_scores, input_ids, *unused)
+        output: dict[str, Tensor] = {"doc_scores": found.doc_scores, "rows": found.hits.rows}
         if labels is None:
-            return output
-        context = self.contexts(rows, prompt_ids, prompt_mask)
-        reader, loss_fn = self.reader, self.loss_fn
-        pruned = None
+            return RagOutput(**output)
+        contexts = self.contexts(found.hits.rows, prompt_ids, prompt_mask)
+        loss_fn = self.loss_fn
         share: dict[str, Any] = {"normalizer": num_items_in_batch, "example_weight": example_weight}
-        if self.prune is None or not (self.training and torch.is_grad_enabled()):
-            with stage("generator"):
-                hidden = reader(context.ids, context.mask, labels)  # [B, K, T, H]
-            loss, log_posterior = loss_fn(
-                hidden,
-                reader.head(),
-                labels,
-                doc_scores,
-                posterior_scores=posterior_scores,
-                **share,
-            )
-        else:
-            pruned = pruned_loss(
-                reader,
-                loss_fn,
-                context,
-                labels,
-                doc_scores,
-                eps=self.prune,
-                unbiased=self.prune_unbiased,
-                posterior_scores=posterior_scores,
-                **share,
-            )
-            loss, log_posterior = pruned.loss, pruned.log_posterior
-        if self.training and (self.in_batch or self.contrastive):
-            loss = loss + contrast(
-                retrieved,
-                self.tau,
-                positive_rows,
-                weights=(self.in_batch, self.contrastive),
-                reduce=functools.partial(loss_fn.reduce, labels=labels, **share),
-            )
-        output["loss"], output["log_posterior"] = loss, log_posterior
-        output["n_cut"] = context.n_cut
-        if pruned is not None:
-            output["n_kept"], output["dropped"] = pruned.n_kept, pruned.dropped
-        return output
-
-    def _jsa(self) -> JSA:
-        """Return the objective if it has a posterior encoder."""
-        term = self.loss_fn.retriever_term
-        if not isinstance(term, JSA) or term.encoder is None:
-            raise ValueError(
-                f"posterior_ids: expected None with the objective {self.loss_fn.objective}, which "
-                f"has no posterior encoder"
-            )
-        return term
+        read = self.reader.loss(
+            loss_fn,
+            contexts,
+            labels,
+            found.doc_scores,
+            posterior_scores=found.posterior_scores,
+            **share,
+        )
+        output |= read._asdict()
+        if self.training and any(self.contrast):
+            terms = self.contrast.terms(found, self.tau, positive_rows)
+            output["loss"] = read.loss + loss_fn.reduce(terms, labels, **share)
+        return RagOutput(n_cut=contexts.n_cut, **output)
 
     def retrieve(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, k: int | None = None
@@ -427,17 +382,16 @@ class RagModel(ActivationCheckpointing, nn.Module):
             )
         with evaluating(self):
             if doc_scores is None:
-                retrieved = self.retriever(input_ids, attention_mask, rows, n_docs)
-                rows, doc_scores = retrieved.hits.rows, retrieved.doc_scores
+                found = self.retriever(input_ids, attention_mask, rows, n_docs)
             else:
-                rows, doc_scores = given_hits(rows, doc_scores, input_ids)
-            context = self.contexts(rows, prompt_ids, prompt_mask)
+                found = given_scores(rows, doc_scores, input_ids)
+            context = self.contexts(found.hits.rows, prompt_ids, prompt_mask)
             search = Search(
                 self.adapter,
                 context.ids,
                 context.mask,
-                doc_scores,
-                rows,
+                found.doc_scores,
+                found.hits.rows,
                 max_new_tokens=max_new_tokens,
                 pad_id=self.processor.bound.pad_id,
                 # Training taught the template's end, which may differ from the generator's own.
@@ -492,6 +446,8 @@ class RagModel(ActivationCheckpointing, nn.Module):
         encoders: list[Any] = [self.question_encoder]
         if self.train_passage_encoder and self.passage_encoder is not self.question_encoder:
             encoders.append(self.passage_encoder)
+        if self.posterior_encoder is not None:
+            encoders.append(self.posterior_encoder)
         parts = [getattr(encoder, "model", encoder) for encoder in encoders] + [self.generator]
         return [part for part in parts if hasattr(part, "gradient_checkpointing_enable")]
 
@@ -507,183 +463,6 @@ class RagModel(ActivationCheckpointing, nn.Module):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
             raise ValueError(f"state_dict: checkpoint of another configuration: {error}") from error
-
-    def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        merge_adapter: bool = False,
-        include_index: bool = False,
-        card: str | None = None,
-    ) -> None:
-        """Write encoders, generator, tokenizers, template and settings as one folder.
-
-        The folder appears whole or not at all; an older one stays until the new one is complete.
-
-        Args:
-            path: the folder; replaced if it is one of this kind.
-            merge_adapter: merge a PEFT adapter into a copy of the generator instead of writing it
-                as an adapter.
-            include_index: also write index and passages. Otherwise the folder names the index by
-                checksum, and `from_pretrained` is given both.
-            card: text of a README.md, for example of `fastrag.nn.card.model_card`; None: no card.
-
-        Raises:
-            ValueError: a part cannot be saved (it is named), or the path cannot be replaced.
-        """
-        from fastrag.nn.checkpoint import save_model
-
-        save_model(self, path, merge_adapter=merge_adapter, include_index=include_index, card=card)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        card: str | None = None,
-        merge_adapter: bool = False,
-        include_index: bool = False,
-        **hub_settings: Any,
-    ) -> Any:
-        """Save the model with a card and upload it to the Hugging Face Hub.
-
-        `RagModel.from_pretrained(repo_id)` reads it.
-
-        Args:
-            repo_id: such as "me/my-rag".
-            card: the model card; None: `fastrag.nn.card.model_card`, without data and metrics.
-            merge_adapter: as `save_pretrained`.
-            include_index: as `save_pretrained`; passages become public with the repository.
-            hub_settings: `private`, `token`, `revision`, `commit_message` and `create_pr` of
-                `fastrag.nn.hub.push_folder`.
-
-        Returns:
-            huggingface_hub's CommitInfo.
-
-        Raises:
-            ValueError: as `save_pretrained`, or `repo_id` is no name of a repository.
-            OSError: the Hub refuses, or cannot be reached.
-
-        Example:
-            >>> model.push_to_hub("me/my-rag", private=True)              # doctest: +SKIP
-        """
-        from fastrag.nn.card import model_card
-        from fastrag.nn.hub import push_folder
-
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "model"
-            self.save_pretrained(
-                folder,
-                merge_adapter=merge_adapter,
-                include_index=include_index,
-                card=model_card(self, name=repo_id) if card is None else card,
-            )
-            return push_folder(folder, repo_id, **hub_settings)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        index: Index | None = None,
-        passages: PassageStore | None = None,
-        *,
-        base_generator: nn.Module | None = None,
-        generator_class: type | None = None,
-        **overrides: Any,
-    ) -> RagModel:
-        """Read a folder that `save_pretrained` wrote, in eval mode.
-
-        Args:
-            path: the folder, or the Hub id of a repository that holds its files.
-            index: the index; None: the one in the folder. Other content than that of the saved
-                model's index gets a warning.
-            passages: the passages; None: those in the folder.
-            base_generator: the model under a PEFT adapter, if it cannot be found by its name.
-            generator_class: class with `from_pretrained`, if the automatic class is another one.
-            overrides: settings of the constructor that replace the stored ones.
-
-        Returns:
-            A RagModel.
-
-        Raises:
-            ValueError: a file is missing or of another configuration, there is no index, or it has
-                another width or length than encoder and passages.
-        """
-        from fastrag.nn.checkpoint import load_model
-
-        return load_model(
-            cls,
-            path,
-            index,
-            passages,
-            base_generator=base_generator,
-            generator_class=generator_class,
-            overrides=overrides,
-        )
-
-    @classmethod
-    def from_hf(
-        cls,
-        model: Any,
-        index: Index | None = None,
-        passages: PassageStore | None = None,
-        *,
-        processor: RagProcessor | None = None,
-        question_tokenizer: Any = None,
-        generator_tokenizer: Any = None,
-        **settings: Any,
-    ) -> RagModel:
-        """Compose a model of the parts of a RAG model of Hugging Face, which it shares.
-
-        A context encoder, which transformers saves but does not load again, becomes the passage
-        encoder. tau is 1, because transformers does not divide scores.
-
-        Args:
-            model: transformers' `RagTokenForGeneration` or `RagSequenceForGeneration`, or the
-                folder or Hub id of a saved one.
-            index: vectors of the passages; None with `passages`: those of the model's retriever
-                (all vectors of its dataset, searched exactly), or those that its config names.
-            passages: the passages of the index.
-            processor: tokenizers and template; None: `fastrag.hf.rag_processor`, which writes
-                contexts as the model's config says.
-            question_tokenizer: the question encoder's; None: that of the retriever or the folder.
-            generator_tokenizer: likewise.
-            settings: arguments of the constructor that replace those from the config.
-
-        Returns:
-            A RagModel, in the mode of the model.
-
-        Raises:
-            ValueError: another class, weights are missing, there is no tokenizer or no index, or
-                the parts do not fit each other.
-
-        Example:
-            >>> model = RagModel.from_hf("models/rag-token-nq", index, passages)  # doctest: +SKIP
-        """
-        from fastrag.hf.convert import from_hf
-
-        tokenizers = (question_tokenizer, generator_tokenizer)
-        return from_hf(cls, model, index, passages, processor, tokenizers, settings)
-
-    def to_hf(self) -> Any:
-        """Compose transformers' RAG model of the parts of this one, which it shares.
-
-        It retrieves from this model's index. A passage encoder goes with it and is saved with it;
-        objective and exploring, settings of training, have no place there.
-
-        Returns:
-            A `RagTokenForGeneration` or `RagSequenceForGeneration`, in the mode of this model.
-
-        Raises:
-            ValueError: a part that transformers' class has no place for: a decoder-only generator,
-                PEFT adapters, tau other than 1, an encoder with normalisation, prefix or another
-                pooling than "pooler", or a template with another order.
-
-        Example:
-            >>> model.to_hf().save_pretrained("models/rag")               # doctest: +SKIP
-        """
-        from fastrag.hf.convert import to_hf
-
-        return to_hf(self)
 
     def extra_repr(self) -> str:
         return f"marginal={self.marginal!r}, max_context={self.processor.max_context}"

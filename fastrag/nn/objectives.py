@@ -16,16 +16,12 @@ marginal NLL was computed, and its cost is negligible.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastrag.messages import shown
-
-if TYPE_CHECKING:
-    from fastrag.nn.retrieved import Retrieved
-    from fastrag.nn.retriever import Retriever
 
 MARGINAL = "marginal"  # the objective without a retriever term of its own
 # A passage that was not read may explain the answer better than those that were by any factor.
@@ -245,8 +241,6 @@ class JSA(RetrieverTerm, word="jsa"):
     Args:
         tau_lm: not used.
         n_steps: states of the chain; the first is the first proposal.
-        encoder: encodes question and answer together, `(posterior_ids, posterior_mask) -> [B, D]`;
-            its softmax over the passages is q. None: q is the prior, and is not trained.
 
     Raises:
         ValueError: `n_steps` below 1, or another marginal than "sequence".
@@ -255,12 +249,9 @@ class JSA(RetrieverTerm, word="jsa"):
     counts = "n_steps"
     pairwise = draws = True
 
-    def __init__(
-        self, tau_lm: float = 1.0, n_steps: int = 50, encoder: nn.Module | None = None
-    ) -> None:
+    def __init__(self, tau_lm: float = 1.0, n_steps: int = 50) -> None:
         super().__init__(tau_lm)
         self.n_steps = _checked_count("n_steps", n_steps)
-        self.encoder = encoder
 
     def use_marginal(self, marginal: str) -> None:
         if marginal != "sequence":
@@ -270,42 +261,6 @@ class JSA(RetrieverTerm, word="jsa"):
             )
         super().use_marginal(marginal)
 
-    def retrieve(
-        self,
-        retriever: Retriever,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        posterior_ids: Tensor,
-        posterior_mask: Tensor | None,
-        *,
-        include: Tensor | None = None,
-        exclude: Tensor | None = None,
-    ) -> tuple[Retrieved, Tensor]:
-        """Find the K nearest passages of question and answer, and K others of the question.
-
-        Args:
-            retriever: encodes the questions; q has the same passages.
-            input_ids: questions, `[B, S]` int64.
-            attention_mask: `[B, S]`.
-            posterior_ids: questions with answers, `[B, S']` int64.
-            posterior_mask: `[B, S']`.
-            include: as for the retriever.
-            exclude: as for the retriever.
-
-        Returns:
-            What the retriever found, and the scores whose softmax is q, `[B, 2K]`.
-        """
-        query_emb = self.encoder(posterior_ids, posterior_mask)  # type: ignore[misc]
-        n_docs = retriever.n_docs
-        rows = retriever.nearest(query_emb.detach(), n_docs, exclude).rows
-        if include is not None:
-            repeated = (rows.unsqueeze(2) == include.unsqueeze(1)).any(2)
-            rows = torch.cat([include, rows.masked_fill(repeated, -1)], 1)
-        found = retriever(
-            input_ids, attention_mask, None, 2 * n_docs, include=rows, exclude=exclude
-        )
-        return found, retriever.score_others(query_emb, found)
-
     @torch.no_grad()
     def draw(
         self,
@@ -314,11 +269,6 @@ class JSA(RetrieverTerm, word="jsa"):
         label_mask: Tensor,
         posterior_scores: Tensor | None = None,
     ) -> Tensor:
-        if self.encoder is not None and posterior_scores is None:
-            raise ValueError(
-                "posterior_ids: expected questions with answers for the posterior encoder, as "
-                "RagCollator(posterior=True) makes them, got None"
-            )
         present, log_prior = log_prior_of(doc_scores)
         log_q = log_prior if posterior_scores is None else log_prior_of(posterior_scores)[1]
         log_joint = log_prior + _sequence_logp(token_logp, label_mask)

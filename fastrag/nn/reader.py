@@ -10,14 +10,21 @@ passes in.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fastrag.nn.arguments import explain_failure
 from fastrag.nn.generators import adapt_generator
 from fastrag.nn.heads import LMHead
+from fastrag.nn.loss import RagLoss, RagLossOutput
 from fastrag.nn.prefix_cache import PrefixCache
+from fastrag.nn.pruning import Pruned, pruned_loss
+from fastrag.profiling import stage
+
+if TYPE_CHECKING:
+    from fastrag.data.processor import Contexts
 
 
 @runtime_checkable
@@ -51,6 +58,11 @@ class Reader(nn.Module):
         generator: a seq2seq or causal language model of transformers, plain or with PEFT; with
             `adapter`, any module.
         adapter: an `Adapter` of this generator; None: `adapt_generator(generator)`.
+        prune: in training, `loss` first scores all contexts without gradient, and then reads those
+            with gradient whose weight in the generator's gradient exceeds this, in [0, 1); see
+            `fastrag.nn.pruning`. None: it reads all with gradient.
+        prune_unbiased: keep contexts below `prune` at random, so that the expected gradient is that
+            of all contexts.
 
     Attributes:
         prefix_cache: a `PrefixCache` that decoding uses, or None.
@@ -65,7 +77,14 @@ class Reader(nn.Module):
         torch.Size([8, 5, 16, 576])
     """
 
-    def __init__(self, generator: nn.Module, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        adapter: Adapter | None = None,
+        *,
+        prune: float | None = None,
+        prune_unbiased: bool = False,
+    ) -> None:
         super().__init__()
         if adapter is None:
             adapter = adapt_generator(generator)
@@ -75,6 +94,8 @@ class Reader(nn.Module):
                 f"{type(adapter).__name__}"
             )
         self.generator = generator
+        self.prune = prune
+        self.prune_unbiased = prune_unbiased
         self.prefix_cache: PrefixCache | None = None
         self._adapted = (generator, adapter)
 
@@ -115,3 +136,40 @@ class Reader(nn.Module):
         except RuntimeError as error:
             explain_failure("generator", self.generator, context_ids, error)
             raise
+
+    def loss(
+        self,
+        loss_fn: RagLoss,
+        contexts: Contexts,
+        labels: Tensor,
+        doc_scores: Tensor,
+        *,
+        normalizer: float | Tensor | None = None,
+        example_weight: Tensor | None = None,
+        posterior_scores: Tensor | None = None,
+    ) -> RagLossOutput | Pruned:
+        """Read contexts and return the loss of their answers.
+
+        Args:
+            loss_fn: the loss.
+            contexts: those of `doc_scores`, `[B*K, L]`.
+            labels: `[B, T]` int64.
+            doc_scores: `[B, K]`, -inf at missing passages, differentiable.
+            normalizer: as for `RagLoss`.
+            example_weight: as for `RagLoss`.
+            posterior_scores: as for `RagLoss`.
+
+        Returns:
+            `RagLossOutput`; in a pruned step `Pruned`.
+        """
+        given: dict[str, Any] = {
+            "normalizer": normalizer,
+            "example_weight": example_weight,
+            "posterior_scores": posterior_scores,
+        }
+        if self.prune is not None and self.training and torch.is_grad_enabled():
+            given |= {"eps": self.prune, "unbiased": self.prune_unbiased}
+            return pruned_loss(self, loss_fn, contexts, labels, doc_scores, **given)
+        with stage("generator"):
+            hidden = self(contexts.ids, contexts.mask, labels)  # [B, K, T, H]
+        return loss_fn(hidden, self.head(), labels, doc_scores, **given)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrag.index.base import Hits
+from fastrag.nn.objectives import log_prior_of
+from fastrag.ops import checks
 
 FLAT_PRIOR = 0.99  # share of log K above which a prior says nothing
 
@@ -16,7 +18,7 @@ class Retrieved(NamedTuple):
     """What `Retriever` returns.
 
     Attributes:
-        query_emb: question vectors `[B, D]`, differentiable.
+        query_emb: question vectors `[B, D]`, differentiable; None if the scores were given.
         hits: the K passages of each question, in the version of the index that was searched. The
             scores of rows that the caller chose are `doc_scores` times tau.
         doc_scores: q . d / tau `[B, K]`, differentiable; -inf where a passage is missing.
@@ -25,19 +27,63 @@ class Retrieved(NamedTuple):
             if the stored vectors were scored.
         candidates: the L candidates of each question with the fresh vectors and scores by which the
             K were chosen; None without `Retriever.rescore`.
+        posterior_scores: scores `[B, K]` whose softmax is q(z|x,y), differentiable; None without a
+            posterior encoder.
     """
 
-    query_emb: Tensor
+    query_emb: Tensor | None
     hits: Hits
     doc_scores: Tensor
     log_prior: Tensor
     passage_emb: Tensor | None = None
     candidates: Hits | None = None
+    posterior_scores: Tensor | None = None
 
     @property
     def vectors(self) -> Tensor:
         """Vectors of the K passages that were scored, `[B, K, D]`."""
         return cast(Tensor, self.hits.vectors) if self.passage_emb is None else self.passage_emb
+
+
+def given_scores(
+    rows: Tensor | None, doc_scores: Tensor, input_ids: Tensor, *unused: Tensor | None
+) -> Retrieved:
+    """Return what the caller's own search has found, where the questions are.
+
+    Args:
+        rows: `[B, K]` int64, -1 = missing, whose score becomes -inf.
+        doc_scores: `[B, K]`.
+        input_ids: the questions, `[B, S]`.
+        unused: arguments of `RagModel.forward` that change a search.
+
+    Raises:
+        ValueError: no rows `[B, K]` of integers, scores of another shape or dtype, or an argument
+            that only a search of the model can take.
+    """
+    checks.check_tensor("doc_scores", doc_scores)
+    if any(each is not None for each in unused):
+        raise ValueError(
+            "include_rows, exclude_rows, posterior_ids: expected None with doc_scores, which are "
+            "those of another search"
+        )
+    if rows is None:
+        raise ValueError("doc_scores: expected the rows that they score as well, got None")
+    checks.check_integer("rows", rows)
+    shape = (len(input_ids), *rows.shape[1:])
+    if rows.dim() != 2 or rows.shape != shape or 0 in shape:
+        raise ValueError(
+            f"rows: expected [B, K] with B = {len(input_ids)} and K of at least 1, got "
+            f"{list(rows.shape)}"
+        )
+    if doc_scores.shape != shape or not doc_scores.is_floating_point():
+        raise ValueError(
+            f"doc_scores: expected floating point {list(shape)} as rows, got "
+            f"{checks.show(doc_scores)}"
+        )
+    rows, doc_scores = rows.to(input_ids.device), doc_scores.to(input_ids.device)
+    doc_scores = doc_scores.masked_fill(rows < 0, -torch.inf)
+    hits = Hits(doc_scores.detach(), rows, None, 0)
+    return Retrieved(None, hits, doc_scores, log_prior_of(doc_scores)[1])
 
 
 def explore(scores: Tensor, n_docs: int, n_drawn: int, tau: float | Tensor) -> Tensor:
@@ -77,10 +123,18 @@ def included(given: Hits, found: Hits, k: int) -> Hits:
     return both.columns((both.rows < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :k])
 
 
+def joined(include: Tensor | None, rows: Tensor) -> Tensor:
+    """Append rows `[B, K]` to those that have to be found anyway, each once."""
+    if include is None:
+        return rows
+    repeated = (rows.unsqueeze(2) == include.unsqueeze(1)).any(2)
+    return torch.cat([include, rows.masked_fill(repeated, -1)], 1)
+
+
 def with_null(found: Retrieved, null_score: Tensor) -> Retrieved:
     """Append the passage without text, row -1, to what was found."""
-    hits, again = found.hits, found.passage_emb
-    scores = append_null(found.doc_scores, null_score)
+    hits, again, posterior = found.hits, found.passage_emb, found.posterior_scores
+    scores = _append_null(found.doc_scores, null_score)
     return found._replace(
         hits=Hits(
             nn.functional.pad(hits.scores, (0, 1), value=-torch.inf),
@@ -91,10 +145,11 @@ def with_null(found: Retrieved, null_score: Tensor) -> Retrieved:
         doc_scores=scores,
         log_prior=scores.log_softmax(1),
         passage_emb=None if again is None else nn.functional.pad(again, (0, 0, 0, 1)),
+        posterior_scores=None if posterior is None else _append_null(posterior, null_score),
     )
 
 
-def append_null(doc_scores: Tensor, null_score: Tensor) -> Tensor:
+def _append_null(doc_scores: Tensor, null_score: Tensor) -> Tensor:
     """Append the score of the passage without text, `[B, K + 1]`: the mean of the others + null."""
     others = doc_scores.detach()
     here = others.isfinite()

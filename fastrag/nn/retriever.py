@@ -35,10 +35,10 @@ from fastrag.nn.index_reference import IndexReference
 from fastrag.nn.retrieved import (
     FLAT_PRIOR,
     Retrieved,
-    append_null,
     explore,
     included,
     is_flat,
+    joined,
     with_null,
 )
 from fastrag.nn.sentence_encoder import SentenceEncoder, is_sentence_transformer
@@ -86,6 +86,9 @@ class Retriever(nn.Module):
             need not be attributed to a passage that does not contain it. Its score is the mean of
             the K scores plus a learned number.
         null_score: start of that number.
+        posterior_encoder: encoder of question and answer together, whose softmax over the passages
+            is q(z|x,y), the proposals of the objective jsa. It trains with the rest; in training,
+            its K nearest passages are found as well.
         move_index: move index and passages along when the module moves to another device.
 
     Attributes:
@@ -122,11 +125,13 @@ class Retriever(nn.Module):
         passage_batch: int | None = None,
         null_passage: bool = False,
         null_score: float = 0.0,
+        posterior_encoder: nn.Module | None = None,
         move_index: bool = True,
     ) -> None:
         super().__init__()
         self.question_encoder = question_encoder
         self.passage_encoder = passage_encoder
+        self.posterior_encoder = posterior_encoder
         self.index = index
         self.passages = passages
         if tau is None:
@@ -164,7 +169,7 @@ class Retriever(nn.Module):
         self.register_load_state_dict_pre_hook(_allow_no_reference)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("question_encoder", "passage_encoder"):
+        if name in ("question_encoder", "passage_encoder", "posterior_encoder"):
             value = self._as_encoder(name, value)
         elif name == "index":
             _require("index", value, "search", "an Index, such as FlatIndex or Index.load gives")
@@ -208,6 +213,8 @@ class Retriever(nn.Module):
         *,
         include: Tensor | None = None,
         exclude: Tensor | None = None,
+        posterior_ids: Tensor | None = None,
+        posterior_mask: Tensor | None = None,
     ) -> Retrieved:
         """Find K passages per question and score them.
 
@@ -219,6 +226,9 @@ class Retriever(nn.Module):
             include: rows that have to be among the K, `[B, E]` int64, -1 for none. They come first
                 and take the places of the last ones found.
             exclude: rows that must not be found, `[B, E']` int64, -1 for none.
+            posterior_ids: questions with answers for the posterior encoder, `[B, S']` int64. Its K
+                nearest passages are found, and K others of the question.
+            posterior_mask: `[B, S']`, 1 at tokens.
 
         Returns:
             `Retrieved`. With a null passage, it is one column more, the last, with row -1.
@@ -230,13 +240,20 @@ class Retriever(nn.Module):
         query_emb = self.encode_questions(input_ids, attention_mask)
         hits: Hits | None = None
         candidates: Hits | None = None
+        posterior_emb: Tensor | None = None
         if rows is None:
             k = self.n_docs if n_docs is None else n_docs
+            if posterior_ids is not None or (self.posterior_encoder is not None and self.training):
+                posterior_emb = self._encode_answered(posterior_ids, posterior_mask)
+                nearest = self.nearest(posterior_emb.detach(), k, exclude).rows
+                include, k = joined(include, nearest), 2 * k
             hits, candidates = self._find(query_emb.detach(), k, include, exclude)
             rows, stored, version = hits.rows, cast(Tensor, hits.vectors), hits.version
         else:
-            if include is not None or exclude is not None:
-                raise ValueError("include, exclude: expected None with rows, which are all chosen")
+            if not (include is exclude is posterior_ids is None):
+                raise ValueError(
+                    "include, exclude, posterior_ids: expected None with rows, which are all chosen"
+                )
             stored, version = self._take(rows, query_emb)
         fresh = self.train_passage_encoder and self.training
         passage_emb = self.encode_rows(rows) if fresh else stored
@@ -250,6 +267,9 @@ class Retriever(nn.Module):
             self._warn_if_flat(doc_scores.detach())
         again = passage_emb if fresh else None
         found = Retrieved(query_emb, hits, doc_scores, log_prior, again, candidates)
+        if posterior_emb is not None:
+            posterior = functional.doc_scores(posterior_emb, passage_emb, rows=rows, tau=self.tau)
+            found = found._replace(posterior_scores=posterior)
         return found if self.null_score is None else with_null(found, self.null_score)
 
     @torch.no_grad()
@@ -360,6 +380,21 @@ class Retriever(nn.Module):
             query_emb, "question_encoder: expected finite vectors, got NaN or inf for example"
         )
         return query_emb
+
+    def _encode_answered(self, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Encode questions with their answers `[B, S']` with gradient: `[B, D]`."""
+        if self.posterior_encoder is None:
+            raise ValueError(
+                "posterior_ids: expected None without a posterior_encoder to read them"
+            )
+        if ids is None:
+            raise ValueError(
+                "posterior_ids: expected questions with answers for the posterior encoder, as "
+                "RagCollator(posterior=True) makes them, got None"
+            )
+        with stage("encode_posterior"):
+            posterior_emb: Tensor = self.posterior_encoder(ids, mask)
+        return posterior_emb
 
     def encode_rows(self, rows: Tensor) -> Tensor:
         """Encode the passages of `rows` `[B, K]` with gradient, each once: `[B, K, D]`."""
@@ -526,23 +561,6 @@ class Retriever(nn.Module):
         self.search_seconds = time.perf_counter() - start
         return hits, candidates
 
-    def score_others(self, query_emb: Tensor, found: Retrieved) -> Tensor:
-        """Score the passages that were found by other vectors than those of the questions.
-
-        Args:
-            query_emb: `[B, D]`, differentiable.
-            found: what the retriever returned in this step.
-
-        Returns:
-            `[B, K]` in the order of `found.doc_scores`, with a null passage likewise.
-        """
-        n_found = found.doc_scores.shape[1] - self.null_passage
-        rows, vectors = found.hits.rows[:, :n_found], found.vectors[:, :n_found]
-        scores, _ = functional.doc_scores(
-            query_emb, vectors, rows=rows, tau=self.tau, return_log_prior=True
-        )
-        return scores if self.null_score is None else append_null(scores, self.null_score)
-
     def _take(self, rows: Tensor, query_emb: Tensor) -> tuple[Tensor, int]:
         """Read the vectors of the rows that the caller chose, and their version."""
         checks.check_integer("rows", rows)
@@ -564,11 +582,12 @@ class Retriever(nn.Module):
     def _check_index(self) -> None:
         """Raise ValueError unless there is a vector of the right width for each passage."""
         index, passages = self.index, self.passages
-        if len(index) == 0:
+        n_vectors = len(index)
+        if n_vectors == 0:
             raise ValueError("index: expected vectors, got an empty index; call refresh_index()")
-        if len(index) != len(passages):
+        if n_vectors != len(passages):
             raise ValueError(
-                f"index: expected one vector per passage, got {len(index)} vectors and "
+                f"index: expected one vector per passage, got {n_vectors} vectors and "
                 f"{len(passages)} passages"
             )
         self._check_width(index)
@@ -588,7 +607,7 @@ class Retriever(nn.Module):
             other = getattr(self, "question_encoder", None)
             if isinstance(other, SentenceEncoder) and other.serves_as(encoder):
                 return other
-        if encoder is None and name == "passage_encoder":
+        if encoder is None and name != "question_encoder":
             return None
         if not isinstance(encoder, nn.Module):
             raise ValueError(

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -22,7 +22,6 @@ from fastrag.index.encoding import encode_passages
 from fastrag.nn import RagModel, TextEncoder, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.nn.hub import model_folder
-from fastrag.nn.objectives import JSA, RetrieverTerm
 from fastrag.nn.retriever import Retriever
 from fastrag.train.checkpoint_contents import (
     MODEL_FILES,
@@ -90,6 +89,12 @@ def build_model(
     passage_folder = config.retriever.passage_encoder or question_folder
     question_encoder = load_encoder(question_folder, "question_encoder", "query")
     passage_encoder = load_encoder(passage_folder, "passage_encoder", "passage")
+    posterior_folder = config.loss.posterior_encoder
+    posterior_encoder = (
+        None
+        if posterior_folder is None
+        else load_encoder(posterior_folder, "posterior_encoder", "query")
+    )
     generator_folder = config.reader.generator
     dtype, stored = choose_dtype(config)
     if progress and stored not in (dtype, None) and is_first_process():
@@ -154,12 +159,13 @@ def build_model(
         passage_batch=config.retriever.passage_batch,
         null_passage=config.retriever.null_passage,
         label_smoothing=config.loss.label_smoothing,
-        objective=_objective(config),
+        objective=config.loss.objective,
         tau_lm=config.loss.tau_lm,
         prune=config.loss.prune,
         prune_unbiased=config.loss.prune_unbiased,
         in_batch=config.loss.in_batch,
         contrastive=config.loss.contrastive,
+        posterior_encoder=posterior_encoder,
     )
     if config.retriever.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
@@ -182,18 +188,8 @@ def build_collator(model: RagModel, config: RagConfig) -> RagCollator:
         passages=model.passages,
         force=config.data.force_labelled,
         exclude_source=config.data.exclude_source,
-        posterior=config.loss.posterior_encoder is not None,
+        posterior=model.posterior_encoder is not None,
     )
-
-
-def _objective(config: RagConfig) -> str | RetrieverTerm:
-    """Return the objective, with its posterior encoder if it has one."""
-    folder = config.loss.posterior_encoder
-    if folder is None:
-        return config.loss.objective
-    term = cast(JSA, RetrieverTerm.named(config.loss.objective, config.loss.tau_lm))
-    term.encoder = load_encoder(folder, "posterior_encoder", "query")
-    return term
 
 
 def _warn_of_another_encoder(

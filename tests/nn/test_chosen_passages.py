@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastrag.nn import Retriever
-from fastrag.nn.objectives import JSA
 from tests.tiny import batch, collator, encoder, questions, rag_model, store
 
 
@@ -81,18 +80,45 @@ def test_null_passage_is_saved(tmp_path):
         loaded.to_hf()
 
 
+def jsa_model(**settings):
+    return rag_model(
+        objective="jsa:20", marginal="sequence", posterior_encoder=encoder(seed=3), **settings
+    )
+
+
+def test_posterior_encoder_is_saved(tmp_path):
+    model, data = jsa_model(prune=0.0), collator(posterior=True)(questions(4))
+    with torch.no_grad():
+        model.posterior_encoder.model.embeddings.word_embeddings.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "m", include_index=True)
+    loaded = type(model).from_pretrained(tmp_path / "m").train()
+    losses = []
+    for each in (model, loaded):
+        torch.manual_seed(0)
+        losses.append(each(**data).loss)
+    assert losses[0] == losses[1]
+    # An encoder that is also that of the questions stays so.
+    model.posterior_encoder = model.question_encoder
+    model.save_pretrained(tmp_path / "m", include_index=True)
+    assert not (tmp_path / "m" / "posterior_encoder").exists()
+    loaded = type(model).from_pretrained(tmp_path / "m")
+    assert loaded.posterior_encoder is loaded.question_encoder
+    # A state dict, as a checkpoint of Trainer, has it as well.
+    assert any(name.startswith("retriever.posterior_enc") for name in jsa_model().state_dict())
+
+
 def test_jsa_reads_passages_of_question_and_answer():
-    model = rag_model(objective=JSA(n_steps=20, encoder=encoder(seed=3)), marginal="sequence")
+    model = jsa_model()
     data = collator(posterior=True)(questions(4))
     torch.manual_seed(0)
     out = model(**data)
     assert out.rows.shape == out.log_posterior.shape == (4, 6)
-    q = model.loss_fn.retriever_term.encoder(data["posterior_ids"], data["posterior_mask"])
+    q = model.posterior_encoder(data["posterior_ids"], data["posterior_mask"])
     nearest = model.index.search(q.detach(), 3).rows
     assert out.rows[:, :3].equal(nearest)
     assert all(len(set(row)) == 6 for row in out.rows.tolist())
     out.loss.backward()
-    parts = [model.question_encoder, model.generator, model.loss_fn.retriever_term.encoder]
+    parts = [model.question_encoder, model.generator, model.posterior_encoder]
     grads = [[p.grad for p in part.parameters()] for part in parts]
     assert all(any(g is not None and g.any() for g in each) for each in grads)
     # Reading with gradient only what the chain visited changes nothing.
@@ -112,15 +138,14 @@ def test_jsa_reads_passages_of_question_and_answer():
 
 def test_rejects():
     given = {"rows": torch.zeros(4, 3, dtype=torch.int64), "include_rows": torch.zeros(4, 1).long()}
-    with pytest.raises(ValueError, match="include, exclude: expected None with rows"):
+    with pytest.raises(ValueError, match="posterior_ids: expected None with rows, which"):
         rag_model()(**batch(), **given)
-    with pytest.raises(ValueError, match="include_rows, exclude_rows: expected None with doc_sc"):
+    with pytest.raises(ValueError, match="posterior_ids: expected None with doc_scores"):
         rag_model()(**batch(), **given, doc_scores=torch.zeros(4, 3))
     data = collator(posterior=True)(questions(4))
-    with pytest.raises(
-        ValueError, match="posterior_ids: expected None with the objective marginal"
-    ):
+    with pytest.raises(ValueError, match="posterior_ids: expected None without a posterior_enc"):
         rag_model()(**data)
-    model = rag_model(objective=JSA(encoder=encoder()), marginal="sequence")
     with pytest.raises(ValueError, match="posterior_ids: expected questions with answers for"):
-        model(**batch())
+        jsa_model()(**batch())
+    with pytest.raises(ValueError, match="posterior_encoder: expected None with the objective pdi"):
+        rag_model(objective="pdist", posterior_encoder=encoder())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrag.nn.contrastive import in_batch_nll
+from fastrag.nn.contrastive import Contrast, in_batch_nll
 from tests.tiny import batch, rag_model
 
 
@@ -50,7 +50,7 @@ def test_terms_enter_the_loss_of_a_training_step_alone():
     rows = torch.tensor([[0, 3, 1], [4, 1, -1], [2, 5, 6], [7, 8, 9]])
     data = {**batch(), "rows": rows}
     plain = model(**data)
-    model.in_batch, model.contrastive = 0.5, 2.0
+    model.contrast = Contrast(in_batch=0.5, contrastive=2.0)
     positive = torch.tensor([[0], [1], [-1], [11]])
     found = model.retriever(data["input_ids"], data["attention_mask"], rows)
     n = int((data["labels"] != -100).sum())
