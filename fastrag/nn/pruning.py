@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrag.nn.arguments import is_sharded
 from fastrag.nn.generators import evaluating
 from fastrag.nn.loss import Pairs, RagLoss
 from fastrag.profiling import stage
@@ -28,6 +29,10 @@ from fastrag.profiling import stage
 if TYPE_CHECKING:
     from fastrag.data.processor import Contexts
     from fastrag.nn.reader import Reader
+
+# Contexts that are scored together on a CPU. A T5 of width 128 scores 512 contexts of 24 tokens, of
+# which the longest has 43, in .34 s if it reads 64 at a time, in .53 s with 16, and .48 s with all.
+_CONTEXTS_ON_CPU = 64
 
 
 class Pruned(NamedTuple):
@@ -88,12 +93,23 @@ def pruned_loss(
     Raises:
         ValueError: as `RagLoss.pairs`.
     """
-    n_questions, n_docs = doc_scores.shape
+    n_docs = doc_scores.shape[1]
+
+    def pairs_of(rows: Tensor) -> Pairs:
+        """Read the contexts `rows` `[n]` without the padding that all of them have."""
+        ids, mask = _narrowed(contexts.ids[rows], contexts.mask[rows], reader.kind)
+        answers = labels[rows // n_docs]
+        with stage("generator"):
+            hidden = reader(ids, mask, answers)
+        return loss_fn.pairs(hidden, reader.head(), answers)
+
     with evaluating(reader), stage("score_contexts"):
-        hidden = reader(contexts.ids, contexts.mask, labels)
-        known = loss_fn.pairs(hidden, reader.head(), labels, n_docs)
-        del hidden
-        weights, drawn = loss_fn.weights(known, labels, doc_scores, posterior_scores)
+        groups = _groups(reader, contexts.mask)
+        found = [pairs_of(rows) for rows in groups]
+        order = torch.cat(groups).argsort()
+        known = Pairs(*(torch.cat(each).squeeze(1)[order] for each in zip(*found, strict=True)))
+        by_question = Pairs(*(each.unflatten(0, (-1, n_docs)) for each in known))
+        weights, drawn = loss_fn.weights(by_question, labels, doc_scores, posterior_scores)
         share = (weights > eps).to(weights.dtype)
         if unbiased and eps > 0.0:
             share = (weights / eps).clamp(max=1.0)
@@ -102,18 +118,16 @@ def pruned_loss(
         chosen = kept.flatten().nonzero().squeeze(1)
         # Weights that autocast has cast here have no gradient: the next pass must not reuse them.
         torch.clear_autocast_cache()
-    ids, mask = _narrowed(contexts.ids[chosen], contexts.mask[chosen], reader.kind)
-    with stage("generator"):
-        hidden = reader(ids, mask, labels[chosen // n_docs])
-    fresh = loss_fn.pairs(hidden, reader.head(), labels[chosen // n_docs])
-    evidence = fresh.evidence.squeeze(1)
+    fresh = Pairs(*(each.squeeze(1) for each in pairs_of(chosen)))
     if unbiased:
-        constant = evidence.detach()
-        evidence = constant + (evidence - constant) / share.flatten()[chosen].unsqueeze(1)
-    flat = [each.flatten(0, 1) for each in known]
+        constant = fresh.evidence.detach()
+        again = (fresh.evidence - constant) / share.flatten()[chosen].unsqueeze(1)
+        fresh = fresh._replace(evidence=constant + again)
     mixed = Pairs(
-        flat[0].index_copy(0, chosen, evidence).unflatten(0, (-1, n_docs)),
-        flat[1].index_copy(0, chosen, fresh.token_logp.squeeze(1)).unflatten(0, (-1, n_docs)),
+        *(
+            old.index_copy(0, chosen, new).unflatten(0, (-1, n_docs))
+            for old, new in zip(known, fresh, strict=True)
+        )
     )
     loss, log_posterior = loss_fn.of_pairs(
         mixed,
@@ -126,6 +140,18 @@ def pruned_loss(
     )
     counted = labels != loss_fn.ignore_index
     return Pruned(loss, log_posterior, kept.sum(), _dropped(log_posterior, kept, counted))
+
+
+def _groups(reader: Reader, mask: Tensor) -> list[Tensor]:
+    """Return the rows of contexts to score together.
+
+    On a CPU, where padding costs as much time as text, contexts of like length.
+    """
+    rows = torch.arange(len(mask), device=mask.device)
+    # Ranks that gather shards have to read equally often.
+    if mask.device.type != "cpu" or is_sharded(reader):
+        return [rows]
+    return list(mask.sum(1).argsort(stable=True).split(_CONTEXTS_ON_CPU))
 
 
 def _narrowed(ids: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
