@@ -244,6 +244,15 @@ class JSA(RetrieverTerm, word="jsa"):
 
     Raises:
         ValueError: `n_steps` below 1, or another marginal than "sequence".
+
+    Note:
+        Compared with the code that the authors of JSA-RAG published (Caohy23/JSA-RAG), not with the
+        text of their paper. The chain, its first state, the weights c and the union of what prior
+        and q retrieve are the same. Three things differ. There log p(y|x,z) is a mean over tokens,
+        in the chain and in the loss; here it is their sum, without which the chain would not sample
+        the posterior of RAG-Sequence. There a passage that both retrieve is one less to read; here
+        the question finds K others. There q reads question and answer, here answer and question, so
+        that a long question does not push the answer out of the window.
     """
 
     counts = "n_steps"
