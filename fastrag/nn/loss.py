@@ -262,7 +262,7 @@ class RagLoss(nn.Module):
             pairs: what `pairs` returned; `evidence` may have a gradient for some contexts only.
             labels: as for `forward`.
             doc_scores: as for `forward`.
-            drawn: weights of the passages that `weights` has drawn (jsa); None: draw them.
+            drawn: weights of the passages that `context_weights` has drawn (jsa); None: draw them.
             normalizer: as for `forward`.
             example_weight: as for `forward`.
             posterior_scores: as for `forward`.
@@ -306,7 +306,7 @@ class RagLoss(nn.Module):
             example_weight=example_weight,
         )
 
-    def weights(
+    def context_weights(
         self,
         pairs: Pairs,
         labels: Tensor,

@@ -109,7 +109,7 @@ def pruned_loss(
         order = torch.cat(groups).argsort()
         known = Pairs(*(torch.cat(each).squeeze(1)[order] for each in zip(*found, strict=True)))
         by_question = Pairs(*(each.unflatten(0, (-1, n_docs)) for each in known))
-        weights, drawn = loss_fn.weights(by_question, labels, doc_scores, posterior_scores)
+        weights, drawn = loss_fn.context_weights(by_question, labels, doc_scores, posterior_scores)
         share = (weights > eps).to(weights.dtype)
         if unbiased and eps > 0.0:
             share = (weights / eps).clamp(max=1.0)
