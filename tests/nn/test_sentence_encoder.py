@@ -82,7 +82,9 @@ def test_vectors_are_those_of_encode(make, role, settings):
 def test_trains_in_a_rag_model_and_loads_again(make, tmp_path, monkeypatch, kept):
     """One model under two prompts is saved once; folders that hold it twice load all the same."""
     if kept == "own":
-        monkeypatch.setattr(checkpoint, "_encoder_kept", lambda question, other: "own")
+        monkeypatch.setattr(
+            checkpoint, "_encoder_kept", lambda _, other: "own" if other else "none"
+        )
     model = rag_model(make())
     question, passage = model.question_encoder, model.passage_encoder
     assert question.model is passage.model and model.retriever.tau == 0.05
