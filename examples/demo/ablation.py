@@ -1,6 +1,6 @@
 """The demo against its ablations: what joint training adds, at equal steps, over three seeds.
 
-    python -m examples.demo.ablation [--seeds 0 1 2] [--steps N] [--out runs/ablation]
+    python -m examples.demo.ablation [--table freshness] [--seeds 0 1 2] [--steps N] [--out DIR]
 
 | row             | retriever                                    |
 |-----------------|----------------------------------------------|
@@ -17,6 +17,12 @@ A frozen retriever does not explore: it has nothing to find out.
 Where answers do not depend on questions, no ranking that depends on them helps: *ranked first*, how
 many different passages come first for the test questions, shows a retriever that lost the question.
 
+`--table freshness` compares refresh policies instead, a row each. In its first row the passage
+encoder does not train; in the others it does, and the index becomes stale as far as the policy lets
+it. Drift and overlap@10 are exact, over all passages and 100 dev questions, and averaged over steps
+that are no multiples of a period. Answers are measured twice: with the index as training leaves it
+(*stale*), and with all passages encoded again, as a saved model has them.
+
 Every finished row is a file under `<out>/rows`; a second call makes the missing ones only.
 `table.json` and `table.md` hold the means.
 """
@@ -28,18 +34,21 @@ import dataclasses
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from examples.demo.system import (
     Settings,
@@ -51,11 +60,13 @@ from examples.demo.system import (
 from fastrag import FlatIndex, PassageStore, RagModel
 from fastrag.data import DefaultDataset, Question, RagCollator, default_dataset
 from fastrag.eval import EvalResult
+from fastrag.profiling import set_ranges
 from fastrag.train import RagTrainer
 from fastrag.train.record import git_state
 
-# figure -> its heading in the table and how its mean is written there
-FIGURES = {
+# table -> figure -> its heading and how its mean is written
+FIGURES: dict[str, dict[str, tuple[str, str]]] = {}
+FIGURES["retrievers"] = {
     "recall@1_before": ("recall@1 before", ".3f"),
     "recall@1_after": ("recall@1", ".3f"),
     "recall@5_after": ("recall@5", ".3f"),
@@ -65,6 +76,25 @@ FIGURES = {
     "em_unseen_wording": ("EM, unseen wording", ".3f"),
     "train_seconds": ("training s", ".0f"),
 }
+FIGURES["freshness"] = {
+    "em_after": ("EM", ".3f"),
+    "recall@1_after": ("recall@1", ".3f"),
+    "recall@5_after": ("recall@5", ".3f"),
+    "mrr_after": ("MRR@5", ".3f"),
+    "em_stale": ("EM, stale", ".3f"),
+    "recall@1_stale": ("recall@1, stale", ".3f"),
+    "drift": ("drift", ".4f"),
+    "overlap": ("overlap@10", ".3f"),
+    "drift_end": ("drift at the end", ".4f"),
+    "overlap_end": ("overlap@10 at the end", ".3f"),
+    "encoded": ("encoded per step", ".0f"),
+    "encode_share": ("encoding", ".1%"),
+    "refresh_share": ("refresh", ".1%"),
+    "train_cpu_seconds": ("CPU s", ".0f"),
+    "train_seconds": ("wall s", ".0f"),
+}
+PROBE_STEPS = 37  # coprime to the periods, so that vectors of all ages are measured
+PROBE_QUESTIONS = 100
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -138,16 +168,104 @@ def frozen_bm25(start: Path, marginal: str) -> RagModel:
     )
 
 
-# row -> what makes its model, and the loss that trains it
-ROWS: dict[str, tuple[Callable[[Path, str], RagModel], str]] = {
-    "frozen BM25": (frozen_bm25, "sequence"),
-    "frozen BM25, token": (frozen_bm25, "token"),
-    "frozen start": (frozen_start, "sequence"),
-    "frozen start, token": (frozen_start, "token"),
-    "joint": (joint, "sequence"),
-    "joint, token": (joint, "token"),
-    "permuted labels": (joint, "sequence"),
+def query_side(start: Path, marginal: str) -> RagModel:
+    """The demo's model with a passage encoder that stays as it is."""
+    return RagModel.from_pretrained(start, marginal=marginal, train_passage_encoder=False)
+
+
+class Row(NamedTuple):
+    """What makes the model of a row, the loss that trains it, and the policy of its index."""
+
+    make: Callable[[Path, str], RagModel]
+    marginal: str = "sequence"
+    policy: str = "frozen"
+
+
+JOINT = f"every:{Settings.refresh}"
+POLICIES = ("frozen", "every:10", "every:30", "every:100", "every:300")
+POLICIES += ("rolling:32", "drift:0.02", "map", "rolling:32+map")
+TABLES: dict[str, dict[str, Row]] = {
+    "retrievers": {
+        "frozen BM25": Row(frozen_bm25),
+        "frozen BM25, token": Row(frozen_bm25, "token"),
+        "frozen start": Row(frozen_start),
+        "frozen start, token": Row(frozen_start, "token"),
+        "joint": Row(joint, policy=JOINT),
+        "joint, token": Row(joint, "token", JOINT),
+        "permuted labels": Row(joint, policy=JOINT),
+    },
+    "freshness": {
+        "query side only": Row(query_side),
+        **{policy: Row(joint, policy=policy) for policy in POLICIES},
+    },
 }
+ROWS = {name: row for rows in TABLES.values() for name, row in rows.items()}
+
+
+class Probe(TrainerCallback):
+    """Measure staleness and the cost of refreshing during training.
+
+    The time of its own measurements, and the passages that they encode, do not count.
+
+    Args:
+        trainer: the trainer.
+        questions: questions of the overlap.
+    """
+
+    def __init__(self, trainer: RagTrainer, questions: Sequence[Question]) -> None:
+        self.trainer = trainer
+        self.questions = questions
+        self.seconds: dict[str, float] = {}  # CPU time by stage
+        self.own = [0.0, 0.0]  # CPU and wall time
+        self.encoded = 0
+        self.found: list[tuple[int, float, float]] = []  # step, drift, overlap
+        self._counts = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure now and then; `RefreshCallback` comes first."""
+        if state.global_step % PROBE_STEPS == 0:
+            self.measure(state.global_step)
+
+    def measure(self, step: int) -> None:
+        """Measure drift and overlap over all passages."""
+        begin = time.process_time(), time.perf_counter()
+        model: RagModel = self.trainer.model
+        training, self._counts = model.training, False
+        model.eval()
+        with torch.no_grad():
+            batch = model.processor.question_batch(self.questions)
+            query_emb = model.retriever.encode_questions(**batch)
+        found = self.trainer.refresher.staleness(query_emb, step=step)
+        model.train(training)
+        self.found.append((step, found.drift, found.overlap))
+        self._counts = True
+        now = time.process_time(), time.perf_counter()
+        self.own = [own + n - b for own, n, b in zip(self.own, now, begin, strict=True)]
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count passages that are encoded outside the steps, and the CPU time of the stages."""
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            begin = time.process_time()
+            yield
+            if self._counts:
+                spent = time.process_time() - begin
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+        def count(encoder: nn.Module, _inputs: Any, vectors: Tensor) -> None:
+            self.encoded += len(vectors) * (self._counts and not encoder.training)
+
+        encoder = self.trainer.refresher.retriever.passage_encoder
+        hook = None if encoder is None else encoder.register_forward_hook(count)
+        set_ranges(timed)
+        try:
+            yield
+        finally:
+            set_ranges(None)
+            if hook is not None:
+                hook.remove()
 
 
 def training_questions(data: DefaultDataset, row: str, seed: int) -> list[Question]:
@@ -184,25 +302,31 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
     """
     data = default_dataset()
     test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
-    make, marginal = ROWS[row]
+    make, marginal, policy = ROWS[row]
     model = make(start, marginal)
     before = measure(model, test, name="before", progress=False)
-    out = start.parent / "run" / row.replace(", ", "-").replace(" ", "-")
+    out = start.parent / "run" / slug(row)
     config = make_config(settings, out, start=start, progress=False)
     config.training.eval_strategy, config.training.eval_steps = "no", None
     config.loss.marginal = marginal
-    if make is not joint:
-        config.refresh.policy = "frozen"
+    config.refresh.policy = policy
     trainer = RagTrainer(
         model,
         config,
         RagCollator(model.processor),
         training_questions(data, row, settings.seed),
     )
-    begin = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - begin
-    trainer.finish_index()
+    stale: dict[str, Any] = {}
+    if row in TABLES["freshness"]:
+        stale = train_and_probe(trainer, data.questions["dev"][:PROBE_QUESTIONS])
+        found = measure(model, test, name="stale", progress=False).metrics
+        stale |= {"em_stale": found["em"], "recall@1_stale": found["recall@1"]}
+        trainer.refresher.finish(settings.steps)  # whatever the policy says
+    else:
+        begin = time.perf_counter()
+        trainer.train()
+        stale["train_seconds"] = round(time.perf_counter() - begin, 1)
+        trainer.finish_index()
     after = measure(model, test, name="after", progress=False)
     em_unseen = measure(model, unseen, name="unseen", progress=False).metrics["em"]
     return {
@@ -213,12 +337,40 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
         "recall@5_before": before.metrics["recall@5"],
         "recall@1_after": after.metrics["recall@1"],
         "recall@5_after": after.metrics["recall@5"],
+        "mrr_after": after.metrics["gold-mrr@5"],
         "ranked_first_before": n_ranked_first(before),
         "ranked_first_after": n_ranked_first(after),
         "em_after": after.metrics["em"],
         "em_unseen_wording": em_unseen,
-        "train_seconds": round(seconds, 1),
+        **stale,
         "commit": (git_state(ROOT) or {}).get("commit"),
+    }
+
+
+def train_and_probe(trainer: RagTrainer, questions: Sequence[Question]) -> dict[str, Any]:
+    """Train, and return the figures of staleness and of what the refresh costs."""
+    probe = Probe(trainer, questions)
+    trainer.add_callback(probe)
+    begin = time.process_time(), time.perf_counter()
+    with probe.measuring():
+        trainer.train()
+    now = time.process_time(), time.perf_counter()
+    cpu, wall = (n - b - own for n, b, own in zip(now, begin, probe.own, strict=True))
+    steps = trainer.state.global_step
+    course = list(probe.found)
+    probe.measure(steps)
+    _, drift_end, overlap_end = probe.found[-1]
+    return {
+        "drift": statistics.fmean(drift for _, drift, _ in course),
+        "overlap": statistics.fmean(overlap for _, _, overlap in course),
+        "drift_end": drift_end,
+        "overlap_end": overlap_end,
+        "staleness": course,
+        "encoded": probe.encoded / steps,
+        "encode_share": probe.seconds.get("refresh/encode", 0.0) / cpu,
+        "refresh_share": probe.seconds.get("refresh", 0.0) / cpu,
+        "train_cpu_seconds": round(cpu, 1),
+        "train_seconds": round(wall, 1),
     }
 
 
@@ -227,47 +379,54 @@ def n_ranked_first(result: EvalResult) -> int:
     return len({each.retrieved[0] for each in result.predictions})
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, least and greatest of every figure over the seeds of each row."""
-    table = []
-    for name in ROWS:
+def summarise(rows: Sequence[dict[str, Any]], table: str = "retrievers") -> list[dict[str, Any]]:
+    """Mean, least and greatest of every figure of a table over the seeds of each row."""
+    entries = []
+    for name in TABLES[table]:
         members = [row for row in rows if row["row"] == name]
         if members:
             entry: dict[str, Any] = {"row": name, "seeds": [row["seed"] for row in members]}
-            for figure in FIGURES:
+            for figure in FIGURES[table]:
                 values = [row[figure] for row in members]
                 entry[figure] = {
                     "mean": statistics.fmean(values),
                     "min": min(values),
                     "max": max(values),
                 }
-            table.append(entry)
-    return table
+            entries.append(entry)
+    return entries
 
 
-def markdown(table: Sequence[dict[str, Any]], steps: int) -> str:
+def markdown(entries: Sequence[dict[str, Any]], steps: int, table: str = "retrievers") -> str:
     """The table for people: means, with the range over the seeds in brackets."""
-    seeds = ", ".join(str(seed) for seed in table[0]["seeds"]) if table else ""
+    seeds = entries[0]["seeds"] if entries else []
+    figures = FIGURES[table]
     lines = [
-        f"Held-out facts (test), {steps} steps, mean over seeds {seeds} (least to greatest).",
+        f"Held-out facts (test), {steps} steps, mean over seeds {', '.join(map(str, seeds))} "
+        "(least to greatest).",
         "",
-        "| row | " + " | ".join(heading for heading, _ in FIGURES.values()) + " |",
-        "|---" * (1 + len(FIGURES)) + "|",
+        "| row | " + " | ".join(heading for heading, _ in figures.values()) + " |",
+        "|---" * (1 + len(figures)) + "|",
     ]
-    for entry in table:
+    for entry in entries:
         cells = [entry["row"]]
-        for figure, (_, digits) in FIGURES.items():
+        for figure, (_, digits) in figures.items():
             mean, least, greatest = (
                 format(entry[figure][key], digits) for key in ("mean", "min", "max")
             )
-            cells.append(f"{mean} ({least} to {greatest})")
+            cells.append(mean if len(seeds) == 1 else f"{mean} ({least} to {greatest})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def slug(row: str) -> str:
+    """The name of a row in file names."""
+    return re.sub(r"[^\w.+]+", "-", row)
+
+
 def row_file(out: Path, row: str, seed: int) -> Path:
     """Where a finished row is kept."""
-    return out / "rows" / f"{row.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+    return out / "rows" / f"{slug(row)}-{seed}.json"
 
 
 def finished(path: Path, settings: Settings) -> dict[str, Any] | None:
@@ -294,15 +453,15 @@ def spawn(arguments: Sequence[str], threads: int) -> None:
         raise RuntimeError(f"ablation {' '.join(arguments)}\n{done.stdout[-4000:]}")
 
 
-def make_all(out: Path, seeds: Sequence[int], steps: int, workers: int) -> None:
-    """Make the rows that are missing, several at a time, then the table."""
+def make_all(out: Path, table: str, seeds: Sequence[int], steps: int, workers: int) -> None:
+    """Make the rows of a table that are missing, several at a time, then the table."""
     out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // workers)
     common = ["--steps", str(steps), "--out", str(out.resolve())]
     missing = [
         (row, seed)
-        for row in ROWS
+        for row in TABLES[table]
         for seed in seeds
         if finished(row_file(out, row, seed), Settings(seed=seed, steps=steps)) is None
     ]
@@ -326,14 +485,15 @@ def make_all(out: Path, seeds: Sequence[int], steps: int, workers: int) -> None:
                 raise
     rows = [
         row
-        for name in ROWS
+        for name in TABLES[table]
         for seed in seeds
         if (row := finished(row_file(out, name, seed), Settings(seed=seed, steps=steps)))
     ]
-    table = summarise(rows)
-    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(table, steps), encoding="utf-8")
-    print(markdown(table, steps))
+    entries = summarise(rows, table)
+    text = markdown(entries, steps, table)
+    (out / "table.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -341,6 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo.ablation", description=(__doc__ or "").partition("\n")[0]
     )
+    parser.add_argument("--table", choices=TABLES, default="retrievers", help="rows to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Settings.steps, help="joint training steps")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder")
@@ -349,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.only is None:
-            make_all(args.out, args.seeds, args.steps, args.workers)
+            make_all(args.out, args.table, args.seeds, args.steps, args.workers)
             return 0
         for seed in args.seeds:
             settings = Settings(seed=seed, steps=args.steps)

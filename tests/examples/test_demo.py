@@ -245,12 +245,15 @@ def test_permuted_labels_keep_the_questions(data: DefaultDataset) -> None:
     assert sum(a.answers != b.answers for a, b in zip(plain, permuted, strict=True)) > 5
 
 
-def test_ablation_table() -> None:
-    row = dict.fromkeys(ablation.FIGURES, 0.5) | {"row": "joint", "seed": 0}
-    other = dict.fromkeys(ablation.FIGURES, 0.7) | {"row": "joint", "seed": 1}
-    (entry,) = ablation.summarise([row, other])
+@pytest.mark.parametrize(("table", "row"), [("retrievers", "joint"), ("freshness", "rolling:32")])
+def test_ablation_table(table: str, row: str) -> None:
+    one = dict.fromkeys(ablation.FIGURES[table], 0.5) | {"row": row, "seed": 0}
+    other = dict.fromkeys(ablation.FIGURES[table], 0.7) | {"row": row, "seed": 1}
+    (entry,) = ablation.summarise([one, other], table)
     assert entry["em_after"] == {"mean": pytest.approx(0.6), "min": 0.5, "max": 0.7}
-    assert "| joint | 0.600 (0.500 to 0.700) |" in ablation.markdown([entry], 10)
+    assert "0.600 (0.500 to 0.700) |" in ablation.markdown([entry], 10, table)
+    (entry,) = ablation.summarise([one], table)
+    assert f"| {row} | 0.500 |" in ablation.markdown([entry], 10, table)
 
 
 def test_finished_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
