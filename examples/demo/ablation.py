@@ -301,7 +301,7 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
         The row's settings and figures on the test questions.
     """
     data = default_dataset()
-    test, unseen = data.questions["test"], data.questions["test_unseen_wording"]
+    test = data.questions["test"]
     make, marginal, policy = ROWS[row]
     model = make(start, marginal)
     out = start.parent / "run" / slug(row)
@@ -329,8 +329,10 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
         trainer.train()
         own["train_seconds"] = round(time.perf_counter() - begin, 1)
         trainer.finish_index()
+        own["em_unseen_wording"] = measure(
+            model, data.questions["test_unseen_wording"], name="unseen", progress=False
+        ).metrics["em"]
     after = measure(model, test, name="after", progress=False)
-    em_unseen = measure(model, unseen, name="unseen", progress=False).metrics["em"]
     return {
         "row": row,
         "seed": settings.seed,
@@ -340,7 +342,6 @@ def make_row(row: str, start: Path, settings: Settings) -> dict[str, Any]:
         "mrr_after": after.metrics["gold-mrr@5"],
         "ranked_first_after": n_ranked_first(after),
         "em_after": after.metrics["em"],
-        "em_unseen_wording": em_unseen,
         **own,
         "commit": (git_state(ROOT) or {}).get("commit"),
     }
@@ -357,6 +358,8 @@ def train_and_probe(trainer: RagTrainer, questions: Sequence[Question]) -> dict[
     cpu, wall = (n - b - own for n, b, own in zip(now, begin, probe.own, strict=True))
     steps = trainer.state.global_step
     course = list(probe.found)
+    if not course:
+        raise ValueError(f"steps: expected at least {PROBE_STEPS} to measure, got {steps}")
     probe.measure(steps)
     _, drift_end, overlap_end = probe.found[-1]
     return {

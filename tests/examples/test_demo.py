@@ -256,6 +256,26 @@ def test_ablation_table(table: str, row: str) -> None:
     assert f"| {row} | 0.500 |" in ablation.markdown([entry], 10, table)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["frozen", "rolling:32+map"])
+def test_a_row_of_the_freshness_table(
+    row: str, data: DefaultDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "default_dataset", lambda: data)
+    monkeypatch.setattr(ablation, "PROBE_STEPS", 2)
+    settings = Settings(steps=3, warmup_steps=1, batch_size=4)
+    ablation.make_start(tmp_path / "start", settings)
+    made = ablation.make_row(row, tmp_path / "start", settings)
+    assert set(ablation.FIGURES["freshness"]) <= set(made)
+    assert [step for step, _, _ in made["staleness"]] == [2]
+    if row == "frozen":
+        assert made["encoded"] == made["encode_share"] == made["refresh_share"] == 0
+        assert made["drift_end"] > made["drift"] > 0
+    else:
+        assert made["encoded"] >= 32 and 0 < made["encode_share"] < made["refresh_share"] < 1
+        assert made["drift_end"] < 1e-2
+
+
 def test_finished_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
     path = ablation.row_file(tmp_path, "joint, token", 1)
     path.parent.mkdir(parents=True)
