@@ -67,7 +67,11 @@ _LATER_SETTINGS = (
     "in_batch",
     "contrastive",
 )
-_OTHER_ENCODERS = ("passage_encoder", "posterior_encoder")
+# name -> its tokenizer in the processor
+_OTHER_ENCODERS = {
+    "passage_encoder": "passage_tokenizer",
+    "posterior_encoder": "question_tokenizer",
+}
 _KEPT = ("own", "shared", "same model", "none")
 _MANIFEST = record({}, {"parts": items(manifests.relative_path())})  # version 1 lists none
 _SAVED = record(
@@ -152,11 +156,13 @@ def save_model(
     with FolderWriter(path, format=FORMAT, version=VERSION, holds=HOLDS) as writer:
         folder = writer.folder
         model.question_encoder.save_pretrained(folder / "question_encoder")
-        for name in _OTHER_ENCODERS:
+        for name, tokenizer in _OTHER_ENCODERS.items():
             encoder, encoder_folder = getattr(model, name), folder / name
             match _encoder_kept(model.question_encoder, encoder):
                 case "own":
                     encoder.save_pretrained(encoder_folder)
+                    # an encoder of another run needs it there, even if it is that of the questions
+                    getattr(model.processor, tokenizer).save_pretrained(encoder_folder)
                 case "same model":
                     encoder_folder.mkdir()
                     encoder.save_settings(encoder_folder)

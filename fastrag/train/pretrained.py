@@ -122,9 +122,12 @@ def load_tokenizer(path: str | os.PathLike[str], name: str) -> PreTrainedTokeniz
         The tokenizer.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or one without a vocabulary.
     """
     tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, "a tokenizer", name, path)
+    # AutoTokenizer makes an empty one, for which every word is unknown, if only the config is there
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"{name}: expected a tokenizer in {path}, found no vocabulary")
     return tokenizer
 
 

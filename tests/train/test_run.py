@@ -20,6 +20,7 @@ from fastrag.index import FlatIndex
 from fastrag.train import RagConfig, RagTrainer, TrainingInterrupted, checkpoint_contents, run
 from fastrag.train.callbacks import read_metrics
 from fastrag.train.models import load_retriever, load_run
+from fastrag.train.pretrained import load_tokenizer
 from tests import tiny
 from tests.settings import rag_config
 
@@ -165,6 +166,19 @@ def test_questions_are_cut_at_the_positions_of_the_encoder(tmp_path: Path) -> No
     model.save_pretrained(tmp_path, include_index=True)
     assert load_run(tmp_path).processor.question_batch.max_question == 64
     assert load_retriever(tmp_path).question_batch.max_question == 64
+
+
+def test_saved_encoders_are_parts_of_another_run(tmp_path: Path) -> None:
+    """transformers makes a tokenizer without words if only the config of an encoder is there."""
+    model = tiny.rag_model()
+    model.save_pretrained(tmp_path)
+    words = model.processor.question_tokenizer.get_vocab()
+    folder = tmp_path / "passage_encoder"
+    assert load_tokenizer(folder, "passage_encoder").get_vocab() == words
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="^passage_encoder: expected a tokenizer in .*no vocab"):
+        load_tokenizer(folder, "passage_encoder")
 
 
 def test_a_run_that_is_not_there(tmp_path: Path) -> None:
