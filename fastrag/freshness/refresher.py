@@ -564,7 +564,10 @@ class IndexRefresher:
             except ValueError as error:
                 if not self._warned:
                     without = "no map" if vector_map is None else "the map of before"
-                    warnings.warn(f"{error}; the search goes on with {without}", stacklevel=5)
+                    warnings.warn(
+                        f"refresh: no new map ({error}); the search goes on with {without}",
+                        stacklevel=5,
+                    )
                 self._warned = True
         fit.forget()
         return fit, vector_map

@@ -46,6 +46,7 @@ def plot_curve(entries: Entries, path: str | os.PathLike[str]) -> bool:
     for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         lines = draw(axes, entries)
         axes.set(xlabel="step")
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend(  # above the axes, where it covers no point
             handles=lines,
