@@ -475,7 +475,7 @@ SEAMS = (
     Mistake(
         "a checkpoint leaves out the rows that were updated",
         "fastrag/index/flat.py",
-        "                    self._base.changed[rows.cpu()] = True\n",
+        "                    self._base.changed[rows] = True\n",
         "                    pass\n",
         "tests/index/test_flat_changes.py",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -256,7 +257,7 @@ class FlatIndex(RowIndex, format=FORMAT):
                 # the next search computes them.
                 row_codes, self._codes = self._codes, None
                 if self._base is not None:
-                    self._base.changed[rows.cpu()] = True
+                    self._base.changed[rows] = True
                 codec.put_rows(self.index_emb, rows, stored)
                 self._n_clamped += n_clamped
                 if row_codes is not None:
@@ -355,6 +356,8 @@ class FlatIndex(RowIndex, format=FORMAT):
             removed, moved_codec = self._removed.to(device), self._codec.to(device)
             mapped = self._mapped if moved.device == self._data.device else None
             self._data, self._mapped, self._removed = moved, mapped, removed
+            if (base := self._base) is not None:
+                self._base = dataclasses.replace(base, changed=base.changed.to(device))
             self._codes, self._host_search, self._codec = None, host_search, moved_codec
         return self
 
@@ -377,7 +380,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         """
         with self._writer.write():
             if self._base is None and self._source is not None:
-                unchanged = torch.zeros(self._n, dtype=torch.bool)
+                unchanged = torch.zeros(self._n, dtype=torch.bool, device=self.device)
                 self._base = Base(self._source, self.checksum(), unchanged)
 
     def save(self, dir: str | os.PathLike[str]) -> None:

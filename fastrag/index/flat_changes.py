@@ -69,8 +69,8 @@ def save_changes(index: FlatIndex, dir: str | os.PathLike[str]) -> bool:
             return False
         rows = base.changed.nonzero()[:, 0]
         with FolderWriter(dir, format=FORMAT, version=VERSION) as writer:
-            writer.put("rows", rows.numpy())
-            writer.put("vectors", codec.to_numpy(index.index_emb[rows.to(index.device)]))
+            writer.put("rows", rows.cpu().numpy())
+            writer.put("vectors", codec.to_numpy(index.index_emb[rows]))
             writer.put("removed", index._removed_rows())
             place = os.path.relpath(os.path.realpath(base.folder), os.path.realpath(dir))
             writer.commit(

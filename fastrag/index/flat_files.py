@@ -44,7 +44,7 @@ class Base:
     Attributes:
         folder: its folder.
         checksum: its checksum.
-        changed: mask of the rows that were updated since, `[N]` bool on the CPU.
+        changed: mask of the rows that were updated since, `[N]` bool on the device of the vectors.
     """
 
     folder: Path

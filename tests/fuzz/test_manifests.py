@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrag import FaissIndex, FlatIndex, manifests
-from fastrag.index import Index, PassageStore
+from fastrag.index import Index, PassageStore, flat_changes
 from fastrag.nn import TextEncoder
 from fastrag.nn import checkpoint as saved_model
 from fastrag.train import checkpoint_contents
@@ -47,8 +47,17 @@ def make_faiss(folder: Path) -> None:
     index.save(folder)
 
 
-def index_content(folder: Path) -> Any:
-    index = Index.load(folder, verify=True)
+def make_changes(folder: Path) -> None:
+    base = folder.with_name("base")
+    make_index("int8", base)
+    index = FlatIndex.load(base)
+    index.track_changes()
+    index.update(torch.tensor([2]), torch.ones(1, DIM))
+    assert flat_changes.save_changes(index, folder)
+
+
+def index_content(folder: Path, load: Callable[[Path], Any] | None = None) -> Any:
+    index = Index.load(folder, verify=True) if load is None else load(folder)
     return index.vectors(torch.arange(N)).tolist(), index.removed.tolist(), index.dim, len(index)
 
 
@@ -83,6 +92,11 @@ MODEL = tiny.rag_model()
 KINDS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "float32": (lambda path: make_index("float32", path), "manifest.json", index_content),
     "int8": (lambda path: make_index("int8", path), "manifest.json", index_content),
+    "changes": (
+        make_changes,
+        "manifest.json",
+        lambda path: index_content(path, flat_changes.load_changes),
+    ),
     "faiss": (make_faiss, "manifest.json", index_content),
     "passages": (lambda path: tiny.store(n=3).save(path), "manifest.json", store_content),
     "model": (MODEL.save_pretrained, "manifest.json", settings_content),
