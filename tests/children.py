@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ def in_child(act: Callable[[], object], at_step: Callable[[str, str], object]) -
     child = os.fork()
     if child == 0:
         try:
+            gc.freeze()  # a collection would walk, and copy, all that the parent has
             torch.set_num_threads(1)
             folders.step = lambda name, path: at_step(name, str(path))
             act()

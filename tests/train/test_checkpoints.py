@@ -167,6 +167,8 @@ def test_an_index_that_changes_by_the_rows_that_changed(tmp_path: Path) -> None:
     model.index.update(torch.tensor([0]), torch.zeros(1, 16))
     contents.read_index(model, tmp_path)
     assert torch.equal(model.index.index_emb, expected) and model.index.version == version
+    contents.read_index(model.retriever, tmp_path)  # as for a search without a generator
+    assert torch.equal(model.index.index_emb, expected)
     FlatIndex.load(tmp_path / "base").astype("float16").save(tmp_path / "base")
     with pytest.raises(ValueError, match=r"index: expected the index in .*/base, of which it hold"):
         contents.read_index(model, tmp_path)
