@@ -25,10 +25,11 @@ import socket
 import sys
 import threading
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 _ASIDE = ".old"
 _STAGING = ".tmp"
@@ -40,6 +41,7 @@ _holders: dict[Path, int] = {}  # thread that is in `locked`, by folder
 # A save needs another attempt for each reader that takes the old folder back between its renames,
 # and a reader for each save that replaces the folder while it reads.
 _ATTEMPTS = 9
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
@@ -184,16 +186,26 @@ def locked(folder: Path) -> Iterator[None]:
     if _holders.get(folder) == threading.get_ident():
         yield
         return
-    file = _lock(folder, folder)
-    _holders[folder] = threading.get_ident()
+    file: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     try:
-        yield
-    finally:
-        _holders.pop(folder, None)
-        with contextlib.suppress(OSError):
-            (folder / _LOCK).unlink()
-            folder.rmdir()
-        file.close()
+        file = _lock(folder, folder)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{folder}: its file system has no locks ({error.strerror}), so a second process that "
+            "writes to it is not noticed",
+            stacklevel=3,
+        )
+    with file:
+        _holders[folder] = threading.get_ident()
+        try:
+            yield
+        finally:
+            _holders.pop(folder, None)
+            with contextlib.suppress(OSError):
+                (folder / _LOCK).unlink()
+                folder.rmdir()
 
 
 def _lock(folder: Path, target: Path) -> BinaryIO:

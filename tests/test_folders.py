@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -395,3 +396,14 @@ def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
     with folders.locked(folder):
         assert f"process {os.getpid()} on" in (folder / "lock").read_text()
     os.kill(int(born.with_name("pid").read_text()), signal.SIGKILL)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    warned = pytest.warns(UserWarning, match="run: its file system has no locks .*not noticed")
+    with warned, folders.locked(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
