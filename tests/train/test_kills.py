@@ -300,8 +300,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_three_kills(run: Run, tmp_path: Path) -> None:
-    kept = json.loads((run.root / "whole" / "checkpoint-4" / "index.json").read_text())["kept"]
-    assert kept == "changes" and len(losses(run.root / "whole")) == N_STEPS
+    """The index is kept in both ways, and searched through a map."""
+    saved = [run.root / "whole" / f"checkpoint-{step}" for step in (4, 6)]
+    kept = [json.loads((folder / "index.json").read_text())["kept"] for folder in saved]
+    assert kept == ["changes", "whole"] and len(losses(run.root / "whole")) == N_STEPS
+    assert all((folder / checkpoint_contents.INDEX_MAP).is_file() for folder in saved)
     for i, point in enumerate(QUICK):
         check(run, tmp_path / str(i), point)
 
