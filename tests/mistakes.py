@@ -174,22 +174,22 @@ SEAMS = (
     Mistake(
         "what a pruned step drops is missing in its loss as well",
         "fastrag/nn/pruning.py",
-        "old.index_copy(0, chosen, new)",
-        "(old - 99.0).index_copy(0, chosen, new)",
+        "flat[0].index_copy(0, chosen, evidence)",
+        "flat[0].fill_(-99.0).index_copy(0, chosen, evidence)",
         "tests/nn/test_pruning.py",
     ),
     Mistake(
         "contexts that are kept at random count no more than others",
         "fastrag/nn/pruning.py",
-        "(fresh.evidence - constant) / share.flatten()[chosen].unsqueeze(1)",
-        "fresh.evidence - constant",
+        "(evidence - constant) / share.flatten()[chosen].unsqueeze(1)",
+        "(evidence - constant)",
         "tests/nn/test_pruning.py",
     ),
     Mistake(
         "contexts that were scored by length stay in that order",
         "fastrag/nn/pruning.py",
-        "torch.cat(each).squeeze(1)[order]",
-        "torch.cat(each).squeeze(1)",
+        "[torch.cat(groups).argsort()]",
+        "",
         "tests/nn/test_pruning.py",
     ),
     Mistake(
