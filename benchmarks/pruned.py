@@ -1,6 +1,7 @@
 """Time pruned and plain training steps of the demo's model, once its posterior has found its place.
 
-    python -m benchmarks.pruned [--n-docs 16] [--prune 0.01] [--train 200] [--rounds 5]
+    python -m benchmarks.pruned [--n-docs 16] [--plain-docs 16] [--prune 0.01] [--train 200]
+                                [--rounds 5]
 
 The model is the demo's, trained for some steps with pruning. Then plain and pruned steps over the
 same batches take turns. A step is forward, backward and AdamW. CPU time is that of all threads of
@@ -69,8 +70,10 @@ class Trainer:
         return output
 
 
-def compare(settings: Settings, prune: float, n_train: int, n_rounds: int) -> list[str]:
-    """Return the lines of the report."""
+def compare(
+    settings: Settings, plain_docs: int, prune: float, n_train: int, n_rounds: int
+) -> list[str]:
+    """Return the lines of the report; plain steps have `plain_docs` passages per question."""
     trainer = Trainer(settings)
     model, batches = trainer.model, trainer.batches()
     model.prune = prune
@@ -82,7 +85,8 @@ def compare(settings: Settings, prune: float, n_train: int, n_rounds: int) -> li
     read, dropped = [], []
     for _ in range(n_rounds):
         turn = list(itertools.islice(batches, STEPS_A_TURN))
-        for name, model.prune in (("plain", None), ("pruned", prune)):
+        sides = (("plain", None, plain_docs), ("pruned", prune, settings.n_docs))
+        for name, model.prune, model.n_docs in sides:
             start = time.perf_counter(), time.process_time()
             for batch in turn:
                 output = trainer.step(batch)
@@ -91,7 +95,8 @@ def compare(settings: Settings, prune: float, n_train: int, n_rounds: int) -> li
                     dropped.append(float(output.dropped))
             wall[name].append((time.perf_counter() - start[0]) / STEPS_A_TURN)
             cpu[name].append((time.process_time() - start[1]) / STEPS_A_TURN)
-    shape = f"B {settings.batch_size}, K {settings.n_docs}, {settings.marginal}"
+    k = f"K {settings.n_docs} (plain {plain_docs})"
+    shape = f"B {settings.batch_size}, {k}, {settings.marginal}"
     lines = [f"{shape}, prune {prune:g}, after {n_train} steps, {torch.get_num_threads()} threads"]
     for clock, times in (("wall", wall), ("cpu", cpu)):
         plain, pruned = (statistics.median(times[name]) for name in ("plain", "pruned"))
@@ -110,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.pruned", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--n-docs", type=int, default=16, help="passages per question, K")
+    parser.add_argument("--plain-docs", type=int, help="K of plain steps; default: --n-docs")
     parser.add_argument("--prune", type=float, default=0.01, help="least posterior")
     parser.add_argument("--marginal", choices=("sequence", "token"), default="sequence")
     parser.add_argument("--train", type=int, default=200, help="steps before the comparison")
@@ -120,7 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = dataclasses.replace(
         Settings(), seed=args.seed, n_docs=args.n_docs, marginal=args.marginal
     )
-    print("\n".join(compare(settings, args.prune, args.train, args.rounds)))
+    print(
+        "\n".join(
+            compare(settings, args.plain_docs or args.n_docs, args.prune, args.train, args.rounds)
+        )
+    )
     return 0
 
 
