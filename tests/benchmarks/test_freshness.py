@@ -1,0 +1,81 @@
+"""Refresh policies on tiny encoders: the rows of a run, and the exact staleness in them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import freshness, serve_load
+from benchmarks.harness.results import read
+
+N = 40
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """Write an encoder, passages and questions; return the options that name them."""
+    serve_load.write(tmp_path, 2, 12)
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(serve_load.WORDS, k=12)) for _ in range(N)]
+    passages = [{"id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+    asked = [
+        {"id": str(i), "question": text[:20], "answers": ["a"], "positive": str(i)}
+        for i, text in enumerate(texts)
+    ]
+    for name, records in (("passages", passages), ("train", asked), ("dev", asked)):
+        lines = "".join(json.dumps(each) + "\n" for each in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    given = ["--data", str(tmp_path), "--encoder", str(tmp_path / "encoder"), "--dev", "8"]
+    return [*given, "--lr", "0.001", "--warmup", "1", "--batch-size", "2", "--n-docs", "2"]
+
+
+def test_the_rows_of_a_run(tmp_path: Path, options: list[str]) -> None:
+    policies = ["rolling:5+map", "frozen", "query-only", "every:2", "write-back"]
+    csv = tmp_path / "freshness.csv"
+    steps = ["--steps", "4", "--every", "2", "--csv", str(csv)]
+    assert freshness.main([*options, *steps, "--policies", *policies]) == 0
+    rows = read(csv)
+    assert [(row["step"], row["provider"]) for row in rows] == [
+        (step, policy) for step in ("2", "4") for policy in policies
+    ]
+    last = {row["provider"]: row for row in rows[-len(policies) :]}
+    encoded = {policy: float(row["n_encoded"]) for policy, row in last.items()}
+    assert encoded.pop("rolling:5+map") >= 20
+    assert encoded == {"frozen": 0, "query-only": 0, "every:2": 80, "write-back": 0}
+    drift = {policy: float(row["drift"]) for policy, row in last.items()}
+    assert drift["every:2"] < 1e-6 < drift["write-back"] < drift["frozen"]
+    assert drift["query-only"] < 1e-6
+    assert [last[policy]["oldest"] for policy in ("frozen", "every:2")] == ["4", "0"]
+    assert last["every:2"]["overlap@10"] == "1"
+
+
+def test_staleness_is_that_of_the_refresher(options: list[str]) -> None:
+    args = freshness.parse_args([*options, "--policies", "rolling:5+map", "--steps", "8"])
+    experiment = freshness.Experiment(args)
+    [(track, row)] = experiment.run()
+    query_emb = experiment.encode_dev(track.retriever)
+    exact = track.refresher.staleness(query_emb, step=8)
+    assert track.retriever.vector_map is not None
+    for name, expected in (
+        ("drift", exact.drift),
+        ("overlap@10", exact.overlap),
+        ("rank_correlation", exact.rank_correlation),
+        ("oldest", exact.oldest),
+    ):
+        assert float(row[name]) == pytest.approx(expected, rel=1e-3), name
+
+
+def test_recall_and_reciprocal_rank() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    found = freshness.Ranked(scores, torch.tensor([0, 0])).figures()
+    assert found == pytest.approx({"recall@1": 0.5, "recall@5": 1.0, "mrr": 2 / 3})
+
+
+def test_rejects_bad_input(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        freshness.main([*options, "--policies", "often"])
+    assert "often" in capsys.readouterr().err
