@@ -12,7 +12,9 @@ compared at the same weights. The training searches the index of the first polic
 a question encoder of its own, which trains against vectors that never change. `write-back` stores
 the vectors that a step makes anyway, and is the control of `map`, which also does so.
 
-Figures are measured with all dev questions against all passages, encoded by the present weights.
+Figures are measured with dev questions against all passages, encoded by the present weights. Two
+further rows say how far any linear map of the first vectors can go: fitted to all fresh vectors, or
+to those of half the passages and applied to the other half.
 Seconds are CPU time of the process, which does not depend on what else the machine does.
 """
 
@@ -24,8 +26,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,7 @@ from examples.squad_open import MINILM, find_file, package_folder
 from fastrag import IndexRefresher
 from fastrag.data import Question, RagProcessor, read_passages, read_questions
 from fastrag.freshness import RefreshPolicy, View
+from fastrag.freshness.maps import MapFit
 from fastrag.freshness.staleness import drift_of, rank_correlation
 from fastrag.index import FlatIndex, PassageStore
 from fastrag.index.encoding import encode_passages
@@ -64,85 +68,93 @@ class WriteBack(RefreshPolicy, word="write-back"):
         """Choose nothing."""
 
 
+class Timed:
+    """A passage encoder in eval mode that adds what it encodes to the costs of a policy."""
+
+    training = False
+
+    def __init__(self, encoder: Any, costs: dict[str, float]) -> None:
+        self.encoder, self.costs = encoder, costs
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        with clock(self.costs, "encode_s"):
+            vectors = self.encoder(input_ids, attention_mask)
+        self.costs["n_encoded"] += len(input_ids)
+        return vectors
+
+    def eval(self) -> Timed:
+        return self
+
+    def train(self, mode: bool = True) -> Timed:
+        return self
+
+
+@contextmanager
+def clock(costs: dict[str, float], name: str) -> Iterator[None]:
+    """Add the CPU seconds of the context to costs."""
+    began = time.process_time()
+    yield
+    costs[name] += time.process_time() - began
+
+
 class Track:
     """The index of one policy, and what keeping it fresh has cost."""
 
-    def __init__(self, policy: str, retriever: Retriever, start: Tensor, **options: Any) -> None:
+    def __init__(self, policy: str, retriever: Retriever, start: Tensor, seed: int) -> None:
         self.policy, self.retriever = policy, retriever
         retriever.write_all(start)
         rule = "frozen" if policy == QUERY_ONLY else policy
-        self.refresher = IndexRefresher(retriever, rule, BATCH, **options)
+        self.refresher = IndexRefresher(retriever, rule, BATCH, seed=seed)
         self.refresher.restart(0)
         self.costs = dict.fromkeys(COSTS, 0.0)
+        self.encoder = Timed(retriever.passage_encoder, self.costs)
 
     def refresh(self, step: int, found: Any) -> None:
-        """Let the policy act after a step, and add up what it costs."""
-        with Clock(self.retriever.passage_encoder) as clock:
-            self.refresher.step(step, found)
-        self.costs["refresh_s"] += clock.seconds
-        self.costs["encode_s"] += clock.encoding
-        self.costs["n_encoded"] += clock.n_encoded
-
-
-class Clock:
-    """Measure CPU seconds, those of an encoder in eval mode among them, and count its passages."""
-
-    def __init__(self, encoder: nn.Module | None = None) -> None:
-        self.encoder, self.seconds, self.encoding, self.n_encoded = encoder, 0.0, 0.0, 0
-        self._began, self._hooks = 0.0, list[Any]()
-
-    def __enter__(self) -> Clock:
-        if self.encoder is not None:
-            self._hooks = [
-                self.encoder.register_forward_pre_hook(self._before),
-                self.encoder.register_forward_hook(self._after),
-            ]
-        self.seconds -= time.process_time()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.seconds += time.process_time()
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, *_given: Any) -> None:
-        self._began = time.process_time()
-
-    def _after(self, _encoder: nn.Module, _given: Any, vectors: Tensor) -> None:
-        self.encoding += time.process_time() - self._began
-        self.n_encoded += len(vectors)
-
-
-class Ranked(NamedTuple):
-    """Scores of questions with all passages, and the row of the right one of each."""
-
-    scores: Tensor
-    right: Tensor
-
-    def figures(self) -> dict[str, float]:
-        """Return recall and the mean reciprocal rank among all passages."""
-        of_right = self.scores.gather(1, self.right[:, None])
-        rank = (self.scores > of_right).sum(1) + 1.0
-        recall = {f"recall@{k}": float((rank <= k).float().mean()) for k in (1, 5)}
-        return recall | {"mrr": float(rank.reciprocal().mean())}
+        """Let the policy act after a step."""
+        with clock(self.costs, "refresh_s"):
+            self.refresher.step(step, found, self.encoder)
 
 
 @torch.no_grad()
-def compare(track: Track, query_emb: Tensor, fresh: Tensor, right: Tensor, step: int) -> Row:
-    """Return how an index ranks and how far it is from fresh vectors `[N, D]`."""
-    stored = track.retriever.vectors(torch.arange(len(fresh)))
+def compare(stored: Tensor, fresh: Tensor, query_emb: Tensor, right: Tensor) -> dict[str, float]:
+    """Return how far stored vectors `[N, D]` are from fresh ones, and how they rank.
+
+    Args:
+        stored: vectors as a search sees them.
+        fresh: vectors of the present weights.
+        query_emb: questions `[B, D]`.
+        right: row of the positive passage of each, `[B]`.
+    """
     stale, true = query_emb @ stored.T, query_emb @ fresh.T
     k = min(N_OVERLAP, len(fresh))
     near = [each.topk(k, dim=1).indices for each in (stale, true)]
     shared = (near[0][:, :, None] == near[1][:, None, :]).any(2)
-    values = {
+    rank = (stale > stale.gather(1, right[:, None])).sum(1) + 1.0
+    return {
         "drift": float(drift_of(stored, fresh).mean()),
         "overlap@10": float(shared.float().mean()),
         "rank_correlation": float(rank_correlation(stale, true).mean()),
-        "oldest": float(track.refresher.ledger.ages(step).max()),
-        **Ranked(stale, right).figures(),
+        **{f"recall@{k}": float((rank <= k).float().mean()) for k in (1, 5)},
+        "mrr": float(rank.reciprocal().mean()),
     }
-    return {name: f"{value:.5g}" for name, value in values.items()}
+
+
+def ceilings(start: Tensor, fresh: Tensor) -> dict[str, Tensor]:
+    """Return the vectors of the start, mapped by fits to fresh vectors that no training run has.
+
+    `fitted to all` maps the passages that it was fitted to, `fitted to half` those of the other
+    half.
+    """
+    order = torch.randperm(len(start), generator=torch.Generator().manual_seed(0))
+    half = order.tensor_split(2)
+    mapped = {"map fitted to all": start.clone(), "map fitted to half": start.clone()}
+    for name, seen, unseen in (("all", order, order), ("half", *half), ("half", *half[::-1])):
+        fit = MapFit(start.shape[1])
+        fit.add(start[seen], fresh[seen])
+        found = fit.solve()
+        if found is not None:
+            mapped[f"map fitted to {name}"][unseen] = found.passages(start[unseen])
+    return mapped
 
 
 class Experiment:
@@ -169,7 +181,6 @@ class Experiment:
         self.alone = encoders[2]  # question encoder of `query-only`
         self.tracks = [self.track(policy, *encoders[:2]) for policy in args.policies]
         self.lead = next((each for each in self.tracks if each.policy != QUERY_ONLY), None)
-        self.train_s = 0.0
 
     def questions(self, name: str) -> list[Question]:
         return list(read_questions(find_file(self.args.data, name)))
@@ -202,28 +213,25 @@ class Experiment:
             for start in range(0, len(questions) - self.args.batch_size + 1, self.args.batch_size):
                 yield questions[start : start + self.args.batch_size]
 
-    def run(self) -> Iterator[tuple[Track, Row]]:
+    def run(self) -> Iterator[tuple[str, Row]]:
         """Train, and yield the figures of each policy every few steps."""
-        learners = {}
-        for track in self.tracks:
-            if track is self.lead or track.policy == QUERY_ONLY:
-                trained = [each for each in track.retriever.parameters() if each.requires_grad]
-                learners[track.policy] = torch.optim.AdamW(trained, lr=self.args.lr)
-        batches = itertools.islice(self.batches(), self.args.steps)
-        for step, batch in enumerate(batches, start=1):
-            found = {}
+        trained = {track.policy: track for track in self.tracks if track.policy == QUERY_ONLY}
+        trained |= {} if self.lead is None else {self.lead.policy: self.lead}
+        optimizers = {policy: self.optimizer(track) for policy, track in trained.items()}
+        for step, batch in enumerate(itertools.islice(self.batches(), self.args.steps), start=1):
+            for policy, track in trained.items():
+                with clock(track.costs, "train_s"):
+                    found = self.train(track, optimizers[policy], batch, step)
             for track in self.tracks:
-                if track.policy in learners:
-                    with Clock() as clock:
-                        found[track.policy] = self.train(track, learners[track.policy], batch, step)
-                    track.costs["train_s"] += clock.seconds
-            for track in self.tracks:
-                if track.policy != QUERY_ONLY:
-                    assert self.lead is not None
+                if self.lead is not None and track.policy != QUERY_ONLY:
                     track.costs["train_s"] = self.lead.costs["train_s"]
-                    track.refresh(step, found[self.lead.policy])
+                    track.refresh(step, found)  # the lead is the last that trained
             if step % self.args.every == 0 or step == self.args.steps:
                 yield from self.measure(step)
+
+    def optimizer(self, track: Track) -> torch.optim.Optimizer:
+        trained = [each for each in track.retriever.parameters() if each.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.args.lr)
 
     def train(
         self, track: Track, optimizer: torch.optim.Optimizer, batch: list[Question], step: int
@@ -241,21 +249,24 @@ class Experiment:
         optimizer.step()
         return found
 
-    def measure(self, step: int) -> Iterator[tuple[Track, Row]]:
+    def measure(self, step: int) -> Iterator[tuple[str, Row]]:
         """Yield the figures of each policy; the passages are encoded once for all of them."""
-        fresh = self.start
+        fresh, query_emb, everything = self.start, self.start, torch.arange(len(self.start))
         if self.lead is not None:
             encoder: Any = self.lead.retriever.passage_encoder
             fresh = encode_passages(encoder, self.store, BATCH)
-        query_emb = {}
+            query_emb = self.encode_dev(self.lead.retriever)
         for track in self.tracks:
-            only = track.policy == QUERY_ONLY
-            if only not in query_emb:
-                query_emb[only] = self.encode_dev(track.retriever)
-            now = self.start if only else fresh
-            values = compare(track, query_emb[only], now, self.right, step)
-            values |= {name: f"{value:.5g}" for name, value in track.costs.items()}
-            yield track, {"step": str(step), **values}
+            given = (fresh, query_emb)
+            if track.policy == QUERY_ONLY:
+                given = (self.start, self.encode_dev(track.retriever))
+            values = compare(track.retriever.vectors(everything), *given, self.right)
+            values["oldest"] = float(track.refresher.ledger.ages(step).max())
+            yield track.policy, row_values(step, values | track.costs)
+        if self.lead is not None:
+            for name, mapped in ceilings(self.start, fresh).items():
+                values = compare(mapped, fresh, query_emb, self.right)
+                yield name, row_values(step, values)
 
     @torch.no_grad()
     def encode_dev(self, retriever: Retriever) -> Tensor:
@@ -264,12 +275,8 @@ class Experiment:
         return torch.cat([retriever.encode_questions(**self.to_ids(part)) for part in parts])
 
 
-def table(rows: Sequence[Row], shown: Sequence[str]) -> str:
-    """Return the rows of the last step in Markdown."""
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    lines = [["policy", *shown], ["---"] * (1 + len(shown))]
-    lines += [[row["provider"], *(row[name] for name in shown)] for row in last]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def row_values(step: int, values: dict[str, float]) -> Row:
+    return {"step": str(step)} | {name: f"{value:.5g}" for name, value in values.items()}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -301,19 +308,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, add rows to the CSV as they are measured, and print the last ones."""
+    """Train, and print each row and add it to the CSV as it is measured."""
     args = parse_args(argv)
-    machine, rows = facts(torch.device("cpu")), list[Row]()
+    machine = facts(torch.device("cpu"))
     experiment = Experiment(args)
     n, dim = experiment.start.shape
     shape = (n, dim, args.batch_size, args.n_docs, args.max_passage)
-    for track, values in experiment.run():
-        case = Case("freshness", track.policy, str(args.seed), shape, "float32", "cpu")
-        rows.append(row_of(case, machine, OK, **values))
-        print(values["step"], track.policy, *(f"{k} {values[k]}" for k in FIGURES), flush=True)
+    for name, values in experiment.run():
+        case = Case("freshness", name, f"seed-{args.seed}", shape, "float32", "cpu")
+        print(name, *(f"{column} {value}" for column, value in values.items()), flush=True)
         if args.csv:
-            add(args.csv, rows[-1:], COLUMNS_HERE)
-    print(f"\n{table(rows, [*FIGURES, *COSTS])}")
+            add(args.csv, [row_of(case, machine, OK, **values)], COLUMNS_HERE)
     return 0
 
 

@@ -35,20 +35,22 @@ def options(tmp_path: Path) -> list[str]:
 
 def test_the_rows_of_a_run(tmp_path: Path, options: list[str]) -> None:
     policies = ["rolling:5+map", "frozen", "query-only", "every:2", "write-back"]
+    ceilings = ["map fitted to all", "map fitted to half"]
     csv = tmp_path / "freshness.csv"
     steps = ["--steps", "4", "--every", "2", "--csv", str(csv)]
     assert freshness.main([*options, *steps, "--policies", *policies]) == 0
     rows = read(csv)
     assert [(row["step"], row["provider"]) for row in rows] == [
-        (step, policy) for step in ("2", "4") for policy in policies
+        (step, name) for step in ("2", "4") for name in policies + ceilings
     ]
-    last = {row["provider"]: row for row in rows[-len(policies) :]}
-    encoded = {policy: float(row["n_encoded"]) for policy, row in last.items()}
+    last = {row["provider"]: row for row in rows if row["step"] == "4"}
+    encoded = {policy: float(last[policy]["n_encoded"]) for policy in policies}
     assert encoded.pop("rolling:5+map") >= 20
     assert encoded == {"frozen": 0, "query-only": 0, "every:2": 80, "write-back": 0}
     drift = {policy: float(row["drift"]) for policy, row in last.items()}
     assert drift["every:2"] < 1e-6 < drift["write-back"] < drift["frozen"]
     assert drift["query-only"] < 1e-6
+    assert drift["map fitted to all"] < drift["map fitted to half"] < drift["frozen"]
     assert [last[policy]["oldest"] for policy in ("frozen", "every:2")] == ["4", "0"]
     assert last["every:2"]["overlap@10"] == "1"
 
@@ -56,7 +58,8 @@ def test_the_rows_of_a_run(tmp_path: Path, options: list[str]) -> None:
 def test_staleness_is_that_of_the_refresher(options: list[str]) -> None:
     args = freshness.parse_args([*options, "--policies", "rolling:5+map", "--steps", "8"])
     experiment = freshness.Experiment(args)
-    [(track, row)] = experiment.run()
+    (_, row), *_ = experiment.run()
+    [track] = experiment.tracks
     query_emb = experiment.encode_dev(track.retriever)
     exact = track.refresher.staleness(query_emb, step=8)
     assert track.retriever.vector_map is not None
@@ -70,9 +73,11 @@ def test_staleness_is_that_of_the_refresher(options: list[str]) -> None:
 
 
 def test_recall_and_reciprocal_rank() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    found = freshness.Ranked(scores, torch.tensor([0, 0])).figures()
-    assert found == pytest.approx({"recall@1": 0.5, "recall@5": 1.0, "mrr": 2 / 3})
+    """The right passages are second and first by stored vectors."""
+    stored, fresh = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), torch.eye(3)[:, :2] + 0.1
+    asked, right = torch.tensor([[0.8, 0.6], [0.0, 1.0]]), torch.tensor([0, 2])
+    found = freshness.compare(stored, fresh, asked, right)
+    assert found["recall@1"] == 0.5 and found["recall@5"] == 1.0 and found["mrr"] == 0.75
 
 
 def test_rejects_bad_input(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
