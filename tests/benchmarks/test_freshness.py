@@ -35,13 +35,13 @@ def options(tmp_path: Path) -> list[str]:
 
 def test_the_rows_of_a_run(tmp_path: Path, options: list[str]) -> None:
     policies = ["rolling:5+map", "frozen", "query-only", "every:2", "write-back"]
-    ceilings = ["map fitted to all", "map fitted to half"]
+    others = ["encoded again", "map fitted to all", "map fitted to half"]
     csv = tmp_path / "freshness.csv"
     steps = ["--steps", "4", "--every", "2", "--csv", str(csv)]
     assert freshness.main([*options, *steps, "--policies", *policies]) == 0
     rows = read(csv)
     assert [(row["step"], row["provider"]) for row in rows] == [
-        (step, name) for step in ("2", "4") for name in policies + ceilings
+        (step, name) for step in ("2", "4") for name in policies + others
     ]
     last = {row["provider"]: row for row in rows if row["step"] == "4"}
     encoded = {policy: float(last[policy]["n_encoded"]) for policy in policies}
