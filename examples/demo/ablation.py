@@ -183,7 +183,7 @@ class Row(NamedTuple):
 
 JOINT = f"every:{Settings.refresh}"
 POLICIES = ("frozen", "every:10", "every:30", "every:100")
-POLICIES += ("rolling:32", "drift:0.02", "map", "rolling:32+map")
+POLICIES += ("rolling:32", "drift:0.1", "map", "rolling:32+map")
 TABLES: dict[str, dict[str, Row]] = {
     "retrievers": {
         "frozen BM25": Row(frozen_bm25),
