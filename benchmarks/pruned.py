@@ -1,7 +1,7 @@
 """Time pruned and plain training steps of the demo's model, once its posterior has found its place.
 
     python -m benchmarks.pruned [--n-docs 16] [--plain-docs 16] [--prune 0.01] [--train 200]
-                                [--rounds 5]
+                                [--rounds 5] [--query-side]
 
 The model is the demo's, trained for some steps with pruning. Then plain and pruned steps over the
 same batches take turns. A step is forward, backward and AdamW. CPU time is that of all threads of
@@ -71,7 +71,13 @@ class Trainer:
 
 
 def compare(
-    settings: Settings, plain_docs: int, prune: float, n_train: int, n_rounds: int
+    settings: Settings,
+    prune: float,
+    *,
+    plain_docs: int,
+    n_train: int,
+    n_rounds: int,
+    query_side: bool,
 ) -> list[str]:
     """Return the lines of the report; plain steps have `plain_docs` passages per question."""
     trainer = Trainer(settings)
@@ -80,6 +86,7 @@ def compare(
     for step, batch in enumerate(itertools.islice(batches, n_train), start=1):
         trainer.step(batch)
         trainer.refresher.step(step)
+    model.train_passage_encoder = not query_side
     wall: dict[str, list[float]] = {"plain": [], "pruned": []}
     cpu: dict[str, list[float]] = {"plain": [], "pruned": []}
     read, dropped = [], []
@@ -120,17 +127,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--marginal", choices=("sequence", "token"), default="sequence")
     parser.add_argument("--train", type=int, default=200, help="steps before the comparison")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument(
+        "--query-side", action="store_true", help="time steps without the passage encoder"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     quiet()
     settings = dataclasses.replace(
         Settings(), seed=args.seed, n_docs=args.n_docs, marginal=args.marginal
     )
-    print(
-        "\n".join(
-            compare(settings, args.plain_docs or args.n_docs, args.prune, args.train, args.rounds)
-        )
+    report = compare(
+        settings,
+        args.prune,
+        plain_docs=args.plain_docs or args.n_docs,
+        n_train=args.train,
+        n_rounds=args.rounds,
+        query_side=args.query_side,
     )
+    print("\n".join(report))
     return 0
 
 
