@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fastrag.train import RagTrainer
 from fastrag.train.collapse import CollapseCallback, FreezeCallback, TemperatureCallback, symptoms
 from tests.settings import rag_config
-from tests.tiny import collator, questions, rag_model
+from tests.tiny import collator, encoder, questions, rag_model
 
 HEALTHY = {"top_passage": 0.1, "unique_passages": 400, "prior_entropy": 0.8, "kl": 0.3}
 
@@ -114,3 +115,17 @@ def test_remedies_of_a_run(tmp_path):
 def test_settings_that_contradict(settings, message):
     with pytest.raises(ValueError, match=message):
         rag_config(settings)
+
+
+def test_posterior_encoder_of_a_run_trains_and_is_in_its_checkpoint(tmp_path):
+    model = rag_model(objective="jsa:8", marginal="sequence", posterior_encoder=encoder(seed=3))
+    start = [each.detach().clone() for each in model.posterior_encoder.parameters()]
+    args = TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, max_steps=1, save_steps=1, learning_rate=0.1
+    )
+    RagTrainer(model, args, collator(posterior=True), questions()).train()
+    trained = dict(model.posterior_encoder.named_parameters())
+    assert any(not old.equal(new) for old, new in zip(start, trained.values(), strict=True))
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    for name, parameter in trained.items():
+        assert saved[f"retriever.posterior_encoder.{name}"].equal(parameter), name
