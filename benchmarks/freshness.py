@@ -41,7 +41,7 @@ from benchmarks.harness.timing import OK, Case
 from examples.squad_open import MINILM, find_file, package_folder
 from fastrag import IndexRefresher
 from fastrag.data import Question, RagProcessor, read_passages, read_questions
-from fastrag.freshness import RefreshPolicy, View
+from fastrag.freshness import RefreshPolicy
 from fastrag.freshness.maps import MapFit
 from fastrag.freshness.staleness import drift_of, rank_correlation
 from fastrag.index import FlatIndex, PassageStore
@@ -57,15 +57,6 @@ BATCH = 64  # passages per pass of the encoder where nothing trains
 FIGURES = ["drift", "overlap@10", "rank_correlation", "oldest", "recall@1", "recall@5", "mrr"]
 COSTS = ["n_encoded", "refresh_s", "encode_s", "train_s"]
 COLUMNS_HERE = [*COLUMNS, "step", *FIGURES, *COSTS]
-
-
-class WriteBack(RefreshPolicy, word="write-back"):
-    """Store the vectors that a step has made anyway, and encode no passages."""
-
-    writes_back = True
-
-    def choose(self, view: View) -> None:
-        """Choose nothing."""
 
 
 class Timed:

@@ -5,6 +5,7 @@ every:n     all passages every n steps
 rolling:r   r passages in each step, so that no vector is older than N / r steps
 drift:x     all passages when the mean drift 1 - cos(stored, fresh) exceeds x
 map         nothing, but questions are searched through a running fit of the drift
+write-back  nothing, but the passages that a step has encoded anyway are stored
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastrag.freshness.policies import Frozen, MapSettings, RefreshPolicy, Rows,
 from fastrag.messages import shown
 
 _BLOCK_ROWS = 1 << 16
-__all__ = ["Drift", "Every", "Frozen", "Map", "Rolling"]
+__all__ = ["Drift", "Every", "Frozen", "Map", "Rolling", "WriteBack"]
 
 
 class Every(RefreshPolicy, word="every"):
@@ -49,15 +50,14 @@ class Rolling(RefreshPolicy, word="rolling"):
         cum(h) = number of rows that have to be encoded within h steps,
 
     the smallest number of rows to take in order of age is max_h (cum(h) - r h). The other slots go
-    to the rows that are retrieved most and have drifted furthest. Such slots exist because rows
-    that are written back need no slot of their own.
+    to the rows that are retrieved most and have drifted furthest. Such slots exist with
+    `write-back`, whose rows need no slot of their own.
 
     Args:
         n: r, at least 1.
     """
 
     usage = "rolling:r"
-    writes_back = True
     samples = 4
 
     def __init__(self, n: int) -> None:
@@ -130,7 +130,6 @@ class Drift(RefreshPolicy, word="drift"):
     """
 
     usage = "drift:x"
-    writes_back = True
     samples = 8
 
     def __init__(self, x: float) -> None:
@@ -165,7 +164,6 @@ class Map(RefreshPolicy, word="map"):
     """
 
     usage = "map"
-    writes_back = True
     samples = 8
 
     def __init__(
@@ -199,6 +197,20 @@ class Map(RefreshPolicy, word="map"):
             if ours != default
         ]
         return ":".join([self.word, *written])
+
+
+class WriteBack(RefreshPolicy, word="write-back"):
+    """Store the vectors of the passages that a step has encoded anyway, and encode none for it.
+
+    They are free and fresh, but of the passages that training moves most. Next to older vectors
+    they are found more often, or more rarely, than they should be, and train again.
+    """
+
+    writes_back = True
+
+    def choose(self, view: View) -> Rows:
+        """Choose nothing."""
+        return None
 
 
 def _at_least_one(n: int, of: str, name: str = "n") -> int:

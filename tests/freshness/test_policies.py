@@ -101,7 +101,8 @@ def test_a_sum_and_a_schedule() -> None:
     both, ledger = policy.at(2), RowLedger(5)
     assert torch.equal(both.choose(view(2, ledger)), torch.tensor([0]))  # type: ignore[arg-type]
     assert both.choose(view(3, ledger)) == "all"
-    assert both.writes_back and both.samples == 4 and policy.changes_index
+    assert not both.writes_back and both.samples == 4 and policy.changes_index
+    assert RefreshPolicy.parse("rolling:1+write-back").writes_back
     state = policy.state_dict()
     policy.load_state_dict(state)
     with pytest.raises(ValueError, match="state_dict: expected a state of each of 2-4:"):

@@ -24,7 +24,7 @@ def train(rank: int, folder: str) -> None:
     )
     made = drifting.retriever(questions(40, 8))
     table: Any = made.passage_encoder
-    service = IndexRefresher(made, "rolling:3+map:2")
+    service = IndexRefresher(made, "rolling:3+map:2+write-back")
     draws = torch.Generator().manual_seed(rank)
     for step in range(1, 6):
         before = table.all()

@@ -259,7 +259,7 @@ def test_a_policy_from_outside_trains(tmp_path: Path, trainer: str) -> None:
     torch.testing.assert_close(last, fresh(made)[8:])
 
 
-@pytest.mark.parametrize("policy", ["roll:5", "rolling:3+map:2"])
+@pytest.mark.parametrize("policy", ["roll:5", "rolling:3+map:2+write-back"])
 def test_a_run_resumes_to_the_bit(tmp_path: Path, policy: str) -> None:
     """The checkpoint has the place in the cycle, ages, draws and map; logs have figures."""
 

@@ -40,7 +40,7 @@ def test_passages_that_the_step_encoded_are_written_back() -> None:
     """As made by the weights before the optimiser step; r further rows by those after it."""
     made = drifting.retriever(questions(12, 8))
     table: Any = made.passage_encoder
-    service = IndexRefresher(made, "rolling:2", samples=0)
+    service = IndexRefresher(made, "rolling:2+write-back", samples=0)
     table.vectors.data += 0.3 * questions(12, 8, seed=1)
     before = table.all()
     seen = drifting.step_of(made, ROWS[:, :2], questions(2, 8))  # rows 3, 5, 9
@@ -60,7 +60,7 @@ def test_missing_hits_are_not_written() -> None:
     made = drifting.retriever(questions(12, 8))
     seen = drifting.step_of(made, ROWS.clamp(min=0), questions(2, 8))
     seen = seen._replace(hits=refresher_hits(seen.hits))
-    report = IndexRefresher(made, "rolling:12", samples=0).step(2, seen)
+    report = IndexRefresher(made, "rolling:12+write-back", samples=0).step(2, seen)
     assert report is not None and report.n_written_back == 4
 
 
@@ -78,7 +78,7 @@ def test_vectors_with_dropout_are_not_stored(dropout: float) -> None:
     data = tiny.batch()
     found = made.retriever(data["input_ids"], data["attention_mask"])
     rows = found.hits.rows.unique()
-    report = IndexRefresher(made, "map", samples=0).step(3, found)
+    report = IndexRefresher(made, "map+write-back", samples=0).step(3, found)
     expected = (0, len(rows)) if dropout == 0.0 else (len(rows), 0)
     assert report is not None and (report.n_passages, report.n_written_back) == expected
     fresh = encode_passages(made.passage_encoder, made.passages)[rows]
@@ -203,7 +203,7 @@ def test_a_map_halves_the_lost_overlap_at_equal_encoding() -> None:
 
 
 def test_a_map_touches_no_stored_vector_but_those_of_encoded_rows() -> None:
-    made, service, _ = turned("map:4", n_steps=30)
+    made, service, _ = turned("map:4+write-back", n_steps=30)
     table: Any = made.passage_encoder
     start = drifting.retriever(questions(300, 16)).index.index_emb
     old = service.ledger.encoded_at == 0
@@ -211,6 +211,8 @@ def test_a_map_touches_no_stored_vector_but_those_of_encoded_rows() -> None:
     assert torch.equal(made.index.index_emb[old], start[old])  # type: ignore[attr-defined]
     assert float(drift_of(all_vectors(made), table.all())[old].mean()) < 0.05
     assert float(drift_of(start, table.all())[old].mean()) > 0.1
+    made, _, _ = turned("map:4", n_steps=30)  # alone it stores nothing
+    assert torch.equal(made.index.index_emb, start) and made.vector_map  # type: ignore[attr-defined]
     # A vector is stored so that the map returns it.
     made.write(table.all()[:5], torch.arange(5))
     torch.testing.assert_close(all_vectors(made)[:5], table.all()[:5], rtol=1e-4, atol=1e-4)
