@@ -261,14 +261,21 @@ def typed(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
         found = _parser_of(settings).parse_object(dict(values), defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ValueError(explained(error, settings, given)) from None
+    except OverflowError as error:
+        for name, value in given.items():
+            _require_64_bits(name, value)
+        raise ValueError(f"settings: expected numbers of at most 64 bits: {error}") from None
     for name, value in dotted(found, hints):
         # jsonargparse accepts null for a setting of any type
         nullable = value is not None or types.NoneType in _options(hints[name])
         require(name, nullable, expected(hints[name]), value)
-        if isinstance(value, int):
-            bounded = -(2**63) <= value < 2**63
-            require(name, bounded, "an integer of at most 64 bits", value)
+        _require_64_bits(name, value)
     return found
+
+
+def _require_64_bits(name: str, value: Any) -> None:
+    if isinstance(value, int):
+        require(name, -(2**63) <= value < 2**63, "an integer of at most 64 bits", value)
 
 
 def explained(
