@@ -17,7 +17,9 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         *outer, last = name.split(".")
         section = values
         for each in outer:
-            section = section.setdefault(each, {})
+            if not isinstance(section.get(each), dict):
+                section[each] = {}
+            section = section[each]
         known = section.get(last)
         both = isinstance(known, dict) and isinstance(value, dict)
         section[last] = known | value if both else value

@@ -6,6 +6,7 @@ The settings are the fields of nested dataclasses; jsonargparse converts and che
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
@@ -258,7 +259,9 @@ def typed(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
     hints = dotted_hints(settings)
     given = dict(dotted(values, hints))
     try:
-        found = _parser_of(settings).parse_object(dict(values), defaults=False).as_dict()
+        # The parser changes what it is given.
+        copied = copy.deepcopy(dict(values))
+        found = _parser_of(settings).parse_object(copied, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise ValueError(explained(error, settings, given)) from None
     except OverflowError as error:

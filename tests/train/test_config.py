@@ -322,3 +322,10 @@ def test_resume_may_change_what_is_watched_but_not_what_is_trained() -> None:
             rag_config({name: value}).check_resumes(started, "c.yaml")
     with pytest.raises(ValueError, match=r"training\.weight_decay: expected 0\.0 as in c.yaml"):
         rag_config({"training.weight_decay": 0.1}).check_resumes(started, "c.yaml")
+
+
+def test_settings_are_left_as_they_were() -> None:
+    values = {"training": {"seed": 2}, "training.seed": 1}
+    with pytest.raises(ValueError, match=r"retriever\.question_encoder"):
+        RagConfig.from_dict(values)
+    assert values == {"training": {"seed": 2}, "training.seed": 1}
