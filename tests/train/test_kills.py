@@ -232,7 +232,7 @@ class Run:
             arguments,
             tiny.collator(),
             self.questions,
-            refresh="rolling:2+map",
+            refresh="rolling:2+map+write-back",
         )
         trainer.remove_callback(CurveCallback)  # most of the time of such a short run
         return trainer
