@@ -183,7 +183,7 @@ class Row(NamedTuple):
 
 JOINT = f"every:{Settings.refresh}"
 POLICIES = ("frozen", "every:10", "every:30", "every:100")
-POLICIES += ("rolling:32", "drift:0.1", "map", "rolling:32+map")
+POLICIES += ("sweep:32", "rolling:32", "drift:0.1", "map", "rolling:32+map")
 POLICIES += ("rolling:32+write-back", "map+write-back", "rolling:32+map+write-back")
 TABLES: dict[str, dict[str, Row]] = {
     "retrievers": {

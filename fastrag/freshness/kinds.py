@@ -3,6 +3,7 @@
 frozen      nothing, as in Lewis et al. 2020, who train only the question encoder
 every:n     all passages every n steps
 rolling:r   r passages in each step, so that no vector is older than N / r steps
+sweep:r     all passages with the same weights, r in each step
 drift:x     all passages when the mean drift 1 - cos(stored, fresh) exceeds x
 map         nothing, but questions are searched through a running fit of the drift
 write-back  nothing, but the passages that a step has encoded anyway are stored
@@ -20,7 +21,7 @@ from fastrag.freshness.policies import Frozen, MapSettings, RefreshPolicy, Rows,
 from fastrag.messages import shown
 
 _BLOCK_ROWS = 1 << 16
-__all__ = ["Drift", "Every", "Frozen", "Map", "Rolling", "WriteBack"]
+__all__ = ["Drift", "Every", "Frozen", "Map", "Rolling", "Sweep", "WriteBack"]
 
 
 class Every(RefreshPolicy, word="every"):
@@ -118,6 +119,29 @@ def _first(mask: Tensor, n: int) -> Tensor:
 
 def _highest_first(places: Tensor, priority: Tensor) -> Tensor:
     return places[priority[places].argsort(descending=True, stable=True)]
+
+
+class Sweep(RefreshPolicy, word="sweep"):
+    """Encode all passages with one copy of the weights, r in each step, and store them together.
+
+    All vectors have the same age, between P = ceil(N / r) and 2 P steps, once the first sweep is
+    complete. Unlike `every`, no step takes longer than the others; unlike with `rolling`, vectors
+    of different weights are never compared.
+
+    Args:
+        n: r, at least 1.
+    """
+
+    usage = "sweep:r"
+    samples = 4
+
+    def __init__(self, n: int) -> None:
+        self.n = _at_least_one(n, "passage")
+        self.sweep = self.n
+
+    def choose(self, view: View) -> Rows:
+        """Choose all passages, as soon as they have been stored."""
+        return "all" if view.oldest < view.step else None
 
 
 class Drift(RefreshPolicy, word="drift"):

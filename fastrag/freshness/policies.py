@@ -83,6 +83,7 @@ class RefreshPolicy(abc.ABC):
             checksum of the index instead of a copy.
         observes: whether the policy needs to know what was retrieved.
         writes_back: whether passages that a step has encoded anyway are written into the index.
+        sweep: number of passages that are encoded in each step if all are chosen; 0: all at once.
         samples: number of passages drawn uniformly and encoded in each step to measure drift.
         map: how to fit the map through which questions are searched; None: no map.
 
@@ -99,6 +100,7 @@ class RefreshPolicy(abc.ABC):
     changes_index: bool = True
     observes: bool = True
     writes_back: bool = False
+    sweep: int = 0
     samples: int = 0
     map: MapSettings | None = None
     n: int
@@ -208,6 +210,7 @@ class Together(RefreshPolicy):
         self.changes_index = any(each.changes_index for each in self.parts)
         self.observes = any(each.observes for each in self.parts)
         self.writes_back = any(each.writes_back for each in self.parts)
+        self.sweep = max(each.sweep for each in self.parts)
         self.samples = max(each.samples for each in self.parts)
         self.map: MapSettings | None = next((each.map for each in self.parts if each.map), None)
 

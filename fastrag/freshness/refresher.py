@@ -24,7 +24,9 @@ from fastrag.freshness.staleness import (
     drift_of,
     measure,
 )
+from fastrag.freshness.sweep import SweepLane
 from fastrag.freshness.worker import WorkerLane
+from fastrag.index.encoding import encode_passages
 from fastrag.messages import shown
 from fastrag.profiling import stage
 
@@ -122,6 +124,7 @@ class IndexRefresher:
         self._draws = torch.Generator().manual_seed(seed)
         self._lane: Lane | None = None
         self._of: Any = None  # encoder of the lane
+        self._sweep: Mapping[str, Any] | None = None  # of a loaded state, until there is a lane
         # Of the rows under way: those that go into the index, and those that were drawn uniformly.
         self._job: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._fit: MapFit | None = None
@@ -351,6 +354,7 @@ class IndexRefresher:
                 "map": None if vector_map is None else vector_map.state_dict(),
             },
             "draws": self._draws.get_state(),
+            "sweep": self._lane.state_dict() if isinstance(self._lane, SweepLane) else self._sweep,
             "version": self._version,
         }
 
@@ -392,6 +396,9 @@ class IndexRefresher:
             base, fit, vector_map = self._map_of(state_dict["map"])
             draws = torch.Generator()
             draws.set_state(state_dict["draws"])
+            sweep = state_dict["sweep"]
+            if not (sweep is None or isinstance(sweep, Mapping)):
+                raise ValueError(f"sweep: expected a mapping or None, got {shown(sweep)}")
         except (TypeError, RuntimeError, KeyError) as error:
             raise ValueError(f"state_dict: expected the state of a refresher: {error}") from error
         except ValueError as error:
@@ -400,6 +407,9 @@ class IndexRefresher:
         self.refreshed_at, self._version = refreshed_at, version
         self.ledger, self.estimate, self._draws = ledger, estimate, draws
         self._base, self._fit, self.retriever.vector_map = base, fit, vector_map
+        if self._lane is not None:
+            self._lane.close()
+        self._lane, self._sweep = None, sweep
 
     def _map_of(self, state: Any) -> tuple[int, MapFit | None, VectorMap | None]:
         base, fit_state, map_state = state["base"], state["fit"], state["map"]
@@ -441,18 +451,24 @@ class IndexRefresher:
     ) -> Refresh | None:
         """Ask the policy, encode, and write; nothing is changed before all of it is encoded."""
         none = seen.rows[:0]
+        lane = self._lane_for(encoder, policy)
         report, parts = self._finished(step)
         if seen.fresh is not None:
             no = torch.zeros_like(seen.rows, dtype=torch.bool)
             parts.append(Fresh(seen.rows, seen.fresh, step - 1, no | policy.writes_back, no))
-        lane = self._lane_for(encoder)
+        if isinstance(lane, SweepLane) and samples:
+            drawn = self._draw(samples)
+            vectors = encode_passages(encoder, self.retriever.passages, self.batch_size, rows=drawn)
+            no = torch.zeros_like(drawn, dtype=torch.bool)
+            parts.append(Fresh(drawn, vectors, step, no, ~no))
+            samples = 0
         if not lane.busy:
             removed = self._removed()
             drift = self.estimate.mean(self.ledger, step, removed) if samples else None
             with self.ledger.assuming([(each.rows[each.write], each.step) for each in parts]):
                 chosen = policy.choose(View(step, self.ledger, seen.rows, removed, drift))
             if isinstance(chosen, str):
-                if not isinstance(lane, WorkerLane):
+                if not isinstance(lane, SweepLane | WorkerLane):
                     return self._refresh(step, None, encoder)
                 lane.submit(encoder, None, step)
             else:
@@ -574,12 +590,18 @@ class IndexRefresher:
 
     # ---- small things --------------------------------------------------------------------------
 
-    def _lane_for(self, encoder: PassageEncoder) -> Lane:
-        if self._lane is None or self._of is not encoder:
+    def _lane_for(self, encoder: PassageEncoder, policy: RefreshPolicy) -> Lane:
+        sweep = self._lane.n if isinstance(self._lane, SweepLane) else 0
+        if self._lane is None or self._of is not encoder or sweep != policy.sweep:
             if self._lane is not None:
                 self._lane.close()
             given = (self.retriever.passages, self.batch_size, self.retriever.index.dim)
             if self.worker is not None:
+                if policy.sweep:
+                    raise ValueError(
+                        f"worker: expected None with {policy}, which encodes in each step, got "
+                        f"{self.worker}"
+                    )
                 if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                     raise ValueError(
                         "worker: expected None with several training processes, whose indexes "
@@ -588,6 +610,10 @@ class IndexRefresher:
                 self._lane = WorkerLane(*given, self.worker)
             else:
                 self._lane = lane_of(*given, encoder)
+            if policy.sweep:
+                swept = SweepLane(given[0], given[2], policy.sweep, self._lane)
+                swept.load_state_dict(self._sweep, encoder)
+                self._lane, self._sweep = swept, None
             self._of = encoder
         return self._lane
 
