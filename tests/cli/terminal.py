@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -63,6 +64,7 @@ class Terminal:
         if self.process == 0:
             _resize(0)
             os.chdir(folder)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
             state = {"TERM": "xterm", "XDG_STATE_HOME": str(folder / "state")}
             os.execve(command[0], command, environment | state)
         self.printed = ""
