@@ -174,7 +174,8 @@ class Retriever(nn.Module):
         elif name == "index":
             _require("index", value, "search", "an Index, such as FlatIndex or Index.load gives")
             self._check_width(value)
-            super().__setattr__("vector_map", None)  # it was fitted to the index before
+            if value is not self.__dict__.get("index"):
+                self.vector_map = None  # it was fitted to the index before
         elif name == "passages":
             _require("passages", value, "gather", "a PassageStore")
         super().__setattr__(name, value)

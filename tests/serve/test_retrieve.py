@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -208,3 +209,7 @@ def test_an_index_is_searched_through_the_map_of_its_run(parts: Path) -> None:
     served.retriever.vector_map = VectorMap(-torch.eye(dim), torch.zeros(dim))
     after = [each.id for each in served.search(["ada"], n)[0].passages]
     assert before == after[::-1] and before[0] != after[0]
+    served.retriever.index = served.index  # the same, as for each answer
+    assert served.retriever.vector_map is not None
+    served.retriever.index = copy.deepcopy(served.index)
+    assert served.retriever.vector_map is None
