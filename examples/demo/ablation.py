@@ -174,7 +174,7 @@ def query_side(start: Path, marginal: str) -> RagModel:
 
 
 class Row(NamedTuple):
-    """What makes the model of a row, the loss that trains it, and the policy of its index."""
+    """A row of a table: how its model is made, its loss, and the refresh policy of its index."""
 
     make: Callable[[Path, str], RagModel]
     marginal: str = "sequence"

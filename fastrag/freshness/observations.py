@@ -1,4 +1,4 @@
-"""What a training step shows about the index for nothing: rows, their fresh vectors, questions."""
+"""Observations of a training step: rows, their fresh vectors and the questions, at no cost."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _RANGE = re.compile(r"\s*([0-9]{1,18})\s*-\s*([0-9]{0,18})\s*:")
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may know when it chooses.
+    """State of the index that a policy is given when it chooses.
 
     Attributes:
         step: number of optimiser steps done.

@@ -125,7 +125,7 @@ class IndexRefresher:
         self._lane: Lane | None = None
         self._of: Any = None  # encoder of the lane
         self._sweep: Mapping[str, Any] | None = None  # of a loaded state, until there is a lane
-        # Of the rows under way: those that go into the index, and those that were drawn uniformly.
+        # Masks of the rows being encoded: those to be written, and those that were drawn uniformly.
         self._job: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
         self._fit: MapFit | None = None
         self._base = 0  # step at which the map was last the identity
@@ -225,8 +225,7 @@ class IndexRefresher:
         Args:
             step: number of optimiser steps done.
         """
-        if self._lane is not None:
-            self._lane.close()
+        self.close()
         self.ledger.grow(len(self.retriever.index), 0)
         old = (self.ledger.encoded_at < step).nonzero()[:, 0]
         if len(old) == len(self.ledger):
@@ -238,8 +237,7 @@ class IndexRefresher:
 
     def restart(self, step: int) -> None:
         """Count all vectors as made by the present weights, as after loading another index."""
-        if self._lane is not None:
-            self._lane.close()
+        self.close()
         self._fold(step)
         self.ledger = RowLedger(len(self.retriever.index))
         self._wrote(None, step)
@@ -257,7 +255,8 @@ class IndexRefresher:
                 self._commit(parts[0].step, parts, nothing)
 
     def close(self) -> None:
-        """End the worker, if there is one."""
+        """Give up vectors that are under way, and end the worker if there is one."""
+        self._sweep = None
         if self._lane is not None:
             self._lane.close()
 
@@ -407,8 +406,7 @@ class IndexRefresher:
         self.refreshed_at, self._version = refreshed_at, version
         self.ledger, self.estimate, self._draws = ledger, estimate, draws
         self._base, self._fit, self.retriever.vector_map = base, fit, vector_map
-        if self._lane is not None:
-            self._lane.close()
+        self.close()
         self._lane, self._sweep = None, sweep
 
     def _map_of(self, state: Any) -> tuple[int, MapFit | None, VectorMap | None]:

@@ -120,7 +120,7 @@ class Unfinished:
         Raises:
             OSError: the system refuses; the old target stays, and the next write continues.
         """
-        # What a write of a folder in `data` left that was killed after its last step.
+        # A write of a folder in `data` that was killed after its last step leaves these behind.
         for each in self.data.glob(".*.partial"):
             shutil.rmtree(each)
         folders.commit(self.data, self._target)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fastrag.nn import RagModel
     from fastrag.nn.retriever import Retriever
 
-# Of the questions of a window, the share that may retrieve one passage. Above half of them, the
-# passage answers few of them, unless most questions are about one passage.
+# Largest share of a window's questions that may retrieve one passage. A passage that more than half
+# of them retrieve answers few of them, unless most questions are about it.
 MOST_SHARED = 0.5
 # Fewest questions of a window to judge it by.
 _FEWEST_QUESTIONS = 32
@@ -73,7 +73,7 @@ def symptoms(figures: Mapping[str, float], n_docs: int, n_questions: int) -> lis
     if n_questions < _FEWEST_QUESTIONS:
         return []
     found = []
-    # Of few passages any retriever returns some to most questions: K of them to each.
+    # With few passages, any retriever returns some of them to most questions.
     if (
         figures["top_passage"] > MOST_SHARED
         and figures["unique_passages"] * 4 < n_questions * n_docs

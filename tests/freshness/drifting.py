@@ -54,7 +54,7 @@ def retriever(vectors: Tensor, dtype: str = "float32") -> Retriever:
 
 
 def step_of(made: Retriever, rows: Tensor, questions: Tensor) -> Retrieved:
-    """What a training step returns that scores given rows `[B, K]`."""
+    """Return the result of a training step that scores the given rows `[B, K]`."""
     fresh = made.passage_encoder(rows.reshape(-1, 1), None).unflatten(0, rows.shape)  # type: ignore[misc]
     stored = made.vectors(rows)
     scores = torch.einsum("bd,bkd->bk", questions, fresh)

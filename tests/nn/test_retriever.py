@@ -135,7 +135,7 @@ def test_explored_hits_keep_rows_scores_and_vectors_together():
 
 
 def test_candidates_are_chosen_by_fresh_scores():
-    """Of all passages: as if the index were fresh. The gradient is that of the K alone."""
+    """With all passages as candidates, the K are those of a fresh index; they alone train."""
     model = rag_model(train_passage_encoder=True)
     with torch.no_grad():
         for parameter in model.passage_encoder.parameters():

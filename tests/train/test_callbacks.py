@@ -141,7 +141,7 @@ def test_the_line_of_an_evaluation_has_no_raw_keys(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_refresher_gets_the_step_and_what_was_retrieved() -> None:
-    """Of training steps only, and only while training; its figures get into the log."""
+    """It observes training steps only, and adds its figures to the log."""
     model, seen = tiny.rag_model(train_passage_encoder=True), []
 
     class Refresher(IndexRefresher):

@@ -1,4 +1,4 @@
-"""What is said about a collapsing retriever, and what the remedies do."""
+"""The warnings about a collapsing retriever, and the effects of the remedies."""
 
 from __future__ import annotations
 
