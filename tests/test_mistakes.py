@@ -37,7 +37,7 @@ def test_a_mistake_is_found(mistake: Mistake, tmp_path: Path) -> None:
     spoilt = tmp_path / mistake.file
     source = spoilt.read_text(encoding="utf-8")
     spoilt.write_text(source.replace(mistake.right, mistake.wrong), encoding="utf-8")
-    options = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+    options = ("-x", "-q", "-p", "no:cacheprovider", "--timeout=300", "-m", "not slow and not gpu")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *mistake.tests.split()],
         cwd=tmp_path,

@@ -7,7 +7,6 @@ import functools
 import gc
 import re
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from fastrag import FaissIndex, FlatIndex
 from fastrag.index import Index, faiss_index, faiss_support, storage
 from tests import tiny
+from tests.threads import repeated
 
 faiss = pytest.importorskip("faiss")
 
@@ -478,28 +478,22 @@ def test_searches_beside_changes() -> None:
     index = FaissIndex(DIM, "IVF2,Flat", parameters="nprobe=2")
     noise = vectors(500) * 1e-6
     index.add(noise)
-    stop, torn, seen = threading.Event(), [], set()
+    torn, seen = [], set()
 
     def search() -> None:
-        while not stop.is_set():
-            scores, _ = index.search(torch.ones(1, DIM), 500)
-            values = {round(value, 2) for value in scores[0].tolist()}
-            seen.update(values)
-            if len(values) != 1:
-                torn.append(values)
+        scores, _ = index.search(torch.ones(1, DIM), 500)
+        values = {round(value, 2) for value in scores[0].tolist()}
+        seen.update(values)
+        if len(values) != 1:
+            torn.append(values)
 
-    threads = [threading.Thread(target=search) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for step in range(12):
-        fresh = noise + step % 2
-        if step % 3:
-            index.update(torch.arange(500), fresh)
-        else:
-            index.replace(fresh)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with repeated(search, threads=2):
+        for step in range(12):
+            fresh = noise + step % 2
+            if step % 3:
+                index.update(torch.arange(500), fresh)
+            else:
+                index.replace(fresh)
     assert not torn and seen and seen <= {0.0, 16.0}
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrag.index import FlatIndex
+from tests.threads import repeated
 
 INF = float("inf")
 NOT_HERE = "cuda:99"
@@ -289,27 +290,21 @@ def test_searches_beside_updates_see_old_or_new_rows(dtype):
     index = FlatIndex(dim, dtype)
     index.add(torch.zeros(n, dim))
     rows, query = torch.arange(n), torch.ones(1, dim)
-    stop, torn, seen = threading.Event(), [], set()
+    torn, seen = [], set()
 
     def search():
-        while not stop.is_set():
-            values = index.search(query, n).scores[0].unique().tolist()
-            seen.update(values)
-            if len(values) != 1:
-                torn.append(values)
+        values = index.search(query, n).scores[0].unique().tolist()
+        seen.update(values)
+        if len(values) != 1:
+            torn.append(values)
 
-    threads = [threading.Thread(target=search) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for step in range(60):
-        fresh = torch.full((n, dim), float(step % 2))
-        if step % 10 == 0:
-            index.replace(fresh)
-        else:
-            index.update(rows, fresh)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with repeated(search, threads=3):
+        for step in range(60):
+            fresh = torch.full((n, dim), float(step % 2))
+            if step % 10 == 0:
+                index.replace(fresh)
+            else:
+                index.update(rows, fresh)
     assert not torn and seen <= {0.0, float(dim)} and seen
 
 

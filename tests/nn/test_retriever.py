@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fastrag import functional
 from fastrag.index import FlatIndex, Hits, Index
 from fastrag.nn import Retriever
+from tests.threads import repeated
 from tests.tiny import batch, encoder, rag_model, store
 
 N = 12
@@ -58,17 +58,13 @@ def test_another_thread_may_update_all_the_time(rows):
     torch.manual_seed(0)
     model = rag_model(tau=0.5)
     versions = {model.index.version: model.index.vectors(torch.arange(N))}
-    stop = threading.Event()
 
-    def churn() -> None:
-        while not stop.is_set():
-            vectors = torch.randn(N, model.index.dim)
-            versions[model.index.version + 1] = vectors  # known before any step can meet it
-            model.index.update(torch.arange(N), vectors)
+    def change() -> None:
+        vectors = torch.randn(N, model.index.dim)
+        versions[model.index.version + 1] = vectors  # known before any step can meet it
+        model.index.update(torch.arange(N), vectors)
 
-    writer = threading.Thread(target=churn)
-    writer.start()
-    try:
+    with repeated(change):
         for _ in range(50):
             retrieved = model.retriever(batch()["input_ids"], batch()["attention_mask"], rows)
             query, hits = retrieved.query_emb, retrieved.hits
@@ -77,9 +73,6 @@ def test_another_thread_may_update_all_the_time(rows):
             torch.testing.assert_close(found, hits.vectors.sum(1) / 0.5)
             torch.testing.assert_close(hits.scores, retrieved.doc_scores.detach() * 0.5)
             assert torch.equal(hits.vectors, versions[hits.version][hits.rows] * present)
-    finally:
-        stop.set()
-        writer.join()
 
 
 def test_given_rows_are_scored_once_and_their_version_is_that_of_their_vectors(monkeypatch):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +18,7 @@ from fastrag.serve.service import Abandoned
 from fastrag.serve.source import Served
 from tests import tiny
 from tests.serve.live import Live
+from tests.threads import until
 
 
 def model_of(live: Live) -> RagModel:
@@ -34,13 +34,6 @@ def events(text: str) -> list[tuple[str, Any]]:
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         found.append((fields.get("event", "message"), json.loads(fields["data"])))
     return found
-
-
-def until(condition: Any) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from fastrag.serve.service import Service
 from fastrag.serve.source import Served, Source
 from tests import tiny
 from tests.serve.live import save_index, serving
+from tests.threads import repeated, until
 
 
 @pytest.fixture
@@ -36,31 +34,19 @@ def test_no_request_is_dropped_while_an_index_is_swapped(folder: Path) -> None:
     backwards = identity().flip(0)
     query = torch.eye(16)[0].tolist()
     seen: list[Any] = []
-    stop = threading.Event()
 
     with serving(Source(index=str(folder / "idx")), reload_every=0.02, max_wait=0.001) as live:
 
         def ask() -> None:
-            while not stop.is_set():
-                status, answer = live.post(
-                    "/retrieve", queries=[query] * 3, topk=1, return_scores=True
-                )
-                seen.append((status, [found[0]["document"]["id"] for found in answer["result"]]))
+            status, answer = live.post("/retrieve", queries=[query] * 3, topk=1, return_scores=True)
+            seen.append((status, [found[0]["document"]["id"] for found in answer["result"]]))
 
-        with ThreadPoolExecutor(4) as threads:
-            asking = [threads.submit(ask) for _ in range(4)]
-            for turn in range(2):
-                n = len(seen)
-                while len(seen) < n + 8:
-                    time.sleep(0.001)
-                save_index(folder / "idx", backwards if turn % 2 == 0 else identity())
-                expected = ["p11"] * 3 if turn % 2 == 0 else ["p0"] * 3
-                while seen[-1][1] != expected:
-                    assert not any(each.done() for each in asking)
-                    time.sleep(0.001)
-            stop.set()
-            for each in asking:
-                each.result(60)
+        with repeated(ask, threads=4):
+            for vectors, first in ((backwards, "p11"), (identity(), "p0")):
+                n = len(seen) + 8
+                until(lambda n=n: len(seen) >= n)
+                save_index(folder / "idx", vectors)
+                until(lambda first=first: seen[-1][1] == [first] * 3)
         assert {status for status, _ in seen} == {200}
         assert {tuple(ids) for _, ids in seen} == {("p0",) * 3, ("p11",) * 3}
         assert live.metric('fastrag_index_reloads_total{result="ok"}') >= 2
