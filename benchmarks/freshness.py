@@ -10,11 +10,13 @@ passages of the other questions of the batch (as in ANCE, Xiong et al. 2021).
 The encoders train once. Each policy keeps an index of its own for them, so that all indexes are
 compared at the same weights. The training searches the index of the first policy. `query-only` has
 a question encoder of its own, which trains against vectors that never change. `write-back` stores
-the vectors that a step makes anyway, and is the control of `map`, which also does so.
+the vectors that a step makes anyway.
 
 Figures are measured with dev questions against all passages, encoded by the present weights. Three
 further rows are those fresh vectors, and how far any linear map of the first vectors can go: fitted
 to all fresh vectors, or to those of half the passages and applied to the other half.
+`--reader DIR` names a saved model, for example that of `examples/squad_open.py`. Its generator, the
+same for all policies, answers each dev question from the first passage that a policy finds: `em`.
 Seconds are CPU time of the process, which does not depend on what else the machine does.
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,20 +44,21 @@ from benchmarks.harness.timing import OK, Case
 from examples.squad_open import MINILM, find_file, package_folder
 from fastrag import IndexRefresher
 from fastrag.data import Question, RagProcessor, read_passages, read_questions
+from fastrag.eval import evaluate
 from fastrag.freshness import RefreshPolicy
 from fastrag.freshness.maps import MapFit
 from fastrag.freshness.staleness import drift_of, rank_correlation
-from fastrag.index import FlatIndex, PassageStore
+from fastrag.index import FlatIndex, Hits, PassageStore
 from fastrag.index.encoding import encode_passages
-from fastrag.nn import Retriever, TextEncoder
+from fastrag.nn import RagModel, Retriever, TextEncoder
 from fastrag.nn.contrastive import in_batch_nll
 
 QUERY_ONLY = "query-only"
-POLICIES = ["rolling:42+map", "rolling:42", "frozen", QUERY_ONLY, "every:40", "drift:0.02", "map"]
-POLICIES += ["write-back"]
+POLICIES = ["rolling:42+map", "rolling:42", "sweep:42", "sweep:42+map", "frozen", QUERY_ONLY]
+POLICIES += ["every:40", "drift:0.02", "map", "write-back"]
 N_OVERLAP = 10
 BATCH = 64  # passages per pass of the encoder where nothing trains
-FIGURES = ["drift", "overlap@10", "rank_correlation", "oldest", "recall@1", "recall@5", "mrr"]
+FIGURES = ["drift", "overlap@10", "rank_correlation", "oldest", "recall@1", "recall@5", "mrr", "em"]
 COSTS = ["n_encoded", "refresh_s", "encode_s", "train_s"]
 COLUMNS_HERE = [*COLUMNS, "step", *FIGURES, *COSTS]
 
@@ -104,6 +108,48 @@ class Track:
         """Let the policy act after a step."""
         with clock(self.costs, "refresh_s"):
             self.refresher.step(step, found, self.encoder)
+
+
+class Answers:
+    """Exact match of a generator that reads one passage for each question.
+
+    Each pair of question and passage is answered once, whatever number of policies finds it.
+
+    Args:
+        folder: a saved `RagModel` that has the same passages.
+        questions: the questions.
+        ids: the id of the passage of each row that `exact_match` gets.
+    """
+
+    def __init__(self, folder: Path, questions: Sequence[Question], ids: Sequence[str]) -> None:
+        self.model = RagModel.from_pretrained(folder)
+        self.passages = self.model.passages
+        self.questions = questions
+        self.rows = torch.tensor([self.passages.row_of(id) for id in ids])
+        self.first: dict[str, int] = {}  # question id -> row to read
+        self.scores: dict[tuple[str, int], float] = {}
+
+    def exact_match(self, first: Tensor) -> float:
+        """Return the mean over the questions, each answered from row `first[i]`, `[B]`."""
+        rows = self.rows[first].tolist()
+        self.first = {asked.id: row for asked, row in zip(self.questions, rows, strict=True)}
+        new = [asked for asked in self.questions if self._key(asked) not in self.scores]
+        if new:
+            found = evaluate(
+                self.model, new, retriever=self, n_docs=1, ks=(1,), max_new_tokens=16, loss=False
+            )
+            for asked, each in zip(new, found.predictions, strict=True):
+                self.scores[self._key(asked)] = each.exact_match
+        return statistics.fmean(self.scores[self._key(asked)] for asked in self.questions)
+
+    def __call__(self, questions: Sequence[Question], k: int) -> Hits:
+        """Return the chosen passage of each question and none besides, as a retriever does."""
+        rows = torch.full((len(questions), k), -1)
+        rows[:, 0] = torch.tensor([self.first[asked.id] for asked in questions])
+        return Hits(torch.where(rows < 0, -torch.inf, 0.0), rows, None, version=0)
+
+    def _key(self, asked: Question) -> tuple[str, int]:
+        return asked.id, self.first[asked.id]
 
 
 @torch.no_grad()
@@ -171,6 +217,9 @@ class Experiment:
         self.right = self.rows_of(self.dev)[:, 0]
         self.alone = encoders[2]  # question encoder of `query-only`
         self.tracks = [self.track(policy, *encoders[:2]) for policy in args.policies]
+        self.answers = None
+        if args.reader is not None:
+            self.answers = Answers(args.reader, self.dev, self.store.ids)
         self.lead = next((each for each in self.tracks if each.policy != QUERY_ONLY), None)
 
     def questions(self, name: str) -> list[Question]:
@@ -251,13 +300,21 @@ class Experiment:
             given = (fresh, query_emb)
             if track.policy == QUERY_ONLY:
                 given = (self.start, self.encode_dev(track.retriever))
-            values = compare(track.retriever.vectors(everything), *given, self.right)
+            stored = track.retriever.vectors(everything)
+            values = compare(stored, *given, self.right) | self.em(stored, given[1])
             values["oldest"] = float(track.refresher.ledger.ages(step).max())
             yield track.policy, row_values(step, values | track.costs)
         if self.lead is not None:
             for name, vectors in {"encoded again": fresh, **ceilings(self.start, fresh)}.items():
                 values = compare(vectors, fresh, query_emb, self.right)
+                values |= self.em(vectors, query_emb)
                 yield name, row_values(step, values)
+
+    def em(self, stored: Tensor, query_emb: Tensor) -> dict[str, float]:
+        """Return the exact match of the first passages by these vectors, if there is a reader."""
+        if self.answers is None:
+            return {}
+        return {"em": self.answers.exact_match((query_emb @ stored.T).argmax(1))}
 
     @torch.no_grad()
     def encode_dev(self, retriever: Retriever) -> Tensor:
@@ -276,6 +333,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--data", type=Path, required=True, help="folder with passages, train and dev")
     option("--encoder", type=Path, help="folder of the pretrained encoder; default: MiniLM")
+    option("--reader", type=Path, help="folder of a saved model whose generator answers")
     option("--policies", nargs="+", default=POLICIES, help=f"default: {' '.join(POLICIES)}")
     option("--steps", type=at_least_one, default=50)
     option("--every", type=at_least_one, default=25, help="steps between measurements")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 
 from benchmarks import freshness, serve_load
 from benchmarks.harness.results import read
+from fastrag.data import Question
+from fastrag.eval import exact_match
+from tests import tiny
 
 N = 40
 
@@ -70,6 +74,35 @@ def test_staleness_is_that_of_the_refresher(options: list[str]) -> None:
         ("oldest", exact.oldest),
     ):
         assert float(row[name]) == pytest.approx(expected, rel=1e-3), name
+
+
+def test_a_pair_of_question_and_passage_is_answered_once(tmp_path: Path) -> None:
+    """Rows are those of `ids`, in whatever order the model has the passages."""
+    model = tiny.rag_model().eval()
+    model.save_pretrained(tmp_path, include_index=True)
+    ids = list(model.passages.ids)[::-1]
+    asked = [Question(f"q{i}", name, answers=("none",)) for i, name in enumerate(tiny.NAMES[:4])]
+    batch = model.processor.collate(asked)
+    read = []
+
+    def answered(first: list[int]) -> list[str]:
+        """The texts that the model's own `generate` makes from these passages of `ids`."""
+        rows = torch.tensor([[len(ids) - 1 - row] for row in first])
+        found = model.generate(**batch, rows=rows, n_docs=1, max_new_tokens=16)
+        return model.processor.generator_tokenizer.batch_decode(
+            found.sequences, skip_special_tokens=True
+        )
+
+    truth = answered([3, 3, 5, 7])
+    asked = [dataclasses.replace(q, answers=(text,)) for q, text in zip(asked, truth, strict=True)]
+    answers = freshness.Answers(tmp_path, asked, ids)
+    generate = answers.model.generate
+    answers.model.generate = lambda **given: read.append(len(given["rows"])) or generate(**given)
+    assert answers.exact_match(torch.tensor([3, 3, 5, 7])) == 1.0
+    other = answered([3, 4, 5, 7])
+    expected = sum(exact_match(a, (b,)) for a, b in zip(other, truth, strict=True)) / 4
+    assert answers.exact_match(torch.tensor([3, 4, 5, 7])) == expected
+    assert read == [4, 1]
 
 
 def test_recall_and_reciprocal_rank() -> None:
