@@ -24,7 +24,8 @@ that are no multiples of a period. Recall is measured twice: with the index as t
 (*stale*), and with all passages encoded again, as a saved model has them; EM with the latter.
 
 Every finished row is a file under `<out>/rows`; a second call makes the missing ones only.
-`table.json` and `table.md` hold the means.
+`table.json` and `table.md` hold the means, `intervals.svg` of `--table freshness` those of the
+rebuilds over the steps between two of them.
 """
 
 from __future__ import annotations
@@ -92,6 +93,12 @@ FIGURES["freshness"] = {
     "refresh_share": ("refresh", ".1%"),
     "train_cpu_seconds": ("CPU s", ".0f"),
     "train_seconds": ("wall s", ".0f"),
+}
+CURVES = {  # of the figure, and their colours
+    "em_after": "#0072B2",
+    "recall@1_after": "#009E73",
+    "recall@1_stale": "#E69F00",
+    "overlap": "#8C8C8C",
 }
 PROBE_STEPS = 37  # coprime to the periods, so that vectors of all ages are measured
 PROBE_QUESTIONS = 100
@@ -182,7 +189,7 @@ class Row(NamedTuple):
 
 
 JOINT = f"every:{Settings.refresh}"
-POLICIES = ("frozen", "every:10", "every:30", "every:100")
+POLICIES = ("frozen", "every:3", "every:10", "every:30", "every:100")
 POLICIES += ("sweep:32", "rolling:32", "drift:0.1", "map", "rolling:32+map")
 POLICIES += ("rolling:32+write-back", "map+write-back", "rolling:32+map+write-back")
 TABLES: dict[str, dict[str, Row]] = {
@@ -423,6 +430,28 @@ def markdown(entries: Sequence[dict[str, Any]], steps: int, table: str = "retrie
     return "\n".join(lines) + "\n"
 
 
+def plot_intervals(entries: Sequence[dict[str, Any]], steps: int, path: Path) -> None:
+    """Draw what an older index costs: the rows `every:n` over n, `frozen` as one of all steps."""
+    from matplotlib.figure import Figure
+
+    names = {f"every:{n}": n for n in range(1, steps)} | {"frozen": steps}
+    rebuilt = {names[entry["row"]]: entry for entry in entries if entry["row"] in names}
+    x = sorted(rebuilt)
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in CURVES.items():
+        mean, least, most = ([rebuilt[n][name][key] for n in x] for key in ("mean", "min", "max"))
+        label, _ = FIGURES["freshness"][name]
+        axes.plot(x, mean, marker="o", label=label, color=colour)
+        axes.vlines(x, least, most, color=colour)
+    axes.set(xscale="log", xlabel="steps between two rebuilds of the index", ylim=(0, 1.03))
+    axes.set_xticks(x, list(map(str, x)))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def slug(row: str) -> str:
     """The name of a row in file names."""
     return re.sub(r"[^\w.+]+", "-", row)
@@ -498,6 +527,8 @@ def make_all(out: Path, table: str, seeds: Sequence[int], settings: Settings, wo
     text = markdown(entries, steps, table)
     (out / "table.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(text, encoding="utf-8")
+    if table == "freshness":
+        plot_intervals(entries, steps, out / "intervals.svg")
     print(text)
 
 

@@ -256,6 +256,20 @@ def test_ablation_table(table: str, row: str) -> None:
     assert f"| {row} | 0.500 |" in ablation.markdown([entry], 10, table)
 
 
+def test_the_curve_of_rebuilds(tmp_path: Path) -> None:
+    figures = ablation.FIGURES["freshness"]
+    rows = [
+        dict.fromkeys(figures, value) | {"row": row, "seed": 0}
+        for row, value in (("every:10", 0.9), ("frozen", 0.5), ("rolling:32", 0.3))
+    ]
+    entries = ablation.summarise(rows, "freshness")
+    ablation.plot_intervals(entries, 200, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for tick in ("10", "200"):
+        assert f"<!-- {tick} -->" in text
+    assert "<!-- 0 -->" not in text and text.count("<!-- EM -->") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["frozen", "rolling:32+map"])
 def test_a_row_of_the_freshness_table(
