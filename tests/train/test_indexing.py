@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -37,6 +38,36 @@ def test_which_passages_are_encoded(
     monkeypatch.setattr(models, "load_passages", asked)
     with pytest.raises(LookupError, match=f"^{corpus}$"):
         models.build_model(rag_config(parts | settings))
+
+
+def test_the_posterior_encoder_of_a_config_trains(tmp_path: Path) -> None:
+    """It is read from its own folder, reads question and answer, and moves with the loss of jsa."""
+    tiny.save_parts(tmp_path)
+    tiny.encoder(seed=3).save_pretrained(tmp_path / "posterior")
+    tiny.tokenizer("encoder").save_pretrained(tmp_path / "posterior")
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "text": p.text}) + "\n" for p in tiny.passages())
+    )
+    settings = {
+        "retriever.question_encoder": str(tmp_path / "encoder"),
+        "reader.generator": str(tmp_path / "generator"),
+        "data.corpus": str(tmp_path / "corpus.jsonl"),
+        "training.output_dir": str(tmp_path / "run"),
+        "loss.marginal": "sequence",
+        "loss.objective": "jsa:5",
+        "loss.posterior_encoder": str(tmp_path / "posterior"),
+    }
+    config = rag_config(settings)
+    model = models.build_model(config).train()
+    assert model.posterior_encoder is not None
+    for name, tensor in tiny.encoder(seed=3).state_dict().items():
+        torch.testing.assert_close(model.posterior_encoder.state_dict()[name], tensor)
+    batch = models.build_collator(model, config)(tiny.questions(2))
+    model(**batch).loss.backward()
+    moved = [p.grad.abs().sum() for p in model.posterior_encoder.parameters() if p.grad is not None]
+    assert sum(moved) > 0
+    with pytest.raises(ValueError, match=r"^loss\.posterior_encoder: expected null unless"):
+        rag_config(settings | {"loss.objective": "emdr2"})
 
 
 def build_index(folder: Path, n: int, seed: int = 0) -> tuple[Any, Any]:
