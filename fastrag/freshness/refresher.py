@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastrag.freshness.lanes import InlineLane, Lane, StreamLane, lane_of, stochastic
 from fastrag.freshness.ledger import RowLedger
-from fastrag.freshness.maps import MapFit, VectorMap
 from fastrag.freshness.observations import Fresh, Observation, Observations, newest
 from fastrag.freshness.policies import RefreshPolicy, View
+from fastrag.freshness.running_map import RunningMap
 from fastrag.freshness.staleness import (
     DriftEstimate,
     Staleness,
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
 
 N_OVERLAP = 10  # k of the overlap in `summary`
 CANDIDATES_PER_K = 4  # candidates that an overlap encodes for each of the k
-FITS_PER_MEAN_AGE = 4  # of the map's pairs: a fit costs D^3, and they change little in between
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,7 @@ class IndexRefresher:
         self._sweep: Mapping[str, Any] | None = None  # of a loaded state, until there is a lane
         # Masks of the rows being encoded: those to be written, and those that were drawn uniformly.
         self._job: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
-        self._fit: MapFit | None = None
-        self._base = 0  # step at which the map was last the identity
-        self._warned = False
+        self._map = RunningMap()
         self._version: int | None = None
 
     @property
@@ -340,18 +335,13 @@ class IndexRefresher:
         of each row, the estimate of the staleness, the map with the sums that it is fitted from,
         and the state of the random draws.
         """
-        vector_map = self.retriever.vector_map
         return {
             "policy": str(self.policy),
             "refreshed_at": self.refreshed_at,
             "state": self.policy.state_dict(),
             "rows": self.ledger.state_dict(),
             "drift": self.estimate.state_dict(),
-            "map": {
-                "base": self._base,
-                "fit": None if self._fit is None else self._fit.state_dict(),
-                "map": None if vector_map is None else vector_map.state_dict(),
-            },
+            "map": self._map.state_dict(self.retriever.vector_map),
             "draws": self._draws.get_state(),
             "sweep": self._lane.state_dict() if isinstance(self._lane, SweepLane) else self._sweep,
             "version": self._version,
@@ -392,7 +382,9 @@ class IndexRefresher:
                 )
             estimate = DriftEstimate()
             estimate.load_state_dict(state_dict["drift"])
-            base, fit, vector_map = self._map_of(state_dict["map"])
+            pairs, vector_map = RunningMap.from_state_dict(
+                state_dict["map"], self.retriever.index.dim
+            )
             draws = torch.Generator()
             draws.set_state(state_dict["draws"])
             sweep = state_dict["sweep"]
@@ -405,20 +397,9 @@ class IndexRefresher:
         self.policy.load_state_dict(state)
         self.refreshed_at, self._version = refreshed_at, version
         self.ledger, self.estimate, self._draws = ledger, estimate, draws
-        self._base, self._fit, self.retriever.vector_map = base, fit, vector_map
+        self._map, self.retriever.vector_map = pairs, vector_map
         self.close()
         self._lane, self._sweep = None, sweep
-
-    def _map_of(self, state: Any) -> tuple[int, MapFit | None, VectorMap | None]:
-        base, fit_state, map_state = state["base"], state["fit"], state["map"]
-        if type(base) is not int:
-            raise ValueError(f"map: base: expected a number of steps, got {shown(base)}")
-        fit = None
-        if fit_state is not None:
-            fit = MapFit(self.retriever.index.dim, *fit_state["settings"])
-            fit.load_state_dict(fit_state)
-        vector_map = None if map_state is None else VectorMap(**map_state)
-        return base, fit, vector_map
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -429,14 +410,12 @@ class IndexRefresher:
         if self._version is not None and index.version != self._version:
             # Somebody else changed vectors, which older pairs do not describe.
             self.estimate.reset()
-            self._fit = None
-        if policy.map is None:
-            if self._fit is not None or self.retriever.vector_map is not None:
-                self._fold(step)
-        elif self._fit is None or self._fit.settings != policy.map:
-            self._fit = MapFit(index.dim, *policy.map)
-            if self.retriever.vector_map is None:
-                self._base = step
+            self._map.forget()
+        present = self.retriever.vector_map
+        if policy.map is not None:
+            self._map.follow(policy.map, index.dim, step, present)
+        elif self._map.fit is not None or present is not None:
+            self._fold(step)
         self._noted_version()
 
     def _advance(
@@ -517,7 +496,7 @@ class IndexRefresher:
             for part, (each, _, _) in zip(parts, measured, strict=True)
             if part.step >= step - 1
         ]
-        fit, vector_map = self._refitted(step, now)
+        refitted, vector_map = self._map.refitted(step, now, present)
         try:
             # Rows are stored under the new map, so that it returns them as they are now.
             self.retriever.vector_map = vector_map
@@ -527,7 +506,7 @@ class IndexRefresher:
         except BaseException:
             self.retriever.vector_map = present
             raise
-        self._fit = fit
+        self._map = refitted
         self.ledger.retrieved(seen.found)
         if len(seen.correlations):
             self.estimate.saw(rank_correlation=seen.correlations)
@@ -549,42 +528,8 @@ class IndexRefresher:
         """Return pairs for the map, the drift of each row, and its prediction."""
         drift = drift_of(self.retriever.vectors(fresh.rows), fresh.vectors)
         predicted = self.ledger.predicted(fresh.step, fresh.rows)
-        pairs = (fresh.vectors[:0], fresh.vectors[:0])
-        if self._fit is not None:
-            # A row that was encoded since the map was the identity is stored as the inverse of the
-            # map of then: if that is not long ago, it says that the map is right.
-            oldest = fresh.step - int(self.ledger.encoded_at.min())
-            old = self.ledger.ages(fresh.step, fresh.rows) >= min(self._fit.mean_age, oldest // 2)
-            old |= self.ledger.encoded_at[fresh.rows] <= self._base
-            pairs = (self.retriever.index.vectors(fresh.rows[old]), fresh.vectors[old])
+        pairs = self._map.pairs(fresh, self.retriever.index, self.ledger)
         return pairs, drift, predicted
-
-    def _refitted(
-        self, step: int, pairs: list[tuple[Tensor, Tensor]]
-    ) -> tuple[MapFit | None, VectorMap | None]:
-        """Return the fit with further pairs, and the map of it every few steps.
-
-        A singular fit leaves the map as it is.
-        """
-        vector_map = self.retriever.vector_map
-        if self._fit is None:
-            return None, vector_map
-        fit = copy.deepcopy(self._fit)
-        for each in pairs:
-            fit.add(*each)
-        if step % max(1, int(fit.mean_age / FITS_PER_MEAN_AGE)) == 0:
-            try:
-                vector_map = fit.solve() or vector_map
-            except ValueError as error:
-                if not self._warned:
-                    without = "no map" if vector_map is None else "the map of before"
-                    warnings.warn(
-                        f"refresh: no new map ({error}); the search goes on with {without}",
-                        stacklevel=5,
-                    )
-                self._warned = True
-        fit.forget()
-        return fit, vector_map
 
     # ---- small things --------------------------------------------------------------------------
 
@@ -622,7 +567,7 @@ class IndexRefresher:
         self.refreshed_at = step
         if rows is None:
             self.estimate.reset()
-            self._fit, self._base = None, step
+            self._map.forget(step)
 
     def _noted_version(self) -> int:
         self._version = version = self.retriever.index.version
@@ -631,7 +576,7 @@ class IndexRefresher:
     def _fold(self, step: int) -> None:
         """Write the mapped vectors into the index, and forget the pairs of the old ones."""
         self.retriever.fold_map()
-        self._fit, self._base = None, step
+        self._map.forget(step)
         self._noted_version()
 
     def _removed(self) -> Tensor | None:

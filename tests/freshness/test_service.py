@@ -230,7 +230,7 @@ def test_folding_a_map_changes_no_result() -> None:
     torch.testing.assert_close(after.scores, before.scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after.vectors, before.vectors, rtol=1e-4, atol=1e-4)
     service.step(31)  # goes on from the folded vectors
-    assert service._base == 31
+    assert service._map.base == 31
     service.finish(31)
     table: Any = made.passage_encoder
     torch.testing.assert_close(all_vectors(made), table.all())
