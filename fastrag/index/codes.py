@@ -8,13 +8,15 @@ bits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fastrag import functional
 from fastrag.index import codec, inputs
+from fastrag.index.codec import Codec
 from fastrag.ops import backends
 
 # Besides reading the codes, a search through codes has a cost for each query that grows with k and
@@ -41,15 +43,42 @@ class RowCodes:
     """
 
     def __init__(self, index_emb: Tensor) -> None:
-        self.index_emb = index_emb
         n, dim = index_emb.shape
         size = max(1, inputs.BLOCK_BYTES // (dim * index_emb.itemsize))
-        self._codec = codec.fit_int8(index_emb.split(size))
-        self._codes = codec.allocate(n, dim, "int8", index_emb.device)[:, :dim]
+        chosen = codec.fit_int8(index_emb.split(size))
+        codes = codec.allocate(n, dim, "int8", index_emb.device)[:, :dim]
         for rows in torch.arange(n, device=index_emb.device).split(size):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            self._codes[part] = self._codec.encode(index_emb[part])[0]
+            codes[part] = chosen.encode(index_emb[part])[0]
+        self._set(index_emb, {"codes": codes, **chosen.arguments})
+
+    @classmethod
+    def from_arrays(cls, index_emb: Tensor, arrays: Mapping[str, Tensor]) -> Self:
+        """Make the codes of the same rows from what `arrays` returned; nothing is computed.
+
+        Args:
+            index_emb: as for the class.
+            arrays: on the device of `index_emb`; kept as references, and `update` writes to them.
+        """
+        made = cls.__new__(cls)
+        made._set(index_emb, arrays)
+        return made
+
+    def _set(self, index_emb: Tensor, arrays: Mapping[str, Tensor]) -> None:
+        self.index_emb = index_emb
+        self._arrays = dict(arrays)
+        self._codes = self._arrays["codes"]
+        self._codec = Codec("int8", self._arrays["scale"], self._arrays["offset"])
         self._coded: Any = None  # the CodedIndex of the C++ backend, made by the first search
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return everything that a search needs apart from the rows, as views of these codes.
+
+        On a CPU with the C++ backend, norms of each row are part of it.
+        """
+        if backends.choose("mips_topk", self.index_emb.device, torch.float32) == "cpp":
+            self._coded_index()
+        return dict(self._arrays)
 
     def search(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the results of `functional.mips_topk` on the float32 rows, bit for bit."""
@@ -78,6 +107,6 @@ class RowCodes:
         if self._coded is None:
             from fastrag.ops.cpp import CodedIndex
 
-            factors = self._codec.arguments
-            self._coded = CodedIndex(self.index_emb, self._codes, **factors)
+            self._coded = CodedIndex(self.index_emb, **self._arrays)
+            self._arrays = {k: x for k, x in self._coded.tensors.items() if k != "index_emb"}
         return self._coded

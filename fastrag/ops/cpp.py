@@ -273,30 +273,35 @@ class CodedIndex:
             read.
         scale: `[D]` float32.
         offset: `[D]` float32; the mean of the rows gives closer codes than zero.
+        bounds: the norms and sums of each row that an earlier object of the same rows and codes
+            has in `tensors`; measured if they are not given.
 
     Raises:
         ValueError: shapes or dtypes disagree, or a row is not finite.
     """
 
-    def __init__(self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
-        self._parts = {
-            "index_emb": index_emb.detach(),
+    def __init__(
+        self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, **bounds: Tensor
+    ) -> None:
+        index_emb = index_emb.detach()
+        self.tensors = {
+            "index_emb": index_emb,
             "codes": codes,
             "scale": scale,
             "offset": offset,
-            **_measured(index_emb.detach(), codes, scale, offset),
+            **(bounds or _measured(index_emb, codes, scale, offset)),
         }
 
     def arrays(self) -> dict[str, Any]:
         """Return the array arguments of a search, as views of the current tensors."""
-        return {name: x.numpy() for name, x in self._parts.items()}
+        return {name: x.numpy() for name, x in self.tensors.items()}
 
     def update(self, rows: Tensor) -> None:
         """Measure rows `[n]` again after a change of index_emb and codes; no search may run."""
-        part = {name: self._parts[name][rows] for name in ("index_emb", "codes")}
-        found = _measured(**part, scale=self._parts["scale"], offset=self._parts["offset"])
+        part = {name: self.tensors[name][rows] for name in ("index_emb", "codes")}
+        found = _measured(**part, scale=self.tensors["scale"], offset=self.tensors["offset"])
         for name, values in found.items():
-            self._parts[name][rows] = values
+            self.tensors[name][rows] = values
 
     def search(
         self, query_emb: Tensor, k: int, exclude: Tensor | None = None

@@ -111,6 +111,22 @@ def test_a_copy_is_independent(vectors: Tensor, query: Tensor) -> None:
     assert_same(index, before, query)
 
 
+def test_codes_from_their_arrays(vectors: Tensor, query: Tensor) -> None:
+    made = RowCodes(vectors)
+    arrays = {name: x.clone() for name, x in made.arrays().items()}
+    again = RowCodes.from_arrays(vectors, arrays)
+    for x in (made, again):
+        for found, expected in zip(
+            x.search(query, K, None), made.search(query, K, None), strict=True
+        ):
+            assert torch.equal(found, expected)
+    vectors[7] = 9.0 * vectors[8]
+    again.update(torch.tensor([7]))
+    for name, x in RowCodes.from_arrays(vectors, again.arrays()).arrays().items():
+        assert torch.equal(x, arrays[name]), name  # kept, not copied
+    assert not torch.equal(arrays["codes"], made.arrays()["codes"])
+
+
 def test_astype(vectors: Tensor, query: Tensor) -> None:
     index, plain = pair(vectors)
     assert_same(plain.astype("int8", exact="float32"), plain, query)
