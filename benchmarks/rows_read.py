@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from benchmarks.harness.measure import facts
 from benchmarks.harness.registry import shape_text
 from benchmarks.harness.results import COLUMNS, add, aligned, row_of
 from benchmarks.harness.timing import Case
+from benchmarks.ops import corpora
 
 N_QUERIES = 64
 COLUMNS_HERE = [*COLUMNS, "vectors", "rows_read"]
@@ -47,22 +47,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(backends.why_not("cpp"))
     args.sets = [("normal", partial(_normal, n, 768)) for n in (200_000, 1_000_000)]
     if args.vectors:
-        vectors, queries = (_read(parser, file) for file in (args.vectors, args.queries))
+        try:
+            vectors, queries = corpora.read(args.vectors), corpora.read(args.queries)
+        except ValueError as error:
+            parser.error(str(error))
         if vectors.shape[1] != queries.shape[1]:
             expected = f"expected the width of --vectors, {vectors.shape[1]}"
             parser.error(f"--queries: {expected}, got {queries.shape[1]}")
         args.sets = [(args.vectors.stem, lambda: (vectors, queries))]
     return args
-
-
-def _read(parser: Parser, file: Path) -> Tensor:
-    try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        parser.error(f"{file}: {error}")
-    if found.ndim != 2 or found.dtype != np.float32 or not found.size:
-        parser.error(f"{file}: expected float32 [n, D], got {found.dtype} {list(found.shape)}")
-    return torch.from_numpy(found)
 
 
 def _normal(n_rows: int, dim: int) -> tuple[Tensor, Tensor]:

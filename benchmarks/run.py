@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -28,13 +29,14 @@ from benchmarks.harness.registry import (
     DTYPES,
     Op,
     Point,
+    Shape,
     by_importance,
     in_turn,
     shape_text,
 )
 from benchmarks.harness.results import Group, groups_of, measured
 from benchmarks.harness.timing import Case, Result, time_cases
-from benchmarks.ops import OPS
+from benchmarks.ops import OPS, corpora
 
 # The memory of a process with torch, and the share of free memory that a bound may reach.
 PROCESS_BYTES = 600 << 20
@@ -83,6 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_problem(several=True)
     parser.add_rounds()
     parser.add_csv()
+    parser.add_argument("--corpus", help="of the op's corpora of inputs; default: all")
+    help_of_vectors = "a corpus of your own: float32 [N, D]"
+    parser.add_argument("--vectors", type=Path, metavar="FILE.npy", help=help_of_vectors)
     help_of_budget = "the most important shapes first, and only as many as fit; default: all"
     parser.add_argument("--budget-minutes", type=positive, metavar="M", help=help_of_budget)
     parser.add_argument("--base", metavar="GIT_REF", help="compare ours with another commit")
@@ -98,7 +103,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.base and given:
             parser.error(f"--{name}: not for a comparison with --base")
     if args.op == ALL:
-        for name in ("providers", "shape", "curve", "mode", "base"):
+        for name in ("providers", "shape", "curve", "mode", "base", "corpus", "vectors"):
             if getattr(args, name):
                 parser.error(f"--{name}: is for one op, not for --op {ALL}")
         args.points = in_turn(OPS.values(), args.device)
@@ -118,9 +123,12 @@ def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
     elif args.curve:
         args.providers = [name for name in op.curve_providers if name in known]
     modes = args.mode or list(op.modes[:1] if args.curve else op.modes)
-    for mode in modes:
-        parser.check_mode(op, mode)
     shapes = [parser.shape(op, text) for text in args.shape or ()]
+    if args.corpus or args.vectors:
+        modes, shapes = _on_corpus(parser, args, op, shapes)
+    else:
+        for mode in modes:
+            parser.check_mode(op, mode)
     for shape in shapes:
         parser.check_size(args, op, modes[0], shape)
     for name in args.curve or ():
@@ -138,10 +146,45 @@ def _choose(parser: Parser, args: argparse.Namespace, op: Op) -> None:
     ]
 
 
+def _on_corpus(
+    parser: Parser, args: argparse.Namespace, op: Op, shapes: list[Shape]
+) -> tuple[list[str], list[Shape]]:
+    """Return modes that name the corpus, and shapes that fit a file of vectors."""
+    option = "--vectors" if args.vectors else "--corpus"
+    if not op.corpora:
+        parser.error(f"{option}: {op.name} has one corpus only")
+    if args.vectors and (args.corpus or args.curve):
+        parser.error("--vectors: is a corpus of its own, without --corpus and --curve")
+    known = {mode: corpora.split(mode) for mode in op.modes}
+    if args.corpus:
+        if args.corpus not in op.corpora:
+            there = ", ".join(op.corpora)
+            parser.error(f"--corpus: {op.name} has no corpus {args.corpus!r}; corpora: {there}")
+        there = [base for base, corpus in known.values() if corpus == args.corpus]
+        modes = [corpora.join(mode, args.corpus) for mode in args.mode or there]
+        for mode in modes:
+            parser.check_mode(op, mode)
+        return modes, shapes
+    try:
+        n_rows, width = corpora.use(args.vectors)
+    except ValueError as error:
+        parser.error(f"--vectors: {error}")
+    for shape in shapes:
+        sizes = dict(zip(op.dims, shape, strict=True))
+        if sizes["N"] > n_rows or sizes["D"] != width:
+            found = shape_text(shape)
+            parser.error(f"--shape: expected N up to {n_rows} and D = {width}, got {found}")
+    bases = [base for base, corpus in known.values() if corpus != op.corpora[0]]
+    for mode in args.mode or ():
+        parser.check_mode(op, mode)
+    modes = [corpora.join(mode, args.vectors.stem) for mode in args.mode or bases]
+    return modes, shapes or [(n_rows, width, *rest) for rest in op.on_vectors]
+
+
 def _cases(args: argparse.Namespace, point: Point) -> list[Case]:
     """Return the cases of the providers asked for, or of all that know the mode."""
     op, mode, shape = point
-    known = [p.name for p in op.providers if not p.modes or mode in p.modes]
+    known = [p.name for p in op.providers if p.knows(mode)]
     if args.base:
         known = [name for name in known if name in op.names("ours")]
     names = args.providers or known

@@ -73,9 +73,13 @@ class Provider:
     compiles: bool = False
     memory: Callable[[str, Shape, torch.device], tuple[int, int]] = lambda *_: (0, 0)
 
+    def knows(self, mode: str) -> bool:
+        """Return whether this has the mode, whatever corpus is named after it."""
+        return not self.modes or mode.partition("/")[0] in self.modes
+
     def why_not(self, device: str, dtype: str, mode: str) -> str:
         """Return the reason why this cannot run on such inputs here, "" if it can."""
-        if self.modes and mode not in self.modes:
+        if not self.knows(mode):
             return f"is for {' and '.join(self.modes)} only, not for {mode}"
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only, not on {device}"
@@ -104,7 +108,7 @@ class Op:
     name: str
     about: str
     dims: tuple[str, ...]  # names of the numbers of a shape
-    modes: tuple[str, ...]
+    modes: tuple[str, ...]  # a corpus other than the first may follow after a slash
     outputs: tuple[str, ...]  # of a call; a mode may return only the first few
     # shape, dtype, device -> inputs with a method to(dtype), which keeps the numbers
     make: Callable[[Shape, torch.dtype, torch.device], Any]
@@ -135,6 +139,9 @@ class Op:
     note: Callable[[str, Shape, torch.dtype, torch.device], str] | None = None
     # mode, shape -> tensors that all processes on a CPU need
     share: Callable[[str, Shape], Mapping[str, Spec]] | None = None
+    corpora: tuple[str, ...] = ()  # of inputs
+    # an op with corpora takes a file of vectors [N, D] as well: its sweep, after N and D
+    on_vectors: tuple[Shape, ...] = ()
     patience: float = math.inf  # seconds of turns after which a slow provider takes no more
 
     def sweep(self, device: str, mode: str) -> tuple[Shape, ...]:

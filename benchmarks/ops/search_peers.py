@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import Call, Shape, needs
+from benchmarks.harness.registry import HALF, Call, Shape, needs
 
 Answer = tuple[Tensor, Tensor]
 Make = Callable[[Tensor, Tensor, int], Call]
@@ -25,6 +25,9 @@ TILE_SCORES = 1 << 28
 # faiss searches query by query if B D is below a threshold, by default 128000; with this one it
 # multiplies matrices for any batch.
 TUNED_THRESHOLD = 20
+# provider -> levels of faiss's Panorama, which reads the dimensions of a row level by level
+PANORAMA = {"panorama-8": 8, "panorama-16": 16}
+MOST_TRAINING_ROWS = 65536
 FAISS_QUANTIZER = {torch.bfloat16: "QT_bf16", torch.float16: "QT_fp16"}
 
 
@@ -113,6 +116,34 @@ def faiss_quantizer(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     return _faiss_call(index, query_emb, index_emb, k)
 
 
+def faiss_panorama(n_levels: int) -> Make:
+    """Build `PCA{D},FlatIPPanorama{n_levels}` without the mean that faiss's PCA subtracts.
+
+    With it, the inner products are those of other vectors, and the answers wrong.
+    """
+
+    def make(query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
+        import faiss
+
+        n_rows, width = index_emb.shape
+        factory = f"PCA{width},FlatIPPanorama{n_levels}"
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index.train(index_emb[:: -(-n_rows // MOST_TRAINING_ROWS)].numpy())
+        faiss.downcast_VectorTransform(index.chain.at(0)).have_bias = False
+        return _faiss_call(index, query_emb, index_emb, k)
+
+    return make
+
+
+def no_panorama() -> str:
+    if reason := needs("faiss")():
+        return reason
+    import faiss
+
+    return "" if hasattr(faiss, "IndexFlatIPPanorama") else "this faiss has no IndexFlatIPPanorama"
+
+
 def _faiss_call(index: Any, query_emb: Tensor, index_emb: Tensor, k: int) -> Call:
     import faiss
 
@@ -175,4 +206,4 @@ def takes_all_scores(copies: int) -> Callable[[str, Shape, torch.device], tuple[
 
 def keeps_a_copy(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
     n_rows, width, *_ = shape
-    return (4 if mode == "float32" else 2) * n_rows * width, 1 << 28
+    return (2 if mode in HALF else 4) * n_rows * width, 1 << 28

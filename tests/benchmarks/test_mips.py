@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness import shared
 from benchmarks.harness.process import Process
 from benchmarks.harness.registry import Goal, directly, error_of
-from benchmarks.ops import OPS, mips
+from benchmarks.ops import OPS, corpora, mips, search_peers
 
 OP = OPS["mips"]
 CPU = torch.device("cpu")
@@ -91,14 +92,62 @@ def test_a_search_of_another_storage_is_wrong() -> None:
 
 @pytest.mark.parametrize("mode", OP.modes)
 def test_what_is_shared_is_what_a_process_would_make(mode: str) -> None:
-    problem = OP.make(SHAPE, torch.float32, CPU)
-    made, factors = problem.stored(mode)
+    search, corpus = corpora.split(mode)
+    problem = OP.make(SHAPE, torch.float32, CPU).on(corpus)
+    made, factors = problem.stored(search)
     assert OP.share is not None
     shared.hold(OP.share(mode, SHAPE))
-    mapped, others = problem.stored(mode)
+    problem_here = OP.make(SHAPE, torch.float32, CPU).on(corpus)
+    assert torch.equal(problem_here.query_emb, problem.query_emb)
+    mapped, others = problem_here.stored(search)
     assert made.data_ptr() != mapped.data_ptr() and torch.equal(made, mapped)
     assert factors.keys() == others.keys()
     assert all(torch.equal(factors[name], others[name]) for name in factors)
+
+
+# ---------------------------------------------------------------------------------------- corpora
+
+
+def test_the_spectrum_of_the_vectors_like_embeddings() -> None:
+    """It is that of questions of SQuAD encoded by MiniLM, whose mean has the norm 0.30."""
+    (vectors,) = corpora.blocks(corpora.EMBEDDINGS, 4000, 384, CPU)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(4000))
+    assert 0.25 < vectors.mean(0).norm() < 0.45
+    variance = torch.linalg.eigvalsh(vectors.T.cov()).flip(0).cumsum(0)
+    for part, share in ((8, 0.60), (4, 0.77), (2, 0.93)):
+        assert variance[384 // part - 1] / variance[-1] == pytest.approx(share, abs=0.05)
+
+
+def test_questions_lie_near_rows() -> None:
+    rows = 3 * next(corpora.blocks(corpora.EMBEDDINGS, 4000, 384, CPU))
+    questions = corpora.near(rows, 64)
+    assert torch.allclose(questions.norm(dim=1), torch.tensor(3.0))
+    best = (questions @ rows.T).max(dim=1).values / 9
+    assert 0.55 < best.mean() < 0.75
+
+
+def test_panorama_is_of_the_vectors_themselves() -> None:
+    """The PCA of faiss subtracts the mean of the rows, which changes the order of products."""
+    pytest.importorskip("faiss")
+    (rows,) = corpora.blocks(corpora.EMBEDDINGS, 2000, 64, CPU)
+    queries = corpora.near(rows, 5)
+    expected = (queries @ rows.T).topk(10).indices
+    for n_levels in search_peers.PANORAMA.values():
+        assert torch.equal(search_peers.faiss_panorama(n_levels)(queries, rows, 10)()[1], expected)
+
+
+def test_vectors_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", vectors)
+    monkeypatch.setenv(corpora.VARIABLE, "")
+    assert corpora.use(tmp_path / "mine.npy") == (30, 8)
+    problem = OP.make((20, 8, 3, 2), torch.float32, CPU).on("mine")
+    assert torch.equal(problem.matrix.part("float32"), torch.from_numpy(vectors[:20]))
+    assert OP.provider("torch").knows("float32/mine")
+    np.save(tmp_path / "double.npy", vectors.astype(np.float64))
+    for name, said in (("double", "expected float32 .*got float64"), ("gone", "No such file")):
+        with pytest.raises(ValueError, match=said):
+            corpora.use(tmp_path / f"{name}.npy")
 
 
 # ----------------------------------------------------------------------------------------- shared
@@ -154,7 +203,7 @@ def test_flops_and_bytes() -> None:
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["cpp", "torch"])
-@pytest.mark.parametrize("mode", OP.modes)
+@pytest.mark.parametrize("mode", mips.SEARCHES)
 def test_the_read_is_of_every_byte(
     monkeypatch: pytest.MonkeyPatch, mode: str, native: bool
 ) -> None:
@@ -215,6 +264,7 @@ def test_the_goals_of_each_batch() -> None:
     assert goals("float32", 8) == {"best peer": 2.0}
     assert goals("float32", 256) == {"best peer": 1.02, "fma": 0.9}
     assert goals("bfloat16", 1) == goals("float16", 1) == {"cpp-float32": 1.8}
+    assert goals(mips.LIKE_EMBEDDINGS, 4) == {"panorama-8": 4.0}
     assert goals("int8", 1) == {"cpp-float32": 3.0} and goals("int8", 2) == {}
     assert goals(mips.CODED, 64) == {"fma": 2.0} and goals(mips.CODED, 32) == {}
 
