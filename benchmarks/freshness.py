@@ -63,25 +63,26 @@ COSTS = ["n_encoded", "refresh_s", "encode_s", "train_s"]
 COLUMNS_HERE = [*COLUMNS, "step", *FIGURES, *COSTS]
 
 
-class Timed:
+class Costs(dict[str, float]):
+    """What a policy has cost; a copy of an encoder that counts adds to the same."""
+
+    def __deepcopy__(self, memo: object) -> Costs:
+        return self
+
+
+class Timed(nn.Module):
     """A passage encoder in eval mode that adds what it encodes to the costs of a policy."""
 
-    training = False
-
-    def __init__(self, encoder: Any, costs: dict[str, float]) -> None:
+    def __init__(self, encoder: Any, costs: Costs) -> None:
+        super().__init__()
         self.encoder, self.costs = encoder, costs
+        self.eval()
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         with clock(self.costs, "encode_s"):
             vectors = self.encoder(input_ids, attention_mask)
         self.costs["n_encoded"] += len(input_ids)
         return vectors
-
-    def eval(self) -> Timed:
-        return self
-
-    def train(self, mode: bool = True) -> Timed:
-        return self
 
 
 @contextmanager
@@ -101,7 +102,7 @@ class Track:
         rule = "frozen" if policy == QUERY_ONLY else policy
         self.refresher = IndexRefresher(retriever, rule, BATCH, seed=seed)
         self.refresher.restart(0)
-        self.costs = dict.fromkeys(COSTS, 0.0)
+        self.costs = Costs.fromkeys(COSTS, 0.0)
         self.encoder = Timed(retriever.passage_encoder, self.costs)
 
     def refresh(self, step: int, found: Any) -> None:
@@ -360,7 +361,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, and print each row and add it to the CSV as it is measured."""
     args = parse_args(argv)
     machine = facts(torch.device("cpu"))
-    experiment = Experiment(args)
+    try:
+        experiment = Experiment(args)
+    except ValueError as error:
+        print(f"freshness: {error}", file=sys.stderr)
+        return 2
     n, dim = experiment.start.shape
     shape = (n, dim, args.batch_size, args.n_docs, args.max_passage)
     for name, values in experiment.run():
