@@ -150,9 +150,7 @@ class RagLoss(nn.Module):
         Raises:
             ValueError: shapes or dtypes disagree.
         """
-        term = self.retriever_term
-        if term is not None and term.draws and not self.training:
-            term = None  # the likelihood that the draws estimate, which differs in no two calls
+        term = self._term
         if term is not None and term.pairwise:
             pairs = self.pairs(hidden, head, labels, doc_scores.shape[1])
             return self.of_pairs(
@@ -270,7 +268,7 @@ class RagLoss(nn.Module):
         Returns:
             `RagLossOutput`.
         """
-        term, label_mask = self.retriever_term, labels != self.ignore_index
+        term, label_mask = self._term, labels != self.ignore_index
         joint, live = self._joint(pairs, label_mask, doc_scores)
         further: dict[str, Any] = {}
         if term is None or not term.draws:
@@ -328,13 +326,22 @@ class RagLoss(nn.Module):
 
     def _joint(self, pairs: Pairs, label_mask: Tensor, doc_scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(z|x) + log-likelihood, `[B, K, T]` or `[B, K, 1]`, and where it counts."""
-        term = self.retriever_term
+        term = self._term
         scores = doc_scores if term is None else term.generator_scores(doc_scores)
         present, log_prior = log_prior_of(scores)
         live = label_mask if self.marginal == "token" else label_mask.any(1, keepdim=True)
         live = live & present.any(1, keepdim=True)
         likelihood = torch.where(live.unsqueeze(1), pairs.evidence, 0.0)
         return log_prior.unsqueeze(2) + likelihood, live
+
+    @property
+    def _term(self) -> RetrieverTerm | None:
+        """The retriever's term; None in eval mode for one that draws.
+
+        The loss is then the likelihood that the draws estimate, which differs in no two calls.
+        """
+        term = self.retriever_term
+        return None if term is not None and term.draws and not self.training else term
 
     @property
     def objective(self) -> str | None:

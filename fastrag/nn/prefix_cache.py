@@ -15,20 +15,20 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from fastrag.messages import shown
 from fastrag.nn.caches import cache_of_states, token_states
 from fastrag.nn.generators import CausalAdapter, close_to, evaluating
 from fastrag.nn.heads import architecture, base_model
+from fastrag.nn.weights import weights_identity
 from fastrag.ops import checks
 
 if TYPE_CHECKING:
     from fastrag.nn.generators import GeneratorAdapter
     from fastrag.nn.model import RagModel
 
-_SAMPLED = 16  # numbers of each weight that are compared
 # Rotary embeddings whose frequencies depend on the longest text of the batch.
 _BY_LENGTH = ("dynamic", "longrope")
 
@@ -126,7 +126,7 @@ class PrefixCache:
         """
         if adapter.model.training:
             raise ValueError("generator: expected eval mode with a prefix_cache, got training mode")
-        read_with = _identity(adapter.model, context_ids.device)
+        read_with = weights_identity(adapter.model, context_ids.device)
         if read_with != self._read_with:
             self.clear()
             self._read_with = read_with
@@ -204,27 +204,6 @@ def keep_prefixes(model: RagModel, mebibytes: int | None) -> None:
 
 def _size(key: bytes, states: Tensor) -> int:
     return len(key) + states.nbytes
-
-
-def _identity(model: nn.Module, device: torch.device) -> Any:
-    """Return a value that differs once the generator computes other states."""
-    weights = [*model.parameters(), *model.buffers()]
-    counted = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-    samples: dict[Any, list[Tensor]] = {}
-    for weight in weights:
-        values = weight.detach().reshape(-1)
-        some = values[:: max(1, len(values) // _SAMPLED)]
-        samples.setdefault((weight.device, weight.dtype), []).append(some)
-    numbers = [
-        torch.cat(some).view(torch.uint8).cpu().numpy().tobytes() for some in samples.values()
-    ]
-    peft = [
-        (module.disable_adapters, module.active_adapters, getattr(module, "scaling", None))
-        for module in model.modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
-    ]
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return id(model), counted, numbers, str(peft), autocast
 
 
 def _reproduces(adapter: Any) -> bool:

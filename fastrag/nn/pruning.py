@@ -21,18 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrag.nn.arguments import is_sharded
-from fastrag.nn.generators import evaluating
 from fastrag.nn.loss import Pairs, RagLoss
-from fastrag.profiling import stage
 
 if TYPE_CHECKING:
     from fastrag.data.processor import Contexts
     from fastrag.nn.reader import Reader
-
-# Contexts that are read together without gradient on a CPU. A T5 of width 128 scores 512 contexts
-# of 21 tokens, the longest of 29, in .28 s if it reads 64 at a time, in .35 s with 32 or all.
-_CONTEXTS_ON_CPU = 64
 
 
 class Pruned(NamedTuple):
@@ -94,18 +87,8 @@ def pruned_loss(
         ValueError: as `RagLoss.pairs`.
     """
     n_docs = doc_scores.shape[1]
-
-    def read(rows: Tensor) -> Tensor:
-        """Read the contexts `rows` `[n]` without the padding that all of them have."""
-        ids, mask = _narrowed(contexts.ids[rows], contexts.mask[rows], reader.kind)
-        with stage("generator"):
-            return reader(ids, mask, labels[rows // n_docs])  # [n, 1, T, H]
-
-    with evaluating(reader), stage("score_contexts"):
-        groups = _groups(reader, contexts.mask)
-        hidden = torch.cat([read(rows) for rows in groups])[torch.cat(groups).argsort()]
-        known = loss_fn.pairs(hidden, reader.head(), labels, n_docs)
-        del hidden
+    known = reader.score(loss_fn, contexts.ids, contexts.mask, labels, n_docs)
+    with torch.no_grad():
         weights, drawn = loss_fn.context_weights(known, labels, doc_scores, posterior_scores)
         share = (weights > eps).to(weights.dtype)
         if unbiased and eps > 0.0:
@@ -113,9 +96,9 @@ def pruned_loss(
         share.scatter_(1, weights.argmax(1, keepdim=True), 1.0)
         kept = torch.rand_like(share) < share if unbiased else share > 0.0
         chosen = kept.flatten().nonzero().squeeze(1)
-        # Weights that autocast has cast here have no gradient: the next pass must not reuse them.
-        torch.clear_autocast_cache()
-    fresh = loss_fn.pairs(read(chosen), reader.head(), labels[chosen // n_docs])
+    answers = labels[chosen // n_docs]
+    hidden = reader.states(contexts.ids[chosen], contexts.mask[chosen], answers)
+    fresh = loss_fn.pairs(hidden, reader.head(), answers)
     evidence = fresh.evidence.squeeze(1)
     if unbiased:
         constant = evidence.detach()
@@ -136,25 +119,6 @@ def pruned_loss(
     )
     counted = labels != loss_fn.ignore_index
     return Pruned(loss, log_posterior, kept.sum(), _dropped(log_posterior, kept, counted))
-
-
-def _groups(reader: Reader, mask: Tensor) -> list[Tensor]:
-    """Return the rows of contexts to score together.
-
-    On a CPU, where padding costs as much time as text, contexts of like length.
-    """
-    rows = torch.arange(len(mask), device=mask.device)
-    # Ranks that gather shards have to read equally often.
-    if mask.device.type != "cpu" or is_sharded(reader):
-        return [rows]
-    return list(mask.sum(1).argsort(stable=True).split(_CONTEXTS_ON_CPU))
-
-
-def _narrowed(ids: Tensor, mask: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Cut the padding that all rows of contexts share."""
-    width = int(mask.sum(1).max())
-    columns = slice(-width, None) if kind == "causal" else slice(width)
-    return ids[:, columns], mask[:, columns]
 
 
 def _dropped(log_posterior: Tensor, kept: Tensor, counted: Tensor) -> Tensor:

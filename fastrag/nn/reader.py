@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fastrag.nn.arguments import explain_failure
-from fastrag.nn.generators import adapt_generator
+from fastrag.nn.arguments import explain_failure, is_sharded
+from fastrag.nn.generators import adapt_generator, evaluating
 from fastrag.nn.heads import LMHead
-from fastrag.nn.loss import RagLoss, RagLossOutput
+from fastrag.nn.loss import Pairs, RagLoss, RagLossOutput
 from fastrag.nn.prefix_cache import PrefixCache
 from fastrag.nn.pruning import Pruned, pruned_loss
 from fastrag.profiling import stage
 
 if TYPE_CHECKING:
     from fastrag.data.processor import Contexts
+    from fastrag.nn.likelihoods import LikelihoodCache
+
+# Contexts that are read together without gradient on a CPU. A T5 of width 128 scores 512 contexts
+# of 21 tokens, the longest of 29, in .28 s if it reads 64 at a time, in .35 s with 32 or all.
+_CONTEXTS_ON_CPU = 64
 
 
 @runtime_checkable
@@ -66,6 +71,8 @@ class Reader(nn.Module):
 
     Attributes:
         prefix_cache: a `PrefixCache` that decoding uses, or None.
+        likelihoods: a `LikelihoodCache` that `loss` uses, for a generator that does not train, or
+            None.
 
     Raises:
         ValueError: a generator that `adapt_generator` refuses, or an adapter without the methods
@@ -97,6 +104,7 @@ class Reader(nn.Module):
         self.prune = prune
         self.prune_unbiased = prune_unbiased
         self.prefix_cache: PrefixCache | None = None
+        self.likelihoods: LikelihoodCache | None = None
         self._adapted = (generator, adapter)
 
     @property
@@ -137,6 +145,52 @@ class Reader(nn.Module):
             explain_failure("generator", self.generator, context_ids, error)
             raise
 
+    def states(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the states of single contexts, without the padding that all of them have.
+
+        Args:
+            ids: `[n, L]` int64.
+            mask: `[n, L]`, 1 at tokens.
+            labels: the answer of each context, `[n, T]` int64, padded with -100.
+
+        Returns:
+            hidden `[n, 1, T, H]`, differentiable.
+        """
+        width = int(mask.sum(1).max())
+        columns = slice(-width, None) if self.kind == "causal" else slice(width)
+        with stage("generator"):
+            return self(ids[:, columns], mask[:, columns], labels)
+
+    def score(
+        self, loss_fn: RagLoss, ids: Tensor, mask: Tensor, labels: Tensor, n_docs: int = 1
+    ) -> Pairs:
+        """Return the log-likelihood of the answer in each context, without gradient, in eval mode.
+
+        On a CPU, contexts of like length are read together.
+
+        Args:
+            loss_fn: the loss that takes them.
+            ids: `[B*K, L]` int64, the K contexts of a question next to each other.
+            mask: `[B*K, L]`, 1 at tokens.
+            labels: `[B, T]` int64, padded with -100.
+            n_docs: K.
+
+        Returns:
+            `Pairs`.
+
+        Raises:
+            ValueError: as `RagLoss.pairs`.
+        """
+        with evaluating(self), stage("score_contexts"):
+            groups = self._groups(mask)
+            hidden = [self.states(ids[rows], mask[rows], labels[rows // n_docs]) for rows in groups]
+            ordered = torch.cat(hidden)[torch.cat(groups).argsort()]
+            del hidden
+            known = loss_fn.pairs(ordered, self.head(), labels, n_docs)
+            # Weights that autocast has cast here have no gradient: a next pass must not use them.
+            torch.clear_autocast_cache()
+        return known
+
     def loss(
         self,
         loss_fn: RagLoss,
@@ -167,9 +221,20 @@ class Reader(nn.Module):
             "example_weight": example_weight,
             "posterior_scores": posterior_scores,
         }
+        if self.likelihoods is not None:
+            pairs = self.likelihoods.pairs(loss_fn, contexts, labels, doc_scores.shape[1])
+            return loss_fn.of_pairs(pairs, labels, doc_scores, **given)
         if self.prune is not None and self.training and torch.is_grad_enabled():
             given |= {"eps": self.prune, "unbiased": self.prune_unbiased}
             return pruned_loss(self, loss_fn, contexts, labels, doc_scores, **given)
         with stage("generator"):
             hidden = self(contexts.ids, contexts.mask, labels)  # [B, K, T, H]
         return loss_fn(hidden, self.head(), labels, doc_scores, **given)
+
+    def _groups(self, mask: Tensor) -> list[Tensor]:
+        """Return the rows of contexts to score together."""
+        rows = torch.arange(len(mask), device=mask.device)
+        # Padding costs as much time as text on a CPU. Ranks that gather shards read equally often.
+        if mask.device.type != "cpu" or is_sharded(self):
+            return [rows]
+        return list(mask.sum(1).argsort(stable=True).split(_CONTEXTS_ON_CPU))

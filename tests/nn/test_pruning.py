@@ -8,7 +8,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from fastrag import reference
 from fastrag.data.processor import Contexts
-from fastrag.nn import LMHead, RagLoss
+from fastrag.nn import LMHead, RagLoss, Reader
 from fastrag.nn.pruning import pruned_loss
 from tests.tiny import CHECKPOINTING, T5, batch, rag_model
 
@@ -116,17 +116,17 @@ def test_error_is_bounded_by_the_dropped_posterior(kind, marginal):
     assert 0 < error <= total / int(counted.sum())
 
 
-class Given(torch.nn.Module):
+class Given(Reader):
     """A reader whose hidden states are given: context i of them is the token id i."""
 
     kind = "seq2seq"
 
     def __init__(self, hidden, weight):
-        super().__init__()
-        self.states, self.weight = hidden, weight
+        torch.nn.Module.__init__(self)
+        self.given, self.weight = hidden, weight
 
     def forward(self, ids, mask, labels):
-        return self.states.flatten(0, 1)[ids[:, 0]].unflatten(0, (len(labels), -1))
+        return self.given.flatten(0, 1)[ids[:, 0]].unflatten(0, (len(labels), -1))
 
     def head(self):
         return LMHead(self.weight)

@@ -1,0 +1,179 @@
+"""Stored log-likelihoods are those that the generator gives, whatever happens to the store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastrag.nn.likelihoods import LikelihoodCache
+from fastrag.nn.pair_store import PairStore
+from tests.tiny import batch, rag_model
+
+
+def key(i: int) -> bytes:
+    return struct.pack("<QQ", i, 7)
+
+
+def numbers(i: int) -> Any:
+    return np.arange(i % 5, dtype=np.float32) + i
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["marginal", "emdr2", "pdist", "replug", "topk:2"])
+def test_losses_and_gradients_are_those_without_it(
+    tmp_path: Path, kind: Any, marginal: str, objective: str
+) -> None:
+    model = rag_model(kind, objective=objective, marginal=marginal).train()
+    model.generator.requires_grad_(False).eval()
+    loss, expected = gradients_of(model, kind)
+    with LikelihoodCache(tmp_path / "logp", model.reader) as cache:
+        model.reader.likelihoods = cache
+        for n_read in (0, cache.misses):
+            found, got = gradients_of(model, kind)
+            torch.testing.assert_close(found, loss)
+            assert got.keys() == expected.keys() and got
+            for name, grad in got.items():
+                torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+            assert not n_read or cache.misses == n_read
+        assert cache.hits >= cache.misses == len(cache.store) > 0
+
+
+def gradients_of(model: Any, kind: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    found = model(**batch(kind))
+    found.loss.backward()
+    named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found.loss.detach(), named
+
+
+def test_a_warm_step_reads_nothing_in_another_process_either(tmp_path: Path) -> None:
+    model = rag_model(objective="replug")
+    with LikelihoodCache(tmp_path, model.reader) as cache:
+        model.reader.likelihoods = cache
+        model(**batch())
+        assert cache.saved_seconds == cache.hits * cache.seconds / cache.misses
+        n = cache.misses
+    other = rag_model(objective="replug")
+    with LikelihoodCache(tmp_path, other.reader) as cache:
+        other.reader.likelihoods = cache
+        other.reader.forward = None  # type: ignore[assignment]
+        loss = other(**batch()).loss
+        assert (cache.hits >= n, cache.misses, cache.seconds) == (True, 0, 0.0)
+    model.reader.likelihoods = None
+    torch.testing.assert_close(loss, model(**batch()).loss)
+
+
+def test_another_generator_is_refused(tmp_path: Path) -> None:
+    model = rag_model(objective="replug")
+    LikelihoodCache(tmp_path, model.reader).close()
+    other = rag_model(objective="replug", seed=1)
+    with pytest.raises(ValueError, match=r"expected numbers made by '[0-9a-f]{32}', got those of"):
+        LikelihoodCache(tmp_path, other.reader)
+    with LikelihoodCache(tmp_path, other.reader, rebuild=True) as cache:
+        other.reader.likelihoods = cache
+        other(**batch())
+        with torch.no_grad():
+            next(other.generator.parameters()).mul_(1.5)
+        with pytest.raises(ValueError, match=r"^likelihoods: expected the generator [0-9a-f]{32}"):
+            other(**batch())
+    trained = rag_model()
+    with LikelihoodCache(tmp_path / "trained", trained.reader) as cache:
+        trained.reader.likelihoods = cache
+        with pytest.raises(ValueError, match="expected a generator that does not train"):
+            trained(**batch())
+
+
+def test_a_store_that_is_cut_anywhere_keeps_its_whole_records(tmp_path: Path) -> None:
+    """As after a kill in the middle of a write, at each byte of it."""
+    with PairStore(tmp_path, "a") as store:
+        store.put([key(i) for i in range(3)], [numbers(i) for i in range(3)])
+    [path] = tmp_path.glob("*.pairs")
+    whole = path.read_bytes()
+    ends = np.cumsum([24 + 4 * (i % 5) for i in range(3)])
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        n = int((ends <= cut).sum())
+        said = pytest.warns(UserWarning, match="behind the last whole")
+        with contextlib.nullcontext() if cut in (0, *ends) else said:
+            store = PairStore(tmp_path, "a")
+        with store:
+            assert len(store) == n and path.stat().st_size == (ends[n - 1] if n else 0)
+            for i in range(n):
+                assert np.array_equal(store.get(key(i)), numbers(i))  # type: ignore[arg-type]
+            store.put([key(9)], [numbers(9)])
+            assert np.array_equal(store.get(key(9)), numbers(9))  # type: ignore[arg-type]
+    spoilt = bytearray(whole)
+    spoilt[ends[0] + 25] ^= 1
+    path.write_bytes(spoilt)
+    with pytest.warns(UserWarning), PairStore(tmp_path, "a") as store:
+        assert len(store) == 1 or store.get(key(1)) is None
+
+
+def test_the_oldest_are_dropped_and_the_limit_holds(tmp_path: Path) -> None:
+    limit = 4000
+    with PairStore(tmp_path, "a", max_bytes=limit) as store:
+        for i in range(400):
+            store.put([key(i)], [numbers(i)])
+            assert store.n_bytes <= limit + limit // 8
+        assert key(399) in store and key(0) not in store and len(store) > 50
+        kept = {i for i in range(400) if key(i) in store}
+        assert kept == set(range(min(kept), 400))
+    with PairStore(tmp_path, "a", max_bytes=limit) as store:
+        assert {i for i in range(400) if key(i) in store} == kept
+        for i in kept:
+            assert np.array_equal(store.get(key(i)), numbers(i))  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rag_model(objective="replug")
+    expected = model(**batch()).loss
+    real = os.pwrite
+
+    def full(descriptor: int, data: Any, offset: int) -> int:
+        real(descriptor, bytes(data)[:5], offset)
+        raise OSError(28, "No space left on device")
+
+    with LikelihoodCache(tmp_path, model.reader) as cache:
+        model.reader.likelihoods = cache
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.warns(UserWarning, match="takes no more.*No space left on device") as said:
+            for _ in range(2):
+                torch.testing.assert_close(model(**batch()).loss, expected)
+        assert len(said) == 1 and len(cache.store) == cache.store.n_bytes == 0
+        monkeypatch.setattr(os, "pwrite", real)
+        model(**batch())
+        assert len(cache.store) > 0
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with PairStore(tmp_path / "a", "x"), pytest.raises(ValueError, match="no other process"):
+        in_another_thread(lambda: PairStore(tmp_path / "a", "x"))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="expected an empty folder or a store, got .'notes"):
+        PairStore(tmp_path / "b", "x")
+    assert (tmp_path / "b" / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="max_bytes: expected at least"):
+        PairStore(tmp_path / "c", "x", max_bytes=3)
+    model = rag_model(objective="replug", label_smoothing=0.1)
+    with LikelihoodCache(tmp_path / "d", model.reader) as cache:
+        model.reader.likelihoods = cache
+        with pytest.raises(ValueError, match="label_smoothing: expected 0"):
+            model(**batch())
+
+
+def in_another_thread(work: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
