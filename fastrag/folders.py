@@ -170,6 +170,23 @@ def lock_partial(target: Path) -> tuple[Path, BinaryIO]:
     return folder, _lock(folder, target)
 
 
+def lock(folder: Path) -> BinaryIO:
+    """Lock a folder until the file that this returns is closed, or the process ends.
+
+    Args:
+        folder: the folder, made if there is none.
+
+    Returns:
+        The open file `lock` in the folder.
+
+    Raises:
+        ValueError: another process, or another call in this one, holds the lock.
+        OSError: the system refuses.
+    """
+    folder = _resolved(folder)
+    return _lock(folder, folder)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes that lock a folder out of it; a thread may lock it again.

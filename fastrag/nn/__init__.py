@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastrag.nn.encoders import TextEncoder
     from fastrag.nn.generators import CausalAdapter, Seq2SeqAdapter, adapt_generator
     from fastrag.nn.heads import LMHead
+    from fastrag.nn.likelihoods import LikelihoodCache
     from fastrag.nn.loss import RagLoss, RagLossOutput
     from fastrag.nn.model import RagModel
     from fastrag.nn.outputs import RagGeneration, RagOutput
@@ -27,6 +28,7 @@ _HOMES = {
     "Seq2SeqAdapter": "generators",
     "adapt_generator": "generators",
     "LMHead": "heads",
+    "LikelihoodCache": "likelihoods",
     "RagLoss": "loss",
     "RagLossOutput": "loss",
     "RagModel": "model",
@@ -44,6 +46,7 @@ __all__ = [
     "Adapter",
     "CausalAdapter",
     "LMHead",
+    "LikelihoodCache",
     "PrefixCache",
     "RagGeneration",
     "RagLoss",

@@ -9,7 +9,6 @@ is behind it. If the files exceed their limit, the oldest is deleted.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import warnings
@@ -69,12 +68,12 @@ class PairStore:
                 f"max_bytes: expected at least {N_FILES * _HEAD.size}, got {max_bytes}"
             )
         self.dir = Path(dir)
+        self.made_by = made_by
         self.max_bytes = max_bytes
         self._places: dict[bytes, tuple[int, int, int]] = {}  # file, offset of the numbers, n
         self._files: dict[int, int] = {}  # number of each file -> descriptor, oldest first
         self._sizes: dict[int, int] = {}
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(folders.locked(self.dir))
+        self._lock = folders.lock(self.dir)
         try:
             self._check(made_by, rebuild)
             for path in sorted(self.dir.glob("*.pairs")):
@@ -142,7 +141,11 @@ class PairStore:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files, self._sizes, self._places = {}, {}, {}
-        self._open.close()
+        self._lock.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):  # not if the constructor refused
+            self.close()
 
     def _check(self, made_by: str, rebuild: bool) -> None:
         """Compare the fingerprint, and write it into a new folder."""

@@ -222,7 +222,7 @@ class Reader(nn.Module):
             "posterior_scores": posterior_scores,
         }
         if self.likelihoods is not None:
-            pairs = self.likelihoods.pairs(loss_fn, contexts, labels, doc_scores.shape[1])
+            pairs = self.likelihoods.pairs(self, loss_fn, contexts, labels, doc_scores.shape[1])
             return loss_fn.of_pairs(pairs, labels, doc_scores, **given)
         if self.prune is not None and self.training and torch.is_grad_enabled():
             given |= {"eps": self.prune, "unbiased": self.prune_unbiased}

@@ -142,11 +142,16 @@ class ReaderConfig:
         dtype: how its weights are kept: float32, bfloat16 (the optimiser then updates float32
             copies), or auto: float32, except for weights stored in bfloat16 that LoRA leaves
             unchanged, with training.bf16.
+        train: false: the generator stays as it is, and only the retriever trains.
+        likelihoods: folder in which log p(y|x,z) of a generator that does not train is kept, so
+            that each context is read once; null: it is read in each step.
         lora: LoRA adapters.
     """
 
     generator: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    train: bool = True
+    likelihoods: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -348,6 +353,15 @@ class RagConfig:
         why = f", since reader.lora.{others[0]} is set" if others else " or null"
         holds = (lora.rank is None and not others) or (lora.rank or 0) >= 1
         require("reader.lora.rank", holds, f"an integer >= 1{why}", lora.rank)
+        off = "null with reader.train = false"
+        require("reader.lora.rank", part.train or lora.rank is None, off, lora.rank)
+        require("loss.prune", part.train or self.loss.prune is None, off, self.loss.prune)
+        if part.likelihoods is not None:
+            frozen = not part.train or self.loss.objective == "replug"
+            only = "null unless the generator does not train (reader.train: false)"
+            require("reader.likelihoods", frozen, only, part.likelihoods)
+            smooths = self.loss.label_smoothing
+            require("loss.label_smoothing", not smooths, "0 with reader.likelihoods", smooths)
         if lora.alpha is not None:
             _require_positive("reader.lora.alpha", lora.alpha, " or null")
         require(

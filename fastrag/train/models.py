@@ -22,6 +22,7 @@ from fastrag.index.encoding import encode_passages
 from fastrag.nn import RagModel, TextEncoder, checkpoint
 from fastrag.nn.checkpoint import CONFIG as MODEL_CONFIG
 from fastrag.nn.hub import model_folder
+from fastrag.nn.likelihoods import LikelihoodCache
 from fastrag.nn.retriever import Retriever
 from fastrag.train.checkpoint_contents import (
     MODEL_FILES,
@@ -167,6 +168,13 @@ def build_model(
         contrastive=config.loss.contrastive,
         posterior_encoder=posterior_encoder,
     )
+    if not config.reader.train:
+        model.generator.requires_grad_(False)
+    if config.reader.likelihoods is not None:
+        folder = Path(config.reader.likelihoods)
+        if launched_processes() > 1:  # one process at a time writes to a folder
+            folder = folder / f"rank-{os.environ.get('RANK', '0')}"
+        model.reader.likelihoods = LikelihoodCache(folder)
     if config.retriever.index is not None and not resume:
         _warn_of_another_encoder(index, passages, passage_encoder, passage_folder)
     return model

@@ -381,6 +381,8 @@ class RagTrainer(Trainer):
         if "loss" in logs:
             logs.update(self.statistics.summary(self.accelerator))
             logs.update(self.refresher.summary(self.state.global_step))
+            likelihoods = self.model.reader.likelihoods
+            logs.update({} if likelihoods is None else likelihoods.summary())
         super().log(logs, *args, **kwargs)
 
     def evaluate(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import torch
 
 from fastrag.nn.likelihoods import LikelihoodCache
 from fastrag.nn.pair_store import PairStore
+from fastrag.train import RagTrainer, build_collator, build_model
+from tests import tiny
+from tests.settings import rag_config
 from tests.tiny import batch, rag_model
 
 
@@ -35,16 +38,18 @@ def test_losses_and_gradients_are_those_without_it(
     model = rag_model(kind, objective=objective, marginal=marginal).train()
     model.generator.requires_grad_(False).eval()
     loss, expected = gradients_of(model, kind)
-    with LikelihoodCache(tmp_path / "logp", model.reader) as cache:
+    with LikelihoodCache(tmp_path / "logp") as cache:
         model.reader.likelihoods = cache
-        for n_read in (0, cache.misses):
+        n_read = []
+        for _ in range(2):
             found, got = gradients_of(model, kind)
             torch.testing.assert_close(found, loss)
             assert got.keys() == expected.keys() and got
             for name, grad in got.items():
                 torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-            assert not n_read or cache.misses == n_read
-        assert cache.hits >= cache.misses == len(cache.store) > 0
+            n_read.append(cache.misses)
+        assert cache.store is not None and n_read == [len(cache.store)] * 2
+        assert cache.hits + cache.misses == 2 * 4 * 3 and cache.hits >= cache.misses
 
 
 def gradients_of(model: Any, kind: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -58,28 +63,30 @@ def gradients_of(model: Any, kind: Any) -> tuple[torch.Tensor, dict[str, torch.T
 
 def test_a_warm_step_reads_nothing_in_another_process_either(tmp_path: Path) -> None:
     model = rag_model(objective="replug")
-    with LikelihoodCache(tmp_path, model.reader) as cache:
+    with LikelihoodCache(tmp_path) as cache:
         model.reader.likelihoods = cache
         model(**batch())
-        assert cache.saved_seconds == cache.hits * cache.seconds / cache.misses
-        n = cache.misses
+        assert cache.summary()["likelihood_saved_s"] == cache.hits * cache.seconds / cache.misses
     other = rag_model(objective="replug")
-    with LikelihoodCache(tmp_path, other.reader) as cache:
+    with LikelihoodCache(tmp_path) as cache:
         other.reader.likelihoods = cache
         other.reader.forward = None  # type: ignore[assignment]
         loss = other(**batch()).loss
-        assert (cache.hits >= n, cache.misses, cache.seconds) == (True, 0, 0.0)
+        assert (cache.hits, cache.misses, cache.seconds) == (12, 0, 0.0)
+        assert cache.summary() == {"likelihood_hits": 1.0, "likelihood_saved_s": 0.0}
     model.reader.likelihoods = None
     torch.testing.assert_close(loss, model(**batch()).loss)
 
 
 def test_another_generator_is_refused(tmp_path: Path) -> None:
-    model = rag_model(objective="replug")
-    LikelihoodCache(tmp_path, model.reader).close()
-    other = rag_model(objective="replug", seed=1)
+    model, other = (rag_model(objective="replug", seed=seed) for seed in (0, 1))
+    with LikelihoodCache(tmp_path) as cache:
+        model.reader.likelihoods = cache
+        model(**batch())
+    other.reader.likelihoods = LikelihoodCache(tmp_path)
     with pytest.raises(ValueError, match=r"expected numbers made by '[0-9a-f]{32}', got those of"):
-        LikelihoodCache(tmp_path, other.reader)
-    with LikelihoodCache(tmp_path, other.reader, rebuild=True) as cache:
+        other(**batch())
+    with LikelihoodCache(tmp_path, rebuild=True) as cache:
         other.reader.likelihoods = cache
         other(**batch())
         with torch.no_grad():
@@ -87,7 +94,7 @@ def test_another_generator_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^likelihoods: expected the generator [0-9a-f]{32}"):
             other(**batch())
     trained = rag_model()
-    with LikelihoodCache(tmp_path / "trained", trained.reader) as cache:
+    with LikelihoodCache(tmp_path / "trained") as cache:
         trained.reader.likelihoods = cache
         with pytest.raises(ValueError, match="expected a generator that does not train"):
             trained(**batch())
@@ -145,13 +152,14 @@ def test_a_full_disk_is_said_once_and_training_goes_on(
         real(descriptor, bytes(data)[:5], offset)
         raise OSError(28, "No space left on device")
 
-    with LikelihoodCache(tmp_path, model.reader) as cache:
+    with LikelihoodCache(tmp_path) as cache:
         model.reader.likelihoods = cache
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.warns(UserWarning, match="takes no more.*No space left on device") as said:
             for _ in range(2):
                 torch.testing.assert_close(model(**batch()).loss, expected)
-        assert len(said) == 1 and len(cache.store) == cache.store.n_bytes == 0
+        assert cache.store is not None and len(said) == 1
+        assert len(cache.store) == cache.store.n_bytes == 0
         monkeypatch.setattr(os, "pwrite", real)
         model(**batch())
         assert len(cache.store) > 0
@@ -159,7 +167,8 @@ def test_a_full_disk_is_said_once_and_training_goes_on(
 
 def test_mistakes(tmp_path: Path) -> None:
     with PairStore(tmp_path / "a", "x"), pytest.raises(ValueError, match="no other process"):
-        in_another_thread(lambda: PairStore(tmp_path / "a", "x"))
+        PairStore(tmp_path / "a", "x")
+    PairStore(tmp_path / "a", "x").close()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty folder or a store, got .'notes"):
@@ -168,12 +177,60 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_bytes: expected at least"):
         PairStore(tmp_path / "c", "x", max_bytes=3)
     model = rag_model(objective="replug", label_smoothing=0.1)
-    with LikelihoodCache(tmp_path / "d", model.reader) as cache:
+    with LikelihoodCache(tmp_path / "d") as cache:
         model.reader.likelihoods = cache
         with pytest.raises(ValueError, match="label_smoothing: expected 0"):
             model(**batch())
 
 
-def in_another_thread(work: Any) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(work).result()
+def test_training_from_a_config_fills_it_and_logs_it(tmp_path: Path) -> None:
+    """The second run reads no context; its losses are those of the first."""
+    tiny.save_parts(tmp_path)
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "text": p.text}) + "\n" for p in tiny.passages())
+    )
+    settings = {
+        "retriever.question_encoder": str(tmp_path / "encoder"),
+        "reader.generator": str(tmp_path / "generator"),
+        "reader.train": False,
+        "reader.likelihoods": str(tmp_path / "logp"),
+        "data.corpus": str(tmp_path / "corpus.jsonl"),
+        "loss.objective": "emdr2",
+        "training.max_steps": 3,
+        "training.logging_steps": 1,
+        "training.save_strategy": "no",
+    }
+    logged = []
+    for name in ("first", "second"):
+        config = rag_config(settings | {"training.output_dir": str(tmp_path / name)})
+        model = build_model(config)
+        assert not any(p.requires_grad for p in model.generator.parameters())
+        trainer = RagTrainer(model, config, build_collator(model, config), tiny.questions())
+        trainer.train()
+        assert model.reader.likelihoods is not None
+        model.reader.likelihoods.close()
+        logged.append([each for each in trainer.state.log_history if "loss" in each])
+    first, second = logged
+    assert [each["loss"] for each in first] == [each["loss"] for each in second]
+    assert first[0]["likelihood_hits"] < 1.0 == second[-1]["likelihood_hits"]
+    assert second[-1]["likelihood_saved_s"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"reader.likelihoods": "x"}, r"^reader\.likelihoods: expected null unless the generator"),
+        (
+            {"reader.train": False, "reader.lora.rank": 2},
+            r"^reader\.lora\.rank: expected null with",
+        ),
+        ({"reader.train": False, "loss.prune": 0.1}, r"^loss\.prune: expected null with reader\.t"),
+        (
+            {"reader.train": False, "reader.likelihoods": "x", "loss.label_smoothing": 0.1},
+            r"^loss\.label_smoothing: expected 0 with reader\.likelihoods",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other(settings: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        rag_config(settings)
