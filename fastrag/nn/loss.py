@@ -150,7 +150,7 @@ class RagLoss(nn.Module):
         Raises:
             ValueError: shapes or dtypes disagree.
         """
-        term = self._term
+        term = None if self.retriever_term is None else self._term
         if term is not None and term.pairwise:
             pairs = self.pairs(hidden, head, labels, doc_scores.shape[1])
             return self.of_pairs(

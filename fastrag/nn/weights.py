@@ -46,8 +46,8 @@ def weights_checksum(model: nn.Module, device: torch.device) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         values = tensor.detach().cpu().contiguous()
         sha.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        sha.update(memoryview(values.view(-1).view(torch.uint8).numpy()))
-    config = getattr(model, "config", None)
+        sha.update(values.view(-1).view(torch.uint8).numpy().data)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     for name in ("_name_or_path", "transformers_version", "_attn_implementation"):
         settings.pop(name, None)
