@@ -28,7 +28,7 @@ from transformers import RagConfig as HuggingFaceConfig
 from fastrag import cli
 from fastrag.terminal import columns
 from fastrag.train import RagConfig
-from fastrag.train.config import LossConfig
+from fastrag.train.sections import LossConfig
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

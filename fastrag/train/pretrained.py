@@ -21,7 +21,8 @@ from fastrag.nn.checkpoint import load_whole
 from fastrag.nn.hub import model_folder
 
 if TYPE_CHECKING:
-    from fastrag.train.config import LoraConfig, RagConfig
+    from fastrag.train.config import RagConfig
+    from fastrag.train.sections import LoraConfig
 
 
 def load_encoder(
