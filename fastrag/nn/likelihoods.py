@@ -14,12 +14,14 @@ import hashlib
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fastrag.messages import clipped
 from fastrag.nn.loss import Pairs, RagLoss
@@ -27,7 +29,9 @@ from fastrag.nn.pair_store import KEY_BYTES, PairStore
 from fastrag.nn.weights import weights_checksum, weights_identity
 
 if TYPE_CHECKING:
+    from fastrag.data import Question
     from fastrag.data.processor import Contexts
+    from fastrag.nn.model import RagModel
     from fastrag.nn.reader import Reader
 
 
@@ -140,6 +144,50 @@ class LikelihoodCache:
         logp[counted.cpu()] = torch.from_numpy(np.concatenate([found[key] for key in keys]))
         logp = logp.to(labels.device).unflatten(0, (-1, n_docs))
         return Pairs(logp if loss_fn.marginal == "token" else logp.sum(2, keepdim=True), logp)
+
+    def fill(
+        self,
+        model: RagModel,
+        questions: Sequence[Question],
+        rows: Tensor,
+        *,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> None:
+        """Read contexts ahead of training, many at a time.
+
+        On a CPU, contexts of like length are read together (`Reader.score`); a kill loses those of
+        one batch.
+
+        Args:
+            model: its processor makes contexts of its passages, and its reader reads them.
+            questions: questions with answers, the first of which is taken.
+            rows: the passages of each, `[Q, K]` int64, such as `model.retrieve(...)` finds.
+            batch_size: questions per batch.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: as `pairs`; a question has no answer, or `rows` belongs to another number of
+                questions.
+
+        Example:
+            >>> cache.fill(model, questions, rows)                          # doctest: +SKIP
+        """
+        if rows.dim() != 2 or len(rows) != len(questions):
+            raise ValueError(
+                f"rows: expected [{len(questions)}, K], one line per question, got "
+                f"{list(rows.shape)}"
+            )
+        with tqdm(total=rows.numel(), desc="read", unit=" contexts", disable=not progress) as bar:
+            for start in range(0, len(questions), batch_size):
+                part = slice(start, start + batch_size)
+                batch = model.processor.collate(questions[part])
+                batch = {name: each.to(model.device) for name, each in batch.items()}
+                given = batch["prompt_ids"], batch["prompt_mask"]
+                contexts = model.contexts(rows[part].to(model.device), *given)
+                n_docs = rows.shape[1]
+                self.pairs(model.reader, model.loss_fn, contexts, batch["labels"], n_docs)
+                bar.update(rows[part].numel())
 
     def _opened(self, reader: Reader, device: torch.device) -> PairStore:
         """Return the store, after comparing the generator with it."""

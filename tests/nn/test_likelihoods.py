@@ -78,6 +78,19 @@ def test_a_warm_step_reads_nothing_in_another_process_either(tmp_path: Path) -> 
     torch.testing.assert_close(loss, model(**batch()).loss)
 
 
+def test_what_is_read_ahead_need_not_be_read_in_training(tmp_path: Path) -> None:
+    model = rag_model(objective="replug")
+    questions, rows = tiny.questions(7), torch.arange(12).expand(7, 12)
+    with LikelihoodCache(tmp_path) as cache:
+        cache.fill(model, questions, rows, batch_size=3)
+        assert cache.misses == len(cache.store) == 7 * 12  # type: ignore[arg-type]
+        model.reader.likelihoods = cache
+        model(**model.processor.collate(questions))
+        assert (cache.misses, cache.hits) == (7 * 12, 7 * 3)
+        with pytest.raises(ValueError, match=r"^rows: expected \[7, K\]"):
+            cache.fill(model, questions, rows[:6])
+
+
 def test_another_generator_is_refused(tmp_path: Path) -> None:
     model, other = (rag_model(objective="replug", seed=seed) for seed in (0, 1))
     with LikelihoodCache(tmp_path) as cache:
