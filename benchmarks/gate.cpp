@@ -48,7 +48,8 @@ void pass(const std::string& which, Isa isa) {
   std::vector<float> z0 = numbers(kWords * kRows, 1);
   std::vector<int64_t> gold(kRows);
   for (int64_t i = 0; i < kRows; ++i) gold[i] = 37 * i;
-  const fastrag::Logits logits{z0.data(), kWords, kRows, kRows, nullptr, 1.0f, 0.0f, gold.data()};
+  const fastrag::Logits logits{z0.data(), false, kWords, kRows,      kRows,
+                               nullptr,   1.0f,  0.0f,   gold.data()};
   std::vector<float> shift(kRows), log_sum(kRows, 8.0f), logp(kRows), weight(kRows, 0.5f);
   std::vector<float> share(kRows), mixture(kGroups), prior(kRows, -1.6f), spread(kGroups, 0.1f);
   const fastrag::LogZ log_z{shift.data(), log_sum.data()};

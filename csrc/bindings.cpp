@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,6 +15,13 @@
 namespace py = pybind11;
 
 namespace fastrag {
+
+template <>
+struct Element<Bfloat16> {
+  static constexpr const char* kName = "bfloat16 as uint16";
+  static constexpr const char* kFormats = "H";
+};
+
 namespace {
 
 // The arguments that all passes over the buffer of a chunk share.
@@ -21,20 +29,20 @@ class Pass {
  public:
   Pass(const py::buffer& z0, const py::buffer& gold, const std::optional<py::buffer>& bias,
        double logit_scale, double softcap, int threads, const std::string& isa)
-      : z0_("z0", z0, {-1, -1}, true, true),
-        gold_("gold", gold, {z0_.size(1)}),
-        threads_(threads_of(threads, isa)) {
-    if (bias) bias_.emplace("bias", *bias, std::vector<py::ssize_t>{z0_.size(0)});
+      : threads_(threads_of(threads, isa)) {
+    logits_.bfloat16 = z0.request().format == Element<Bfloat16>::kFormats;
+    if (logits_.bfloat16)
+      take<Bfloat16>(z0);
+    else
+      take<float>(z0);
+    gold_.emplace("gold", gold, std::vector<py::ssize_t>{logits_.n_rows});
+    logits_.gold = gold_->data();
+    if (bias) bias_.emplace("bias", *bias, std::vector<py::ssize_t>{logits_.n_ids});
+    logits_.bias = bias_ ? bias_->data() : nullptr;
     if (!(softcap >= 0.0))
       throw py::value_error("softcap: expected 0 (none) or more, got " + std::to_string(softcap));
-    logits_ = {z0_.data(),
-               z0_.size(0),
-               z0_.size(1),
-               z0_.size(0) > 1 ? z0_.pitch() : z0_.size(1),
-               bias_ ? bias_->data() : nullptr,
-               static_cast<float>(logit_scale),
-               static_cast<float>(softcap),
-               gold_.data()};
+    logits_.softcap = static_cast<float>(softcap);
+    logits_.logit_scale = static_cast<float>(logit_scale);
     for (int64_t i = 0; i < logits_.n_rows; ++i)
       if (logits_.gold[i] < -1 || logits_.gold[i] >= logits_.n_ids)
         throw py::value_error("gold: expected labels in [0, " + std::to_string(logits_.n_ids) +
@@ -92,6 +100,17 @@ class Pass {
   }
 
  private:
+  template <class T>
+  void take(const py::buffer& z0) {
+    const auto array =
+        std::make_shared<Array<T>>("z0", z0, std::vector<py::ssize_t>{-1, -1}, true, true);
+    logits_.z0 = array->data();
+    logits_.n_ids = array->size(0);
+    logits_.n_rows = array->size(1);
+    logits_.pitch = array->size(0) > 1 ? array->pitch() : array->size(1);
+    z0_ = array;
+  }
+
   static LogZ halves(const Array<float>& log_z) {
     return {log_z.data(), log_z.data() + log_z.size(1)};
   }
@@ -105,11 +124,11 @@ class Pass {
     return prior.size(0);
   }
 
-  Array<float> z0_;
-  Array<int64_t> gold_;
+  std::shared_ptr<void> z0_;  // an Array of float or Bfloat16
+  std::optional<Array<int64_t>> gold_;
   std::optional<Array<float>> bias_;
   Threads threads_;
-  Logits logits_;
+  Logits logits_{};
 };
 
 std::vector<std::string> instruction_sets() {
@@ -159,7 +178,7 @@ void bind_peaks(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   using fastrag::Pass;
-  m.doc() = "Compiled parts of fastrag; float32. fastrag.ops calls them.";
+  m.doc() = "Compiled parts of fastrag, with maths in float32. fastrag.ops calls them.";
   m.attr("SOURCES") = FASTRAG_TEXT(FASTRAG_SOURCES);
   py::class_<Pass>(m, "RowPass")
       .def(py::init<const py::buffer&, const py::buffer&, const std::optional<py::buffer>&, double,

@@ -45,8 +45,8 @@ def collect() -> dict[str, Any]:
     Keys: `fastrag` (version, tree, kernels), `python`, `platform`, `packages` (name -> version, or
     None), `devices` (list of name, capability, memory_gib), `cuda`, `backends` (name -> why it
     cannot run here, empty if it can), `instruction_sets` (of the C++ kernels, the one in use
-    first), `ops` (name -> backend chosen by device type) and `environment` (the variables that
-    change what runs).
+    first), `bfloat16_products` (whether the losses multiply bfloat16 as it is on the CPU), `ops`
+    (name -> backend chosen by device type) and `environment` (the variables that change what runs).
 
     Example:
         >>> from fastrag.info import collect
@@ -63,6 +63,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "backends": backends.availability(),
         "instruction_sets": _instruction_sets(),
+        "bfloat16_products": workspace.multiplies(torch.bfloat16),
         "ops": _ops(),
         "environment": {
             name: os.environ.get(name)
@@ -108,6 +109,8 @@ def info() -> str:
         if name == "cpp" and found["instruction_sets"]:
             used, *others = found["instruction_sets"]
             lines[-1] += f", {used}" + (f" (also {', '.join(others)})" if others else "")
+    how = "multiplied as it is" if found["bfloat16_products"] else "converted to float32"
+    lines.append(f"bfloat16 on cpu: {how} in the losses")
     for op, choices in found["ops"].items():
         chosen = ", ".join(f"{choice} on {device}" for device, choice in choices.items())
         lines.append(f"op {op}: {chosen}")

@@ -51,6 +51,13 @@ OPS = (
         "tests/ops/test_marginal_nll.py tests/ops/test_marginal_nll_autograd.py",
     ),
     Mistake(
+        "a gradient of the head in bfloat16 is summed over chunks in bfloat16",
+        "fastrag/ops/chunks.py",
+        "self._total(self.dweight_dtype if only else self.head.dtype)",
+        "self._total(self.dweight_dtype)",
+        "tests/ops/test_bf16_products.py",
+    ),
+    Mistake(
         "the gradient of the bias keeps the last chunk alone",
         "fastrag/ops/chunks.py",
         "self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))",

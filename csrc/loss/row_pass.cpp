@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -40,9 +41,14 @@ double slope_of(const Logits& logits, float z0, int64_t id) {
   return logits.logit_scale / (cosh * cosh);
 }
 
-// Whether the row has a label.
-float* gold_of(const Logits& logits, int64_t row) {
-  return logits.z0 + logits.gold[row] * logits.pitch + row;
+float z0_at(const Logits& logits, int64_t id, int64_t row) {
+  const int64_t at = id * logits.pitch + row;
+  if (!logits.bfloat16) return static_cast<const float*>(logits.z0)[at];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const Bfloat16*>(logits.z0)[at].bits)
+                        << 16;
+  float z0;
+  std::memcpy(&z0, &bits, sizeof z0);
+  return z0;
 }
 
 // z0 at the label of each row, 0 for a row without a label. A gradient pass still needs these
@@ -50,8 +56,18 @@ float* gold_of(const Logits& logits, int64_t row) {
 std::vector<float> gold_z0(const Logits& logits) {
   std::vector<float> found(logits.n_rows);
   for (int64_t i = 0; i < logits.n_rows; ++i)
-    if (logits.gold[i] >= 0) found[i] = *gold_of(logits, i);
+    if (logits.gold[i] >= 0) found[i] = z0_at(logits, logits.gold[i], i);
   return found;
+}
+
+// Writes the gradient at the label of a row.
+void put_gold(const Logits& logits, int64_t row, double gradient, const KernelTable& table) {
+  const int64_t at = logits.gold[row] * logits.pitch + row;
+  const float value = static_cast<float>(gradient);
+  if (logits.bfloat16)
+    table.to_bfloat16(&value, static_cast<Bfloat16*>(logits.z0) + at, 1);
+  else
+    static_cast<float*>(logits.z0)[at] = value;
 }
 
 // The logits of the labels, with the bits of the passes.
@@ -61,6 +77,39 @@ std::vector<float> gold_logits(const Logits& logits, const std::vector<float>& z
   for (int64_t i = 0; i < logits.n_rows; ++i)
     if (logits.gold[i] >= 0) found[i] = argument_of(logits, z0[i], logits.gold[i]);
   if (logits.softcap > 0.0f) table.softcap(logits.softcap, found.data(), logits.n_rows);
+  return found;
+}
+
+// The gradient at the label of each row, from logits that have not been overwritten: what is
+// subtracted from target p for the label would be lost in the rounding to bfloat16.
+std::vector<double> gold_mixture_gradient(const Logits& logits, const MixtureRows& rows,
+                                          const float* hit, const KernelTable& table) {
+  const int64_t n_passages = rows.n_passages;
+  std::vector<float> z0(n_passages), z(n_passages);
+  std::vector<double> logp(n_passages), found(logits.n_rows);
+  double mixture = 0.0;
+  for (int64_t i = 0; i < logits.n_rows; ++i) {
+    const int64_t id = logits.gold[i], k = i % n_passages, first = i - k;
+    if (id < 0) continue;
+    if (k == 0 || id != logits.gold[i - 1]) {  // usually, all rows of a position have one label
+      double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
+      for (int64_t j = 0; j < n_passages; ++j) {
+        z0[j] = z0_at(logits, id, first + j);
+        z[j] = argument_of(logits, z0[j], id);
+      }
+      if (logits.softcap > 0.0f) table.softcap(logits.softcap, z.data(), n_passages);
+      for (int64_t j = 0; j < n_passages; ++j) {
+        logp[j] = double{z[j]} - rows.shift[first + j] - rows.log_sum[first + j];
+        top = std::max(top, rows.prior[first + j] + logp[j]);
+      }
+      for (int64_t j = 0; j < n_passages; ++j)
+        sum += std::exp(rows.prior[first + j] + logp[j] - top);
+      mixture = top + std::log(sum);
+    }
+    const double share = std::exp(rows.prior[i] + logp[k] - mixture);
+    const double dz = rows.target[i] * std::exp(logp[k]) - rows.spread[i] * share - hit[i];
+    found[i] = dz * slope_of(logits, z0[k], id);
+  }
   return found;
 }
 
@@ -140,7 +189,7 @@ void row_gradient(const Logits& logits, const LogZ& log_z, const float* weight, 
     const double logp = double{gold_logit[i]} - log_z.shift[i] - log_z.log_sum[i];
     const double dz = std::expm1(logp) + smoothing.smoothing - share;
     const double slope = slope_of(logits, z0[i], logits.gold[i]);
-    *gold_of(logits, i) = static_cast<float>(weight[i] * dz * slope);
+    put_gold(logits, i, weight[i] * dz * slope, table);
   }
 }
 
@@ -179,17 +228,14 @@ void mixture_gradient(const Logits& logits, const LogZ& log_z, const Mixture& mi
   for (int64_t i = 0; i < n; ++i) spread_of_row[i] = spread[i / mixture.n_passages];
   const MixtureRows rows{log_z.shift, log_z.log_sum,        mixture.log_prior,
                          target,      spread_of_row.data(), mixture.n_passages};
-  const std::vector<float> z0 = gold_z0(logits);
+  const std::vector<double> at_gold = gold_mixture_gradient(logits, rows, hit, table);
   const int64_t scratch_size = table.mixture_scratch(n, mixture.n_passages);
   parallel_for(threads.count, blocks(logits.n_ids, kBlockIds), [&](int64_t block) {
     std::vector<float> scratch(scratch_size);
     table.mixture_gradient(logits, block_ids(logits, block), rows, scratch.data());
   });
-  for (int64_t i = 0; i < n; ++i) {
-    if (logits.gold[i] < 0) continue;
-    const double slope = slope_of(logits, z0[i], logits.gold[i]);
-    *gold_of(logits, i) -= static_cast<float>(hit[i] * slope);
-  }
+  for (int64_t i = 0; i < n; ++i)
+    if (logits.gold[i] >= 0) put_gold(logits, i, at_gold[i], table);
 }
 
 }  // namespace fastrag

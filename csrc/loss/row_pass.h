@@ -7,9 +7,10 @@
 //
 //     z = softcap * tanh(logit_scale * (z0 + bias) / softcap)
 //
-// are never stored: each pass computes them from z0. Sums over the vocabulary are float32 within a
-// block of kBlockIds token ids and float64 across blocks, in the order of the blocks, so no result
-// depends on the number of threads.
+// are never stored: each pass computes them from z0. The buffer holds float32, or bfloat16 where
+// the GEMM writes bfloat16. All other numbers are float32 and all arithmetic is. Sums over the
+// vocabulary are float32 within a block of kBlockIds token ids and float64 across blocks, in the
+// order of the blocks, so no result depends on the number of threads.
 //
 // For a gradient pass with the statistics of the whole vocabulary, the buffer may hold a slice of
 // the vocabulary. The label of a row may then be outside the slice.
@@ -23,9 +24,14 @@ namespace fastrag {
 
 constexpr int64_t kBlockIds = 128;
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 // The input of every pass.
 struct Logits {
-  float* z0;          // [n_ids, n_rows]; a gradient pass writes it
+  void* z0;           // [n_ids, n_rows]; a gradient pass writes it
+  bool bfloat16;      // z0 holds Bfloat16 instead of float
   int64_t n_ids;      // V, or the number of token ids of a slice
   int64_t n_rows;     // n
   int64_t pitch;      // elements

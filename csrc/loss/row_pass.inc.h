@@ -110,11 +110,48 @@ F load(const float* p, int64_t count) {
 }
 
 template <bool kWhole>
+F load(const Bfloat16* p, int64_t count) {
+  if (kWhole) return Vec::load(p);
+  Bfloat16 lanes[Vec::kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return Vec::load(lanes);
+}
+
+template <bool kWhole>
 void store(float* p, F x, int64_t count) {
   if (kWhole)
     Vec::store(p, x);
   else
     Vec::store(p, x, count);
+}
+
+template <bool kWhole>
+void store(Bfloat16* p, F x, int64_t count) {
+  if (kWhole) return Vec::store(p, x);
+  Bfloat16 lanes[Vec::kWidth];
+  Vec::store(lanes, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+template <class T>
+T* line_of(const Logits& logits, int64_t id) {
+  return static_cast<T*>(logits.z0) + id * logits.pitch;
+}
+
+// The type of the numbers in the buffer, and whether there is a softcap.
+template <class T, bool kHasCap>
+struct Kind {
+  using Number = T;
+  static constexpr bool kCap = kHasCap;
+};
+
+// Calls f with the Kind of the logits.
+template <class Call>
+void with_kind(const Logits& logits, Call f) {
+  if (logits.softcap > 0.0f)
+    logits.bfloat16 ? f(Kind<Bfloat16, true>()) : f(Kind<float, true>());
+  else
+    logits.bfloat16 ? f(Kind<Bfloat16, false>()) : f(Kind<float, false>());
 }
 
 // Calls f<number of vectors, whole>(first row, rows) on tiles of rows that cover [0, n).
@@ -131,7 +168,7 @@ void for_each_tile(int64_t n, Tile tile) {
 
 // ------------------------------------------------------------------------------------ row passes
 
-template <bool kCap>
+template <class Kind>
 struct StatisticsTile {
   const Logits& logits;
   IdRange ids;
@@ -144,7 +181,7 @@ struct StatisticsTile {
     F top[kVectors], total[kVectors], mean[kVectors];
     for (int j = 0; j < kVectors; ++j) top[j] = Vec::set(-__builtin_inff());
     for (int64_t v = ids.begin; v < ids.end; ++v) {
-      const float* z0 = logits.z0 + v * logits.pitch + row;
+      const auto* z0 = line_of<typename Kind::Number>(logits, v) + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
         const F z = load<kWhole>(z0 + j * Vec::kWidth, count);
@@ -152,18 +189,18 @@ struct StatisticsTile {
       }
     }
     for (int j = 0; j < kVectors; ++j) {
-      top[j] = head.template logit<kCap>(top[j]);  // monotonic, so this is the largest logit
+      top[j] = head.template logit<Kind::kCap>(top[j]);  // monotonic, so this is the largest logit
       store<kWhole>(max + row + j * Vec::kWidth, top[j], count);
       const F lowest = Vec::set(-__builtin_inff());
       top[j] = Vec::equal(top[j], lowest, Vec::set(0.0f), top[j]);
       total[j] = mean[j] = Vec::set(0.0f);
     }
     for (int64_t v = ids.begin; v < ids.end; ++v) {
-      const float* z0 = logits.z0 + v * logits.pitch + row;
+      const auto* z0 = line_of<typename Kind::Number>(logits, v) + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
         const F z = load<kWhole>(z0 + j * Vec::kWidth, count);
-        const F x = Vec::sub(head.template logit<kCap>(head.argument(z, bias)), top[j]);
+        const F x = Vec::sub(head.template logit<Kind::kCap>(head.argument(z, bias)), top[j]);
         total[j] = Vec::add(total[j], vexp(x));
         mean[j] = Vec::add(mean[j], x);
       }
@@ -176,13 +213,13 @@ struct StatisticsTile {
 };
 
 void statistics(const Logits& logits, IdRange ids, float* max, float* sum, float* centred) {
-  if (logits.softcap > 0.0f)
-    for_each_tile(logits.n_rows, StatisticsTile<true>{logits, ids, max, sum, centred});
-  else
-    for_each_tile(logits.n_rows, StatisticsTile<false>{logits, ids, max, sum, centred});
+  with_kind(logits, [&](auto kind) {
+    using Tile = StatisticsTile<decltype(kind)>;
+    for_each_tile(logits.n_rows, Tile{logits, ids, max, sum, centred});
+  });
 }
 
-template <bool kCap>
+template <class Kind>
 struct GradientTile {
   const Logits& logits;
   IdRange ids;
@@ -198,13 +235,13 @@ struct GradientTile {
       constant[j] = load<kWhole>(rows.constant + row + j * Vec::kWidth, count);
     }
     for (int64_t v = ids.begin; v < ids.end; ++v) {
-      float* z0 = logits.z0 + v * logits.pitch + row;
+      auto* z0 = line_of<typename Kind::Number>(logits, v) + row;
       const F bias = bias_of(logits, v);
       for (int j = 0; j < kVectors; ++j) {
-        float* p = z0 + j * Vec::kWidth;
+        auto* p = z0 + j * Vec::kWidth;
         F slope;
         const F argument = head.argument(load<kWhole>(p, count), bias);
-        const F z = head.template logit<kCap>(argument, &slope);
+        const F z = head.template logit<Kind::kCap>(argument, &slope);
         const F e = vexp(Vec::sub(z, shift[j]));
         const F dz = Vec::sub(Vec::mul(e, factor[j]), constant[j]);
         store<kWhole>(p, Vec::mul(dz, slope), count);
@@ -214,10 +251,9 @@ struct GradientTile {
 };
 
 void gradient(const Logits& logits, IdRange ids, const GradientRows& rows) {
-  if (logits.softcap > 0.0f)
-    for_each_tile(logits.n_rows, GradientTile<true>{logits, ids, rows});
-  else
-    for_each_tile(logits.n_rows, GradientTile<false>{logits, ids, rows});
+  with_kind(logits, [&](auto kind) {
+    for_each_tile(logits.n_rows, GradientTile<decltype(kind)>{logits, ids, rows});
+  });
 }
 
 // ---------------------------------------------------------------------------------- mixture passes
@@ -261,12 +297,12 @@ struct Scratch {
 };
 
 // by_row = a + log p of one token id, and probability = p if requested.
-template <bool kCap, bool kProbability>
+template <class Kind, bool kProbability>
 struct JointStep {
   const Logits& logits;
   const MixtureRows& rows;
   const Scratch& scratch;
-  const float* z0;
+  const typename Kind::Number* z0;
   F bias;
 
   template <bool kWhole>
@@ -274,7 +310,7 @@ struct JointStep {
     const Head head(logits);
     const F argument = head.argument(load<kWhole>(z0 + row, count), bias);
     const F z =
-        Vec::sub(head.template logit<kCap>(argument), load<kWhole>(rows.shift + row, count));
+        Vec::sub(head.template logit<Kind::kCap>(argument), load<kWhole>(rows.shift + row, count));
     const F logp = Vec::sub(z, load<kWhole>(rows.log_sum + row, count));
     const F joint = Vec::add(logp, load<kWhole>(rows.prior + row, count));
     store<kWhole>(scratch.by_row + row, joint, count);
@@ -324,7 +360,7 @@ inline void add_compensated(float* sum, float* rest, F x) {
   Vec::store(rest, Vec::equal(lost, lost, lost, Vec::set(0.0f)));  // NaN after an infinity
 }
 
-template <bool kCap>
+template <class Kind>
 void mixture_statistics_of(const Logits& logits, IdRange ids, const MixtureRows& rows,
                            float* mixture, float* share, float* memory) {
   const int64_t n_passages = rows.n_passages;
@@ -332,9 +368,9 @@ void mixture_statistics_of(const Logits& logits, IdRange ids, const MixtureRows&
   scratch.clear(n_passages);
   const F lowest = Vec::set(-__builtin_inff());
   for (int64_t v = ids.begin; v < ids.end; ++v) {
-    const float* z0 = logits.z0 + v * logits.pitch;
+    const auto* z0 = line_of<typename Kind::Number>(logits, v);
     for_each_vector(logits.n_rows,
-                    JointStep<kCap, false>{logits, rows, scratch, z0, bias_of(logits, v)});
+                    JointStep<Kind, false>{logits, rows, scratch, z0, bias_of(logits, v)});
     to_passage_major(scratch.by_row, scratch.joint, logits.n_rows, n_passages, scratch.columns);
     for (int64_t column = 0; column < scratch.columns; column += Vec::kWidth) {
       F top, sum;
@@ -355,25 +391,24 @@ void mixture_statistics_of(const Logits& logits, IdRange ids, const MixtureRows&
 
 void mixture_statistics(const Logits& logits, IdRange ids, const MixtureRows& rows, float* mixture,
                         float* share, float* memory) {
-  if (logits.softcap > 0.0f)
-    mixture_statistics_of<true>(logits, ids, rows, mixture, share, memory);
-  else
-    mixture_statistics_of<false>(logits, ids, rows, mixture, share, memory);
+  with_kind(logits, [&](auto kind) {
+    mixture_statistics_of<decltype(kind)>(logits, ids, rows, mixture, share, memory);
+  });
 }
 
-template <bool kCap>
+template <class Kind>
 struct MixtureGradientStep {
   const Logits& logits;
   const MixtureRows& rows;
   const Scratch& scratch;
-  float* z0;
+  typename Kind::Number* z0;
   F bias;
 
   template <bool kWhole>
   void run(int64_t row, int64_t count) const {
     const Head head(logits);
     F slope;
-    head.template logit<kCap>(head.argument(load<kWhole>(z0 + row, count), bias), &slope);
+    head.template logit<Kind::kCap>(head.argument(load<kWhole>(z0 + row, count), bias), &slope);
     const F p = load<kWhole>(scratch.probability + row, count);
     const F r = load<kWhole>(scratch.by_row + row, count);
     const F dz = Vec::sub(Vec::mul(load<kWhole>(rows.target + row, count), p),
@@ -382,16 +417,16 @@ struct MixtureGradientStep {
   }
 };
 
-template <bool kCap>
+template <class Kind>
 void mixture_gradient_of(const Logits& logits, IdRange ids, const MixtureRows& rows,
                          float* memory) {
   const int64_t n_passages = rows.n_passages;
   Scratch scratch(memory, logits.n_rows, n_passages);
   scratch.clear(n_passages);
   for (int64_t v = ids.begin; v < ids.end; ++v) {
-    float* z0 = logits.z0 + v * logits.pitch;
+    auto* z0 = line_of<typename Kind::Number>(logits, v);
     const F bias = bias_of(logits, v);
-    for_each_vector(logits.n_rows, JointStep<kCap, true>{logits, rows, scratch, z0, bias});
+    for_each_vector(logits.n_rows, JointStep<Kind, true>{logits, rows, scratch, z0, bias});
     to_passage_major(scratch.by_row, scratch.joint, logits.n_rows, n_passages, scratch.columns);
     for (int64_t column = 0; column < scratch.columns; column += Vec::kWidth) {
       F top, sum;
@@ -402,15 +437,13 @@ void mixture_gradient_of(const Logits& logits, IdRange ids, const MixtureRows& r
       }
     }
     to_position_major(scratch.joint, scratch.by_row, logits.n_rows, n_passages, scratch.columns);
-    for_each_vector(logits.n_rows, MixtureGradientStep<kCap>{logits, rows, scratch, z0, bias});
+    for_each_vector(logits.n_rows, MixtureGradientStep<Kind>{logits, rows, scratch, z0, bias});
   }
 }
 
 void mixture_gradient(const Logits& logits, IdRange ids, const MixtureRows& rows, float* memory) {
-  if (logits.softcap > 0.0f)
-    mixture_gradient_of<true>(logits, ids, rows, memory);
-  else
-    mixture_gradient_of<false>(logits, ids, rows, memory);
+  with_kind(logits,
+            [&](auto kind) { mixture_gradient_of<decltype(kind)>(logits, ids, rows, memory); });
 }
 
 // ------------------------------------------------------------------------------------ line passes
@@ -510,6 +543,18 @@ struct SoftcapStep {
 
 void softcap(float cap, float* x, int64_t n) { for_each_vector(n, SoftcapStep{Vec::set(cap), x}); }
 
+struct RoundStep {
+  const float* x;
+  Bfloat16* y;
+
+  template <bool kWhole>
+  void run(int64_t row, int64_t count) const {
+    store<kWhole>(y + row, load<kWhole>(x + row, count), count);
+  }
+};
+
+void to_bfloat16(const float* x, Bfloat16* y, int64_t n) { for_each_vector(n, RoundStep{x, y}); }
+
 struct ElementwiseStep {
   char kind;
   const float* x;
@@ -532,6 +577,6 @@ bool elementwise(const char* name, const float* x, float* y, int64_t n) {
   return true;
 }
 
-const KernelTable kTable = {statistics,       gradient,      mixture_statistics,
-                            mixture_gradient, Scratch::size, line_statistics,
-                            line_mixture,     softcap,       elementwise};
+const KernelTable kTable = {statistics,    gradient,        mixture_statistics, mixture_gradient,
+                            Scratch::size, line_statistics, line_mixture,       softcap,
+                            to_bfloat16,   elementwise};

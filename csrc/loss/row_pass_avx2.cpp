@@ -19,6 +19,22 @@ struct Vec {
   static F load(const float* p, int64_t count) { return _mm256_maskload_ps(p, mask(count)); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, F x, int64_t count) { _mm256_maskstore_ps(p, mask(count), x); }
+  static F load(const Bfloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // Rounded to nearest, ties to even; a NaN stays one.
+  static void store(Bfloat16* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const F rounded = _mm256_castsi256_ps(_mm256_add_epi32(bits, up));
+    const F kept = _mm256_blendv_ps(rounded, _mm256_set1_ps(__builtin_nanf("")),
+                                    _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }

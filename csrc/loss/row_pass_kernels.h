@@ -54,6 +54,8 @@ struct KernelTable {
   void (*line_mixture)(const LogitHead&, const MixtureLines&, IdRange, float* out);
   // x = cap * tanh(x / cap) for n numbers, with the bits of the passes.
   void (*softcap)(float cap, float* x, int64_t n);
+  // y = x, rounded to nearest, for n numbers, with the bits of the passes.
+  void (*to_bfloat16)(const float* x, Bfloat16* y, int64_t n);
   // y = f(x) for f one of "exp", "log", "tanh", "sech2", for tests of accuracy.
   bool (*elementwise)(const char* name, const float* x, float* y, int64_t n);
 };

@@ -23,6 +23,18 @@ struct Vec {
     vst1q_f32(lanes, x);
     for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
   }
+  static F load(const Bfloat16* p) {
+    const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+  }
+  // Rounded to nearest, ties to even; a NaN stays one.
+  static void store(Bfloat16* p, F x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t kept = vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000));
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(kept, 16));
+  }
   static F set(float x) { return vdupq_n_f32(x); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }

@@ -15,6 +15,19 @@ struct Vec {
   static F load(const float* p, int64_t) { return *p; }
   static void store(float* p, F x) { *p = x; }
   static void store(float* p, F x, int64_t) { *p = x; }
+  static F load(const Bfloat16* p) {
+    const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  // Rounded to nearest, ties to even; a NaN stays one.
+  static void store(Bfloat16* p, F x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = x == x ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000u;
+    p->bits = static_cast<uint16_t>(bits >> 16);
+  }
   static F set(float x) { return x; }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }

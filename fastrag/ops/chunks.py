@@ -27,6 +27,7 @@ whole vocabulary from earlier statistics, and only the gradient is computed.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -82,12 +83,15 @@ class LinearHead:
         )
 
     def weight_slices(self) -> Iterable[tuple[slice, Tensor]]:
-        """Return slices of W and their weight in the dtype of operands: one if W has this dtype."""
+        """Return slices of W and their weight in the dtype of operands: one if W has this dtype.
+
+        A converted weight is valid until the next slice.
+        """
         if self.weight.dtype == self.operand_dtype:
             return ((slice(0, self.n_ids), self.weight),)
-        row_bytes = self.weight.shape[1] * self.operand_dtype.itemsize
-        slices = self.vocab_slices(workspace.WEIGHT_SLICE_BYTES // row_bytes)
-        return ((part, self.weight[part].to(self.operand_dtype)) for part in slices)
+        dtype, device = self.operand_dtype, self.weight.device
+        limit = workspace.rows_per_slice(self.weight.shape[1], dtype, device)
+        return ((part, _converted(self.weight[part], dtype)) for part in self.vocab_slices(limit))
 
     def vocab_slices(self, limit: int) -> Iterator[slice]:
         """Yield slices of the vocabulary of at most `limit` token ids, or of one."""
@@ -100,11 +104,11 @@ class LinearHead:
 class HeadGradients:
     """Accumulate the gradients of hidden, weight and bias over chunks.
 
-    With `late`, the gradients are unscaled, and backward multiplies them. Then dhidden has the
-    dtype of hidden, except for float16, whose small range would defeat loss scaling, and dweight
-    and dbias have the dtype of the maths until they are cast in the end. Without `late`, dhidden
-    and dweight have the dtypes of hidden and weight; dweight is then not accumulated but written by
-    one `add_vocab_slice` for each slice of the vocabulary.
+    With `late`, the gradients are unscaled, and backward multiplies them. Then dhidden and dweight
+    have the dtypes of `dhidden_dtype` and `dweight_dtype`, and dbias has the dtype of the maths
+    until it is cast in the end. Without `late`, dhidden and dweight have the dtypes of hidden and
+    weight; dweight is then not accumulated but written by one `add_vocab_slice` for each slice of
+    the vocabulary.
 
     Attributes:
         wanted: whether any gradient is needed.
@@ -126,21 +130,27 @@ class HeadGradients:
         # The padding of `valid_rows` writes to an additional last row.
         dx_dtype = dhidden_dtype(hidden.dtype) if late else hidden.dtype
         self.dhidden = hidden.new_zeros(n_rows + 1, width, dtype=dx_dtype) if need_dx else None
-        weight, dtype = head.weight, head.dtype if late else head.weight.dtype
-        self.dweight = (
-            workspace.advise(weight.new_empty(weight.shape, dtype=dtype)) if need_dw else None
-        )
+        weight = head.weight
+        self.dweight_dtype = weight.dtype
+        if late:
+            self.dweight_dtype = dweight_dtype(weight.dtype, weight.device, head.dtype)
+        self.need_dw = need_dw
+        # Sums over several chunks are in the dtype of the maths.
+        self._dweight: Tensor | None = None
         self.dbias = weight.new_zeros(head.vocab_size, dtype=head.dtype) if need_db else None
         self.wanted = need_dx or need_dw or need_db
-        self._written = False  # the first chunk writes dweight, which saves zeroing it
 
-    def add(self, draw: Tensor, x: Tensor, chunk_rows: Tensor) -> None:
-        """Add a chunk: draw [n, V] is the gradient of x W^T + bias, x = hidden[chunk_rows]."""
+    def add(self, draw: Tensor, x: Tensor, chunk_rows: Tensor, *, only: bool = False) -> None:
+        """Add a chunk, which may be the only one.
+
+        draw [n, V] is the gradient of x W^T + bias, x = hidden[chunk_rows].
+        """
         if self.dbias is not None:
             self.dbias.add_(draw.sum(0, dtype=self.dbias.dtype))
-        if self.dweight is not None:
-            add_product(self.dweight, draw.t(), x, first=not self._written)
-            self._written = True
+        if self.need_dw:
+            first = self._dweight is None  # it writes dweight, which saves zeroing it
+            total = self._total(self.dweight_dtype if only else self.head.dtype)
+            add_product(total, draw.t(), x, first=first)
         if self.dhidden is not None:
             dx = torch.empty_like(x, dtype=self.head.dtype)
             for part, weight in self.head.weight_slices():
@@ -151,15 +161,8 @@ class HeadGradients:
         """Write a slice of dweight and dbias from draw [n, n_ids] of all rows x [n, H]."""
         if self.dbias is not None:
             torch.sum(draw, 0, dtype=self.dbias.dtype, out=self.dbias[part])
-        if self.dweight is not None:
-            dweight = self.dweight[part]
-            wide = dweight
-            if dweight.dtype != self.head.dtype:
-                wide = torch.empty_like(dweight, dtype=self.head.dtype)
-            add_product(wide, draw.t(), x, first=True)
-            if wide is not dweight:
-                dweight.copy_(wide)
-            self._written = True
+        if self.need_dw:
+            add_product(self._total(self.dweight_dtype)[part], draw.t(), x, first=True)
 
     def put_rows(self, dx: Tensor, chunk_rows: Tensor) -> None:
         """Write dx [n, H], the complete gradient of hidden[chunk_rows]."""
@@ -168,37 +171,82 @@ class HeadGradients:
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dhidden (in the shape of hidden), dweight and dbias; empty if not needed."""
-        if self.dweight is not None and not self._written:
-            self.dweight.zero_()
         empty, dtype = self.head.weight.new_empty, self.head.dtype
+        dweight = self._dweight
+        if self.need_dw and dweight is None:
+            dweight = self._total(self.dweight_dtype).zero_()
         return (
             empty(0, dtype=dtype) if self.dhidden is None else self.dhidden[:-1].view(self.shape),
-            empty(0, dtype=dtype) if self.dweight is None else self.dweight,
+            empty(0, dtype=dtype) if dweight is None else dweight.to(self.dweight_dtype),
             empty(0, dtype=dtype) if self.dbias is None else self.dbias,
         )
+
+    def _total(self, dtype: torch.dtype) -> Tensor:
+        """Return dweight, which the first call makes."""
+        if self._dweight is None:
+            weight = self.head.weight
+            self._dweight = workspace.advise(weight.new_empty(weight.shape, dtype=dtype))
+        return self._dweight
+
+
+def _converted(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.device.type != "cpu":
+        return weight.to(dtype)
+    return workspace.block(weight.shape[0], weight.shape[1], dtype).copy_(weight)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Compute total += a b, or total = a b for the first product of a sum.
 
-    On a GPU, operands of a shorter dtype are multiplied as they are and accumulated in the dtype of
-    total. On a CPU, where torch cannot do this, they are converted first, with the same result.
+    On a GPU, operands of 16 bits are multiplied as they are, with products in float32. On a CPU,
+    torch's products have the dtype of the operands, which are converted to float32 unless the
+    processor multiplies them. If the total has another dtype than the products, they are computed
+    block by block.
     """
-    if a.dtype == total.dtype or not total.is_cuda:
-        a, b = a.to(total.dtype), b.to(total.dtype)
+    if a.dtype.itemsize == 2:
+        if total.is_cuda:
+            if total.dtype != torch.float32:  # has no other products
+                total.copy_(torch.mm(a, b, out_dtype=torch.float32))
+            elif first:
+                torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+            else:
+                torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+            return
+        if not workspace.multiplies(a.dtype):
+            a, b = a.to(torch.float32), b.to(torch.float32)
+    if a.dtype == total.dtype:
         if first:
             torch.mm(a, b, out=total)
         else:
             total.addmm_(a, b)
-    elif first:
-        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        return
+    limit = workspace.rows_per_slice(total.shape[1], a.dtype, total.device)
+    for part in workspace.even_slices(len(total), limit):
+        if a.dtype == torch.float32 and not total.is_cuda:  # b is not a converted weight here
+            product = workspace.block(part.stop - part.start, total.shape[1], a.dtype)
+            torch.mm(a[part], b, out=product)
+        else:
+            product = torch.mm(a[part], b)
+        if first:
+            total[part] = product
+        else:
+            total[part] += product
 
 
+@functools.cache
 def dhidden_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the unscaled gradient of hidden states of `dtype`."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+@functools.cache
+def dweight_dtype(weight: torch.dtype, device: torch.device, maths: torch.dtype) -> torch.dtype:
+    """Return the dtype of the unscaled gradient of a head of dtype `weight`.
+
+    On a GPU it is that of the maths. On a CPU, writing and scaling so many more bytes would take as
+    long as the passes over the logits, and a gradient of 16 bits has its rounding error anyway.
+    """
+    return dhidden_dtype(weight) if device.type == "cpu" else maths
 
 
 @dataclass(frozen=True, slots=True)

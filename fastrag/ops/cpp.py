@@ -25,12 +25,16 @@ from fastrag.profiling import stage
 
 
 class CppChunkLogits(ChunkLogits):
-    """Logits in float32 on the CPU, in the buffer that the thread keeps between chunks.
+    """Logits on the CPU, in the buffer that the thread keeps between chunks.
 
     The buffer is [V, n] = W X^T, the orientation in which the GEMM is fastest and which the two
     GEMMs that follow can read. It holds x W^T until the gradient overwrites it: each pass applies
     bias, logit_scale and softcap itself, so no second buffer is needed. csrc/loss/row_pass.h has
     the equations.
+
+    The buffer is float32, and operands are converted, unless hidden states are bfloat16 and the
+    processor multiplies it (`workspace.multiplies`). Then the buffer is bfloat16, the only result
+    that torch's products of bfloat16 have on a CPU. Statistics are float32 in either case.
 
         statistics            reads the buffer once
         mixture_statistics    reads it twice
@@ -40,12 +44,13 @@ class CppChunkLogits(ChunkLogits):
     def __init__(self, head: LinearHead, x: Tensor, gold: Tensor) -> None:
         self.head, self.x, self.gold = head, x, gold
         shape = (head.n_ids, x.shape[0])
-        self._buffer = workspace.take(shape[0] * shape[1])
-        self._z0 = self._buffer[: shape[0] * shape[1]].view(shape)
+        numel, dtype = shape[0] * shape[1], head.operand_dtype
+        self._buffer = workspace.take(-(-numel * dtype.itemsize // torch.float32.itemsize))
+        self._z0 = self._buffer.view(dtype)[:numel].view(shape)
         for part, weight in head.weight_slices():
             torch.mm(weight, x.t(), out=self._z0[part])
         self._pass = _C.RowPass(
-            self._z0.numpy(),
+            (self._z0.view(torch.uint16) if dtype == torch.bfloat16 else self._z0).numpy(),
             gold.contiguous().numpy(),
             bias=None if head.bias is None else _array(head.bias),
             logit_scale=head.logit_scale,
@@ -60,11 +65,16 @@ class CppChunkLogits(ChunkLogits):
             workspace.give_back(buffer)
 
     @staticmethod
+    def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+        return dtype if workspace.multiplies(dtype) else torch.float32
+
+    @staticmethod
     def row_bytes(head: LinearHead, n_passages: int, *, mixture: bool) -> float:
-        return head.n_ids * head.dtype.itemsize
+        return head.n_ids * head.operand_dtype.itemsize
 
     def statistics(self, *, with_mean: bool = False) -> RowStats:
-        logp, log_z = self.x.new_empty(len(self.x)), self.x.new_empty(2, len(self.x))
+        logp = self.x.new_empty(len(self.x), dtype=torch.float32)
+        log_z = logp.new_empty(2, len(logp))
         mean = torch.empty_like(logp) if with_mean else None
         self._log_z = log_z.numpy()
         self._pass.statistics(logp.numpy(), self._log_z, None if mean is None else mean.numpy())

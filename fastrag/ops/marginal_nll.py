@@ -235,7 +235,7 @@ class _Marginal:
         self.log_z = scores.new_zeros(2, hidden.shape[:3].numel() + 1 if keep_log_z else 0)
 
     def prefers_vocab_slices(self) -> bool:
-        if self.sums.dweight is None or self.positions.n_visited <= self.limit:
+        if not self.sums.need_dw or self.positions.n_visited <= self.limit:
             return False  # A single chunk writes dW once.
         n_rows, per_chunk = (n * self.n_passages for n in (self.positions.n_visited, self.limit))
         return vocab_major.is_better(n_rows, per_chunk, self.positions.hidden.device)
@@ -312,7 +312,8 @@ class _Token(_Marginal):
             else:
                 draw = logits.gradient(weights.hit.view(-1))
         with stage("marginal_nll/products"):
-            self.sums.add(draw, chunk.x, chunk.chunk_rows)
+            only = len(chunk.position) == self.positions.n_visited
+            self.sums.add(draw, chunk.x, chunk.chunk_rows, only=only)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         found, shape = self.found, (self.n_examples, self.n_tokens, self.n_passages)
@@ -396,7 +397,8 @@ class _Sequence(_Marginal):
         with stage("marginal_nll/gradient"):
             draw = logits.gradient(weight, self.smoothing)
         with stage("marginal_nll/products"):
-            self.sums.add(draw, chunk.x, chunk.chunk_rows)
+            only = len(chunk.position) == self.positions.n_visited
+            self.sums.add(draw, chunk.x, chunk.chunk_rows, only=only)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (self.n_examples, self.n_passages, self.n_tokens)

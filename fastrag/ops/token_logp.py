@@ -20,7 +20,13 @@ from torch import Tensor
 
 from fastrag.ops import backends, vocab_major, workspace
 from fastrag.ops.autograd import once_differentiable, scaled
-from fastrag.ops.chunks import ChunkLogits, HeadGradients, LinearHead, dhidden_dtype
+from fastrag.ops.chunks import (
+    ChunkLogits,
+    HeadGradients,
+    LinearHead,
+    dhidden_dtype,
+    dweight_dtype,
+)
 from fastrag.ops.positions import Chunk, Positions, check_label_values
 from fastrag.profiling import stage
 
@@ -148,7 +154,8 @@ def fake_head_gradients(
     if need_dx:
         empty[0] = hidden.new_empty(hidden.shape, dtype=dhidden_dtype(hidden.dtype))
     if need_dw:
-        empty[1] = weight.new_empty(weight.shape, dtype=dtype)
+        kind = dweight_dtype(weight.dtype, weight.device, dtype)
+        empty[1] = weight.new_empty(weight.shape, dtype=kind)
     if need_db:
         empty[2] = weight.new_empty(weight.shape[0], dtype=dtype)
     return empty[0], empty[1], empty[2]

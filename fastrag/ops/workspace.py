@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
 import threading
 
 import torch
@@ -20,14 +21,16 @@ WORKSPACE_VARIABLE = "FASTRAG_WORKSPACE_BYTES"
 # Each chunk reads and writes all of dW once, so a chunk should have thousands of rows on a GPU. On
 # a CPU, the first access to new pages costs more than this traffic, hence the smaller default.
 DEFAULT_WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-# A weight in another dtype than the maths is converted slice by slice, at most so many bytes each.
-WEIGHT_SLICE_BYTES = 32 << 20
+# A weight in another dtype than the operands of products is converted slice by slice, at most so
+# many bytes each. On a CPU, the thread keeps as many bytes; smaller slices make slower products.
+WEIGHT_SLICE_BYTES = {"cuda": 32 << 20, "cpu": 12 << 20}
 # Smaller tensors have too few pages for `advise` to pay.
 _ADVISED_BYTES = 8 << 20
 
 
 class _Kept(threading.local):
     buffer: Tensor | None = None
+    block: Tensor | None = None
 
 
 _kept = _Kept()
@@ -66,6 +69,20 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this processor multiplies numbers of `dtype`, a type of 16 bits, itself.
+
+    For bfloat16 these are AMX or AVX512-BF16 on x86, which torch uses through oneDNN. Without them,
+    a product of bfloat16 in torch takes many times as long as converting the operands and
+    multiplying float32. float16 is always converted: in its range, small gradients would be lost.
+    """
+    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    arm = platform.machine() in ("aarch64", "arm64")
+    return arm or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """Return a context without autocast, since an op chooses the dtype of its maths itself."""
     # There is no autocast for meta tensors, of which only shapes are computed.
@@ -94,15 +111,33 @@ def give_back(buffer: Tensor) -> None:
         _kept.buffer = buffer
 
 
+def rows_per_slice(width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many rows [width] of `dtype` a slice of WEIGHT_SLICE_BYTES has, at least one."""
+    limit = WEIGHT_SLICE_BYTES.get(device.type, WEIGHT_SLICE_BYTES["cpu"])
+    return max(1, limit // (width * dtype.itemsize))
+
+
+def block(n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised block [n_rows, width] on the CPU, valid until the next call.
+
+    The thread keeps its memory, since new pages cost more than the conversion of a block.
+    """
+    size = n_rows * width * dtype.itemsize
+    if _kept.block is None or _kept.block.nbytes < size:
+        _kept.block = None
+        _kept.block = torch.empty(size, dtype=torch.uint8)
+    return _kept.block[:size].view(dtype).view(n_rows, width)
+
+
 def release() -> None:
-    """Free the buffer that this thread keeps between chunks, if any.
+    """Free the buffers that this thread keeps between chunks, if any.
 
     Example:
         >>> from fastrag.ops import workspace
         >>> workspace.give_back(workspace.take(100))
         >>> workspace.release()
     """
-    _kept.buffer = None
+    _kept.buffer = _kept.block = None
 
 
 def advise(fresh: Tensor) -> Tensor:

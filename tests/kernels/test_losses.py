@@ -248,7 +248,7 @@ def test_weight_of_another_dtype(
     mixed = (args[0], weight, *args[2:])
     expected = LOSSES[marginal](*args, **head, label_smoothing=smoothing)
     wanted = torch.autograd.grad(expected, [*leaves(args, head).values()])
-    monkeypatch.setattr(workspace, "WEIGHT_SLICE_BYTES", 2 * 16 * 64)
+    monkeypatch.setattr(workspace, "WEIGHT_SLICE_BYTES", {"cpu": 2 * 16 * 64})
     loss = LOSSES[marginal](*mixed, **head, label_smoothing=smoothing)
     found = torch.autograd.grad(loss, [*leaves(mixed, head).values()])
     assert found[1].dtype == torch.float32
