@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -12,6 +14,7 @@
 
 namespace {
 
+using fastrag::Bfloat16;
 using fastrag::Isa;
 using fastrag::KernelTable;
 
@@ -28,6 +31,17 @@ std::vector<std::pair<std::string, const KernelTable*>> fused_kernels() {
   take(Isa::kAvx2, fastrag::avx2_kernels());
   take(Isa::kAvx512, fastrag::avx512_kernels());
   take(Isa::kNeon, fastrag::neon_kernels());
+  return found;
+}
+
+std::vector<float> widened(const std::vector<float>& x) { return x; }
+
+std::vector<float> widened(const std::vector<Bfloat16>& x) {
+  std::vector<float> found(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i].bits) << 16;
+    std::memcpy(&found[i], &bits, 4);
+  }
   return found;
 }
 
@@ -60,19 +74,13 @@ class Problem {
       if ((*random)() % 3 == 0) z0_[(*random)() % size_] = value;
   }
 
-  // What each pass gives, one after another.
+  // What each pass gives, one after another, for both types of the buffer.
   std::vector<std::vector<float>> run(const KernelTable& table) const {
-    const int64_t n = n_rows_;
     const fastrag::IdRange ids{0, shape_.n_ids};
-    std::vector<float> z0 = z0_, max(n), sum(n), centred(n);
-    std::vector<float> scratch(table.mixture_scratch(n, shape_.n_passages));
-    table.statistics(logits(&z0), ids, max.data(), sum.data(), centred.data());
-    std::vector<float> mixture(shape_.n_positions), share(n);
-    table.mixture_statistics(logits(&z0), ids, rows(), mixture.data(), share.data(),
-                             scratch.data());
-    std::vector<float> gradient = z0_, mixture_gradient = z0_;
-    table.gradient(logits(&gradient), ids, {per_row(0), per_row(1), per_row(2)});
-    table.mixture_gradient(logits(&mixture_gradient), ids, rows(), scratch.data());
+    std::vector<Bfloat16> rounded(z0_.size());
+    table.to_bfloat16(z0_.data(), rounded.data(), z0_.size());
+    std::vector<std::vector<float>> found = of_buffer(table, z0_);
+    for (auto& each : of_buffer(table, rounded)) found.push_back(std::move(each));
     std::vector<float> capped = bias_;
     table.softcap(3.0f, capped.data(), capped.size());
     const int64_t n_passages = shape_.n_passages;
@@ -83,17 +91,38 @@ class Problem {
                        line_mixture.data());
     float line_max, line_sum;  // the order of this sum depends on the width of a vector
     table.line_statistics(head, lines.data(), ids, &line_max, &line_sum);
-    return {max, sum, centred, mixture, share, gradient, mixture_gradient, capped, line_mixture};
+    found.push_back(std::move(capped));
+    found.push_back(std::move(line_mixture));
+    return found;
   }
 
  private:
+  template <class T>
+  std::vector<std::vector<float>> of_buffer(const KernelTable& table,
+                                            const std::vector<T>& given) const {
+    const int64_t n = n_rows_;
+    const fastrag::IdRange ids{0, shape_.n_ids};
+    std::vector<T> z0 = given, gradient = given, mixture_gradient = given;
+    std::vector<float> max(n), sum(n), centred(n), mixture(shape_.n_positions), share(n);
+    std::vector<float> scratch(table.mixture_scratch(n, shape_.n_passages));
+    table.statistics(logits(&z0), ids, max.data(), sum.data(), centred.data());
+    table.mixture_statistics(logits(&z0), ids, rows(), mixture.data(), share.data(),
+                             scratch.data());
+    table.gradient(logits(&gradient), ids, {per_row(0), per_row(1), per_row(2)});
+    table.mixture_gradient(logits(&mixture_gradient), ids, rows(), scratch.data());
+    return {max, sum, centred, mixture, share, widened(gradient), widened(mixture_gradient)};
+  }
+
   const float* per_row(int i) const { return &per_row_[i * n_rows_]; }
   fastrag::MixtureRows rows() const {
     return {per_row(0), per_row(1), per_row(2), per_row(3), per_row(4), shape_.n_passages};
   }
-  fastrag::Logits logits(std::vector<float>* z0) const {
-    return {z0->data(), shape_.n_ids,   n_rows_, pitch_, shape_.with_bias ? bias_.data() : nullptr,
-            0.7f,       shape_.softcap, nullptr};
+  template <class T>
+  fastrag::Logits logits(std::vector<T>* z0) const {
+    const float* bias = shape_.with_bias ? bias_.data() : nullptr;
+    constexpr bool kBfloat16 = std::is_same<T, Bfloat16>::value;
+    return {z0->data(), kBfloat16, shape_.n_ids,   n_rows_, pitch_,
+            bias,       0.7f,      shape_.softcap, nullptr};
   }
 
   const Shape shape_;
