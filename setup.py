@@ -30,11 +30,14 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 # GCC bug 105593: its own header of intrinsics
 AVX512_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+VNNI_FLAGS = [*AVX512_FLAGS, "-mavx512vnni"]
 X86_FLAGS = {
     "mips_avx2": AVX2_FLAGS,
     "mips_avx512": AVX512_FLAGS,
     "mips_digits_avx2": AVX2_FLAGS,
-    "mips_digits_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+    # Without -mamx-int8, which older compilers do not know: the source has assembler.
+    "mips_digits_amx": VNNI_FLAGS,
+    "mips_digits_vnni": VNNI_FLAGS,
     "row_pass_avx2": AVX2_FLAGS,
     "row_pass_avx512": AVX512_FLAGS,
 }

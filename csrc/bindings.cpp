@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -131,11 +132,18 @@ class Pass {
   Logits logits_{};
 };
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(bool emulated) {
   std::vector<std::string> found;
   for (const Isa isa : kAllIsas)
-    if (has_isa(isa)) found.emplace_back(isa_name(isa));
+    if ((emulated || isa != Isa::kEmulatedAmx) && has_isa(isa)) found.emplace_back(isa_name(isa));
   return found;
+}
+
+std::map<std::string, std::string> missing_instruction_sets() {
+  std::map<std::string, std::string> reasons;
+  for (const Isa isa : kAllIsas)
+    if (const char* why = why_not(isa)) reasons[isa_name(isa)] = why;
+  return reasons;
 }
 
 void apply(const std::string& name, const py::buffer& x, const py::buffer& y,
@@ -194,7 +202,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("mean_mixture"), py::arg("mean_share"))
       .def("mixture_gradient", &Pass::mixture_gradient, py::arg("log_z"), py::arg("log_prior"),
            py::arg("hit"), py::arg("target"), py::arg("spread"));
-  m.def("instruction_sets", &fastrag::instruction_sets, "What runs here, the best one first.");
+  m.def("instruction_sets", &fastrag::instruction_sets, py::kw_only(), py::arg("emulated") = false);
+  m.def("missing_instruction_sets", &fastrag::missing_instruction_sets);
   m.def("apply", &fastrag::apply, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("isa") = "");
   m.def("advise_huge_pages", &fastrag::advise_huge_pages, py::arg("buffer"));
   fastrag::bind_decoding(m);

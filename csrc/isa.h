@@ -3,14 +3,23 @@
 
 namespace fastrag {
 
-// kDotprod is kNeon with the dot products of bytes of ARMv8.2.
-enum class Isa { kScalar, kAvx2, kAvx512, kNeon, kDotprod };
+// kAmx is kAvx512 with products of tiles of bytes, and kDotprod is kNeon with the dot products of
+// bytes of ARMv8.2. kEmulatedAmx is kScalar with the tiles of kAmx in plain C++, for tests.
+enum class Isa { kScalar, kAvx2, kAvx512, kAmx, kNeon, kDotprod, kEmulatedAmx };
 
-// For each kind of processor, better instruction sets come first.
-constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kDotprod, Isa::kNeon, Isa::kScalar};
+// Those of this kind of processor; better ones come first.
+constexpr Isa kAllIsas[] = {
+#if defined(__x86_64__) || defined(__i386__)
+    Isa::kAmx,    Isa::kAvx512,      Isa::kAvx2,
+#elif defined(__aarch64__)
+    Isa::kDotprod, Isa::kNeon,
+#endif
+    Isa::kScalar, Isa::kEmulatedAmx,
+};
 
-// Whether both this machine and this build have the instruction set.
-bool has_isa(Isa isa);
+// Why this machine or this build cannot run the instruction set; null if it can.
+const char* why_not(Isa isa);
+inline bool has_isa(Isa isa) { return !why_not(isa); }
 Isa best_isa();
 const char* isa_name(Isa isa);
 

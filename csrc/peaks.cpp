@@ -88,7 +88,7 @@ struct FmaLoop {
 
 FmaLoop fma_loop_of(Isa isa) {
 #ifdef FASTRAG_X86
-  if (isa == Isa::kAvx512) return {fma_avx512, kChains512 * 16};
+  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return {fma_avx512, kChains512 * 16};
   if (isa == Isa::kAvx2) return {fma_avx2, kChains256 * 8};
 #elif defined(__aarch64__)
   if (isa != Isa::kScalar) return {fma_neon, kChains128 * 4};
@@ -168,7 +168,7 @@ using Fold = void (*)(const int8_t*, int64_t, uint64_t*);
 
 Fold fold_of([[maybe_unused]] Isa isa) {
 #ifdef FASTRAG_X86
-  if (isa == Isa::kAvx512) return fold_avx512;
+  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return fold_avx512;
   if (isa == Isa::kAvx2) return fold_avx2;
 #endif
   return fold;

@@ -36,7 +36,12 @@ class RowPass:
         self, log_z: _Array, log_prior: _Array, hit: _Array, target: _Array, spread: _Array
     ) -> None: ...
 
-def instruction_sets() -> list[str]: ...
+def instruction_sets(*, emulated: bool = False) -> list[str]:
+    """Those that run here, the best one first; emulated: also the one for tests."""
+
+def missing_instruction_sets() -> dict[str, str]:
+    """Why this machine or this build cannot run the others of this kind of processor."""
+
 def apply(name: str, x: _Array, y: _Array, isa: str = "") -> None: ...
 def advise_huge_pages(buffer: _Array) -> None: ...
 def mips_topk(

@@ -45,8 +45,9 @@ def collect() -> dict[str, Any]:
     Keys: `fastrag` (version, tree, kernels), `python`, `platform`, `packages` (name -> version, or
     None), `devices` (list of name, capability, memory_gib), `cuda`, `backends` (name -> why it
     cannot run here, empty if it can), `instruction_sets` (of the C++ kernels, the one in use
-    first), `bfloat16_products` (whether the losses multiply bfloat16 as it is on the CPU), `ops`
-    (name -> backend chosen by device type) and `environment` (the variables that change what runs).
+    first), `missing_instruction_sets` (name -> why it cannot run here), `bfloat16_products`
+    (whether the losses multiply bfloat16 as it is on the CPU), `ops` (name -> backend chosen by
+    device type) and `environment` (the variables that change what runs).
 
     Example:
         >>> from fastrag.info import collect
@@ -63,6 +64,7 @@ def collect() -> dict[str, Any]:
         "devices": _devices(),
         "backends": backends.availability(),
         "instruction_sets": _instruction_sets(),
+        "missing_instruction_sets": _missing_instruction_sets(),
         "bfloat16_products": workspace.multiplies(torch.bfloat16),
         "ops": _ops(),
         "environment": {
@@ -109,6 +111,9 @@ def info() -> str:
         if name == "cpp" and found["instruction_sets"]:
             used, *others = found["instruction_sets"]
             lines[-1] += f", {used}" + (f" (also {', '.join(others)})" if others else "")
+            missing = found["missing_instruction_sets"].items()
+            if missing:
+                lines[-1] += "; not run here: " + ", ".join(f"{a} ({why})" for a, why in missing)
     how = "multiplied as it is" if found["bfloat16_products"] else "converted to float32"
     lines.append(f"bfloat16 on cpu: {how} in the losses")
     for op, choices in found["ops"].items():
@@ -175,6 +180,15 @@ def _instruction_sets() -> list[str]:
     found = _C.instruction_sets()
     forced = os.environ.get(backends.ISA_VARIABLE, "")
     return sorted(found, key=lambda name: name != forced) if forced in found else found
+
+
+def _missing_instruction_sets() -> dict[str, str]:
+    """The other sets of C++ kernels for this kind of processor, with the reasons."""
+    if backends.why_not("cpp"):
+        return {}
+    from fastrag import _C
+
+    return _C.missing_instruction_sets()
 
 
 def _choice(op: str, kind: str) -> str:

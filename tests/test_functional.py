@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import subprocess
 import sys
 
@@ -122,6 +123,19 @@ def test_info_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None
     assert f"backend cpp: available, {best}" in info()
     monkeypatch.setenv(backends.ISA_VARIABLE, least)
     assert f"backend cpp: available, {least}" in info()
+    reasons = {"amx": "the operating system refuses tiles", "avx512": "no"}
+    monkeypatch.setattr(_C, "missing_instruction_sets", lambda: reasons)
+    ending = "; not run here: amx (the operating system refuses tiles), avx512 (no)\n"
+    assert ending in info()
+
+
+def test_each_instruction_set_runs_or_has_a_reason() -> None:
+    _C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
+    missing = _C.missing_instruction_sets()
+    assert all(missing.values()) and not set(missing) & set(_C.instruction_sets())
+    x86 = {"amx", "avx512", "avx2"} if platform.machine() in ("x86_64", "AMD64") else set()
+    assert x86 <= {*missing, *_C.instruction_sets()}
+    assert _C.instruction_sets(emulated=True) == [*_C.instruction_sets(), "amx-emulated"]
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,7 @@ std::vector<double> gold_mixture_gradient(const Logits& logits, const MixtureRow
 const KernelTable& row_pass_kernels(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:
+    case Isa::kAmx:
       return *avx512_kernels();
     case Isa::kAvx2:
       return *avx2_kernels();

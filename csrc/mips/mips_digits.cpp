@@ -27,6 +27,10 @@ const DigitKernels& digit_kernels(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return *scalar_digit_kernels();
+    case Isa::kEmulatedAmx:
+      return *emulated_amx_digit_kernels();
+    case Isa::kAmx:
+      return *amx_digit_kernels();
     case Isa::kNeon:
       return *neon_digit_kernels();
     case Isa::kDotprod:
@@ -153,6 +157,22 @@ Rounding take_digits(std::vector<double>* weights, const DigitKernels& kernels,
   return {unit, std::sqrt(1.0 * digit_squares), std::sqrt(squares)};
 }
 
+// What a thread needs before it calls tiles; given up at the end, also after an error.
+class TileState {
+ public:
+  explicit TileState(const DigitKernels& kernels) : leave_(kernels.leave) {
+    if (kernels.enter) kernels.enter();
+  }
+  ~TileState() {
+    if (leave_) leave_();
+  }
+  TileState(const TileState&) = delete;
+  TileState& operator=(const TileState&) = delete;
+
+ private:
+  void (*const leave_)();
+};
+
 // The search of a group of queries: bounds from all codes, then scores of the remaining rows.
 class CodeSearch {
  public:
@@ -201,25 +221,23 @@ class CodeSearch {
   }
 
  private:
-  using Tile = bool (*)(const DigitPanel&, const CodeRows&, DigitScores*);
-
   // The queries of one tile. Their digits are in pieces: the first piece of all queries, then the
   // second piece of all queries, and so on.
   struct PanelPlace {
-    Tile tile;
+    DigitTile tile;
     int64_t first_query;
     int64_t n_queries;  // including unused ones
   };
 
   void pack() {
-    const int64_t dim = question_.dim, width = kernels_.width;
+    const int64_t width = kernels_.width;
     int size = 0;
     while (size < kFewSizes && 1 << size < n_queries_) ++size;
     if (size < kFewSizes && kernels_.few[size]) {
       const int64_t n = int64_t{1} << size;
       line_rows_ = width / n;
       tile_rows_ = width;
-      piece_ = 4 * width;
+      piece_ = depth_ = 4 * width;
       panels_.push_back({kernels_.few[size], 0, n});
     } else {
       for (int64_t query = 0; query < n_queries_; query += panels_.back().n_queries) {
@@ -229,7 +247,7 @@ class CodeSearch {
     }
     const int64_t n_filled = panels_.back().first_query + panels_.back().n_queries;
     n_lanes_ = n_filled * line_rows_;
-    digits_.assign(n_filled * round_up(dim, piece_), 0);
+    digits_.assign(n_filled * read_dim(), 0);
     unit_.assign(n_lanes_, 0.0f);
     rest_ = norm_ = unit_;
     for (const PanelPlace& panel : panels_)
@@ -251,7 +269,7 @@ class CodeSearch {
 
   void pack_query(const PanelPlace& panel, int64_t i) {
     const int64_t dim = question_.dim, query = panel.first_query + i;
-    uint8_t* digits = &digits_[panel.first_query * round_up(dim, piece_) + i * piece_];
+    uint8_t* digits = &digits_[panel.first_query * read_dim() + i * piece_];
     std::vector<double> weights = weights_of(query);
     const Rounding rounding =
         take_digits(&weights, kernels_, {digits, piece_, panel.n_queries * piece_});
@@ -266,7 +284,11 @@ class CodeSearch {
     std::fill_n(lanes->begin() + query * line_rows_, line_rows_, value);
   }
 
+  // The number of components that a tile reads; digits and copied codes are padded to it.
+  int64_t read_dim() const { return round_up(question_.dim, depth_); }
+
   void scan(int64_t begin, int64_t end, Worker* worker) const {
+    const TileState state(kernels_);
     for (int64_t block = begin; block < end; block += block_rows_)
       for (const PanelPlace& panel : panels_)
         for (int64_t row = block; row < std::min(block + block_rows_, end); row += tile_rows_)
@@ -274,7 +296,7 @@ class CodeSearch {
   }
 
   void scan_tile(const PanelPlace& panel, int64_t row, Worker* worker) const {
-    const int64_t dim = question_.dim, read_dim = round_up(dim, piece_);
+    const int64_t dim = question_.dim, read_dim = this->read_dim();
     const int64_t n = std::min(tile_rows_, matrix_.n_rows - row), last = row + tile_rows_ - 1;
     const bool beyond = last * codes_.pitch + read_dim > (matrix_.n_rows - 1) * codes_.pitch + dim;
     const CodeRows rows =
@@ -402,6 +424,7 @@ class CodeSearch {
   const Exclusions exclusions_;
   int64_t line_rows_ = 1;  // rows that share a line of scores, and lanes of each query
   int64_t piece_ = 4;      // digits of a query that are next to each other
+  int64_t depth_ = std::max<int64_t>(piece_, kernels_.depth);
   int64_t tile_rows_ = kernels_.rows;
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;

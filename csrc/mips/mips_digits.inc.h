@@ -48,6 +48,23 @@ inline __attribute__((always_inline)) uint64_t bound_scores(I sum, I bias, const
   return Dot::not_below(upper, Dot::load(panel.threshold + lane));
 }
 
+// The same for all lanes of a panel and one row of a tile.
+template <int kVectors>
+inline __attribute__((always_inline)) uint64_t bound_row(const I* sum, const DigitPanel& panel,
+                                                         const CodeRows& rows, int row,
+                                                         DigitScores* out) {
+  const I bias = Dot::set(Dot::kBias * rows.code_sum[row]);
+  const LaneNorms norm{Dot::set(rows.code_norm[row]), Dot::set(rows.rest_norm[row])};
+  uint64_t hits = 0;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t lane = v * Dot::kWidth, at = row * kVectors * Dot::kWidth + lane;
+    hits |= bound_scores(sum[v], bias, norm, panel, lane, out->upper + at, out->lower + at) << lane;
+  }
+  out->hits[row] = hits;
+  return hits;
+}
+
 template <int kVectors, int kRows>
 inline __attribute__((always_inline)) uint64_t digit_products(const DigitPanel& panel,
                                                               const CodeRows& rows, int first,
@@ -92,27 +109,14 @@ inline __attribute__((always_inline)) uint64_t digit_products(const DigitPanel& 
 
   uint64_t any = 0;
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    uint64_t hits = 0;
-    const int row = first + r;
-    const I bias = Dot::set(Dot::kBias * rows.code_sum[row]);
-    const LaneNorms norm{Dot::set(rows.code_norm[row]), Dot::set(rows.rest_norm[row])};
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t lane = v * Dot::kWidth, at = row * kLanes + lane;
-      hits |= bound_scores(sum[r][v], bias, norm, panel, lane, out->upper + at, out->lower + at)
-              << lane;
-    }
-    out->hits[row] = hits;
-    any |= hits;
-  }
+  for (int r = 0; r < kRows; ++r) any |= bound_row<kVectors>(sum[r], panel, rows, first + r, out);
   return any;
 }
 
 template <int kVectors, int kRows>
 bool digit_tile(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) {
-  static_assert(kDigitRows % kRows == 0 && kDigitRows <= kMaxTileRows, "rows of a tile");
-  static_assert(kVectors * Dot::kWidth <= kMaxPanelLanes, "lanes of a panel");
+  static_assert(kDigitRows % kRows == 0 && kDigitRows <= kMaxDigitRows, "rows of a tile");
+  static_assert(kVectors * Dot::kWidth <= kMaxDigitLanes, "lanes of a panel");
   uint64_t any = 0;
   for (int r = 0; r < kDigitRows; r += kRows)
     any |= digit_products<kVectors, kRows>(panel, rows, r, out);
@@ -125,7 +129,7 @@ template <int kQueries>
 bool digit_few(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) {
   constexpr int kRows = Dot::kWidth / kQueries;
   constexpr int64_t kBytes = 4 * Dot::kWidth;
-  static_assert(kQueries * kRows == Dot::kWidth && kQueries <= kMaxTileRows, "words of hits");
+  static_assert(kQueries * kRows == Dot::kWidth && kQueries <= kMaxDigitRows, "words of hits");
   uint64_t any = 0;
 #pragma GCC unroll 1
   for (int g = 0; g < kQueries; ++g) {
@@ -161,17 +165,22 @@ bool digit_few(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) 
 }
 
 template <int kQueries>
-constexpr auto few_or_null() -> bool (*)(const DigitPanel&, const CodeRows&, DigitScores*) {
+constexpr DigitTile few_or_null() {
   if constexpr (kQueries < Dot::kWidth)
     return digit_few<kQueries>;
   else
     return nullptr;
 }
 
-constexpr DigitKernels kDigitTable = {
-    Dot::kWidth,
-    kDigitRows,
-    Dot::kLargest,
-    Dot::kBias,
-    {digit_tile<1, kRowsOf1>, digit_tile<2, kRowsOf2>},
-    {few_or_null<1>(), few_or_null<2>(), few_or_null<4>(), few_or_null<8>()}};
+constexpr DigitKernels digit_table(DigitTile tile_of_1, DigitTile tile_of_2, int depth = 1,
+                                   void (*enter)() = nullptr, void (*leave)() = nullptr) {
+  return {Dot::kWidth,
+          kDigitRows,
+          depth,
+          Dot::kLargest,
+          Dot::kBias,
+          {tile_of_1, tile_of_2},
+          {few_or_null<1>(), few_or_null<2>(), few_or_null<4>(), few_or_null<8>()},
+          enter,
+          leave};
+}

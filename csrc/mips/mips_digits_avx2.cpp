@@ -70,9 +70,11 @@ struct Dot {
   }
 };
 
-constexpr int kDigitRows = 10, kRowsOf1 = 10, kRowsOf2 = 5;
+constexpr int kDigitRows = 10;
 
 #include "mips/mips_digits.inc.h"
+
+constexpr DigitKernels kDigitTable = digit_table(digit_tile<1, 10>, digit_tile<2, 5>);
 
 }  // namespace
 

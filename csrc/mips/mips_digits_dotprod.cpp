@@ -30,9 +30,11 @@ struct Dot : NeonDot {
   }
 };
 
-constexpr int kDigitRows = 8, kRowsOf1 = 8, kRowsOf2 = 8;
+constexpr int kDigitRows = 8;
 
 #include "mips/mips_digits.inc.h"
+
+constexpr DigitKernels kDigitTable = digit_table(digit_tile<1, 8>, digit_tile<2, 8>);
 
 }  // namespace
 

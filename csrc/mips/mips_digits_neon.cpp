@@ -23,9 +23,11 @@ struct Dot : NeonDot {
 };
 
 // With more rows at a time, there would be no registers for the products.
-constexpr int kDigitRows = 8, kRowsOf1 = 4, kRowsOf2 = 2;
+constexpr int kDigitRows = 8;
 
 #include "mips/mips_digits.inc.h"
+
+constexpr DigitKernels kDigitTable = digit_table(digit_tile<1, 4>, digit_tile<2, 2>);
 
 }  // namespace
 

@@ -92,6 +92,9 @@ struct MipsKernels {
 // Products of queries rounded to 8-bit integers (digits) with int8 codes of rows. There are two
 // kinds of tile as well: many queries in the lanes of vectors, or few queries with the components
 // of one query in the lanes.
+constexpr int kMaxDigitRows = 32;
+constexpr int kMaxDigitLanes = 32;
+
 struct DigitPanel {
   // The digit plus `bias`, and 0 beyond dim: [dim / 4, n_vectors * width, 4] for many queries,
   // [dim / (4 * width), queries, 4 * width] for few.
@@ -114,20 +117,26 @@ struct CodeRows {
 // With many queries, a line of n_vectors * width lanes for each row. With few queries, a line for
 // as many rows as fill a vector with all queries, in lane query * (rows per line) + row.
 struct DigitScores {
-  uint64_t hits[kMaxTileRows];  // bit = lane; set if the upper bound reaches the threshold
-  float upper[kMaxTileRows * kMaxPanelLanes];
-  float lower[kMaxTileRows * kMaxPanelLanes];
+  uint64_t hits[kMaxDigitRows];  // bit = lane; set if the upper bound reaches the threshold
+  float upper[kMaxDigitRows * kMaxDigitLanes];
+  float lower[kMaxDigitRows * kMaxDigitLanes];
 };
+
+using DigitTile = bool (*)(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
 
 struct DigitKernels {
   int width;
   int rows;
-  int largest;                                                        // largest digit
-  int bias;                                                           // added to each digit
-  bool (*tile[2])(const DigitPanel&, const CodeRows&, DigitScores*);  // true: hits
+  int depth;          // `tile` reads digits and rows up to the next multiple of so many components
+  int largest;        // largest digit
+  int bias;           // added to each digit
+  DigitTile tile[2];  // with panels of 1 and 2 vectors
   // `width` rows with 1, 2, 4 and 8 queries; null if so many queries fill the lanes of a tile.
   // Reads rows up to the next multiple of 4 * width bytes.
-  bool (*few[kFewSizes])(const DigitPanel&, const CodeRows&, DigitScores*);
+  DigitTile few[kFewSizes];
+  // A thread calls these before and after its calls of `tile`; null if there is nothing to do.
+  void (*enter)();
+  void (*leave)();
 };
 
 // Null if this build lacks the instruction set.
@@ -138,6 +147,8 @@ const MipsKernels* neon_mips_kernels();
 const DigitKernels* scalar_digit_kernels();
 const DigitKernels* avx2_digit_kernels();
 const DigitKernels* vnni_digit_kernels();
+const DigitKernels* amx_digit_kernels();
+const DigitKernels* emulated_amx_digit_kernels();  // in every build
 const DigitKernels* neon_digit_kernels();
 const DigitKernels* dotprod_digit_kernels();
 

@@ -22,6 +22,7 @@ constexpr double kWorkOfAThread = 1 << 20;  // multiplications for which waking 
 inline const MipsKernels& mips_kernels(Isa isa) {
   switch (isa) {
     case Isa::kAvx512:
+    case Isa::kAmx:
       return *avx512_mips_kernels();
     case Isa::kAvx2:
 #if defined(__x86_64__) || defined(__i386__)

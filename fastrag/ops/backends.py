@@ -31,8 +31,9 @@ from torch import Tensor
 from fastrag.ops.sources import digest
 
 BACKEND_VARIABLE = "FASTRAG_BACKEND"
-# Forces an instruction set of the C++ kernels, for tests and comparisons: scalar; avx2 or avx512 on
-# x86; neon or dotprod (neon with dot products of int8) on ARM.
+# Forces an instruction set of the C++ kernels, for tests and comparisons: scalar; avx2, avx512 or
+# amx (avx512 with tiles of int8) on x86; neon or dotprod (neon with dot products of int8) on ARM;
+# amx-emulated, which is scalar with the tiles of amx in plain C++.
 ISA_VARIABLE = "FASTRAG_CPU_ISA"
 _MIN_CAPABILITY = (8, 0)
 _CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -173,7 +174,7 @@ def forced_isa() -> str:
     if name:
         from fastrag import _C
 
-        if name not in (known := _C.instruction_sets()):
+        if name not in (known := _C.instruction_sets(emulated=True)):
             raise ValueError(
                 f"{ISA_VARIABLE}: expected one of {', '.join(known)} (what this machine and this "
                 f"build have), got {name!r}"

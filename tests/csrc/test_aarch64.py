@@ -17,7 +17,7 @@ from benchmarks.harness import native
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror"]
 # One processor with the products of bytes of ARMv8.2, and one of before.
-PROCESSORS = {"max": "dotprod neon scalar", "cortex-a72": "neon scalar"}
+PROCESSORS = {"max": "dotprod neon scalar amx-emulated", "cortex-a72": "neon scalar amx-emulated"}
 
 pytestmark = [
     pytest.mark.slow,

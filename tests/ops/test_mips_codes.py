@@ -15,6 +15,7 @@ _C = pytest.importorskip("fastrag._C", reason="the extension module is not built
 
 from fastrag.ops.cpp import CodedIndex  # noqa: E402
 
+ISAS = _C.instruction_sets(emulated=True)
 each_isa = pytest.mark.parametrize("isa", _C.instruction_sets())
 
 
@@ -55,7 +56,7 @@ def test_equals_the_plain_search(data: st.DataObject) -> None:
     elif how == "mask":
         exclude = torch.rand(n, generator=generator) < 0.4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(backends.ISA_VARIABLE, data.draw(st.sampled_from(_C.instruction_sets())))
+        patch.setenv(backends.ISA_VARIABLE, data.draw(st.sampled_from(ISAS)))
         check(query, index, k, exclude, spread=data.draw(st.sampled_from([1.0, 0.3])))
 
 
@@ -107,7 +108,22 @@ def test_few_queries(isa: str, data: st.DataObject) -> None:
         check(query, index, data.draw(st.sampled_from([1, 4, 40])), mask, gap=gap)
 
 
-@each_isa
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.data())
+def test_tile_registers(data: st.DataObject) -> None:
+    """Numbers of rows, components and queries around those of the registers of AMX."""
+    n, dim = data.draw(st.sampled_from([1, 16, 33, 64, 300])), data.draw(st.integers(1, 200))
+    n_queries, gap = data.draw(st.integers(9, 70)), data.draw(st.sampled_from([0, 1, 70]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    query = torch.randn(n_queries, dim, generator=generator)
+    index = torch.randn(n, dim, generator=generator)
+    of_a_kind(data.draw(st.sampled_from(KINDS)), query, index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backends.ISA_VARIABLE, "amx-emulated")
+        check(query, index, data.draw(st.sampled_from([1, 4, 40])), None, gap=gap)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_what_two_digits_lose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that both digits round to zero decide: the first two weights set the units."""
     monkeypatch.setenv(backends.ISA_VARIABLE, isa)
@@ -120,7 +136,7 @@ def test_what_two_digits_lose(isa: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert made.search(query, 1)[1].item() == 1000
 
 
-@each_isa
+@pytest.mark.parametrize("isa", ISAS)
 def test_second_digits_leave_fewer_rows(isa: str) -> None:
     """With a scale of 1 and whole numbers, codes lose nothing and two digits nearly nothing."""
     index = torch.randint(-127, 128, (20000, 96)).float()
@@ -137,7 +153,7 @@ def test_wide_rows() -> None:
     check(index[:20].clone(), index, 3, None)
 
 
-@each_isa
+@pytest.mark.parametrize("isa", ISAS)
 def test_looks_at_few_rows(isa: str) -> None:
     query, index = torch.randn(32, 128), torch.randn(20000, 128)
     made = CodedIndex(index, *coded(index))
