@@ -139,18 +139,18 @@ class Search {
     if (few_) {
       while (1 << few_size_ < n_queries_) ++few_size_;
       n_lanes_ = int64_t{1} << few_size_;
-      queries_.resize(n_lanes_ * dim);
-      std::copy_n(question_.query_emb + first_query_ * dim, n_queries_ * dim, queries_.begin());
+      queries_ = Aligned<float>(n_lanes_ * dim);
+      std::copy_n(question_.query_emb + first_query_ * dim, n_queries_ * dim, queries_.data());
       return;
     }
     n_lanes_ = round_up(n_queries_, width);
-    queries_.resize(n_lanes_ * dim);
+    queries_ = Aligned<float>(n_lanes_ * dim);
     int64_t left = n_lanes_ / width, lane = 0;
     while (left > 0) {
       const int n_vectors = left == 1 ? 1 : left == 3 ? 3 : 2;
       panels_.push_back({lane, n_vectors});
       const int64_t lanes = n_vectors * width;
-      float* packed = &queries_[lane * dim];
+      float* packed = queries_.data() + lane * dim;
       for (int64_t i = 0; i < std::min(lanes, n_queries_ - lane); ++i) {
         const float* query = question_.query_emb + (first_query_ + lane + i) * dim;
         for (int64_t d = 0; d < dim; ++d) packed[d * lanes + i] = query[d];
@@ -166,11 +166,14 @@ class Search {
     for (int64_t block = begin; block < end; block += block_rows_) {
       const int64_t block_end = std::min(block + block_rows_, end);
       if (!in_place) widen(block, block_end, worker);
-      for (size_t p = 0; p < panels_.size(); ++p) {
-        const bool last = p + 1 == panels_.size();
-        // The last panel prefetches the next block. A single panel prefetches the following rows.
-        const int64_t step = panels_.size() == 1 ? kernels_.rows : last ? block_rows_ : 0;
+      const int64_t n_panels = panels_.size();
+      for (int64_t p = 0; p < n_panels; ++p) {
         for (int64_t row = block; row < block_end; row += kernels_.rows) {
+          // A single panel prefetches the following rows. Of several, the last one prefetches the
+          // next block, or each one a part of it.
+          const int64_t turn =
+              kernels_.spread ? (row - block) / kernels_.rows % n_panels : n_panels - 1;
+          const int64_t step = n_panels == 1 ? kernels_.rows : p == turn ? block_rows_ : 0;
           const TileRows rows = in_place ? rows_in_place(row, row + step, worker)
                                          : rows_of(&worker->wide[(row - block) * question_.dim]);
           scan_tile(panels_[p], row, rows, worker);
@@ -298,7 +301,7 @@ class Search {
   int few_size_ = 0;  // 2^few_size_ queries
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<float> queries_;  // panel by panel, or query by query for few queries
+  Aligned<float> queries_;  // panel by panel, or query by query for few queries
   std::vector<Worker> workers_;
 };
 

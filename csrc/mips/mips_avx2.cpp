@@ -68,6 +68,8 @@ struct Vec {
 };
 
 constexpr int kTileRows = 12, kRowsOf1 = 12, kRowsOf2 = 6, kRowsOf3 = 4;
+constexpr int kRowsOfOneSet = kTileRows, kPrefetchTo = 3;
+constexpr bool kSpreadPrefetch = false;
 
 #include "mips/mips_kernels.inc.h"
 

@@ -71,6 +71,19 @@ struct Vec {
 
 constexpr int kTileRows = 14, kRowsOf1 = 14, kRowsOf2 = 14, kRowsOf3 = 7;
 
+// The L1 cache holds 32 or 48 KiB in sets of 8 or 12 lines. 14 rows of 1024 numbers, whose elements
+// share a set, would evict each other before the next element is read.
+constexpr int kRowsOfOneSet = 7;
+
+// A panel of 32 queries of 768 numbers (96 KiB) evicts prefetched rows from the L1 cache before
+// they are used. And a line on its way there from memory takes one of the 10 to 16 buffers that the
+// loads of the panel need as well.
+constexpr int kPrefetchTo = 2;
+
+// If only the last panel prefetched the next block, it would need 4 bytes per cycle and core from
+// memory, and the others nothing.
+constexpr bool kSpreadPrefetch = true;
+
 #include "mips/mips_kernels.inc.h"
 
 }  // namespace

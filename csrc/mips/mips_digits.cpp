@@ -247,7 +247,7 @@ class CodeSearch {
     }
     const int64_t n_filled = panels_.back().first_query + panels_.back().n_queries;
     n_lanes_ = n_filled * line_rows_;
-    digits_.assign(n_filled * read_dim(), 0);
+    digits_ = Aligned<uint8_t>(n_filled * read_dim());
     unit_.assign(n_lanes_, 0.0f);
     rest_ = norm_ = unit_;
     for (const PanelPlace& panel : panels_)
@@ -269,7 +269,7 @@ class CodeSearch {
 
   void pack_query(const PanelPlace& panel, int64_t i) {
     const int64_t dim = question_.dim, query = panel.first_query + i;
-    uint8_t* digits = &digits_[panel.first_query * read_dim() + i * piece_];
+    uint8_t* digits = digits_.data() + panel.first_query * read_dim() + i * piece_;
     std::vector<double> weights = weights_of(query);
     const Rounding rounding =
         take_digits(&weights, kernels_, {digits, piece_, panel.n_queries * piece_});
@@ -306,8 +306,8 @@ class CodeSearch {
             : CodeRows{codes_of(row),           codes_.pitch,          dim, bounds_.code_norm + row,
                        bounds_.rest_norm + row, bounds_.code_sum + row};
     const int64_t lane = panel.first_query * line_rows_, n_lanes = panel.n_queries * line_rows_;
-    const DigitPanel queries{&digits_[panel.first_query * read_dim], &unit_[lane], &rest_[lane],
-                             &norm_[lane], &worker->thresholds[lane]};
+    const DigitPanel queries{digits_.data() + panel.first_query * read_dim, &unit_[lane],
+                             &rest_[lane], &norm_[lane], &worker->thresholds[lane]};
     const DigitScores& found = worker->scores;
     if (!panel.tile(queries, rows, &worker->scores)) return;
     for (int64_t line = 0; line * line_rows_ < n; ++line)
@@ -428,7 +428,7 @@ class CodeSearch {
   int64_t tile_rows_ = kernels_.rows;
   int64_t n_lanes_, block_rows_, chunk_rows_, n_workers_;
   std::vector<PanelPlace> panels_;
-  std::vector<uint8_t> digits_;            // panel by panel
+  Aligned<uint8_t> digits_;                // panel by panel
   std::vector<float> unit_, rest_, norm_;  // [n_lanes_]
   std::vector<Worker> workers_;
 };

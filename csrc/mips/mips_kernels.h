@@ -72,8 +72,9 @@ struct FewKernel {
 };
 
 struct MipsKernels {
-  int width;  // lanes of a vector
-  int rows;   // of a tile
+  int width;    // lanes of a vector
+  int rows;     // of a tile
+  bool spread;  // whether all panels share the prefetching of the next block
   // One for each number of vectors of a panel, from 1.
   TileResult (*tile[kMaxPanelVectors])(const Panel&, const TileRows&, TileScores*);
   FewKernel few[kStorages][kFewSizes];

@@ -1,6 +1,8 @@
 // The tiles for a vector type Vec. Each mips_<instruction set>.cpp defines its own Vec, kTileRows
 // and its divisors kRowsOf1, kRowsOf2 and kRowsOf3 (how many rows the registers hold at a time for
-// a panel of 1, 2 or 3 vectors), and then includes this file inside its unnamed namespace.
+// a panel of 1, 2 or 3 vectors) and kRowsOfOneSet (at most so many if all of them share a set of
+// the L1 cache); kPrefetchTo (3 for the L1 cache, 2 for L2) and kSpreadPrefetch. It then includes
+// this file inside its unnamed namespace.
 
 using F = Vec::F;
 
@@ -11,8 +13,9 @@ using F = Vec::F;
 // Must be inlined: the compiler keeps the sums in registers only then.
 #define FASTRAG_INLINE inline __attribute__((always_inline))
 
-constexpr int kLineFloats = 16;  // floats of a cache line, the unit of prefetching
-constexpr int kSteps = 4;        // elements per iteration of the loop
+constexpr int kLineFloats = 16;     // floats of a cache line, the unit of prefetching
+constexpr int kSteps = 4;           // elements per iteration of the loop
+constexpr int kBytesOfSets = 4096;  // lines at this distance share a set of the L1 cache
 
 // Adds the products of kSteps elements from d on, for a Vec that can multiply a vector by one
 // element of another. V is Vec; it is a parameter because not every Vec has this product.
@@ -63,7 +66,8 @@ inline bool outer_products(const Panel& panel, const TileRows& rows, uint64_t* h
   int64_t d = 0;
   for (; d + kLineFloats <= rows.dim; d += kLineFloats) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows.ahead + r * rows.pitch + d);
+    for (int r = 0; r < kRows; ++r)
+      __builtin_prefetch(rows.ahead + r * rows.pitch + d, 0, kPrefetchTo);
     for (int64_t e = d; e < d + kLineFloats; e += kSteps) {
       if constexpr (Vec::kByElement) {
         add_by_element<Vec, kVectors, kRows>(panel, rows, e, sum);
@@ -94,6 +98,9 @@ inline bool outer_products(const Panel& panel, const TileRows& rows, uint64_t* h
 template <int kVectors, int kRows>
 TileResult tile(const Panel& panel, const TileRows& rows, TileScores* out) {
   constexpr int64_t kLanes = kVectors * Vec::kWidth;
+  if constexpr (kRows > kRowsOfOneSet)
+    if (rows.pitch * sizeof(float) % kBytesOfSets == 0)
+      return tile<kVectors, kRowsOfOneSet>(panel, rows, out);
   static_assert(kTileRows % kRows == 0 && kTileRows <= kMaxTileRows, "rows of a tile");
   static_assert(kLanes <= kMaxPanelLanes, "a word of hits, and the buffer of scores");
   bool all_finite = true;
@@ -410,6 +417,7 @@ constexpr FewKernel few_long() {
 
 constexpr MipsKernels kTable = {Vec::kWidth,
                                 kTileRows,
+                                kSpreadPrefetch,
                                 {tile<1, kRowsOf1>, tile<2, kRowsOf2>, tile<3, kRowsOf3>},
                                 {FASTRAG_FEW(Storage::kFloat32), FASTRAG_FEW(Storage::kBfloat16),
                                  FASTRAG_FEW(Storage::kFloat16), FASTRAG_FEW(Storage::kInt8)},

@@ -74,6 +74,8 @@ struct Vec {
 
 // The registers hold 8 sums of 2 vectors each and 4 elements of each row.
 constexpr int kTileRows = 8, kRowsOf1 = 8, kRowsOf2 = 8, kRowsOf3 = 4;
+constexpr int kRowsOfOneSet = kTileRows, kPrefetchTo = 3;
+constexpr bool kSpreadPrefetch = false;
 
 #include "mips/mips_kernels.inc.h"
 

@@ -40,6 +40,26 @@ inline const MipsKernels& mips_kernels(Isa isa) {
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// n zeros from the start of a cache line on. A load of 64 bytes then reads one line instead of two.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t n = 0)
+      : room_(n + kLine / sizeof(T)),
+        first_((kLine - reinterpret_cast<uintptr_t>(room_.data()) % kLine) % kLine / sizeof(T)) {}
+  Aligned(Aligned&&) = default;  // a copy would begin elsewhere in its line
+  Aligned& operator=(Aligned&&) = default;
+
+  T* data() { return room_.data() + first_; }
+  const T* data() const { return room_.data() + first_; }
+
+ private:
+  static constexpr size_t kLine = 64;
+
+  std::vector<T> room_;
+  size_t first_;
+};
+
 inline bool is_finite(const float* x, int64_t n) {
   return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
 }

@@ -90,6 +90,8 @@ struct Vec {
 };
 
 constexpr int kTileRows = 8, kRowsOf1 = 8, kRowsOf2 = 4, kRowsOf3 = 2;
+constexpr int kRowsOfOneSet = kTileRows, kPrefetchTo = 3;
+constexpr bool kSpreadPrefetch = false;
 
 #include "mips/mips_kernels.inc.h"
 

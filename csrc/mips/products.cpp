@@ -18,7 +18,7 @@ constexpr int64_t kBlockBytes = 256 << 10;  // rows that stay in the L2 while pa
 struct PackedPanel {
   int64_t first;  // vector
   int n_vectors;  // of lanes
-  std::vector<float> lanes;
+  Aligned<float> lanes;
 };
 
 std::vector<PackedPanel> packed(const float* x, int64_t n, int64_t dim, int64_t width) {
@@ -26,9 +26,9 @@ std::vector<PackedPanel> packed(const float* x, int64_t n, int64_t dim, int64_t 
   for (int64_t first = 0, left = round_up(n, width) / width; left > 0;) {
     const int n_vectors = left == 1 ? 1 : left == 3 ? 3 : 2;
     const int64_t lanes = n_vectors * width;
-    std::vector<float> values(std::max<int64_t>(1, lanes * dim));
+    Aligned<float> values(lanes * dim);
     for (int64_t i = 0; i < std::min(lanes, n - first); ++i)
-      for (int64_t d = 0; d < dim; ++d) values[d * lanes + i] = x[(first + i) * dim + d];
+      for (int64_t d = 0; d < dim; ++d) values.data()[d * lanes + i] = x[(first + i) * dim + d];
     panels.push_back({first, n_vectors, std::move(values)});
     first += lanes;
     left -= n_vectors;

@@ -174,10 +174,11 @@ def forced_isa() -> str:
     if name:
         from fastrag import _C
 
-        if name not in (known := _C.instruction_sets(emulated=True)):
+        if name not in _C.instruction_sets(emulated=True):
+            known = ", ".join(_C.instruction_sets())
             raise ValueError(
-                f"{ISA_VARIABLE}: expected one of {', '.join(known)} (what this machine and this "
-                f"build have), got {name!r}"
+                f"{ISA_VARIABLE}: expected one of {known} (what this machine and this build have), "
+                f"got {name!r}"
             )
     return name
 
