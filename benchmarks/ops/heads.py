@@ -120,7 +120,7 @@ def providers(fastrag: Prepare, with_head: Callable[[Head], Prepare]) -> tuple[P
 
     lce = torch_linear_cross_entropy
     return (
-        ours("cpp", fastrag, devices=("cpu",), dtypes=("float32",)),
+        ours("cpp", fastrag, devices=("cpu",)),
         ours("triton", fastrag, devices=("cuda",)),
         ours("torch", fastrag),
         peer("gather", gather),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.registry import Op, Outputs, Prepare, Provider, Shape, directly
+from benchmarks.harness.registry import Call, Op, Outputs, Prepare, Provider, Shape, directly
 from benchmarks.ops import marginal_loss
 from benchmarks.ops.heads import PAD, Head, compiled, gather, providers
 from benchmarks.ops.marginal_loss import Problem
@@ -51,11 +52,11 @@ def fastrag_token_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     return F.token_logp(hidden, weight, labels, ignore_index=PAD)
 
 
-@directly
-def gemms(mode: str, p: Problem) -> Outputs:
+def gemms(mode: str, p: Problem) -> Call:
+    p = marginal_loss.multiplied(p)
     if mode == BOTH:
-        return marginal_loss.products(p)
-    return (p.weight.detach() @ p.hidden.detach().flatten(0, 2).t(),)
+        return partial(marginal_loss.products, p)
+    return lambda: (p.weight.detach() @ p.hidden.detach().flatten(0, 2).t(),)
 
 
 def flops(mode: str, shape: Shape) -> float:
