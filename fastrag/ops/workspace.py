@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import platform
 import threading
 
 import torch
@@ -24,6 +23,7 @@ DEFAULT_WORKSPACE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 # A weight in another dtype than the operands of products is converted slice by slice, at most so
 # many bytes each. On a CPU, the thread keeps as many bytes; smaller slices make slower products.
 WEIGHT_SLICE_BYTES = {"cuda": 32 << 20, "cpu": 12 << 20}
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's
 # Smaller tensors have too few pages for `advise` to pay.
 _ADVISED_BYTES = 8 << 20
 
@@ -79,8 +79,8 @@ def multiplies(dtype: torch.dtype) -> bool:
     """
     if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    arm = platform.machine() in ("aarch64", "arm64")
-    return arm or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

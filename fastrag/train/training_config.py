@@ -18,12 +18,12 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
 from fastrag.messages import reason, shown
+from fastrag.ops.workspace import multiplies
 from fastrag.train.distributed import check_processes
 from fastrag.train.parsing import require, unknown
 
 # Arguments that the trainer passes to a schedule.
 _FROM_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps")
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is ARM's
 
 
 @dataclass
@@ -176,7 +176,7 @@ class TrainingConfig(TrainingArguments):
         _require("fp16", not (self.fp16 and on_cpu), "false on a CPU", True)
         runs = not self.bf16 or on_cpu or is_torch_bf16_gpu_available()
         _require("bf16", runs, "false on a GPU without bfloat16", True)
-        if self.bf16 and on_cpu and _emulates_bf16():
+        if self.bf16 and on_cpu and not multiplies(torch.bfloat16):
             warnings.warn(
                 "training.bf16: many times slower than float32 on this CPU, which has no "
                 "instructions for bfloat16",
@@ -218,13 +218,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def _emulates_bf16() -> bool:
-    """Whether this CPU is known to have no instructions that multiply in bfloat16."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    found = [known[name] for name in _BF16_INSTRUCTIONS if name in known]
-    return bool(found) and not any(found)
 
 
 def _check_reporters(names: str | Collection[str]) -> None:

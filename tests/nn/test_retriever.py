@@ -52,6 +52,20 @@ def test_gradients_are_those_of_the_version_that_was_searched(change, dtype, row
     assert torch.equal(question_gradient(model(), CHANGES[change], rows=rows), expected)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+def test_a_question_of_bfloat16_is_searched_in_float32(weights):
+    model = rag_model(tau=0.5)
+    model.question_encoder.to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        retrieved = model.retriever(batch()["input_ids"], batch()["attention_mask"])
+    query, hits = retrieved.query_emb.detach().float(), retrieved.hits
+    expected = model.index.search(query, hits.rows.shape[1])
+    assert torch.equal(hits.rows, expected.rows) and torch.equal(hits.scores, expected.scores)
+    assert retrieved.doc_scores.dtype == torch.float32
+    scores = torch.einsum("bd,bkd->bk", query, hits.vectors) / 0.5
+    torch.testing.assert_close(retrieved.doc_scores.detach(), scores)
+
+
 @pytest.mark.parametrize("rows", [None, torch.tensor([[0, 3, -1]] * 4)], ids=["searched", "given"])
 def test_another_thread_may_update_all_the_time(rows):
     """Scores, vectors, version and gradient of a step agree, whichever version it has met."""

@@ -171,6 +171,24 @@ def test_memory(
     assert peak <= power + p.weight.nbytes + (3 << 17)
 
 
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"bf16": True}, True),
+        ({}, False),  # nothing is known
+    ],
+)
+def test_what_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], found: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    decide = workspace.multiplies.__wrapped__  # without its cache
+    assert decide(BF16) == found and not decide(torch.float16)
+
+
 def test_training_descends(multiplied: None) -> None:
     p = make(MANY).to(BF16)
     losses = []
