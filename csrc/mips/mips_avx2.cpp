@@ -68,7 +68,8 @@ struct Vec {
 };
 
 constexpr int kTileRows = 12, kRowsOf1 = 12, kRowsOf2 = 6, kRowsOf3 = 4;
-constexpr int kRowsOfOneSet = kTileRows, kPrefetchTo = 3;
+constexpr int kRowsOfOneSet = 6;  // of the 8 lines of a set of the L1 cache
+constexpr int kPrefetchTo = 3;
 constexpr bool kSpreadPrefetch = false;
 
 #include "mips/mips_kernels.inc.h"

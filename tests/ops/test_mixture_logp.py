@@ -105,10 +105,11 @@ def test_each_instruction_set(monkeypatch, isa, softcap):
 
 
 @pytest.mark.skipif("cpp" not in ABLE, reason="fastrag._C is not built")
-def test_products_are_the_scores_of_a_search():
+@pytest.mark.parametrize(("n", "dim", "pitch"), [(21, 40, 48), (5, 1024, 1024)])
+def test_products_are_the_scores_of_a_search(n: int, dim: int, pitch: int):
     """To the bit, for any number of threads, and of a matrix with padding between its rows."""
     torch.manual_seed(0)
-    x, weight = torch.randn(21, 40), torch.randn(3001, 48)[:, :40]
+    x, weight = torch.randn(n, dim), torch.randn(3001, pitch)[:, :dim]
     found, _ = cpp.head_products(x, weight, None, None, 1.0)
     scores, rows = functional.mips_topk(x, weight, 3001)
     assert found.gather(1, rows).equal(scores)
