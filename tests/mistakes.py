@@ -494,6 +494,20 @@ SEAMS = (
         "tests/index/test_flat_changes.py",
     ),
     Mistake(
+        "an update leaves the codes of its rows as they were",
+        "fastrag/index/flat.py",
+        "                    made.update(rows)\n",
+        "                    pass\n",
+        "tests/index/test_flat_codes.py",
+    ),
+    Mistake(
+        "new rows are searched through the codes of those before",
+        "fastrag/index/flat_codes.py",
+        "self._made, self._mapped, self._n_searches = None, False, 0",
+        "self._mapped, self._n_searches = False, 0",
+        "tests/index/test_flat_codes.py",
+    ),
+    Mistake(
         "changed rows are put into any index",
         "fastrag/index/flat_changes.py",
         '    if found != base["checksum"]:\n',

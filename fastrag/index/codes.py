@@ -40,13 +40,14 @@ class RowCodes:
 
     Args:
         index_emb: `[N, D]` float32, N > 0; kept as a reference, not copied.
+        room: `[N, D]` int8 for the codes; allocated if None.
     """
 
-    def __init__(self, index_emb: Tensor) -> None:
+    def __init__(self, index_emb: Tensor, room: Tensor | None = None) -> None:
         n, dim = index_emb.shape
         size = max(1, inputs.BLOCK_BYTES // (dim * index_emb.itemsize))
         chosen = codec.fit_int8(index_emb.split(size))
-        codes = codec.allocate(n, dim, "int8", index_emb.device)[:, :dim]
+        codes = codec.allocate(n, dim, "int8", index_emb.device)[:, :dim] if room is None else room
         for rows in torch.arange(n, device=index_emb.device).split(size):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             codes[part] = chosen.encode(index_emb[part])[0]

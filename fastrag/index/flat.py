@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fastrag import functional, manifests
-from fastrag.index import codec, codes, inputs
+from fastrag.index import codec, inputs
+from fastrag.index import codes as row_codes
 from fastrag.index.codec import Codec
-from fastrag.index.codes import RowCodes
+from fastrag.index.flat_codes import FlatCodes, checked_codes
 from fastrag.index.flat_files import (
     FIELDS,
     FORMAT,
@@ -29,11 +30,10 @@ from fastrag.index.flat_files import (
     check_stored,
     content_sha256,
     factor_of,
-    kept_dtype,
+    stored_dtype,
 )
 from fastrag.index.host_search import HostSearch
 from fastrag.index.inputs import Vectors
-from fastrag.index.lock import ReadWriteLock
 from fastrag.index.room import MemoryRoom, room_for
 from fastrag.index.rows import RowIndex
 from fastrag.index.storage import FolderWriter, as_tensor, entry_of, read_folder
@@ -57,10 +57,11 @@ class FlatIndex(RowIndex, format=FORMAT):
     their range are clamped, and `n_clamped` counts them. `astype` and `replace` choose from all
     rows.
 
-    int8 with `exact="float32"` also keeps the float32 rows and returns the same bits as a float32
-    index: a search of a large index reads all codes, but only the rows that can be among the k
-    best. The first search after an `add` or `replace` computes the codes from all rows, which takes
-    as long as some tens of searches. The codes are not saved.
+    A large float32 index also has int8 codes of its rows, a quarter more memory. A search reads all
+    codes, but only the rows that can be among the k best, and returns the same bits. The codes are
+    computed from all rows, which takes as long as some tens of searches of the rows: by the search
+    with which those since the last `add` or `replace` have taken as long, or by `save`. They are
+    saved with the index, and `update` keeps them right.
 
     Memory: a loaded index is mapped read-only and takes no memory of its own until the first `add`
     or `update`, which copies all vectors into memory. Only `save` changes files.
@@ -69,16 +70,19 @@ class FlatIndex(RowIndex, format=FORMAT):
         dim: D, the width of a vector.
         dtype: dtype of the stored vectors: `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`.
         device: device of the stored vectors.
-        exact: the vectors for which a search is exact: `"stored"`, or `"float32"` for the vectors
-            that were added to an int8 index.
+        codes: codes of float32 rows. `False`: none. `None`: on a CPU, when they pay, as above;
+            needs the C++ extension. `True`: made by the first search that is faster with them, also
+            on a GPU.
+        exact: `"float32"` with `dtype="int8"` is an older name of `codes=True` and gives a warning.
         search_device: device of the search, `None` for `device`. It may be a GPU if `device` is the
-            CPU: each search then copies the vectors to the GPU block by block (the float32 rows
-            with `exact="float32"`). A call that the GPU kernels do not support, such as a k above
-            1024, runs on the CPU with the same results.
+            CPU: each search then copies the vectors to the GPU block by block (float32 rows,
+            without codes). A call that the GPU kernels do not support, such as a k above 1024, runs
+            on the CPU with the same results.
 
     Raises:
-        ValueError: `dim` below 1, an unsupported `dtype` or `exact`, a device that torch cannot
-            use, or a `search_device` that the machine does not have or that does not fit `device`.
+        ValueError: `dim` below 1, an unsupported `dtype`, `codes` with another dtype than float32,
+            another `exact`, a device that torch cannot use, or a `search_device` that the machine
+            does not have or that does not fit `device`.
 
     Example:
         >>> index = FlatIndex(2)
@@ -95,7 +99,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         dtype: str = "float32",
         device: torch.device | str = "cpu",
         *,
-        exact: str = "stored",
+        codes: bool | None = None,
+        exact: str | None = None,
         search_device: torch.device | str | None = None,
     ) -> None:
         super().__init__(dim, device)
@@ -103,18 +108,12 @@ class FlatIndex(RowIndex, format=FORMAT):
             raise ValueError(
                 f"dtype: expected one of {', '.join(codec.DTYPES)}, got {shown(dtype)}"
             )
-        if exact != "stored" and (exact, dtype) != ("float32", "int8"):
-            raise ValueError(
-                f"exact: expected 'stored', or 'float32' with dtype 'int8', got {shown(exact)} "
-                f"with {dtype!r}; int8 codes are the smallest and fastest addition to float32 rows"
-            )
+        dtype, codes = checked_codes(dtype, codes, exact)
         self.dtype = dtype
-        self.exact = exact
-        self._codec = Codec(kept_dtype(dtype, exact))
+        self._codec = Codec(dtype)
         # [capacity, pitch]
         self._data = codec.allocate(0, self.dim, self._codec.dtype, self._removed.device)
-        self._codes: RowCodes | None = None
-        self._making_codes = ReadWriteLock()
+        self._codes = FlatCodes(codes)
         self._n_clamped = 0
         # Folder on the disk from which the vectors are mapped, read-only; None: they are in memory.
         self._mapped: Path | None = None
@@ -155,14 +154,26 @@ class FlatIndex(RowIndex, format=FORMAT):
 
     def __repr__(self) -> str:
         return (
-            f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, exact={self.exact!r}, n={self._n}, "
+            f"FlatIndex(dim={self.dim}, dtype={self.dtype!r}, codes={self.codes}, n={self._n}, "
             f"n_live={self.n_live}, device='{self.device}', search_device='{self.search_device}')"
         )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Dtype, bytes per row and number of clamped values, for `fastrag index info`."""
-        return {"dtype": self.dtype, "pitch": self.pitch, "clamped": self._n_clamped}
+        """What is stored and read, for `fastrag index info`.
+
+        `pitch` is the number of bytes per row, `clamped` that of clamped values. A search for one
+        question reads `reads` bytes, and without codes it would read `reads_rows`.
+        """
+        found = {"dtype": self.dtype, "pitch": self.pitch, "clamped": self._n_clamped}
+        rows = self.index_emb
+        n_bytes = rows.numel() * rows.itemsize
+        return found | {"reads": self._codes.reads(rows), "reads_rows": n_bytes}
+
+    @property
+    def codes(self) -> bool | None:
+        """The argument `codes`; `False` for other dtypes than float32."""
+        return self._codes.wanted
 
     @property
     def n_clamped(self) -> int:
@@ -228,7 +239,8 @@ class FlatIndex(RowIndex, format=FORMAT):
             if stop > start:
                 with self._lock.write():
                     self._changed()
-                    self._codec, self._codes, self._base = chosen, None, None
+                    self._codes.drop()
+                    self._codec, self._base = chosen, None
                     self._n_clamped += n_clamped
                     self._append_live(stop - start)
         return range(start, stop)
@@ -255,14 +267,14 @@ class FlatIndex(RowIndex, format=FORMAT):
                 self._changed()
                 # The codes are put back after the change. If it is interrupted, there are none, and
                 # the next search computes them.
-                row_codes, self._codes = self._codes, None
+                made = self._codes.take()
                 if self._base is not None:
                     self._base.changed[rows] = True
                 codec.put_rows(self.index_emb, rows, stored)
                 self._n_clamped += n_clamped
-                if row_codes is not None:
-                    row_codes.update(rows)
-                self._codes = row_codes
+                if made is not None:
+                    made.update(rows)
+                self._codes.put(made)
 
     def replace(self, vectors: Vectors | Iterable[Vectors]) -> None:
         """Replace all vectors at once, as after encoding all passages; tombstones are kept.
@@ -298,25 +310,31 @@ class FlatIndex(RowIndex, format=FORMAT):
             fresh, mapped = room.rows(), None if isinstance(room, MemoryRoom) else self._mapped
             with self._lock.write():
                 self._changed()
-                self._data, self._mapped, self._codes = fresh, mapped, None
+                self._codes.drop()
+                self._data, self._mapped = fresh, mapped
                 self._codec, self._n_clamped, self._base = chosen, n_clamped, None
 
     @torch.no_grad()
-    def astype(self, dtype: str, *, exact: str = "stored") -> Self:
+    def astype(self, dtype: str, *, codes: bool | None = None, exact: str | None = None) -> Self:
         """Return an index of the same rows and tombstones in another dtype.
 
         It is stored and searched on the same devices.
 
         Args:
             dtype: as for the class; scale and offset of int8 are chosen from all rows.
-            exact: as for the class. If this index does not store float32 rows, `"float32"` means
-                the vectors that it represents.
+            codes: as for the class.
+            exact: as for the class.
 
         Raises:
             ValueError: an unknown dtype, or a number beyond its range (the message names the row).
         """
         made = type(self)(
-            self.dim, dtype, self.device, exact=exact, search_device=self.search_device
+            self.dim,
+            dtype,
+            self.device,
+            codes=codes,
+            exact=exact,
+            search_device=self.search_device,
         )
         with self._lock.read():
             room = codec.allocate(self._n, self.dim, made._codec.dtype, self.device)
@@ -352,13 +370,16 @@ class FlatIndex(RowIndex, format=FORMAT):
         device = inputs.usable_device(device)
         host_search = HostSearch.of(search_device, device)
         with self._writer.write(), self._lock.write():
+            at = self._data.device
             moved = self._data[: self._n].to(device)
             removed, moved_codec = self._removed.to(device), self._codec.to(device)
-            mapped = self._mapped if moved.device == self._data.device else None
+            mapped = self._mapped if moved.device == at else None
             self._data, self._mapped, self._removed = moved, mapped, removed
             if (base := self._base) is not None:
                 self._base = dataclasses.replace(base, changed=base.changed.to(device))
-            self._codes, self._host_search, self._codec = None, host_search, moved_codec
+            if moved.device != at:
+                self._codes.drop()
+            self._host_search, self._codec = host_search, moved_codec
         return self
 
     def checksum(self) -> str:
@@ -401,8 +422,9 @@ class FlatIndex(RowIndex, format=FORMAT):
                 files.append(block)
             manifest = files.commit(
                 self._removed_rows(),
+                self._codes.for_save(self.index_emb),
                 dtype=self.dtype,
-                exact=self.exact,
+                codes=self.codes,
                 index_version=self._version,
                 n_clamped=self._n_clamped,
                 passages=self.passages_checksum,
@@ -418,6 +440,7 @@ class FlatIndex(RowIndex, format=FORMAT):
         verify: bool = False,
         device: torch.device | str = "cpu",
         *,
+        codes: bool | None = None,
         search_device: torch.device | str | None = None,
     ) -> Self:
         """Open a saved index, of this or an earlier format version.
@@ -427,6 +450,7 @@ class FlatIndex(RowIndex, format=FORMAT):
             mmap: map the vectors (CPU only) instead of reading them.
             verify: check every byte against the manifest's checksums.
             device: device of the vectors.
+            codes: as for the class; `None`: as it was saved.
             search_device: as for the class.
 
         Raises:
@@ -439,7 +463,10 @@ class FlatIndex(RowIndex, format=FORMAT):
         stored, removed = (entry_of(arrays, key, dir, FORMAT) for key in ("vectors", "removed"))
         check_stored(stored, manifest, dir)
         with manifests.named(dir):
-            index = cls(manifest["dim"], manifest["dtype"], exact=manifest.get("exact", "stored"))
+            dtype = stored_dtype(manifest)
+            if codes is None:
+                codes = manifest.get("codes", dtype != manifest["dtype"] or None)
+            index = cls(manifest["dim"], dtype, codes=codes)
         index._load_removed(removed, len(stored), dir)
         # numpy has no bfloat16, so the file holds its bits as uint16; torch reads them as int16.
         raw = stored.view(np.int16) if index.dtype == "bfloat16" else stored
@@ -448,6 +475,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         if index._codec.dtype == "int8" and index._n:
             factors = (factor_of(arrays, name, index.dim, dir) for name in ("scale", "offset"))
             index._codec = Codec("int8", *factors)
+        if index._n:
+            index._codes.load(arrays, manifest, index.index_emb, dir, mapped=mmap)
         if verify and index._content_sha256() != content_sha256(manifest):
             raise ValueError(
                 f"{dir}: expected vectors of width {index.dim} with the SHA-256 "
@@ -503,18 +532,14 @@ class FlatIndex(RowIndex, format=FORMAT):
             return self._host_search.search(
                 query, self.index_emb, k, exclude, **self._codec.arguments
             )
-        if self.exact == "float32" and codes.pay(query, self.index_emb, k):
-            return self._row_codes().search(query, k, exclude)
-        return functional.mips_topk(
-            query, self.index_emb, k, exclude=exclude, **self._codec.arguments
-        )
-
-    def _row_codes(self) -> RowCodes:
-        """Return the codes; the first caller makes them. The caller holds the read lock."""
-        with self._making_codes.write():
-            if self._codes is None:
-                self._codes = RowCodes(self.index_emb)
-            return self._codes
+        rows = self.index_emb
+        # Not asked for a small index, whose search takes no longer than asking.
+        wanted = self._codes.wanted
+        if wanted or (wanted is None and rows.numel() >= row_codes.LEAST_NUMBERS):
+            made = self._codes.for_search(query, rows, k)
+            if made is not None:
+                return made.search(query, k, exclude)
+        return functional.mips_topk(query, rows, k, exclude=exclude, **self._codec.arguments)
 
     def _vectors_of(self, rows: Tensor) -> Tensor:
         return self._codec.decode(self.index_emb[rows])
@@ -532,7 +557,8 @@ class FlatIndex(RowIndex, format=FORMAT):
         grown = codec.allocate(room, self.dim, self._codec.dtype, self.device)
         grown[:keep, : self.dim] = self._data[:keep, : self.dim]
         with self._lock.write():
-            self._data, self._mapped, self._codes = grown, None, None
+            self._data, self._mapped = grown, None
+            self._codes.move(self.index_emb)
 
     def _known_checksum(self) -> str:
         """Return the checksum, which is computed once. The caller holds the lock."""

@@ -135,6 +135,9 @@ def load_changes(
             f"{vectors.dtype} {list(vectors.shape)}"
         )
     codec.to_numpy(index.index_emb)[rows] = vectors
+    if (made := index._codes.take()) is not None:
+        made.update(torch.from_numpy(rows))
+    index._codes.put(made)
     index._load_removed(removed, len(index), dir)
     checksum = index._checksum_of(index._content_sha256())
     if checksum != manifest["checksum"]:

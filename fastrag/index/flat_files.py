@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrag.index import codec, inputs
+from fastrag.index import codec, flat_codes, inputs
 from fastrag.index.codec import Codec
+from fastrag.index.codes import RowCodes
+from fastrag.index.flat_codes import FlatCodes
 from fastrag.index.inputs import Vectors
-from fastrag.index.storage import FolderWriter, entry_of
+from fastrag.index.room import room_on_disk
+from fastrag.index.storage import FolderWriter, as_tensor, entry_of
 from fastrag.index.unfinished import ResumableWriter
-from fastrag.manifests import integer, one_of, optional, record, sha256, text
+from fastrag.manifests import flag, integer, one_of, optional, record, sha256, text
 
 FORMAT = "fastrag.FlatIndex"
 # 1: contiguous float32 rows. 2: any dtype, each row starts at a multiple of 64 bytes.
@@ -26,7 +30,9 @@ VERSION = 2
 FIELDS = record(
     {"dim": integer(1), "dtype": one_of(*codec.DTYPES), "index_version": integer()},
     {
-        "exact": one_of("stored", "float32"),
+        "exact": one_of("stored", "float32"),  # of older folders; see `stored_dtype`
+        "codes": optional(flag()),
+        "row_codes": flat_codes.FIELDS,
         "count": integer(),
         "pitch": integer(1),
         "n_clamped": integer(),
@@ -81,11 +87,18 @@ class FlatFiles:
             stored = torch.nn.functional.pad(stored, (0, self._pitch - self._dim))
         self._stream.append(codec.to_numpy(stored))
 
-    def commit(self, removed: np.ndarray[Any, Any], **described: Any) -> dict[str, Any]:
+    def rows(self) -> Tensor:
+        """Return the rows so far `[n, D]`, mapped from the file."""
+        return as_tensor(self._stream.rows())[:, : self._dim]
+
+    def commit(
+        self, removed: np.ndarray[Any, Any], row_codes: RowCodes | None = None, **described: Any
+    ) -> dict[str, Any]:
         """Write the rest and complete the folder.
 
         Args:
             removed: the removed rows, `[n]` int64.
+            row_codes: codes of the rows to be written as well.
             described: further entries of the manifest.
 
         Returns:
@@ -95,6 +108,10 @@ class FlatFiles:
         self._writer.put("removed", removed)
         for name, array in self._codec.arguments.items():
             self._writer.put(name, array.cpu().numpy())
+        if row_codes is not None:
+            code_arrays, described["row_codes"] = flat_codes.arrays_of(row_codes)
+            for name, x in code_arrays.items():
+                self._writer.put(name, x)
         described |= {
             "dim": self._dim,
             "count": n,
@@ -149,10 +166,16 @@ def write_flat(
         inputs.check_length(row, n_rows)
         if files is None:
             raise ValueError("vectors: expected at least one row, got none")
+        row_codes = None
+        if stored_as.dtype == "float32":
+            # In a file, so that the memory does not grow with the index.
+            room = partial(room_on_disk, row, dim, writer.folder)
+            row_codes = FlatCodes(None).for_save(files.rows(), room)
         files.commit(
             np.zeros(0, dtype=np.int64),
+            row_codes,
             dtype=stored_as.dtype,
-            exact="stored",
+            codes=None if stored_as.dtype == "float32" else False,
             index_version=1,
             n_clamped=n_clamped,
             passages=passages_checksum,
@@ -164,9 +187,13 @@ def bytes_of(block: Tensor) -> memoryview:
     return codec.to_numpy(block.contiguous()).data.cast("B")
 
 
-def kept_dtype(dtype: str, exact: str) -> str:
-    """Return the dtype of the vectors that are kept and saved; int8 codes may be made from them."""
-    return "float32" if exact == "float32" else dtype
+def stored_dtype(manifest: dict[str, Any]) -> str:
+    """Return the dtype of the stored vectors.
+
+    A folder from before the option `codes` has the dtype int8 for float32 rows that are searched
+    through codes, and the entry `exact`.
+    """
+    return "float32" if manifest.get("exact") == "float32" else str(manifest["dtype"])
 
 
 def content_sha256(manifest: dict[str, Any]) -> str:
@@ -183,8 +210,7 @@ def check_stored(
     Raises:
         ValueError: it has not.
     """
-    kept = kept_dtype(manifest["dtype"], manifest.get("exact", "stored"))
-    dim, dtype = manifest["dim"], codec.numpy_dtype(kept)
+    dim, dtype = manifest["dim"], codec.numpy_dtype(stored_dtype(manifest))
     first = manifest["version"] == 1
     pitch = dim * dtype.itemsize if first else entry_of(manifest, "pitch", dir, FORMAT)
     count = len(stored) if first else entry_of(manifest, "count", dir, FORMAT)

@@ -86,3 +86,23 @@ def room_for(
         with contextlib.suppress(OSError):
             return FileRoom(folder, dim, dtype)
     return MemoryRoom(n, dim, dtype, device)
+
+
+def room_on_disk(n: int, dim: int, folder: Path) -> Tensor:
+    """Return `[N, D]` int8 to be written, in a file without a name that vanishes with the tensor.
+
+    Raises:
+        ValueError: the disk is full or not writable.
+    """
+    pitch = codec.pitch_of(dim, "int8")
+    with (
+        as_value_error(folder, "room for the codes"),
+        tempfile.TemporaryFile(dir=folder) as file,
+    ):
+        # Written first: on a full disk, writing to what is mapped would end the process.
+        left, block = n * pitch, bytes(1 << 24)
+        while left:
+            left -= file.write(memoryview(block)[:left])
+        file.flush()
+        mapped = np.memmap(file, np.int8, "r+", shape=(n, pitch))
+    return as_tensor(mapped)[:, :dim]

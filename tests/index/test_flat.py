@@ -79,14 +79,16 @@ def test_search_equals_brute_force(data):
     assert scores.dtype == torch.float32 and rows.dtype == torch.int64
 
 
-@pytest.mark.parametrize("exact", ["stored", "float32"])
-def test_the_default_dtype_of_torch_changes_nothing(monkeypatch, vectors, query, exact):
+@pytest.mark.parametrize(
+    "options", [{"dtype": "int8"}, {"codes": True}], ids=["int8", "float32 with codes"]
+)
+def test_the_default_dtype_of_torch_changes_nothing(monkeypatch, vectors, query, options):
     monkeypatch.setattr("fastrag.index.codes.pay", lambda query, index_emb, k: True)
     found = []
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            index = FlatIndex(4, "int8", exact=exact)
+            index = FlatIndex(4, **options)
             empty = index.search(query, 3), index.vectors(torch.tensor([-1]))
             index.add(vectors)
             found.append([*empty[0], empty[1], *index.search(query, 3)])

@@ -44,10 +44,10 @@ def tracked(request: pytest.FixtureRequest, tmp_path: Path) -> FlatIndex:
         {"dtype": "float32"},
         {"dtype": "bfloat16"},
         {"dtype": "int8"},
-        {"dtype": "int8", "exact": "float32"},
+        {"codes": True},
     ],
     indirect=True,
-    ids=["float32", "bfloat16", "int8", "int8 and float32"],
+    ids=["float32", "bfloat16", "int8", "float32 with codes"],
 )
 def test_changes_and_base_make_the_index(tracked: FlatIndex, tmp_path: Path) -> None:
     assert save_changes(tracked, tmp_path / "changes")

@@ -157,7 +157,7 @@ OTHERS = VECTORS.flip(1)
 
 
 def flat_index() -> FlatIndex:
-    index = FlatIndex(8, "int8", exact="float32")
+    index = FlatIndex(8, codes=True)
     index.add(VECTORS)
     return index
 
