@@ -89,21 +89,86 @@ class CodedMatrix {
   Array<int32_t> code_sum_;
 };
 
-int64_t search_by_codes(const py::buffer& query_emb, const py::buffer& index_emb,
-                        const py::buffer& codes, const py::buffer& scale, const py::buffer& offset,
-                        const py::buffer& code_norm, const py::buffer& rest_norm,
-                        const py::buffer& code_sum, const py::buffer& scores,
-                        const py::buffer& rows, const OptionalBuffer& removed,
-                        const OptionalBuffer& exclude, int threads, const std::string& isa) {
+// The codes of the leading coordinates of n_rows rows of width dim.
+class Lead {
+ public:
+  Lead(const py::buffer& rotation, const py::buffer& codes, const py::buffer& code_norm,
+       const py::buffer& rest_norm, const py::buffer& code_sum, const py::buffer& constants,
+       int64_t n_rows, int64_t dim, bool writable)
+      : rotation_("rotation", rotation, {-1, dim}),
+        codes_("lead_codes", codes, {n_rows, rotation_.size(0)}, writable),
+        code_norm_("lead_norm", code_norm, {n_rows}, writable),
+        rest_norm_("tail_norm", rest_norm, {n_rows}, writable),
+        code_sum_("lead_sum", code_sum, {n_rows}, writable),
+        constants_("lead_constants", constants, {3}) {}
+
+  LeadCodes get() const {
+    LeadCodes lead;
+    lead.codes.data = codes_.data();
+    lead.codes.n_rows = codes_.size(0);
+    lead.codes.pitch = codes_.size(0) > 1 ? codes_.pitch() : codes_.size(1);
+    lead.codes.storage = Storage::kInt8;
+    lead.bounds = {code_norm_.data(), rest_norm_.data(), code_sum_.data()};
+    lead.rotation = rotation_.data();
+    lead.n_lead = rotation_.size(0);
+    lead.step = constants_.data()[0];
+    lead.share = constants_.data()[1];
+    lead.defect = constants_.data()[2];
+    return lead;
+  }
+
+ private:
+  Array<float> rotation_;
+  Array<int8_t> codes_;
+  Array<float> code_norm_, rest_norm_;
+  Array<int32_t> code_sum_;
+  Array<float> constants_;
+};
+
+std::pair<int64_t, int64_t> search_by_codes(
+    const py::buffer& query_emb, const py::buffer& index_emb, const py::buffer& codes,
+    const py::buffer& scale, const py::buffer& offset, const py::buffer& code_norm,
+    const py::buffer& rest_norm, const py::buffer& code_sum, const py::buffer& scores,
+    const py::buffer& rows, const OptionalBuffer& rotation, const OptionalBuffer& lead_codes,
+    const OptionalBuffer& lead_norm, const OptionalBuffer& tail_norm,
+    const OptionalBuffer& lead_sum, const OptionalBuffer& lead_constants,
+    const OptionalBuffer& removed, const OptionalBuffer& exclude, int threads,
+    const std::string& isa) {
   const CodedMatrix coded(index_emb, codes, scale, offset, code_norm, rest_norm, code_sum, false);
-  const Call call(query_emb, scores, rows, removed, exclude, coded.matrix().n_rows);
-  if (call.question.dim != CodedMatrix::dim_of(scale))
-    throw py::value_error("query_emb: expected " + std::to_string(CodedMatrix::dim_of(scale)) +
-                          " numbers each, got " + std::to_string(call.question.dim));
+  const int64_t dim = CodedMatrix::dim_of(scale), n_rows = coded.matrix().n_rows;
+  const Call call(query_emb, scores, rows, removed, exclude, n_rows);
+  if (call.question.dim != dim)
+    throw py::value_error("query_emb: expected " + std::to_string(dim) + " numbers each, got " +
+                          std::to_string(call.question.dim));
+  std::optional<Lead> lead;
+  if (rotation) {
+    if (!lead_codes || !lead_norm || !tail_norm || !lead_sum || !lead_constants)
+      throw py::value_error("rotation: expected lead_codes and their bounds with it, got none");
+    lead.emplace(*rotation, *lead_codes, *lead_norm, *tail_norm, *lead_sum, *lead_constants, n_rows,
+                 dim, false);
+  }
+  const LeadCodes found = lead ? lead->get() : LeadCodes{};
   const Threads with = threads_of(threads, isa);
   const py::gil_scoped_release nogil;
-  return mips_topk_by_codes(call.question, coded.matrix(), coded.codes(), coded.bounds(),
-                            call.answer, with);
+  const RowsRead read =
+      mips_topk_by_codes(call.question, coded.matrix(), coded.codes(), coded.bounds(),
+                         lead ? &found : nullptr, call.answer, with);
+  return {read.rows, read.codes};
+}
+
+void lead_of(const py::buffer& index_emb, const py::buffer& offset, const py::buffer& rotation,
+             const py::buffer& lead_codes, const py::buffer& lead_norm, const py::buffer& tail_norm,
+             const py::buffer& lead_sum, const py::buffer& lead_constants, int threads) {
+  const Array<float> centre("offset", offset, {-1});
+  const py::ssize_t dim = centre.size(0);
+  const Matrix matrix(index_emb, std::nullopt, std::nullopt, dim);
+  if (matrix.get().storage != Storage::kFloat32)
+    throw py::value_error("index_emb: expected float32");
+  const Lead lead(rotation, lead_codes, lead_norm, tail_norm, lead_sum, lead_constants,
+                  matrix.get().n_rows, dim, true);
+  const Threads with = threads_of(threads, "");
+  const py::gil_scoped_release nogil;
+  make_lead_codes(matrix.get(), centre.data(), dim, lead.get(), with);
 }
 
 void measure(const py::buffer& index_emb, const py::buffer& codes, const py::buffer& scale,
@@ -156,8 +221,14 @@ void bind_mips(py::module_& m) {
   m.def("mips_topk_by_codes", &search_by_codes, py::arg("query_emb"), py::arg("index_emb"),
         py::arg("codes"), py::arg("scale"), py::arg("offset"), py::arg("code_norm"),
         py::arg("rest_norm"), py::arg("code_sum"), py::arg("scores"), py::arg("rows"),
-        py::kw_only(), py::arg("removed") = py::none(), py::arg("exclude") = py::none(),
-        py::arg("threads") = 1, py::arg("isa") = "");
+        py::kw_only(), py::arg("rotation") = py::none(), py::arg("lead_codes") = py::none(),
+        py::arg("lead_norm") = py::none(), py::arg("tail_norm") = py::none(),
+        py::arg("lead_sum") = py::none(), py::arg("lead_constants") = py::none(),
+        py::arg("removed") = py::none(), py::arg("exclude") = py::none(), py::arg("threads") = 1,
+        py::arg("isa") = "");
+  m.def("make_lead_codes", &lead_of, py::arg("index_emb"), py::arg("offset"), py::arg("rotation"),
+        py::arg("lead_codes"), py::arg("lead_norm"), py::arg("tail_norm"), py::arg("lead_sum"),
+        py::arg("lead_constants"), py::kw_only(), py::arg("threads") = 1);
   m.def("merge_topk", &merge, py::arg("part_scores"), py::arg("part_rows"), py::arg("scores"),
         py::arg("rows"));
 }

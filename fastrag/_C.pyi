@@ -86,6 +86,24 @@ def measure_codes(
 ) -> None:
     """What mips_topk_by_codes has to know of the rows, [N] each; code_sum is int32."""
 
+def make_lead_codes(
+    index_emb: _Array,
+    offset: _Array,
+    rotation: _Array,
+    lead_codes: _Array,
+    lead_norm: _Array,
+    tail_norm: _Array,
+    lead_sum: _Array,
+    lead_constants: _Array,
+    *,
+    threads: int = 1,
+) -> None:
+    """Write int8 codes of the coordinates of rows along directions, and bounds of their errors.
+
+    rotation [n_lead, D] has the directions. lead_constants are the step of the codes, the share of
+    a usual rest in the norm of the codes, and a bound of |rotation rotation^T - 1|.
+    """
+
 def mips_topk_by_codes(
     query_emb: _Array,
     index_emb: _Array,
@@ -98,14 +116,21 @@ def mips_topk_by_codes(
     scores: _Array,
     rows: _Array,
     *,
+    rotation: _Array | None = None,
+    lead_codes: _Array | None = None,
+    lead_norm: _Array | None = None,
+    tail_norm: _Array | None = None,
+    lead_sum: _Array | None = None,
+    lead_constants: _Array | None = None,
     removed: _Array | None = None,
     exclude: _Array | None = None,
     threads: int = 1,
     isa: str = "",
-) -> int:
+) -> tuple[int, int]:
     """mips_topk of float32 rows, most of which only their int8 codes are read of.
 
-    Returns how many rows were read themselves, over all queries.
+    With a rotation and its lead codes, most codes are not read either. Returns how many rows and
+    how many rows of codes were read, summed over the queries.
     """
 
 def merge_topk(part_scores: _Array, part_rows: _Array, scores: _Array, rows: _Array) -> None:

@@ -79,6 +79,13 @@ OPS = (
         "tests/ops/test_doc_scores.py",
     ),
     Mistake(
+        "changed rows keep the norms of their leading coordinates",
+        "fastrag/ops/cpp.py",
+        'found = _measured(part) | (_lead_codes(part) if "rotation" in part else {})',
+        "found = _measured(part)",
+        "tests/ops/test_mips_pruned.py",
+    ),
+    Mistake(
         "ties go to the highest row",
         "fastrag/ops/keys.py",
         "return (bits.long() << 32) | (_ROW_MASK - rows)",

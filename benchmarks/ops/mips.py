@@ -237,10 +237,13 @@ def fastrag_search(mode: str, p: Problem) -> Call:
     import fastrag.functional as F
 
     if mode == CODED:
+        from fastrag.index import rotation
         from fastrag.ops.cpp import CodedIndex
 
         part = p.matrix.part
-        codes = CodedIndex(part("float32"), part("int8"), *part("factors"))
+        scale, offset = part("factors")
+        leading = rotation.fit(part("float32"), offset)
+        codes = CodedIndex(part("float32"), part("int8"), scale, offset, **leading)
         return lambda: codes.search(p.query_emb, p.k)
     data, factors = p.stored(mode)
     return lambda: F.mips_topk(p.query_emb, data, p.k, **factors)
@@ -284,7 +287,7 @@ def no_extension() -> str:
 def own_memory(mode: str, shape: Shape, device: torch.device) -> tuple[int, int]:
     """Count the matrix itself on a GPU, where no process shares it."""
     mode, _ = corpora.split(mode)
-    kept = 12 * shape[0] if mode == CODED else 0
+    kept = shape[0] * (24 + shape[1] // 3) if mode == CODED else 0  # leading codes and bounds
     if device.type == "cuda":
         kept += sum(Matrix(*shape[:2], device).nbytes(name) for name in PARTS[mode])
     return kept, EXTRA_MEMORY

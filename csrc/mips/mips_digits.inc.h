@@ -164,6 +164,19 @@ bool digit_few(const DigitPanel& panel, const CodeRows& rows, DigitScores* out) 
   return any != 0;
 }
 
+inline void gathered(const uint8_t* digits, const int8_t* const* rows, int64_t dim, int32_t* sums) {
+  I sum[Dot::kWidth];
+#pragma GCC unroll 16
+  for (int r = 0; r < Dot::kWidth; ++r) sum[r] = Dot::set(0);
+  for (int64_t d = 0; d < dim; d += 4 * Dot::kWidth) {
+    const I digit = Dot::load(digits + d);
+#pragma GCC unroll 16
+    for (int r = 0; r < Dot::kWidth; ++r) sum[r] = Dot::add(sum[r], digit, Dot::load(rows[r] + d));
+  }
+  const I total = Dot::sums(sum);
+  __builtin_memcpy(sums, &total, sizeof(total));
+}
+
 template <int kQueries>
 constexpr DigitTile few_or_null() {
   if constexpr (kQueries < Dot::kWidth)
@@ -182,5 +195,6 @@ constexpr DigitKernels digit_table(DigitTile tile_of_1, DigitTile tile_of_2, int
           {tile_of_1, tile_of_2},
           {few_or_null<1>(), few_or_null<2>(), few_or_null<4>(), few_or_null<8>()},
           enter,
-          leave};
+          leave,
+          gathered};
 }

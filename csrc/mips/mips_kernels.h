@@ -138,6 +138,8 @@ struct DigitKernels {
   // A thread calls these before and after its calls of `tile`; null if there is nothing to do.
   void (*enter)();
   void (*leave)();
+  // The sums of one query with `width` rows at any addresses, which are read as by `few`.
+  void (*gathered)(const uint8_t* digits, const int8_t* const* rows, int64_t dim, int32_t* sums);
 };
 
 // Null if this build lacks the instruction set.

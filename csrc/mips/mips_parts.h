@@ -38,6 +38,16 @@ inline const MipsKernels& mips_kernels(Isa isa) {
   }
 }
 
+// Of bounds through codes; its square exceeds what products of denormals lose.
+constexpr float kFloor = 1e-18f;
+
+// Returns an upper bound of x that includes the rounding errors of a few float32 operations.
+inline float rounded_up(double x) { return static_cast<float>(x * (1.0 + 1e-5)); }
+
+inline const float* row_of_matrix(const MipsMatrix& matrix, int64_t row) {
+  return static_cast<const float*>(matrix.data) + row * matrix.pitch;
+}
+
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // n zeros from the start of a cache line on. A load of 64 bytes then reads one line instead of two.

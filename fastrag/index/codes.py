@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrag import functional
-from fastrag.index import codec, inputs
+from fastrag.index import codec, inputs, rotation
 from fastrag.index.codec import Codec
 from fastrag.ops import backends
 
@@ -108,6 +108,8 @@ class RowCodes:
         if self._coded is None:
             from fastrag.ops.cpp import CodedIndex
 
+            if "code_norm" not in self._arrays:
+                self._arrays |= rotation.fit(self.index_emb, self._arrays["offset"])
             self._coded = CodedIndex(self.index_emb, **self._arrays)
             self._arrays = {k: x for k, x in self._coded.tensors.items() if k != "index_emb"}
         return self._coded

@@ -283,24 +283,28 @@ class CodedIndex:
             read.
         scale: `[D]` float32.
         offset: `[D]` float32; the mean of the rows gives closer codes than zero.
-        bounds: the norms and sums of each row that an earlier object of the same rows and codes
-            has in `tensors`; measured if they are not given.
+        more: `rotation` and `lead_constants` of `fastrag.index.rotation.fit`, with which most rows
+            are dropped by codes of few coordinates; and the codes, norms and sums of each row that
+            an earlier object of the same rows has in `tensors`, computed if they are not given.
 
     Raises:
         ValueError: shapes or dtypes disagree, or a row is not finite.
     """
 
     def __init__(
-        self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, **bounds: Tensor
+        self, index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, **more: Tensor
     ) -> None:
-        index_emb = index_emb.detach()
         self.tensors = {
-            "index_emb": index_emb,
+            "index_emb": index_emb.detach(),
             "codes": codes,
             "scale": scale,
             "offset": offset,
-            **(bounds or _measured(index_emb, codes, scale, offset)),
+            **more,
         }
+        if "code_norm" not in more:
+            self.tensors |= _measured(self.tensors)
+        if "rotation" in more and "lead_codes" not in more:
+            self.tensors |= _lead_codes(self.tensors)
 
     def arrays(self) -> dict[str, Any]:
         """Return the array arguments of a search, as views of the current tensors."""
@@ -308,8 +312,8 @@ class CodedIndex:
 
     def update(self, rows: Tensor) -> None:
         """Measure rows `[n]` again after a change of index_emb and codes; no search may run."""
-        part = {name: self.tensors[name][rows] for name in ("index_emb", "codes")}
-        found = _measured(**part, scale=self.tensors["scale"], offset=self.tensors["offset"])
+        part = self.tensors | {name: self.tensors[name][rows] for name in ("index_emb", "codes")}
+        found = _measured(part) | (_lead_codes(part) if "rotation" in part else {})
         for name, values in found.items():
             self.tensors[name][rows] = values
 
@@ -322,11 +326,19 @@ class CodedIndex:
 
     def n_rows_read(self, query_emb: Tensor, k: int) -> int:
         """Return how many rows of index_emb a search reads, summed over the queries."""
-        return self._search(query_emb, k, None)[2]
+        return self._search(query_emb, k, None)[2][0]
+
+    def n_codes_read(self, query_emb: Tensor, k: int) -> int:
+        """Return how many rows of codes a search reads, summed over the queries.
+
+        Without a rotation this is N for each query. With one, codes of the leading coordinates of
+        all rows are read as well, which do not count.
+        """
+        return self._search(query_emb, k, None)[2][1]
 
     def _search(
         self, query_emb: Tensor, k: int, exclude: Tensor | None
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
         shape = (query_emb.shape[0], k)
         scores = torch.empty(shape, dtype=torch.float32)
         rows = torch.empty(shape, dtype=torch.int64)
@@ -343,17 +355,32 @@ class CodedIndex:
         return scores, rows, n_read
 
 
-def _measured(index_emb: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+def _measured(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return norms and sums of each row for the bounds of a search through codes."""
-    n = len(index_emb)
+    n = len(tensors["index_emb"])
     found = {
         "code_norm": torch.empty(n, dtype=torch.float32),
         "rest_norm": torch.empty(n, dtype=torch.float32),
         "code_sum": torch.empty(n, dtype=torch.int32),
     }
-    parts = {"index_emb": index_emb, "codes": codes, "scale": scale, "offset": offset, **found}
-    arrays = {name: x.numpy() for name, x in parts.items()}
+    given = {name: tensors[name] for name in ("index_emb", "codes", "scale", "offset")}
+    arrays = {name: x.numpy() for name, x in (given | found).items()}
     _C.measure_codes(**arrays, threads=torch.get_num_threads())
+    return found
+
+
+def _lead_codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return codes of the leading coordinates of each row, with their norms and sums."""
+    n, n_lead = len(tensors["index_emb"]), tensors["rotation"].shape[0]
+    found = {
+        "lead_codes": torch.empty(n, n_lead, dtype=torch.int8),
+        "lead_norm": torch.empty(n, dtype=torch.float32),
+        "tail_norm": torch.empty(n, dtype=torch.float32),
+        "lead_sum": torch.empty(n, dtype=torch.int32),
+    }
+    given = {name: tensors[name] for name in ("index_emb", "offset", "rotation", "lead_constants")}
+    arrays = {name: x.numpy() for name, x in (given | found).items()}
+    _C.make_lead_codes(**arrays, threads=torch.get_num_threads())
     return found
 
 

@@ -132,10 +132,23 @@ struct Problem {
     const fastrag::MipsMatrix coded{codes.get(),    n_rows,      dim,
                                     Storage::kInt8, step.data(), centre.data()};
     fastrag::measure_codes(matrix, coded, dim, bounds, threads);
+    // The leading coordinates are the first ones.
+    fastrag::LeadCodes lead{};
+    lead.n_lead = (dim + 1) / 2;
+    std::vector<float> rotation(dim * lead.n_lead), lead_norm(n_rows), tail_norm(n_rows);
+    for (int64_t j = 0; j < lead.n_lead; ++j) rotation[j * lead.n_lead + j] = 1.0f;
+    std::unique_ptr<int8_t[]> lead_codes(new int8_t[n_rows * lead.n_lead]);
+    std::vector<int32_t> lead_sum(n_rows);
+    lead.codes = {lead_codes.get(), n_rows, lead.n_lead, Storage::kInt8};
+    lead.bounds = {lead_norm.data(), tail_norm.data(), lead_sum.data()};
+    lead.rotation = rotation.data();
+    lead.step = 0.02;
+    lead.share = 0.001;
+    fastrag::make_lead_codes(matrix, centre.data(), dim, lead, threads);
     Answer found{std::vector<float>(n_queries * k), std::vector<int64_t>(n_queries * k)};
     fastrag::mips_topk_by_codes(
         {query_emb.data(), n_queries, dim, k, removed.get(), exclude.data(), n_exclude}, matrix,
-        coded, bounds, {found.scores.data(), found.rows.data()}, threads);
+        coded, bounds, &lead, {found.scores.data(), found.rows.data()}, threads);
     return found;
   }
 
