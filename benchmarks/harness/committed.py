@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.harness.arguments import DEFAULT_DTYPE
 from benchmarks.harness.registry import Op, Shape, by_importance, shape_text
 from benchmarks.harness.results import COLUMNS, Group, Timing, groups_of, read
 from benchmarks.ops import OPS
@@ -51,12 +52,20 @@ def load_stages(device: str) -> list[Group]:
 
 
 def swept(groups: dict[Key, Group], op: Op) -> list[Group]:
-    """Return the points of the op's sweep at which ours was timed, the most important first."""
+    """Return the points of the op's sweep at which ours was timed, the most important first.
+
+    Those of another dtype than the device's usual one come last.
+    """
     own = [g for g in groups.values() if g.op is op and g.own]
     plan = by_importance(op, own[0].device) if own else []
     order = {(p.mode, p.shape): i for i, p in enumerate(plan)}
     there = (g for g in own if (g.mode, g.shape) in order)
-    return sorted(there, key=lambda g: order[g.mode, g.shape])
+    return sorted(there, key=lambda g: (not usual(g), order[g.mode, g.shape]))
+
+
+def usual(g: Group) -> bool:
+    """Return whether the dtype is the one that is timed on the device by default."""
+    return g.dtype == DEFAULT_DTYPE[g.device]
 
 
 def along(groups: Iterable[Group], op: Op, dim: str) -> list[list[Group]]:

@@ -171,9 +171,10 @@ def write(
     date: str = BEFORE,
     mode: str = "float32",
     mib: str = "1.0",
+    dtype: str = "float32",
 ) -> None:
     facts = {"device": "a machine", "threads": "2", "torch": "2", "commit": "abc", "date": date}
-    point = {"op": "mips", "mode": mode, "dtype": "float32", "shape": shape}
+    point = {"op": "mips", "mode": mode, "dtype": dtype, "shape": shape}
     new = not file.exists()
     with file.open("a", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
@@ -205,6 +206,15 @@ def test_ours_best_peer_and_tightest_ceiling(results: Path) -> None:
     assert "| 18 | numpy 17 | 0.94 × | read 20 | 0.90 | 1.0 | 1.0 |" in committed.table([group])
     lost = committed.not_won([group])
     assert "at 0 of 1 points" in lost and "numpy takes 17 ms, fastrag 18." in lost
+
+
+def test_points_of_another_dtype_come_last(results: Path) -> None:
+    write(results / "a.csv", SWEPT, ALL, dtype="bfloat16")
+    write(results / "a.csv", "1000000,768,10,64", ALL)
+    found = committed.swept(committed.load("here"), OPS["mips"])
+    assert [g.dtype for g in found] == ["float32", "bfloat16"]
+    write(results / "a.csv", SWEPT, ALL)
+    assert [g.dtype for g in committed.swept(committed.load("here"), OPS["mips"])][-1] == "bfloat16"
 
 
 def test_a_run_of_more_providers_counts_and_then_the_newer(results: Path) -> None:
