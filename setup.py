@@ -135,8 +135,9 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    # Not for an environment that already has faiss-gpu: both own the module `faiss`.
+    # One of the two: both distributions own the module `faiss`. faiss-gpu also searches on a CPU.
     "faiss": ["faiss-cpu>=1.9"],
+    "faiss-gpu": ["faiss-gpu>=1.15"],
     "datasets": ["datasets>=3.0"],
     "peft": ["peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16"],

@@ -44,6 +44,7 @@ EXTRAS = {
     "datasets",
     "demo",
     "faiss",
+    "faiss-gpu",
     "inspect",
     "peft",
     "plots",

@@ -114,14 +114,15 @@ def source(groups: Sequence[Group]) -> str:
 
 def table(groups: Sequence[Group]) -> str:
     """Return a table in Markdown."""
-    heads = ["op", "mode", "shape", "fastrag, ms", "best peer, ms", "times as fast"]
+    heads = ["processor", "op", "mode", "shape", "fastrag, ms", "best peer, ms", "times as fast"]
     heads += ["ceiling, ms", "time over ceiling", "extra MiB", "of that peer"]
     lines = [heads]
     for g in groups:
         assert g.own is not None
         peer, ceiling, faster = g.best_peer, g.tightest_ceiling, g.times_as_fast(g.best_peer)
         shape = f"{', '.join(g.op.dims)} = {', '.join(map(str, g.shape))}"
-        cells = [f"`{g.op.name}`", " ".join([g.mode, *g.dtype_words]), shape, in_digits(g.own.ms)]
+        cells = [g.fact("device"), f"`{g.op.name}`", " ".join([g.mode, *g.dtype_words]), shape]
+        cells.append(in_digits(g.own.ms))
         cells += [_named(peer), f"{faster:.2f} ×" if faster else "–", _named(ceiling)]
         cells.append(f"{g.own.ms / ceiling.ms:.2f}" if ceiling else "–")
         cells += ["–" if t is None or t.mib is None else f"{t.mib:.1f}" for t in (g.own, peer)]

@@ -27,13 +27,15 @@ def load() -> Any:
     """Import faiss.
 
     Raises:
-        ImportError: faiss is not installed; the message says how to install it.
+        ImportError: faiss, or a library that it loads, is not installed; the message says how to
+            install it.
     """
     try:
         import faiss
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # faiss-gpu: RuntimeError without CUDA's libraries
         raise ImportError(
-            "FaissIndex needs faiss: pip install 'fastrag-torch[faiss]' (faiss-cpu), or a faiss-gpu"
+            "FaissIndex needs faiss: pip install 'fastrag-torch[faiss]', or [faiss-gpu] instead of "
+            f"[faiss]; the import says: {error}"
         ) from error
     return faiss
 
@@ -339,9 +341,11 @@ def require_gpu(device: torch.device) -> None:
         ValueError: it cannot.
     """
     faiss = load()
-    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+    n_gpus = faiss.get_num_gpus()  # also defined, and 0, in a build for CPUs
+    if device.type != "cuda" or (device.index or 0) >= n_gpus:
         raise ValueError(
-            f"device: expected cpu, or cuda with a build of faiss for it (faiss-gpu), got {device}"
+            f"device: expected cpu, or cuda with a build of faiss for it (faiss-gpu), which finds "
+            f"{n_gpus} GPUs here, got {device}"
         )
 
 

@@ -421,6 +421,21 @@ def test_without_faiss(monkeypatch) -> None:
         FaissIndex(DIM)
 
 
+def test_a_build_for_gpus_says_what_is_missing(monkeypatch, tmp_path) -> None:
+    (tmp_path / "faiss.py").write_text("raise RuntimeError('nvidia-cublas-cu12 is missing')")
+    monkeypatch.delitem(sys.modules, "faiss")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="FaissIndex needs faiss: .* nvidia-cublas-cu12 is miss"):
+        FaissIndex(DIM)
+
+
+def test_only_gpus_that_faiss_finds(monkeypatch) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    faiss_support.require_gpu(torch.device("cuda"))
+    with pytest.raises(ValueError, match="faiss-gpu., which finds 1 GPUs here, got cuda:1"):
+        faiss_support.require_gpu(torch.device("cuda:1"))
+
+
 def test_loading_checks_the_files(tmp_path) -> None:
     made("IVF8,Flat").save(tmp_path / "i")
     path = tmp_path / "i" / "index.npy"
