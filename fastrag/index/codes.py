@@ -101,8 +101,8 @@ class RowCodes:
     def update(self, rows: Tensor) -> None:
         """Recompute the codes of rows `[n]`; no search may run at the same time."""
         self._codes[rows] = self._codec.encode(self.index_emb[rows])[0]
-        if self._coded is not None:
-            self._coded.update(rows)
+        if self._coded is not None or "code_norm" in self._arrays:  # or of a saved index
+            self._coded_index().update(rows)
 
     def _coded_index(self) -> Any:
         if self._coded is None:

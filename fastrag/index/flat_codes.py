@@ -124,6 +124,8 @@ class FlatCodes:
         entry = manifest.get("row_codes")
         if self.wanted is False or entry is None or entry["version"] != VERSION:
             return
+        if backends.choose("mips_topk", index_emb.device, torch.float32) != "cpp":
+            return  # nothing could keep the norms of the rows right
         found = {}
         for name, shape in entry["shapes"].items():
             array = entry_of(arrays, _PREFIX + name, dir, manifest["format"])

@@ -271,8 +271,8 @@ def test_saved_codes_are_read(
     assert again.settings == index.settings
     assert N * D < again.settings["reads"] < 2 * N * D
     assert_same(again, index, query)
-    again.update(torch.tensor([3]), 5 * vectors[:1])  # the folder is read-only
-    index.update(torch.tensor([3]), 5 * vectors[:1])
+    for i in (again, index):  # the folder is read-only
+        i.update(torch.arange(0, N, 3), -5 * vectors[::3])
     assert_same(again, index, query)
     assert n_made() == 1
     again.save(tmp_path / "again")
