@@ -207,8 +207,15 @@ SEAMS = (
         "tests/nn/test_pruning.py",
     ),
     Mistake(
+        "log-likelihoods are kept by context, whatever the answer",
+        "fastrag/nn/likelihoods.py",
+        "        made.update(answers[i // n_docs])\n",
+        "",
+        "tests/nn/test_likelihoods.py",
+    ),
+    Mistake(
         "contexts that were scored by length stay in that order",
-        "fastrag/nn/pruning.py",
+        "fastrag/nn/reader.py",
         "[torch.cat(groups).argsort()]",
         "",
         "tests/nn/test_pruning.py",

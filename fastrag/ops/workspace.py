@@ -79,7 +79,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     """
     if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name, False) for name in BF16_INSTRUCTIONS)
 
 

@@ -78,6 +78,16 @@ def test_a_warm_step_reads_nothing_in_another_process_either(tmp_path: Path) -> 
     torch.testing.assert_close(loss, model(**batch()).loss)
 
 
+def test_another_answer_is_another_key(tmp_path: Path) -> None:
+    model, labels = rag_model(objective="replug"), batch()["labels"]
+    other = labels.roll(1, 0)
+    expected = model(**batch() | {"labels": other}).loss
+    with LikelihoodCache(tmp_path) as cache:
+        model.reader.likelihoods = cache
+        assert model(**batch()).loss != expected
+        torch.testing.assert_close(model(**batch() | {"labels": other}).loss, expected)
+
+
 def test_what_is_read_ahead_need_not_be_read_in_training(tmp_path: Path) -> None:
     model = rag_model(objective="replug")
     questions, rows = tiny.questions(7), torch.arange(12).expand(7, 12)
