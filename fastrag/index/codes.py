@@ -26,6 +26,10 @@ from fastrag.ops import backends
 LEAST_NUMBERS = 1 << 23
 LEAST_ROWS_PER_HIT = 64
 MOST_QUERIES = 64
+# Codes of leading coordinates save reading. With more questions than this, a search through codes
+# waits for its arithmetic: on an AMD EPYC, one of 100,000 x 768 with leading coordinates takes .58
+# of the time without for one question, .92 for two, and 1.03 for three, four and eight.
+MOST_BY_LEADS = 2
 
 
 def pay(query: Tensor, index_emb: Tensor, k: int) -> bool:
@@ -85,7 +89,8 @@ class RowCodes:
         """Return the results of `functional.mips_topk` on the float32 rows, bit for bit."""
         backend = backends.choose("mips_topk", query.device, torch.float32)
         if backend == "cpp":
-            return self._coded_index().search(query, k, exclude)
+            leads = len(query) <= MOST_BY_LEADS
+            return self._coded_index().search(query, k, exclude, leads=leads)
         if backend == "triton":
             from fastrag.ops import triton_mips
 

@@ -268,6 +268,10 @@ def _head(bias: Tensor | None, softcap: float | None, logit_scale: float) -> dic
     }
 
 
+# The tensors of a `CodedIndex` that bound scores by few coordinates.
+LEADING = ("rotation", "lead_constants", "lead_codes", "lead_norm", "tail_norm", "lead_sum")
+
+
 class CodedIndex:
     """Exact search of float32 rows that reads their int8 codes first and only few of the rows.
 
@@ -318,10 +322,13 @@ class CodedIndex:
             self.tensors[name][rows] = values
 
     def search(
-        self, query_emb: Tensor, k: int, exclude: Tensor | None = None
+        self, query_emb: Tensor, k: int, exclude: Tensor | None = None, *, leads: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """query_emb [B, D] float32 -> scores [B, k], rows [B, k]."""
-        scores, rows, _ = self._search(query_emb, k, exclude)
+        """query_emb [B, D] float32 -> scores [B, k], rows [B, k].
+
+        With `leads`, codes of the leading coordinates are read first, if there are any.
+        """
+        scores, rows, _ = self._search(query_emb, k, exclude, leads)
         return scores, rows
 
     def n_rows_read(self, query_emb: Tensor, k: int) -> int:
@@ -337,8 +344,11 @@ class CodedIndex:
         return self._search(query_emb, k, None)[2][1]
 
     def _search(
-        self, query_emb: Tensor, k: int, exclude: Tensor | None
+        self, query_emb: Tensor, k: int, exclude: Tensor | None, leads: bool = True
     ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        arrays = self.arrays()
+        if not leads:
+            arrays = {name: x for name, x in arrays.items() if name not in LEADING}
         shape = (query_emb.shape[0], k)
         scores = torch.empty(shape, dtype=torch.float32)
         rows = torch.empty(shape, dtype=torch.int64)
@@ -347,7 +357,7 @@ class CodedIndex:
                 query_emb.detach().contiguous().numpy(),
                 scores=scores.numpy(),
                 rows=rows.numpy(),
-                **self.arrays(),
+                **arrays,
                 **_excluding(exclude),
                 threads=torch.get_num_threads(),
                 isa=forced_isa(),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastrag.functional as F
-from fastrag.index import codec, rotation
+from fastrag.index import codec, codes, rotation
 from fastrag.ops import backends
 
 _C = pytest.importorskip("fastrag._C", reason="the extension module is not built")
@@ -184,3 +184,23 @@ def test_changed_rows_have_new_bounds(clustered: tuple[Tensor, Tensor]) -> None:
     pruned.update(rows)
     for one in query.split(1):  # most rows are dropped by their leading coordinates
         check(pruned.search(one, 3), F.mips_topk(one, index, 3))
+
+
+def test_leading_coordinates_are_for_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search of many questions reads all codes, and finds the same."""
+    seen = []
+    real = _C.mips_topk_by_codes
+
+    def search(*given: object, **named: object) -> tuple[int, int]:
+        seen.append("rotation" in named)
+        return real(*given, **named)
+
+    generator = torch.Generator().manual_seed(0)
+    index = corpus("steep", 3000, 192, generator)
+    query = corpus("steep", codes.MOST_BY_LEADS + 1, 192, generator)
+    made = codes.RowCodes(index)
+    made.arrays()
+    monkeypatch.setattr(_C, "mips_topk_by_codes", search)
+    for n in (codes.MOST_BY_LEADS, len(query)):
+        check(made.search(query[:n], 5, None), F.mips_topk(query[:n], index, 5))
+    assert seen == [True, False]
