@@ -44,7 +44,8 @@ class RowCodes:
 
     Args:
         index_emb: `[N, D]` float32, N > 0; kept as a reference, not copied.
-        room: `[N, D]` int8 for the codes; allocated if None.
+        room: `[N, D]` int8 for the codes, such as a mapped file; allocated if None. With it, there
+            are no codes of leading coordinates, which would take memory.
     """
 
     def __init__(self, index_emb: Tensor, room: Tensor | None = None) -> None:
@@ -56,6 +57,7 @@ class RowCodes:
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             codes[part] = chosen.encode(index_emb[part])[0]
         self._set(index_emb, {"codes": codes, **chosen.arguments})
+        self._may_lead = room is None
 
     @classmethod
     def from_arrays(cls, index_emb: Tensor, arrays: Mapping[str, Tensor]) -> Self:
@@ -75,6 +77,7 @@ class RowCodes:
         self._codes = self._arrays["codes"]
         self._codec = Codec("int8", self._arrays["scale"], self._arrays["offset"])
         self._coded: Any = None  # the CodedIndex of the C++ backend, made by the first search
+        self._may_lead = True
 
     def arrays(self) -> dict[str, Tensor]:
         """Return everything that a search needs apart from the rows, as views of these codes.
@@ -113,7 +116,7 @@ class RowCodes:
         if self._coded is None:
             from fastrag.ops.cpp import CodedIndex
 
-            if "code_norm" not in self._arrays:
+            if "code_norm" not in self._arrays and self._may_lead:
                 self._arrays |= rotation.fit(self.index_emb, self._arrays["offset"])
             self._coded = CodedIndex(self.index_emb, **self._arrays)
             self._arrays = {k: x for k, x in self._coded.tensors.items() if k != "index_emb"}
