@@ -64,7 +64,7 @@ COLUMNS_HERE = [*COLUMNS, "step", *FIGURES, *COSTS]
 
 
 class Costs(dict[str, float]):
-    """What a policy has cost; a copy of an encoder that counts adds to the same."""
+    """The costs of a policy; a deep copy is the same object, so copied encoders add to it too."""
 
     def __deepcopy__(self, memo: object) -> Costs:
         return self

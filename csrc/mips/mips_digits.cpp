@@ -110,7 +110,7 @@ Rounding take_digits(std::vector<double>* weights, const DigitKernels& kernels,
   return {unit, std::sqrt(1.0 * digit_squares), std::sqrt(squares)};
 }
 
-// What a thread needs before it calls tiles; given up at the end, also after an error.
+// Prepares a thread to call tiles, and releases its tile registers when it goes out of scope.
 class TileState {
  public:
   explicit TileState(const DigitKernels& kernels) : leave_(kernels.leave) {

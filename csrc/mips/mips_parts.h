@@ -38,7 +38,7 @@ inline const MipsKernels& mips_kernels(Isa isa) {
   }
 }
 
-// Of bounds through codes; its square exceeds what products of denormals lose.
+// Added to bounds through codes. Its square exceeds what products of denormals lose.
 constexpr float kFloor = 1e-18f;
 
 // Returns an upper bound of x that includes the rounding errors of a few float32 operations.

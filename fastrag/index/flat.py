@@ -160,10 +160,10 @@ class FlatIndex(RowIndex, format=FORMAT):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is stored and read, for `fastrag index info`.
+        """How rows are stored, and the bytes that a search reads, for `fastrag index info`.
 
         `pitch` is the number of bytes per row, `clamped` that of clamped values. A search for one
-        question reads `reads` bytes, and without codes it would read `reads_rows`.
+        question reads at most `reads` bytes, and without codes it would read `reads_rows`.
         """
         found = {"dtype": self.dtype, "pitch": self.pitch, "clamped": self._n_clamped}
         rows = self.index_emb

@@ -26,7 +26,7 @@ MAX_SHARE = 3  # at most a third of the coordinates
 LOOK_COST = 2.0
 # An index for which a search reads more than this share of the codes is searched without.
 WORTH = 0.8
-# What rounding the coordinates to codes and digits adds to |t(q)| and |t(x)|, of unit vectors.
+# Share of |q| and |x| by which rounding to codes and digits increases |t(q)| and |t(x)|.
 SLACK = 0.02
 
 

@@ -1,4 +1,4 @@
-"""What tells one set of weights from another: at once while a program runs, or for good."""
+"""Tell sets of weights apart: a quick comparison within a process, a checksum on disk."""
 
 from __future__ import annotations
 

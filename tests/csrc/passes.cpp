@@ -74,7 +74,7 @@ class Problem {
       if ((*random)() % 3 == 0) z0_[(*random)() % size_] = value;
   }
 
-  // What each pass gives, one after another, for both types of the buffer.
+  // The results of all passes, in their order, for both types of the buffer.
   std::vector<std::vector<float>> run(const KernelTable& table) const {
     const fastrag::IdRange ids{0, shape_.n_ids};
     std::vector<Bfloat16> rounded(z0_.size());
